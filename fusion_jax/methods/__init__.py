@@ -1,0 +1,22 @@
+"""The registry of compression methods. A new method adds its file and one line here."""
+
+from __future__ import annotations
+
+from fusion_jax.methods.base import Method as Method
+from fusion_jax.methods.base import Solution as Solution
+from fusion_jax.methods.base import method_from_json as method_from_json
+from fusion_jax.methods.clustering import Clustering
+from fusion_jax.methods.fusion import Fusion
+from fusion_jax.mlp import GatedMlp, Mlp
+
+METHODS: dict[str, type[Method]] = {
+    "clustering": Clustering,
+    "fusion": Fusion,
+}
+"""Method classes by name, which is also their subcommand and their ``"method"`` in JSON."""
+
+MODULES: dict[str, type[Mlp]] = {
+    module.__name__: module
+    for module in (Mlp, GatedMlp, *(m for cls in METHODS.values() for m in cls.modules))
+}
+"""The modules that can be in place of an MLP, by class name, for loading artefacts."""

@@ -1,0 +1,114 @@
+"""What a compression method is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Array, Key
+
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.mlp import Mlp, SubMLPs
+
+
+class Solution(NamedTuple):
+    """What a method finds for one MLP, or for several of one shape along leading axes.
+
+    Args:
+        parts: Arrays that `Method.build` turns into a module; a pytree of the method's own.
+        facts: Scalars for the report: a NamedTuple, whose field names head the columns.
+    """
+
+    parts: Any
+    facts: Any
+
+
+class Method:
+    """Base of the methods: frozen, keyword-only dataclasses whose fields are the configuration.
+
+    A method splits in two, so that the costly half runs under ``jit`` and ``vmap``: `solve` maps
+    arrays to arrays, `build` makes the module.
+    """
+
+    modules: ClassVar[tuple[type[Mlp], ...]] = ()
+    """The modules that `build` makes, besides `Mlp` and `GatedMlp`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):  # noqa: D102
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                raise InputError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def check(self, subs: SubMLPs) -> None:
+        """Raises `InputError` if the method cannot compress these (looks at shapes only)."""
+
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
+        """Compresses one MLP's sub-MLPs: pure, for use under ``jit`` and ``vmap``."""
+        raise NotImplementedError
+
+    def build(self, mlp: Mlp, solution: Solution) -> Any:
+        """The module that takes the place of an MLP; the MLP is left as it is."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON values, with the method's name under ``"method"``."""
+        from fusion_jax.methods import METHODS
+
+        name = next((n for n, cls in METHODS.items() if cls is type(self)), type(self).__name__)
+        return {"method": name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def method_from_json(fields: dict[str, Any]) -> Method:
+    """The method that `Method.to_json` wrote.
+
+    Args:
+        fields: JSON values with the method's name under ``"method"``.
+
+    Returns:
+        The method.
+
+    Raises:
+        InputError: The method or one of its fields is unknown.
+
+    Example:
+        >>> method_from_json({"method": "fusion", "width": 768}).width
+        768
+    """
+    from fusion_jax.methods import METHODS
+
+    fields = dict(fields)
+    name = fields.pop("method", None)
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
+    return METHODS[name](**fields)
+
+
+def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
+    """The width that an int or a fraction of the original means.
+
+    Args:
+        width: An int, 1 to ``original``, or a float, a fraction in (0, 1].
+        original: The width of the MLP.
+        round_to: Fractions are rounded up to a multiple of this, but not above ``original``.
+
+    Returns:
+        The width.
+
+    Raises:
+        InputError: The width is out of its range.
+
+    Example:
+        >>> kept_width(0.25, 3072), kept_width(100, 3072), kept_width(0.1, 3072, 128)
+        (768, 100, 384)
+    """
+    if isinstance(width, bool) or not isinstance(width, int | float):
+        raise InputError(f"width must be an int or a fraction; got {width!r}")
+    if isinstance(width, int):
+        if not 1 <= width <= original:
+            raise InputError(f"width must be 1 to the MLP's own, {original}; got {width}")
+        return width
+    if not 0 < width <= 1:
+        raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
+    exact = max(1, round(width * original))
+    return min(original, -(-exact // round_to) * round_to)

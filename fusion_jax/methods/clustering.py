@@ -1,0 +1,70 @@
+"""The Clustering baseline: centroids scaled by square roots of cluster sizes on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Array, Key
+
+from fusion_jax.methods.base import Method, Solution
+from fusion_jax.methods.fusion import Fusion
+from fusion_jax.mlp import Mlp, SubMLPs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering(Method):
+    """The paper's Clustering baseline: a plain MLP of centroids times sqrt(cluster size).
+
+    Input weights, biases and output weights are all multiplied by sqrt(n_c) and nothing is divided
+    again, so that the function is the fused MLP's only for activations with s(a z) = a s(z), such
+    as ReLU. In a gated MLP only the factors outside the activation are scaled.
+
+    References:
+        MLP Fusion (ICML 2023, arXiv 2307.08941), appendix A.4.
+
+    Example:
+        >>> Clustering(width=0.5).to_json()["method"]
+        'clustering'
+    """
+
+    width: int | float = 0.25
+    """Hidden units to keep: an int, or a fraction of the MLP's width."""
+    round_to: int = 1
+    """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
+    n_init: int = 10
+    """Starts of the clustering; the best is kept."""
+    max_iters: int = 300
+    """Most Lloyd iterations per start."""
+    tol: float = 0.0
+    """Stop when an iteration gains no more than this fraction of the inertia."""
+
+    def __post_init__(self):
+        self._fusion()
+
+    def _fusion(self) -> Fusion:
+        return Fusion(
+            width=self.width,
+            round_to=self.round_to,
+            n_init=self.n_init,
+            max_iters=self.max_iters,
+            tol=self.tol,
+        )
+
+    def check(self, subs: SubMLPs) -> None:
+        """Raises `InputError` if the width is above that of the MLP."""
+        self._fusion().check(subs)
+
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
+        """Clusters the rows of one MLP; ``parts`` are the sub-MLPs of the smaller one."""
+        solution = self._fusion().solve(subs, key=key)
+        rows, sizes = solution.parts.rows, solution.parts.sizes
+        scaled = rows.scaled(sizes, 0.5)
+        if subs.gate is not None:
+            scaled = replace(scaled, gate=rows.gate, gate_bias=rows.gate_bias)
+        return Solution(scaled, solution.facts)
+
+    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
+        """The smaller MLP, in the dtype of the original."""
+        new = mlp.abstract(type(mlp), solution.parts.width)
+        new.load_sub_mlps(solution.parts, mlp.out_bias())
+        return new

@@ -1,0 +1,11 @@
+"""The registry of architectures. A new family adds its file and its line here."""
+
+from __future__ import annotations
+
+from fusion_jax.models import bert
+from fusion_jax.models.base import Family as Family
+
+FAMILIES: dict[str, Family] = {
+    **bert.FAMILIES,
+}
+"""Architectures by the ``model_type`` of their ``config.json``."""

@@ -1,0 +1,30 @@
+"""Where a model comes from: what is needed to save it, load it back and export it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Travels with a model as its static attribute ``origin``; hashable.
+
+    Args:
+        name: The hub id or folder that was loaded.
+        folder: The folder with its files on this machine, where tokenizer files are copied from.
+        config: The text of its ``config.json``, verbatim.
+        head: The head that the model has, or None.
+        history: What was done to the model, oldest first: JSON texts.
+    """
+
+    name: str
+    folder: str
+    config: str
+    head: str | None
+    history: tuple[str, ...] = ()
+
+    def after(self, step: dict[str, Any]) -> Self:
+        """The origin of a model to which one more thing was done."""
+        return replace(self, history=(*self.history, json.dumps(step)))
