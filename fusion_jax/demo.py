@@ -152,10 +152,8 @@ def run(out: Path) -> None:
         rows.append([str(i), f"{hidden:.3f}", f"{moved.output[site.path]:.3f}"])
     print(f"Relative change on {len(sentences)} English sentences (Frobenius norm)")
     print(table(rows))
-    cosine = moved.cosine
-    print(
-        f"\nSentence embeddings: cosine {cosine.mean():.3f} on average, {cosine.min():.3f} least\n"
-    )
+    mean, least = moved.cosine.mean(), moved.cosine.min()
+    print(f"\nSentence embeddings: cosine {mean:.3f} on average, {least:.3f} at least\n")
 
     artefact = save(smaller, out / "artefact", report=report)
     if not bit_equal(smaller, load(artefact)):
