@@ -200,8 +200,9 @@ class Checkpoint:
 
     def _param_dtype(self) -> Any:
         x64 = jax.config.read("jax_enable_x64")
-        if self.dtype is not None:
-            dtype = jnp.dtype(self.dtype)
+        asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
+        if asked is not None:
+            dtype = jnp.dtype(asked)
             if dtype == jnp.float64 and not x64:
                 raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
             if not jnp.issubdtype(dtype, jnp.floating):
@@ -320,6 +321,7 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         "model_type": config.model_type,
         "head": origin.head,
         "num_labels": config.num_labels if origin.head == "classification" else None,
+        "dtype": str(next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).dtype),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "history": [json.loads(step) for step in origin.history],
         "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},

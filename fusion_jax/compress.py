@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
@@ -80,8 +81,9 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
         InputError: The choice matches nothing or an index is out of range; lists the sites.
 
     Example:
-        >>> [s.path for s in select([Site(0, "layers.0.mlp", None)], r"layers\.\d+\.mlp")]
-        ['layers.0.mlp']
+        >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(12)])
+        >>> [s.path for s in select(sites(block), r"1\d")], [s.path for s in select(sites(block), -1)]
+        (['10', '11'], ['11'])
     """
     listing = ", ".join(f"{s.index}: {s.path or '(the model)'}" for s in found)
     if not found:
@@ -224,11 +226,30 @@ def compress_mlp(subs: SubMLPs, method: Method, *, key: Key[Array, ""]) -> Solut
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
 
 
-@partial(jax.jit, static_argnames="method")
 def _solve(method: Method, subs: SubMLPs, keys: Key[Array, " s"]) -> Solution:
+    """Solves stacked problems; where the stack is sharded over a mesh, each device its own."""
+    sharding = subs.up.sharding
+    if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
+        spec = PartitionSpec(sharding.spec[0])
+        keys = jax.device_put(keys, NamedSharding(sharding.mesh, spec))
+        return _solve_on_mesh(method, sharding.mesh, spec, subs, keys)
+    return _solve_stack(method, subs, keys)
+
+
+@partial(jax.jit, static_argnames="method")
+def _solve_stack(method: Method, subs: SubMLPs, keys: Array) -> Solution:
     # One after the other on a CPU, where batching gains nothing and the slowest would decide.
     batch = None if jax.default_backend() == "cpu" else keys.shape[0]
     return lax.map(lambda a: method.solve(a[0], key=a[1]), (subs, keys), batch_size=batch)
+
+
+@partial(jax.jit, static_argnames=("method", "mesh", "spec"))
+def _solve_on_mesh(
+    method: Method, mesh: Any, spec: PartitionSpec, subs: SubMLPs, keys: Array
+) -> Solution:
+    local = partial(_solve_stack, method)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return mapped(subs, keys)
 
 
 @jax.jit

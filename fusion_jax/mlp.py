@@ -14,10 +14,9 @@ Axis letters in shapes: p width, c clusters, d inputs, o outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +71,7 @@ class Frozen(nnx.Variable):
     """A variable that neither trains nor enters an NTK, such as the sizes of clusters."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SubMLPs:
+class SubMLPs(NamedTuple):
     """The sub-MLPs of one MLP as rows, or of several MLPs of one shape along leading axes.
 
     Args:
@@ -128,7 +125,7 @@ class SubMLPs:
         blocks = [wide(x) for x in self._blocks().values()]
         return jnp.concatenate(blocks, axis=-1)
 
-    def with_rows(self, rows: Float[Array, "*s c row"]) -> Self:
+    def with_rows(self, rows: Float[Array, "*s c row"]) -> SubMLPs:
         """Sub-MLPs of the same layout, read from rows as `rows` writes them.
 
         Args:
@@ -143,13 +140,13 @@ class SubMLPs:
             part = rows[..., start : start + size]
             fields[name] = part[..., 0] if name.endswith("bias") else part
             start += size
-        return replace(self, **fields)
+        return self._replace(**fields)
 
-    def scaled(self, sizes: Float[Array, "*s p"], power: float) -> Self:
+    def scaled(self, sizes: Float[Array, "*s p"], power: float) -> SubMLPs:
         """Every number of sub-MLP i times ``sizes[i] ** power``."""
         return self.with_rows(_by_size(self.rows(), sizes, power))
 
-    def check(self) -> Self:
+    def check(self) -> SubMLPs:
         """Returns itself if the shapes fit together.
 
         Raises:
@@ -375,10 +372,13 @@ class GatedMlp(Mlp):
     def sub_mlps(self) -> SubMLPs:
         """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
         bias = self.gate.bias
-        return replace(
-            super().sub_mlps(),
-            gate=self.gate.kernel[...].T,
-            gate_bias=None if bias is None else bias[...],
+        return (
+            super()
+            .sub_mlps()
+            ._replace(
+                gate=self.gate.kernel[...].T,
+                gate_bias=None if bias is None else bias[...],
+            )
         )
 
     def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, " o"] | None) -> None:
@@ -412,7 +412,7 @@ class _Fused(Mlp):
         if self.scaling == "sgd":
             scaled = stored.scaled(sizes, -0.5)
         else:
-            scaled = replace(stored, down=_by_size(stored.down, sizes, -1.0))
+            scaled = stored._replace(down=_by_size(stored.down, sizes, -1.0))
         return jax.tree.map(lambda x: x.astype(self.dtype), scaled)
 
     def _plain_class(self) -> type[Mlp]:
@@ -423,7 +423,7 @@ class _Fused(Mlp):
         subs = self.centroids()
         new = self.abstract(self._plain_class(), self.width)
         down = _by_size(subs.down, self.sizes[...], 1.0)
-        new.load_sub_mlps(replace(subs, down=down), self.out_bias())
+        new.load_sub_mlps(subs._replace(down=down), self.out_bias())
         return new
 
     def wide_copy(self) -> Mlp:
@@ -477,7 +477,7 @@ def scale_centroids(centroids: SubMLPs, sizes: Float[Array, "*s c"], scaling: Sc
         return centroids
     if scaling == "sgd":
         return centroids.scaled(sizes, 0.5)
-    return replace(centroids, down=_by_size(centroids.down, sizes, 1.0))
+    return centroids._replace(down=_by_size(centroids.down, sizes, 1.0))
 
 
 def _by_size(rows: Array, sizes: Array, power: float) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ class Origin:
     head: str | None
     history: tuple[str, ...] = ()
 
-    def after(self, step: dict[str, Any]) -> Self:
+    def after(self, step: dict[str, Any]) -> Origin:
         """The origin of a model to which one more thing was done."""
         return replace(self, history=(*self.history, json.dumps(step)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -78,7 +78,7 @@ class SiteReport:
     seconds: float
 
     @classmethod
-    def of(cls, site: str, old: Mlp, new: Mlp, facts: dict[str, Any], seconds: float) -> Self:
+    def of(cls, site: str, old: Mlp, new: Mlp, facts: dict[str, Any], seconds: float) -> SiteReport:
         """The report of an MLP and what replaced it."""
         return cls(
             site=site or "(the model)",
@@ -148,7 +148,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _total(name: str, before: float, after: float) -> list[str]:
+def _total(name: str, before: int | float, after: int | float) -> list[str]:
     form = "{:,}" if isinstance(before, int) else "{:,.1f}"
     change = 100 * (after / before - 1) if before else 0.0
     return [name, form.format(before), form.format(after), f"{change:+.1f} %"]

@@ -84,6 +84,16 @@ def method_from_json(fields: dict[str, Any]) -> Method:
     return METHODS[name](**fields)
 
 
+def check_width(width: int | float) -> None:
+    """Raises `InputError` unless the width is an int of at least 1 or a fraction in (0, 1]."""
+    if isinstance(width, bool) or not isinstance(width, int | float):
+        raise InputError(f"width must be an int or a fraction; got {width!r}")
+    if isinstance(width, int) and width < 1:
+        raise InputError(f"width must be at least 1; got {width}")
+    if isinstance(width, float) and not 0 < width <= 1:
+        raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
+
+
 def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
     """The width that an int or a fraction of the original means.
 
@@ -102,13 +112,10 @@ def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
         >>> kept_width(0.25, 3072), kept_width(100, 3072), kept_width(0.1, 3072, 128)
         (768, 100, 384)
     """
-    if isinstance(width, bool) or not isinstance(width, int | float):
-        raise InputError(f"width must be an int or a fraction; got {width!r}")
+    check_width(width)
     if isinstance(width, int):
-        if not 1 <= width <= original:
-            raise InputError(f"width must be 1 to the MLP's own, {original}; got {width}")
+        if width > original:
+            raise InputError(f"width {width} is above the MLP's own, {original}")
         return width
-    if not 0 < width <= 1:
-        raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
     exact = max(1, round(width * original))
     return min(original, -(-exact // round_to) * round_to)

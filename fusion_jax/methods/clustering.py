@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxtyping import Array, Key
 
@@ -60,7 +60,7 @@ class Clustering(Method):
         rows, sizes = solution.parts.rows, solution.parts.sizes
         scaled = rows.scaled(sizes, 0.5)
         if subs.gate is not None:
-            scaled = replace(scaled, gate=rows.gate, gate_bias=rows.gate_bias)
+            scaled = scaled._replace(gate=rows.gate, gate_bias=rows.gate_bias)
         return Solution(scaled, solution.facts)
 
     def build(self, mlp: Mlp, solution: Solution) -> Mlp:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.kmeans import kmeans
-from fusion_jax.methods.base import Method, Solution, kept_width
+from fusion_jax.methods.base import Method, Solution, check_width, kept_width
 from fusion_jax.mlp import (
     FusedGatedMlp,
     FusedMlp,
@@ -98,7 +98,7 @@ class Fusion(Method):
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.tol < 0:
             raise InputError(f"tol must be at least 0; got {self.tol}")
-        kept_width(self.width, max(1, int(self.width)))
+        check_width(self.width)
 
     def check(self, subs: SubMLPs) -> None:
         """Raises `InputError` if the width is above that of the MLP."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from fusion_jax.errors import InputError
 from fusion_jax.mlp import Mlp, activation
 from fusion_jax.models.base import EncoderOutput, Family, Head, Model
-from fusion_jax.models.layers import LayerNorm, attention
+from fusion_jax.models.layers import ArrayLike, LayerNorm, attention
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Leaf, Rule
 
 
@@ -257,10 +257,10 @@ class Bert(Model):
 
     def __call__(
         self,
-        input_ids: Int[Array, "b t"],
-        attention_mask: Shaped[Array, "b t"] | None = None,
-        token_type_ids: Int[Array, "b t"] | None = None,
-        position_ids: Int[Array, "b t"] | None = None,
+        input_ids: Int[ArrayLike, "b t"],
+        attention_mask: Shaped[ArrayLike, "b t"] | None = None,
+        token_type_ids: Int[ArrayLike, "b t"] | None = None,
+        position_ids: Int[ArrayLike, "b t"] | None = None,
         *,
         output_hidden_states: bool = False,
         key: Key[Array, ""] | None = None,
@@ -278,9 +278,12 @@ class Bert(Model):
         Returns:
             Hidden states, pooled output and logits, in the dtype of the parameters.
         """
+        input_ids = jnp.asarray(input_ids)
+        token_type_ids = None if token_type_ids is None else jnp.asarray(token_type_ids)
+        position_ids = None if position_ids is None else jnp.asarray(position_ids)
         if attention_mask is None:
             attention_mask = jnp.ones(input_ids.shape, bool)
-        visible = attention_mask.astype(bool)[:, None, None, :]
+        visible = jnp.asarray(attention_mask).astype(bool)[:, None, None, :]
         n = len(self.layers)
         keys = (None,) * (n + 2) if key is None else tuple(jax.random.split(key, n + 2))
         x = self.embeddings(input_ids, token_type_ids, position_ids, keys[n])

@@ -6,10 +6,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from fusion_jax.mlp import wide
+
+ArrayLike = Array | np.ndarray
+"""What models take: JAX arrays, or NumPy's as tokenizers give them."""
 
 
 class LayerNorm(nnx.LayerNorm):

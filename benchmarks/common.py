@@ -1,0 +1,86 @@
+"""What the benchmarks share: the facts of the machine, JSON, and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fusion_jax.report import table
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the options that all benchmarks have."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--quick", action="store_true", help="small sizes, for a self-check")
+    result.add_argument("--json", type=Path, help="write env, rows and summary here")
+    return result
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """The machine and the versions that a measurement was made with."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    versions = {}
+    for name in ("fusion-jax", "jax", "flax", "numpy", *packages):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def show(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Prints rows as a table, and the summary below."""
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        print(table([names, *([_cell(row.get(name, "")) for name in names] for row in rows)]))
+    print()
+    for name, value in summary.items():
+        print(f"{name}: {_cell(value)}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def finish(
+    arguments: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    summary: dict[str, Any],
+    *packages: str,
+) -> None:
+    """Shows the results and writes them where ``--json`` says."""
+    show(rows, summary)
+    if arguments.json is not None:
+        result = {"env": environment(*packages), "rows": list(rows), "summary": summary}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")

