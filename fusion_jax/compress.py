@@ -82,8 +82,8 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
 
     Example:
         >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(12)])
-        >>> [s.path for s in select(sites(block), r"1\d")], [s.path for s in select(sites(block), -1)]
-        (['10', '11'], ['11'])
+        >>> [[site.path for site in select(sites(block), layers)] for layers in (r"1\d", -1)]
+        [['10', '11'], ['11']]
     """
     listing = ", ".join(f"{s.index}: {s.path or '(the model)'}" for s in found)
     if not found:

@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+# Needs torch; doctest would import it.
+collect_ignore = ["make_goldens.py"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
