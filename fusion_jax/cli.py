@@ -14,12 +14,48 @@ from tyro.conf import Positional, arg, subcommand
 from fusion_jax.errors import InputError
 from fusion_jax.methods import METHODS, Method
 
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
 AnyMethod = Union[  # noqa: UP007 - made at run time
-    tuple(Annotated[cls, subcommand(name)] for name, cls in METHODS.items())
+    tuple(
+        Annotated[cls, subcommand(name, description=_first_line(cls))]
+        for name, cls in METHODS.items()
+    )
 ]
 Name = Annotated[str, arg(metavar="MODEL")]
 Out = Annotated[Path, arg(metavar="OUT")]
-HeadName = Literal["classification", "masked-lm"]
+LayerText = Annotated[
+    str | None,
+    arg(
+        metavar="LAYERS",
+        help="Which MLPs: indices (2,3,-1), a slice (-4: is the last four), or a regular "
+        "expression for whole paths (layers.[2-5].mlp); fusion-jax inspect lists them.",
+        help_behavior_hint="(default: all)",
+    ),
+]
+HeadName = Annotated[
+    Literal["classification", "masked-lm"] | None,
+    arg(
+        metavar="HEAD",
+        help="Head to load: classification or masked-lm.",
+        help_behavior_hint="(default: none)",
+    ),
+]
+Labels = Annotated[
+    int | None,
+    arg(metavar="N", help="Classes of a new classification head.", help_behavior_hint=""),
+]
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(
+        metavar="DTYPE",
+        help="Type of the parameters: float32, bfloat16 or float16.",
+        help_behavior_hint="(default: that of the files)",
+    ),
+]
 
 
 def inspect(model: Positional[Name]) -> None:
@@ -50,10 +86,10 @@ def compress(
     model: Positional[Name],
     out: Positional[Out],
     method: AnyMethod,  # type: ignore[valid-type]
-    layers: str | None = None,
-    head: HeadName | None = None,
-    num_labels: int | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    layers: LayerText = None,
+    head: HeadName = None,
+    num_labels: Labels = None,
+    dtype: DType = None,
     seed: int = 0,
 ) -> None:
     """Compress a model's MLPs and save the result as an artefact.
@@ -62,12 +98,10 @@ def compress(
         model: Hub id, Hugging Face folder, or artefact.
         out: Folder for the artefact; must not exist or be empty.
         method: How to compress.
-        layers: Which MLPs: indices ("2,3,-1"), a slice ("-4:" for the last four), or a regular
-            expression for whole paths ("layers.[2-5].mlp"); see "fusion-jax inspect". All if not
-            given.
-        head: Head to load; none if not given.
-        num_labels: Classes of the classification head, if it is new.
-        dtype: Type of the parameters; that of the files if not given.
+        layers: Which MLPs.
+        head: Head to load.
+        num_labels: Classes of a new head.
+        dtype: Type of the parameters.
         seed: Seed of all random choices.
     """
     import jax

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -153,6 +154,22 @@ def test_sizes_and_labels_are_frozen(kind, scaling):
     frozen = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(fused, fj.Frozen))}
     assert trained == {"kernel", "bias"}
     assert frozen == {"sizes", "labels"}
+
+
+@scalings
+def test_training_with_weight_decay_leaves_frozen_bits(scaling):
+    fused, x = fuse(make(fj.Mlp), 7, scaling), inputs()
+    graph, params, rest = nnx.split(fused, nnx.Param, ...)
+    optimiser = optax.adamw(0.1, weight_decay=0.5)
+
+    def loss(p):
+        return jnp.square(nnx.merge(graph, p, rest)(x)).sum()
+
+    updates, _ = optimiser.update(jax.grad(loss)(params), optimiser.init(params), params)
+    trained = nnx.merge(graph, optax.apply_updates(params, updates), rest)
+    assert (trained.sizes[...] == fused.sizes[...]).all()
+    assert (trained.labels[...] == fused.labels[...]).all()
+    assert not (trained.up.kernel[...] == fused.up.kernel[...]).any()
 
 
 @kinds
