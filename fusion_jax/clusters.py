@@ -1,0 +1,144 @@
+"""What clustering by Gram matrix and by points share: seeding, sums, empty clusters.
+
+Weights are positive or zero, scaled to at most 1, and at least k of them are positive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Weights = Float[Array, " n"]
+Labels = Int[Array, " n"]
+
+
+class Refined(NamedTuple):
+    """Labels after a refinement.
+
+    Args:
+        labels: (n,) int32.
+        objective: The weighted sum of squared distances to the own centroid.
+        steps: Iterations (Lloyd) or moves of single points (Hartigan).
+        converged: Whether nothing was left to do.
+    """
+
+    labels: Labels
+    objective: Float[Array, ""]
+    steps: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def indices(n: int) -> Int[Array, " n"]:
+    """0 to n - 1 as int32, with and without ``jax_enable_x64``."""
+    return jnp.arange(n, dtype=jnp.int32)
+
+
+def sum_by_label(x: Float[Array, " n *d"], labels: Labels, k: int) -> Float[Array, " k *d"]:
+    """Sums of rows that have the same label."""
+
+    def scatter(x: Array, labels: Array) -> Array:
+        return jax.ops.segment_sum(x, labels, k)
+
+    def product(x: Array, labels: Array) -> Array:
+        one_hot = (labels[None] == indices(k)[:, None]).astype(x.dtype)
+        return jnp.tensordot(one_hot, x, 1, precision="highest")
+
+    # Scatters are cheap on a CPU; on accelerators they are slow and their order is not fixed.
+    return lax.platform_dependent(x, labels, cpu=scatter, default=product)
+
+
+def first_min(a: Array, axis: int = 0) -> tuple[Array, Array]:
+    """Minimum along an axis and its first index; XLA's argmin is several times slower on CPUs."""
+    least = a.min(axis, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, a.shape, axis)
+    first = jnp.where(a == least, index, a.shape[axis] - 1).min(axis)
+    return least.squeeze(axis), first
+
+
+def draw_distinct(weights: Weights, k: int, key: Key[Array, ""]) -> Int[Array, " k"]:
+    """Different points, k of them, drawn with probabilities as their weights."""
+    # The k largest of an exponential race are a draw without replacement.
+    race = jnp.log(weights) + jax.random.gumbel(key, weights.shape, weights.dtype)
+    return lax.top_k(race, k)[1].astype(jnp.int32)
+
+
+def plus_plus(
+    distances: Callable[[Array], Array], weights: Weights, k: int, key: Key[Array, ""]
+) -> Labels:
+    """Labels by the nearest of k points that greedy k-means++ chose.
+
+    Each new point is the best of 2 + log(k) candidates drawn with probability proportional to
+    weight times squared distance, as in scikit-learn.
+
+    Args:
+        distances: Maps (c,) indices of points to (c, n) squared distances from them to all points.
+        weights: The weights.
+        k: The number of clusters.
+        key: Random key.
+
+    Returns:
+        The labels.
+
+    References:
+        Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007).
+    """
+    n, dtype = weights.shape[0], weights.dtype
+    trials = 2 + int(math.log(k))
+
+    def draw(potential: Array, u: Array) -> Array:
+        cumulative = jnp.cumsum(potential)
+        return jnp.minimum(jnp.searchsorted(cumulative, u * cumulative[-1], side="right"), n - 1)
+
+    first_key, key = jax.random.split(key)
+    first = draw(weights, jax.random.uniform(first_key, (1,), dtype))
+    uniforms = jax.random.uniform(key, (k, trials), dtype)
+
+    def choose(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        nearest, labels = state
+        candidates = draw(weights * nearest, uniforms[t])
+        closer = jnp.minimum(nearest[None], distances(candidates))
+        best = closer[jnp.argmin((closer * weights[None]).sum(1))]
+        return best, jnp.where(best < nearest, t, labels)
+
+    state = distances(first)[0], jnp.zeros(n, jnp.int32)
+    return lax.fori_loop(1, k, choose, state)[1]
+
+
+def refilled(labels: Labels, weights: Weights, distance: Float[Array, " n"], k: int) -> Labels:
+    """Labels in which every empty cluster gets a point far from its own centroid.
+
+    Each cluster that is not empty keeps the member nearest to its centroid, so that with at least
+    k points of positive weight none is empty in the end. No move raises the objective.
+
+    Args:
+        labels: The labels.
+        weights: The weights; a cluster with only zeros counts as empty.
+        distance: (n,) squared distance to the own centroid.
+        k: The number of clusters.
+
+    Returns:
+        The labels, changed only if a cluster was empty.
+    """
+    n = labels.shape[0]
+    mass = sum_by_label(weights, labels, k)
+
+    def refill(labels: Array) -> Array:
+        points = indices(n)
+        real = weights > 0
+        least = jax.ops.segment_min(jnp.where(real, distance, jnp.inf), labels, k)
+        stays = jax.ops.segment_min(
+            jnp.where(real & (distance == least[labels]), points, n), labels, k
+        )
+        movable = real & (points != stays[labels])
+        farthest = jnp.argsort(jnp.where(movable, -distance, jnp.inf))[:k]
+        (empty,) = jnp.nonzero(mass <= 0, size=k, fill_value=k)
+        empty = empty.astype(jnp.int32)
+        return labels.at[farthest].set(jnp.where(empty < k, empty, labels[farthest]))
+
+    return lax.cond((mass <= 0).any(), refill, lambda labels: labels, labels)
