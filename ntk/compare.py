@@ -1,0 +1,333 @@
+"""How far two kernels are apart, and what that means for training.
+
+Everything is computed in float64 on the host, whatever the kernels' dtype. A kernel with outputs,
+(n, n, o, o), counts as one matrix (n o, n o).
+
+Adam's kernel <g(x), sign g(z)> is not symmetric. Of it, norms, singular values, and the cosine of
+two kernels are defined; eigenvalues may be complex and are not given. Its linearised dynamics are
+known only for steps on one example at a time, where the sign of a loss's gradient is the sign of
+the residual times that of g(z) (Malladi et al., 2023, A Kernel-Based View of Language Model
+Fine-Tuning, section 3): these are what is predicted for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from ntk.errors import InputError
+from ntk.tables import table
+
+Dynamics = Literal["gradient flow", "gradient descent", "sign descent"]
+
+_ASYMMETRIC = 1e-3
+"""Kernels this far from symmetric, relative to their norm, are not symmetric but for rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What linearised training on the same targets predicts with either kernel.
+
+    Args:
+        dynamics: ``"gradient flow"`` and ``"gradient descent"`` of half the sum of squared
+            residuals; ``"sign descent"`` on one example after another.
+        times: (t,) times; steps times the learning rate.
+        outputs: (2, t, n) or (2, t, n, o), the outputs at the kernel's examples with either kernel.
+        losses: (2, t) squared residuals, relative to those at the start.
+        apart: (t,) distance of the two outputs, relative to the residual at the start.
+    """
+
+    dynamics: Dynamics
+    times: Float[np.ndarray, " t"]
+    outputs: Float[np.ndarray, "2 t *n"]
+    losses: Float[np.ndarray, "2 t"]
+    apart: Float[np.ndarray, " t"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far a kernel K2 is from a kernel K; ``str()`` is a table.
+
+    Args:
+        frobenius: ``|K - K2|_F / |K|_F``.
+        spectral: ``|K - K2|_2 / |K|_2``.
+        alignment: Cosine of the centred kernels; for symmetric ones, CKA with values in [0, 1].
+        symmetric: Whether both are symmetric but for rounding.
+        spectra: (2, n o) eigenvalues, or singular values of kernels that are not symmetric, from
+            the largest on.
+        effective_ranks: exp of the entropy of each spectrum as a distribution, 1 to n o.
+        training: What the difference means for training, or None without targets.
+
+    References:
+        Cortes, Mohri and Rostamizadeh (2012), Kornblith et al. (2019) for the alignment; Roy and
+        Vetterli (2007) for the effective rank.
+    """
+
+    frobenius: float
+    spectral: float
+    alignment: float
+    symmetric: bool
+    spectra: Float[np.ndarray, "2 n"]
+    effective_ranks: tuple[float, float]
+    training: Training | None
+
+    def __str__(self) -> str:
+        kind = "eigenvalue" if self.symmetric else "singular value"
+        rows = [["", "first", "second", "difference"]]
+        for i in range(min(3, self.spectra.shape[1])):
+            a, b = self.spectra[:, i]
+            rows.append([f"{kind} {i + 1}", f"{a:.4g}", f"{b:.4g}", _percent(b - a, a)])
+        a, b = self.effective_ranks
+        rows.append(["effective rank", f"{a:.2f}", f"{b:.2f}", _percent(b - a, a)])
+        rows.append(["Frobenius norm", "", "", f"{100 * self.frobenius:.2f} %"])
+        rows.append(["spectral norm", "", "", f"{100 * self.spectral:.2f} %"])
+        rows.append(["centred alignment", "", "", f"{self.alignment:.4f}"])
+        text = table(rows)
+        if self.training is None:
+            return text
+        t = self.training
+        steps = np.unique(np.linspace(0, len(t.times) - 1, 6).astype(int))
+        rows = [[f"{t.dynamics} to time", "loss, first", "loss, second", "outputs apart"]]
+        rows += [
+            [f"{t.times[i]:.4g}", *(f"{x:.4f}" for x in t.losses[:, i]), f"{t.apart[i]:.4f}"]
+            for i in steps
+        ]
+        return f"{text}\n\n{table(rows)}"
+
+
+def compare(
+    kernel: Any,
+    kernel2: Any,
+    *,
+    targets: Any = None,
+    outputs: Any = None,
+    times: Any = None,
+    learning_rate: float | None = None,
+    steps: int | None = None,
+) -> Comparison:
+    """Compares two kernels of the same examples.
+
+    Args:
+        kernel: K, (n, n) or (n, n, o, o), the kernel to compare with.
+        kernel2: K2, of the same shape.
+        targets: (n,) or (n, o), what training is to reach; None leaves training out.
+        outputs: Of the model before training, shaped like the targets; None for zeros.
+        times: (t,) for gradient flow; None for 33 from 0.1 to 1,000 over K's largest eigenvalue.
+        learning_rate: Turns gradient flow into descent in steps. For kernels that are not
+            symmetric, of sign descent; None then for steps of a twentieth of a typical residual.
+        steps: How many; None for 100, or 10 n for sign descent.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        InputError: Shapes do not fit, a value is not finite, an option does not belong to the
+            dynamics, or training is asked of a symmetric kernel with negative eigenvalues or of
+            one that is not symmetric and has outputs.
+
+    Example:
+        >>> k = np.array([[2.0, 1.0], [1.0, 2.0]])
+        >>> result = compare(k, 1.1 * k, targets=[1.0, -1.0], times=[0.0, 1.0])
+        >>> round(result.frobenius, 3), round(result.alignment, 3)
+        (0.1, 1.0)
+        >>> print(result)
+                           first  second  difference
+        -----------------  -----  ------  ----------
+        eigenvalue 1           3     3.3    +10.00 %
+        eigenvalue 2           1     1.1    +10.00 %
+        effective rank      1.75    1.75     +0.00 %
+        Frobenius norm                       10.00 %
+        spectral norm                        10.00 %
+        centred alignment                     1.0000
+        <BLANKLINE>
+        gradient flow to time  loss, first  loss, second  outputs apart
+        ---------------------  -----------  ------------  -------------
+        0                           1.0000        1.0000         0.0000
+        1                           0.1353        0.1108         0.0350
+    """
+    k, n, o = _matrix("kernel", kernel)
+    k2, *shape2 = _matrix("kernel2", kernel2)
+    if [n, o] != shape2:
+        raise InputError(f"kernels of shapes {np.shape(kernel)} and {np.shape(kernel2)}")
+    norm = np.linalg.norm(k)
+    if norm == 0:
+        raise InputError("kernel is zero")
+    symmetric = all(np.linalg.norm(a - a.T) <= _ASYMMETRIC * np.linalg.norm(a) for a in (k, k2))
+    if symmetric:
+        k, k2 = (k + k.T) / 2, (k2 + k2.T) / 2
+        spectra = np.stack([np.linalg.eigvalsh(a)[::-1] for a in (k, k2)])
+    else:
+        spectra = np.stack([np.linalg.svd(a, compute_uv=False) for a in (k, k2)])
+    centred = [_centred(a, n, o) for a in (k, k2)]
+    sizes = [float(np.linalg.norm(a)) for a in centred]
+    inner = float((centred[0] * centred[1]).sum())
+    training = None
+    if targets is not None:
+        training = _training(
+            (k, k2), symmetric, n, o, targets, outputs, times, learning_rate, steps
+        )
+    elif any(a is not None for a in (outputs, times, learning_rate, steps)):
+        raise InputError("outputs, times, learning_rate and steps need targets")
+    return Comparison(
+        frobenius=float(np.linalg.norm(k - k2) / norm),
+        spectral=float(np.linalg.norm(k - k2, 2) / np.linalg.norm(k, 2)),
+        alignment=inner / (sizes[0] * sizes[1]) if min(sizes) > 0 else float("nan"),
+        symmetric=symmetric,
+        spectra=spectra,
+        effective_ranks=(_effective_rank(spectra[0]), _effective_rank(spectra[1])),
+        training=training,
+    )
+
+
+def apart_bound(change: float, times: Any) -> Float[np.ndarray, " t"]:
+    """How far gradient flow with two kernels can part, from a bound on the kernels' change.
+
+    Args:
+        change: A bound on ``|K - K2|_2``, such as ``ntk.bounds.Change.spectral``.
+        times: (t,) times.
+
+    Returns:
+        Bounds on `Training.apart` for gradient flow, and for gradient descent whose learning rate
+        is at most one over the largest eigenvalues.
+
+    Proof: The residuals are A_t r with A_t = exp(-K t), or (1 - a K)^(t / a). exp(-K t) -
+    exp(-K2 t) is the integral over s in [0, t] of exp(-K s) (K2 - K) exp(-K2 (t - s)), where both
+    exponentials have norms of at most 1, as kernels are positive semi-definite; with steps it is a
+    telescoping sum of the same form. Nor can it exceed 1, as both A_t are between 0 and 1.
+
+    Example:
+        >>> apart_bound(0.1, [0.0, 1.0, 100.0]).tolist()
+        [0.0, 0.1, 1.0]
+    """
+    return np.minimum(change * np.asarray(times, np.float64), 1.0)
+
+
+def _matrix(name: str, kernel: Any) -> tuple[np.ndarray, int, int]:
+    """A kernel as a matrix (n o, n o), and n and o."""
+    k = np.asarray(kernel).astype(np.float64)
+    square = k.ndim in (2, 4) and k.shape[0] == k.shape[1] and k.shape[2:3] == k.shape[3:4]
+    if not square or 0 in k.shape:
+        raise InputError(f"{name} must be (n, n) or (n, n, o, o), not empty; got {k.shape}")
+    if not np.isfinite(k).all():
+        raise InputError(f"{name} holds NaN or infinite values")
+    n, o = k.shape[0], 1 if k.ndim == 2 else k.shape[2]
+    return (k if k.ndim == 2 else k.transpose(0, 2, 1, 3).reshape(n * o, n * o)), n, o
+
+
+def _centred(k: np.ndarray, n: int, o: int) -> np.ndarray:
+    """The kernel of features less their mean over examples, output by output."""
+    k = k.reshape(n, o, n, o)
+    k = k - k.mean(0, keepdims=True)
+    return (k - k.mean(2, keepdims=True)).reshape(n * o, n * o)
+
+
+def _effective_rank(spectrum: np.ndarray) -> float:
+    p = np.clip(spectrum, 0, None)
+    if p.sum() == 0:
+        return 0.0
+    p = p[p > 0] / p.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def _percent(change: float, of: float) -> str:
+    return f"{100 * change / of:+.2f} %" if of else "-"
+
+
+def _training(
+    kernels: tuple[np.ndarray, np.ndarray],
+    symmetric: bool,
+    n: int,
+    o: int,
+    targets: Any,
+    outputs: Any,
+    times: Any,
+    learning_rate: float | None,
+    steps: int | None,
+) -> Training:
+    y = np.asarray(targets).astype(np.float64)
+    start = np.zeros_like(y) if outputs is None else np.asarray(outputs).astype(np.float64)
+    shapes = [(n,), (n, 1)] if o == 1 else [(n, o)]
+    for name, a in (("targets", y), ("outputs", start)):
+        if a.shape not in shapes or a.shape != y.shape:
+            raise InputError(f"{name} must be {' or '.join(map(str, shapes))}; got {a.shape}")
+        if not np.isfinite(a).all():
+            raise InputError(f"{name} hold NaN or infinite values")
+    residual = (y - start).ravel()
+    if not residual.any():
+        raise InputError("the outputs are the targets already: there is nothing to train")
+    if learning_rate is not None and not (np.isfinite(learning_rate) and learning_rate > 0):
+        raise InputError(f"learning_rate must be positive; got {learning_rate}")
+    if steps is not None and steps < 1:
+        raise InputError(f"steps must be at least 1; got {steps}")
+    if symmetric and learning_rate is None:
+        if steps is not None:
+            raise InputError("steps need a learning_rate; gradient flow has times")
+        dynamics: Dynamics = "gradient flow"
+        top = np.linalg.norm(kernels[0], 2)
+        t = np.logspace(-1, 3, 33) / top if times is None else np.asarray(times, np.float64)
+        if t.ndim != 1 or t.size == 0 or not np.isfinite(t).all() or (t < 0).any():
+            raise InputError("times must be (t,), finite and not negative")
+        left = np.stack([_flow(k, residual, t) for k in kernels])
+    else:
+        if times is not None:
+            raise InputError("times are for gradient flow; steps have a learning_rate")
+        if symmetric:
+            assert learning_rate is not None
+            dynamics, steps = "gradient descent", steps or 100
+            left = np.stack([_descent(k, residual, learning_rate, steps) for k in kernels])
+        else:
+            if o != 1:
+                raise InputError(
+                    "the training of a kernel that is not symmetric is defined for one output"
+                )
+            dynamics, steps = "sign descent", steps or 10 * n
+            typical = np.abs(np.diagonal(kernels[0])).mean()
+            if learning_rate is None:
+                learning_rate = float(np.abs(residual).mean() / (20 * typical or 1.0))
+            left = np.stack([_sign_descent(k, residual, learning_rate, steps) for k in kernels])
+        t = np.arange(steps + 1) * learning_rate
+    size = np.linalg.norm(residual)
+    return Training(
+        dynamics=dynamics,
+        times=t,
+        outputs=(y.ravel() - left).reshape(2, len(t), *y.shape),
+        losses=np.square(left).sum(-1) / size**2,
+        apart=np.linalg.norm(left[0] - left[1], axis=-1) / size,
+    )
+
+
+def _modes(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(k)
+    if values[0] < -_ASYMMETRIC * values[-1]:
+        raise InputError(f"a kernel has a negative eigenvalue, {values[0]:.3g}: training diverges")
+    return np.clip(values, 0, None), vectors
+
+
+def _flow(k: np.ndarray, residual: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Residuals (t, n) of gradient flow, exp(-K t) r."""
+    values, vectors = _modes(k)
+    return (np.exp(-np.outer(times, values)) * (vectors.T @ residual)) @ vectors.T
+
+
+def _descent(k: np.ndarray, residual: np.ndarray, rate: float, steps: int) -> np.ndarray:
+    """Residuals (steps + 1, n) of gradient descent, (1 - a K)^s r."""
+    values, vectors = _modes(k)
+    if rate * values[-1] > 2:
+        raise InputError(
+            f"gradient descent diverges: learning_rate {rate:.3g} is above two over the "
+            f"largest eigenvalue, {2 / values[-1]:.3g}"
+        )
+    factors = (1 - rate * values) ** np.arange(steps + 1)[:, None]
+    return (factors * (vectors.T @ residual)) @ vectors.T
+
+
+def _sign_descent(k: np.ndarray, residual: np.ndarray, rate: float, steps: int) -> np.ndarray:
+    """Residuals (steps + 1, n) of steps on one example after another, r - a K[:, j] sign r_j."""
+    result = [residual]
+    for step in range(steps):
+        j = step % len(residual)
+        result.append(result[-1] - rate * k[:, j] * np.sign(result[-1][j]))
+    return np.stack(result)

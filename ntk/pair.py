@@ -1,0 +1,122 @@
+"""An MLP and a smaller one that stands for it: what bounds are about."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from ntk.errors import InputError
+from ntk.mlp import finite, prepared
+from ntk.units import MlpWeights, mlp_weights
+
+
+class Pair(NamedTuple):
+    """An MLP before and after fusing, or any smaller MLP whose units stand for clusters of units.
+
+    Args:
+        original: Its weights, p units, without factors.
+        fused: The fused MLP's, c units.
+        labels: The cluster of each of the p units.
+    """
+
+    original: MlpWeights
+    fused: MlpWeights
+    labels: Int[Array, " p"]
+
+    @property
+    def sizes(self) -> Float[Array, " c"]:
+        """Cluster sizes n_c."""
+        ones = jnp.ones_like(self.original.up[:, 0])
+        return jax.ops.segment_sum(ones, self.labels, self.fused.width)
+
+
+class Side(NamedTuple):
+    """Inputs (n, d) and their upstream gradients (n, o), or None for the traced kernel."""
+
+    x: Float[Array, "n d"]
+    g: Float[Array, "n o"] | None
+
+
+def pair(original: Any, fused: Any) -> Pair:
+    """Reads an MLP and its fused version from Flax NNX modules.
+
+    Args:
+        original: A module that `ntk.mlp.mlp_weights` can read.
+        fused: Another, with the ``labels`` of the original's units.
+
+    Returns:
+        The pair.
+
+    Raises:
+        InputError: They do not fit together.
+    """
+    if not hasattr(fused, "labels"):
+        raise InputError(f"{type(fused).__name__} has no labels of the original's units")
+    return check(Pair(mlp_weights(original), mlp_weights(fused), fused.labels[...]))
+
+
+def check(pair: Pair) -> Pair:
+    """Returns a pair whose parts fit together and whose clusters all have units.
+
+    An empty cluster gets a unit of zero weights, which adds nothing to the original's outputs and
+    kernels, as s(0) = 0.
+
+    Raises:
+        InputError: The parts do not fit together.
+    """
+    a, b, labels = pair.original.check(), pair.fused.check(), pair.labels
+    if any(factor is not None for factor in (a.outer, a.inner, a.middle)):
+        raise InputError("the original has factors: it is a fused MLP itself")
+    for name, x, y in (
+        ("inputs", a.up.shape[1], b.up.shape[1]),
+        ("outputs", a.down.shape[1], b.down.shape[1]),
+        ("activation", a.act, b.act),
+        ("having a gate", a.gate is not None, b.gate is not None),
+        ("having input biases", a.up_bias is not None, b.up_bias is not None),
+        ("having gate biases", a.gate_bias is not None, b.gate_bias is not None),
+        ("having an output bias", a.out_bias, b.out_bias),
+    ):
+        if x != y:
+            raise InputError(f"the two MLPs differ in {name}: {x} and {y}")
+    if labels.shape != (a.width,):
+        raise InputError(f"labels must be ({a.width},); got {labels.shape}")
+    if isinstance(labels, Tracer):
+        return pair
+    known = np.asarray(labels)
+    if (known < 0).any() or (known >= b.width).any():
+        raise InputError(f"labels must be in [0, {b.width}), the units of the smaller MLP")
+    empty = np.setdiff1d(np.arange(b.width), known)
+    if not empty.size:
+        return pair
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, empty.size), *[(0, 0)] * (x.ndim - 1)])
+
+    more = jnp.concatenate([labels, jnp.asarray(empty, labels.dtype)])
+    return Pair(jax.tree.map(padded, a), b, more)
+
+
+def prepared_pair(
+    pair: Pair, x: Array, z: Array | None, gx: Array | None, gz: Array | None
+) -> tuple[Pair, Side, Side]:
+    """Checks a pair and its inputs, and brings all to one dtype."""
+    pair = check(pair)
+    if x.ndim != 2:
+        raise InputError(f"x must be (n, d), single positions; got {x.shape}")
+    if gx is None and gz is not None:
+        raise InputError("gz is given, gx is not")
+    if z is not None and (gx is None) != (gz is None):
+        raise InputError("upstream gradients gx and gz go together where z is given")
+    for leaf in jax.tree.leaves((pair, x, z, gx, gz)):
+        finite(leaf)
+    # Through the MLP that is wider in precision, which decides for all.
+    fused, x, z, gx, gz = prepared(pair.fused, x, z, gx, gz)
+    original, x, z, gx, gz = prepared(pair.original, x, z, gx, gz)
+    fused = jax.tree.map(lambda a: a.astype(x.dtype), fused)
+    left = Side(x, gx)
+    return Pair(original, fused, pair.labels), left, left if z is None else Side(z, gz)

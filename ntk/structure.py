@@ -1,0 +1,355 @@
+"""What a function does with its parameters: a flat program of one example, and its products.
+
+The gradient of a matrix that is multiplied with inputs X (t, a) is X^T D, where D (t, b) is the
+gradient with respect to the product; that of a table from which rows are looked up is the same
+with one-hot rows X. Such a pair (X, D) is far smaller than the gradient, and an inner product of
+two gradients needs only <X X'^T, D D'^T>. `Program` finds these uses in any traced function, and
+evaluates it so that JAX's own differentiation gives D (a zero is added to each product, and D is
+the gradient with respect to that zero).
+
+Axis letters: n examples, o outputs, e batched products (experts), t positions, a inputs and
+b outputs of a product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex_core
+from jaxtyping import Array, Num
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+# Where values of a batch of one are to be placed says nothing of where those of a block are.
+_PLACEMENTS = {"sharding_constraint", "reshard", "mesh_cast"}
+_PLACES = ("sharding", "out_sharding")
+# What changes how a parameter is laid out, but neither its inner products nor its signs.
+_LAYOUTS = {"transpose", "reshape", "squeeze", "convert_element_type", "copy", "copy_p"}
+
+
+class Op(NamedTuple):
+    """One primitive operation on numbered values."""
+
+    eqn: Any
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product or look-up with a parameter.
+
+    Args:
+        op: The number of the operation.
+        other: The number of the value that the parameter meets: inputs, or indices of rows.
+        lookup: Whether rows are looked up.
+        perm: The order of the inputs' axes that makes them (e, t, a); empty for a look-up.
+        shape: The sizes (e, t, a, b).
+        first: Whether the parameter is the first factor, so that the product is (e, b, t).
+        clipped: Whether a look-up clips indices that are out of range; else it ignores them.
+        layout: What maps the parameter to (e, a, b); uses with the same can be put together.
+    """
+
+    op: int
+    other: int
+    lookup: bool
+    perm: tuple[int, ...]
+    shape: tuple[int, int, int, int]
+    first: bool
+    clipped: bool
+    layout: Any
+
+    def inputs(self, value: Array) -> Array:
+        """The inputs X (e, t, a) of a product; the rows (t,) of a look-up, a if ignored."""
+        e, t, a, _ = self.shape
+        if not self.lookup:
+            return value.transpose(self.perm).reshape(e, t, a)
+        rows = value.reshape(t).astype(jnp.int32)
+        if self.clipped:
+            return rows.clip(0, a - 1)
+        return jnp.where((rows >= 0) & (rows < a), rows, a)
+
+    def cotangent(self, value: Array) -> Num[Array, "e t b"]:
+        """The gradient D (e, t, b) with respect to the product."""
+        e, t, _, b = self.shape
+        return value.reshape(e, b, t).swapaxes(1, 2) if self.first else value.reshape(e, t, b)
+
+
+class Program:
+    """A function of parameters and one example as a flat list of operations.
+
+    Calls are inlined, operations that the output does not need are dropped, and arrays that the
+    function closes over become arguments, so that they are no constants in compiled code.
+
+    Args:
+        function: Takes a list of parameters and a list of arrays of one example; returns a vector.
+        leaves: Shapes and dtypes of the parameters.
+        example: Shapes and dtypes of one example.
+
+    Example:
+        >>> shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+        >>> program = Program(lambda p, x: x[0] @ p[0] + p[1], [shape(3, 2), shape(2)], [shape(3)])
+        >>> program.uses[0][0].shape, 1 in program.uses, program.outputs
+        ((1, 1, 3, 2), False, 2)
+    """
+
+    ops: list[Op]
+    constants: list[Array]
+    uses: dict[int, tuple[Use, ...]]
+    """By the number of a parameter, if it is only used in products or look-ups of one layout."""
+    idle: frozenset[int]
+    """The parameters that the output does not depend on."""
+    measured: dict[Any, int]
+    """What a caller wants to remember of the program's compiled functions: bytes, by a key."""
+
+    def __init__(
+        self,
+        function: Callable[[list[Any], list[Any]], Any],
+        leaves: Sequence[jax.ShapeDtypeStruct],
+        example: Sequence[jax.ShapeDtypeStruct],
+    ):
+        closed = jax.make_jaxpr(function)(list(leaves), list(example))
+        self.constants = []
+        self.measured = {}
+        self._jitted: dict[Any, Any] = {}
+        self._literals: dict[int, Any] = {}
+        self._constant_ids: list[int] = []
+        self._count = 0
+        self.ops = []
+        arguments = [self._new() for _ in closed.jaxpr.invars]
+        self._leaf_ids = arguments[: len(leaves)]
+        self._example_ids = arguments[len(leaves) :]
+        (self._out,) = self._inline(closed.jaxpr, closed.consts, arguments)
+        self._drop_dead()
+        self.outputs: int = closed.out_avals[0].shape[0]
+        self.uses, self.idle = self._analyse(leaves)
+
+    def _new(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[int]) -> list[int]:
+        numbers: dict[Any, int] = {}
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            numbers[var] = self._new()
+            self._constant_ids.append(numbers[var])
+            self.constants.append(jnp.asarray(const))
+        numbers.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def number(atom: Any) -> int:
+            if not isinstance(atom, jex_core.Literal):
+                return numbers[atom]
+            new = self._new()
+            self._literals[new] = atom.val
+            return new
+
+        for eqn in jaxpr.eqns:
+            ins = tuple(map(number, eqn.invars))
+            if eqn.primitive.name in _PLACEMENTS:
+                outs = list(ins)
+            elif eqn.primitive.name in _CALLS:
+                inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+                outs = self._inline(
+                    getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins
+                )
+            else:
+                outs = [self._new() for _ in eqn.outvars]
+                self.ops.append(Op(eqn, ins, tuple(outs)))
+            numbers.update(zip(eqn.outvars, outs, strict=True))
+        return [number(atom) for atom in jaxpr.outvars]
+
+    def _drop_dead(self) -> None:
+        live, kept = {self._out}, []
+        for op in reversed(self.ops):
+            if live.intersection(op.outs):
+                live.update(op.ins)
+                kept.append(op)
+        self.ops = kept[::-1]
+
+    def _analyse(
+        self, leaves: Sequence[jax.ShapeDtypeStruct]
+    ) -> tuple[dict[int, tuple[Use, ...]], frozenset[int]]:
+        laid_out: dict[int, tuple[int, tuple[Any, ...]]] = {
+            number: (leaf, ()) for leaf, number in enumerate(self._leaf_ids)
+        }
+        found: dict[int, list[Use]] = {}
+        touched, other = set(), set()
+        for index, op in enumerate(self.ops):
+            slots = [slot for slot, number in enumerate(op.ins) if number in laid_out]
+            if not slots:
+                continue
+            touched.update(laid_out[op.ins[slot]][0] for slot in slots)
+            leaf, chain = laid_out[op.ins[slots[0]]]
+            name = op.eqn.primitive.name
+            if name in _LAYOUTS and jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.floating):
+                steps = (name, op.eqn.outvars[0].aval.shape, str(op.eqn.params))
+                laid_out[op.outs[0]] = leaf, (*chain, steps)
+                continue
+            use = _use(index, op, slots[0]) if len(slots) == 1 else None
+            if use is None:
+                other.update(laid_out[op.ins[slot]][0] for slot in slots)
+            else:
+                found.setdefault(leaf, []).append(replace(use, layout=(chain, use.layout)))
+        if self._out in laid_out:
+            touched.add(laid_out[self._out][0])
+            other.add(laid_out[self._out][0])
+        uses = {
+            leaf: tuple(uses)
+            for leaf, uses in found.items()
+            if leaf not in other and len({use.layout for use in uses}) == 1
+        }
+        return uses, frozenset(range(len(leaves))) - touched
+
+    def __call__(
+        self,
+        leaves: Sequence[Array],
+        constants: Sequence[Array],
+        example: Sequence[Array],
+        taps: Mapping[int, Array] | None = None,
+    ) -> tuple[Num[Array, " o"], dict[int, Array]]:
+        """Runs the program.
+
+        Args:
+            leaves: The parameters.
+            constants: `constants`, possibly traced.
+            example: The arrays of one example.
+            taps: What to add to the result of an operation, by its number.
+
+        Returns:
+            The output, and what the parameter met in every operation with a tap.
+        """
+        taps = {} if taps is None else taps
+        others = {use.op: use.other for uses in self.uses.values() for use in uses}
+        values = dict(self._literals)
+        values.update(zip(self._leaf_ids, leaves, strict=True))
+        values.update(zip(self._constant_ids, constants, strict=True))
+        values.update(zip(self._example_ids, example, strict=True))
+        met = {}
+        for index, op in enumerate(self.ops):
+            results = _run(op.eqn, [values[i] for i in op.ins])
+            if index in taps:
+                met[index] = values[others[index]]
+                results = [results[0] + taps[index]]
+            values.update(zip(op.outs, results, strict=True))
+        return values[self._out], met
+
+    def jitted(self, function: Callable[..., Any], static: int) -> Any:
+        """A function of this program, compiled once however often it is asked for.
+
+        Args:
+            function: Takes the program, then ``static`` hashable arguments, then pytrees of arrays.
+            static: How many.
+
+        Returns:
+            The jitted function of what comes after the program.
+        """
+        if function not in self._jitted:
+            self._jitted[function] = jax.jit(
+                partial(function, self), static_argnums=tuple(range(static))
+            )
+        return self._jitted[function]
+
+    def tap(self, use: Use) -> Array:
+        """The zero to add to a product."""
+        aval = self.ops[use.op].eqn.outvars[0].aval
+        return jnp.zeros(aval.shape, aval.dtype)
+
+    def flops(self) -> int:
+        """Operations (two a multiply-add) of the matrix products for one example."""
+        return sum(_flops(op.eqn) for op in self.ops)
+
+    def bytes(self) -> int:
+        """Bytes of all intermediate values for one example."""
+        avals = [var.aval for op in self.ops for var in op.eqn.outvars]
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in avals if hasattr(a, "shape"))
+
+
+def _run(eqn: Any, args: list[Any]) -> list[Any]:
+    if eqn.primitive.name == "broadcast_in_dim" and len(args) == 1:
+        # Axes of size 1 that grow are left out of the operand, since neural-tangents takes every
+        # axis of it for one of the result.
+        shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+        kept = [axis for i, axis in enumerate(axes) if jnp.shape(args[0])[i] == shape[axis]]
+        operand = lax.reshape(args[0], [shape[axis] for axis in kept])
+        return [lax.broadcast_in_dim(operand, shape, kept)]
+    params = dict(eqn.primitive.get_bind_params(eqn.params))
+    params.update({name: None for name in _PLACES if params.get(name) is not None})
+    result = eqn.primitive.bind(*args, **params)
+    return result if eqn.primitive.multiple_results else [result]
+
+
+def _flops(eqn: Any) -> int:
+    if eqn.primitive.name != "dot_general":
+        return 0
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _use(index: int, op: Op, slot: int) -> Use | None:
+    name = op.eqn.primitive.name
+    if name == "dot_general":
+        return _product(index, op, slot)
+    if name == "gather" and slot == 0:
+        return _lookup(index, op)
+    return None
+
+
+def _product(index: int, op: Op, slot: int) -> Use:
+    contracted, batch = op.eqn.params["dimension_numbers"]
+    shapes = [var.aval.shape for var in op.eqn.invars]
+
+    def free(side: int) -> tuple[int, ...]:
+        bound = {*contracted[side], *batch[side]}
+        return tuple(i for i in range(len(shapes[side])) if i not in bound)
+
+    def size(side: int, axes: Sequence[int]) -> int:
+        return math.prod(shapes[side][i] for i in axes)
+
+    meets = 1 - slot
+    e, a = size(slot, batch[slot]), size(slot, contracted[slot])
+    t, b = size(meets, free(meets)), size(slot, free(slot))
+    return Use(
+        op=index,
+        other=op.ins[meets],
+        lookup=False,
+        perm=(*batch[meets], *free(meets), *contracted[meets]),
+        shape=(e, t, a, b),
+        first=slot == 0,
+        clipped=False,
+        layout=(tuple(batch[slot]), tuple(contracted[slot])),
+    )
+
+
+def _lookup(index: int, op: Op) -> Use | None:
+    """Rows ``table[ids]``; other gathers are not recognised."""
+    table, ids = (var.aval.shape for var in op.eqn.invars)
+    out = op.eqn.outvars[0].aval.shape
+    numbers, mode = op.eqn.params["dimension_numbers"], op.eqn.params["mode"]
+    lead = len(ids) - 1
+    rows = (
+        ids[-1:] == (1,)
+        and numbers.offset_dims == tuple(range(lead, len(out)))
+        and numbers.collapsed_slice_dims == (0,)
+        and numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(op.eqn.params["slice_sizes"]) == (1, *table[1:])
+    )
+    if not rows:
+        return None
+    return Use(
+        op=index,
+        other=op.ins[1],
+        lookup=True,
+        perm=(),
+        shape=(1, math.prod(ids[:-1]), table[0], math.prod(table[1:])),
+        first=False,
+        clipped=mode == lax.GatherScatterMode.CLIP,
+        layout="rows",
+    )
