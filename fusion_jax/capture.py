@@ -7,8 +7,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusion_jax.compress import replaced, sites
 from fusion_jax.mlp import Mlp
+from fusion_jax.sites import replaced, sites
 
 
 class _Seen(nnx.Variable):

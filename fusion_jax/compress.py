@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,112 +14,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
-from fusion_jax.errors import InputError
+from fusion_jax.calibration import Calibrator, Source
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Method, Solution
-from fusion_jax.mlp import GatedMlp, Mlp, SubMLPs
+from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
+from fusion_jax.sites import Layers, Site, replaced, select, sites
+from fusion_jax.submlps import SubMLPs, activation
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One MLP in a model.
-
-    Args:
-        index: Its number in the order of the model's layers.
-        path: Where it is, such as ``"layers.3.mlp"``.
-        mlp: The module.
-    """
-
-    index: int
-    path: str
-    mlp: Mlp
-
-
-Layers = str | int | slice | Iterable[int] | Callable[[Site], bool] | None
-
-
-def sites(model: nnx.Module) -> list[Site]:
-    """The MLPs of a model, in the order of its layers.
-
-    Args:
-        model: Any Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
-
-    Returns:
-        The sites; empty if there are none.
-
-    Example:
-        >>> from fusion_jax.mlp import Mlp
-        >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
-        >>> [site.path for site in sites(block)]
-        ['0', '1']
-    """
-    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, Mlp)]
-    # Layer 10 after layer 9, not after layer 1.
-    found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
-    return [Site(i, ".".join(map(str, path)), m) for i, (path, m) in enumerate(found)]
-
-
-def select(found: Sequence[Site], layers: Layers) -> list[Site]:
-    r"""The sites that a choice of layers means.
-
-    Args:
-        found: All sites of the model.
-        layers: A regular expression that matches whole paths; indices (negative ones count from
-            the end) or a slice; a function of a `Site`; None for all.
-
-    Returns:
-        The chosen sites, in order.
-
-    Raises:
-        InputError: The choice matches nothing or an index is out of range; lists the sites.
-
-    Example:
-        >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(12)])
-        >>> [[site.path for site in select(sites(block), layers)] for layers in (r"1\d", -1)]
-        [['10', '11'], ['11']]
-    """
-    listing = ", ".join(f"{s.index}: {s.path or '(the model)'}" for s in found)
-    if not found:
-        raise InputError("the model has no MLP that can be compressed")
-    if layers is None:
-        return list(found)
-    if isinstance(layers, str):
-        try:
-            pattern = re.compile(layers)
-        except re.error as error:
-            raise InputError(f"layers {layers!r} is no regular expression: {error}") from None
-        chosen = [s for s in found if pattern.fullmatch(s.path)]
-    elif isinstance(layers, slice):
-        chosen = list(found[layers])
-    elif callable(layers):
-        chosen = [s for s in found if layers(s)]
-    else:
-        indices = [layers] if isinstance(layers, int) else list(layers)
-        for i in indices:
-            if not isinstance(i, int) or not -len(found) <= i < len(found):
-                raise InputError(f"layers: no site {i!r}; the sites are {listing}")
-        wanted = {i % len(found) for i in indices}
-        chosen = [s for s in found if s.index in wanted]
-    if not chosen:
-        raise InputError(
-            f"layers {layers!r} matches no site (a pattern must match a whole path); "
-            f"the sites are {listing}"
-        )
-    return chosen
+TreeT = TypeVar("TreeT")
 
 
 def compress(
     model: ModelT,
-    method: Method,
+    method: Method | Mapping[str, Method],
     *,
     key: Key[Array, ""],
     layers: Layers = None,
+    calibration: Source | None = None,
     progress: bool | None = None,
 ) -> tuple[ModelT, Report]:
     """Compresses MLPs of a model in one shot; the model itself is not changed.
@@ -128,17 +45,24 @@ def compress(
     Args:
         model: A model from `fusion_jax.load`, or any NNX module that holds its MLPs as `Mlp` or
             `GatedMlp`.
-        method: What to do, such as ``Fusion(width=0.25)``.
+        method: What to do, such as ``Fusion(width=0.25)``; or the method of each site by its path,
+            as `allocate` gives them.
         key: Random key; a site's result does not depend on which others are compressed.
         layers: Which sites, see `select`; None for all.
+        calibration: For methods that fit to what the MLPs see (a few hundred unlabelled sentences
+            do): strings; batches of tokens (`Batch`, or mappings of the model's arguments, whose
+            ``attention_mask`` leaves out padding); inputs by site path, as `calibrate` gives them;
+            a file of such inputs (.safetensors) or of text, a sentence per line; or ``"random"``,
+            for random tokens where there is no text at all.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
         The smaller model, which shares all other arrays with the original, and a report.
 
     Raises:
-        InputError: ``layers`` matches nothing, the method does not fit a site, or a weight is NaN
-            or infinite; the message names the site. Raised before any long work.
+        InputError: ``layers`` matches nothing, the method does not fit a site, a weight is NaN or
+            infinite, or the calibration makes no sense; the message names the site. Raised before
+            any long work.
 
     Example:
         >>> from fusion_jax import Fusion, Mlp
@@ -148,14 +72,28 @@ def compress(
         (16, 64)
     """
     found = sites(model)
-    chosen = select(found, layers)
+    if isinstance(method, Mapping):
+        methods: dict[str, Method] = dict(method)
+        unknown = [path for path in methods if path not in {site.path for site in found}]
+        if unknown:
+            raise InputError(
+                f"no site {unknown[0]!r}{nearest(unknown[0], [s.path for s in found])}"
+            )
+        chosen = select([site for site in found if site.path in methods], layers)
+    else:
+        chosen = select(found, layers)
+        methods = {site.path: method for site in chosen}
     for site in chosen:
+        method = methods[site.path]
         with _naming(site):
             if type(site.mlp) not in (Mlp, GatedMlp):
                 raise InputError(
                     f"is a {type(site.mlp).__name__} already; compress the original model"
                 )
-            method.check(jax.eval_shape(site.mlp.sub_mlps))
+            subs = jax.eval_shape(site.mlp.sub_mlps)
+            method.check(subs, calibrated=calibration is not None)
+            if calibration is not None and not method.calibrated:
+                raise InputError(f"{type(method).__name__} takes no calibration")
     finite = jax.device_get([_all_finite(site.mlp) for site in chosen])
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
@@ -163,26 +101,46 @@ def compress(
 
     compressed: Any = nnx.clone(model)
     rows = []
+    # Sites are counted from 0, so that no site's key is the calibration's.
+    text_key = jax.random.fold_in(key, 2**31 - 1)
     with show_progress("Compressing", len(chosen), progress) as advance:
-        for batch in _batches(chosen):
+        calibrator = None
+        if calibration is not None:
+            sequential = any(methods[site.path].sequential for site in chosen)
+            calibrator = Calibrator(model, chosen, calibration, sequential=sequential, key=text_key)
+        singly = calibrator is not None and calibrator.sequential
+        for batch in _batches(chosen, methods, singly):
+            method = methods[batch[0].path]
             start = time.perf_counter()
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *(s.mlp.sub_mlps() for s in batch))
-            keys = jnp.stack([jax.random.fold_in(key, site.index) for site in batch])
-            solutions = jax.block_until_ready(_solve(method, stacked, keys))
+            stacked = _stack([site.mlp.sub_mlps() for site in batch])
+            seen = None if calibrator is None else _stack([calibrator.of(site) for site in batch])
+            keys = jnp.stack([_keys(key, site) for site in batch])
+            act = batch[0].mlp.act
+            solutions = jax.block_until_ready(_solve(method, act, (stacked, keys, seen)))
             for i, site in enumerate(batch):
                 solution = jax.tree.map(lambda x, i=i: x[i], solutions)
                 new = method.build(site.mlp, solution)
                 compressed = replaced(compressed, site.path, new)
+                if calibrator is not None:
+                    calibrator.compressed(site, new)
                 seconds = (time.perf_counter() - start) / len(batch)
-                facts = {name: value.item() for name, value in solution.facts._asdict().items()}
+                facts = {name: _fact(value) for name, value in solution.facts._asdict().items()}
                 rows.append(SiteReport.of(site.path, site.mlp, new, facts, seconds))
                 advance(site.path)
+    described = methods[chosen[0].path].to_json()
+    if len(set(methods.values())) > 1:
+        described = {site.path: methods[site.path].to_json() for site in chosen}
     origin = getattr(compressed, "origin", None)
     if isinstance(origin, Origin):
-        step = {"compress": method.to_json(), "sites": [site.path for site in chosen]}
+        step = {
+            "compress": described,
+            "sites": [site.path for site in chosen],
+            "calibration": None if calibrator is None else calibrator.description,
+        }
         compressed.origin = origin.after(step)
     report = Report(
-        method=method.to_json(),
+        method=described,
+        calibration=None if calibrator is None else calibrator.description,
         rows=tuple(rows),
         before=size_of(model, (site.mlp for site in found)),
         after=size_of(compressed, (site.mlp for site in sites(compressed))),
@@ -190,7 +148,14 @@ def compress(
     return compressed, report
 
 
-def compress_mlp(subs: SubMLPs, method: Method, *, key: Key[Array, ""]) -> Solution:
+def compress_mlp(
+    subs: SubMLPs,
+    method: Method,
+    *,
+    key: Key[Array, ""],
+    act: str | None = None,
+    calibration: Calibration | Float[Array, "*s t d"] | None = None,
+) -> Solution:
     """Compresses the sub-MLPs of one MLP, or of several of one shape, of any model.
 
     For models that are not this library's: take the rows out of your weights, put the result's
@@ -200,14 +165,16 @@ def compress_mlp(subs: SubMLPs, method: Method, *, key: Key[Array, ""]) -> Solut
         subs: Sub-MLPs; leading axes (layers, experts) are compressed each on its own.
         method: What to do, such as ``Fusion(width=0.25, scaling="folded")``.
         key: Random key.
+        act: The activation's name, such as ``"gelu"``; needed with calibration.
+        calibration: The inputs that each MLP saw, (..., t, d), or a `Calibration`.
 
     Returns:
         The method's solution, with the same leading axes; for `Fusion`, ``parts.rows`` are the
         sub-MLPs to store, ``parts.sizes`` and ``parts.labels`` the clusters.
 
     Raises:
-        InputError: The shapes do not fit together, the method does not fit them, or a value is NaN
-            or infinite.
+        InputError: The shapes do not fit together, the method does not fit them, a value is NaN or
+            infinite, or calibration comes without the activation.
 
     Example:
         >>> from fusion_jax import Fusion, SubMLPs
@@ -217,39 +184,83 @@ def compress_mlp(subs: SubMLPs, method: Method, *, key: Key[Array, ""]) -> Solut
         ((2, 4, 3), (2, 4))
     """
     subs = jax.tree.map(jnp.asarray, subs).check()
-    method.check(subs)
-    if not _all_finite(subs):
-        raise InputError("NaN or infinite weights")
+    method.check(subs, calibrated=calibration is not None)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    if calibration is not None and activation(act or "") and not method.calibrated:
+        raise InputError(f"{type(method).__name__} takes no calibration")
+    if not _all_finite((subs, calibration)):
+        raise InputError("NaN or infinite weights or calibration")
     stack = subs.up.shape[:-2]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), subs)
-    solutions = _solve(method, flat, jax.random.split(key, flat.up.shape[0]))
+    if calibration is not None and calibration.inputs.shape[:-2] != stack:
+        raise InputError(
+            f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
+        )
+    return _solve(method, act, (subs, jax.random.split(key, stack), calibration))
+
+
+def _stack(trees: list[TreeT]) -> TreeT:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
+    """The random key of a site, or of each of its experts."""
+    key = jax.random.fold_in(key, site.index)
+    return jax.random.split(key, site.mlp.stack) if site.mlp.stack else key
+
+
+def _fact(value: Array) -> Any:
+    """One value for the report; of experts the mean, the largest count, and whether all are so."""
+    if value.dtype == bool:
+        return value.all().item()
+    return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
+
+
+Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None]
+
+
+def _solve(method: Method, act: str | None, problems: Problems) -> Solution:
+    """Solves problems that are stacked along the axes of the keys, in one call."""
+    stack = problems[1].shape
+    flat: Problems = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
+    solutions = _solve_flat(method, act, flat)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
 
 
-def _solve(method: Method, subs: SubMLPs, keys: Key[Array, " s"]) -> Solution:
+def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution:
     """Solves stacked problems; where the stack is sharded over a mesh, each device its own."""
-    sharding = subs.up.sharding
+    sharding = problems[0].up.sharding
     if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
         spec = PartitionSpec(sharding.spec[0])
-        keys = jax.device_put(keys, NamedSharding(sharding.mesh, spec))
-        return _solve_on_mesh(method, sharding.mesh, spec, subs, keys)
-    return _solve_stack(method, subs, keys)
+        problems = jax.device_put(problems, NamedSharding(sharding.mesh, spec))
+        return _solve_on_mesh(method, act, sharding.mesh, spec, problems)
+    if jax.default_backend() != "cpu":
+        return _solve_batch(method, act, problems)
+    # One after the other on a CPU, as batching gains nothing and the slowest would decide; and in
+    # the programs that a method is made of, many of which other methods share: less to compile.
+    count = problems[1].shape[0]
+    each = [jax.tree.map(lambda x, i=i: x[i], problems) for i in range(count)]
+    return _stack([_solve_one(method, act, problem) for problem in each])
 
 
-@partial(jax.jit, static_argnames="method")
-def _solve_stack(method: Method, subs: SubMLPs, keys: Array) -> Solution:
-    # One after the other on a CPU, where batching gains nothing and the slowest would decide.
-    batch = None if jax.default_backend() == "cpu" else keys.shape[0]
-    return lax.map(lambda a: method.solve(a[0], key=a[1]), (subs, keys), batch_size=batch)
+def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
+    subs, key, calibration = problem
+    return method.solve(subs, key=key, act=act, calibration=calibration)
 
 
-@partial(jax.jit, static_argnames=("method", "mesh", "spec"))
+@partial(jax.jit, static_argnames=("method", "act"))
+def _solve_batch(method: Method, act: str | None, problems: Problems) -> Solution:
+    batch = None if jax.default_backend() == "cpu" else problems[1].shape[0]
+    return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
+
+
+@partial(jax.jit, static_argnames=("method", "act", "mesh", "spec"))
 def _solve_on_mesh(
-    method: Method, mesh: Any, spec: PartitionSpec, subs: SubMLPs, keys: Array
+    method: Method, act: str | None, mesh: Any, spec: PartitionSpec, problems: Problems
 ) -> Solution:
-    local = partial(_solve_stack, method)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return mapped(subs, keys)
+    local = partial(_solve_batch, method, act)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
+    return mapped(problems)
 
 
 @jax.jit
@@ -258,39 +269,25 @@ def _all_finite(tree: object) -> Array:
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
-def _batches(chosen: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites that are solved in one call: of one shape; singly on a CPU, to show progress."""
-    limit = 1 if jax.default_backend() == "cpu" else 16
+def _batches(
+    chosen: Sequence[Site], methods: Mapping[str, Method], singly: bool
+) -> Iterator[list[Site]]:
+    """Sites that are solved in one call: of one shape and method.
+
+    On a CPU one by one, to show progress; the experts of a site are one call in any case.
+    """
+    if singly:
+        yield from ([site] for site in chosen)
+        return
+    most = 1 if jax.default_backend() == "cpu" else 16
     groups: dict[object, list[Site]] = {}
     for site in chosen:
-        groups.setdefault(str(jax.eval_shape(site.mlp.sub_mlps)), []).append(site)
+        kind = methods[site.path], site.mlp.act, str(jax.eval_shape(site.mlp.sub_mlps))
+        groups.setdefault(kind, []).append(site)
     for group in groups.values():
+        limit = max(1, most // math.prod(group[0].mlp.stack))
         for i in range(0, len(group), limit):
             yield group[i : i + limit]
-
-
-def replaced(model: Any, path: str, new: nnx.Module) -> Any:
-    """The model with another module at a path.
-
-    Args:
-        model: The model, which is changed in place, unless the path is empty.
-        path: A site's path.
-        new: The module to put there.
-
-    Returns:
-        The model; the new module, if the path is empty.
-    """
-    if not path:
-        return new
-    *parents, last = path.split(".")
-    holder = model
-    for name in parents:
-        holder = holder[int(name)] if name.isdigit() else getattr(holder, name)
-    if last.isdigit():
-        holder[int(last)] = new
-    else:
-        setattr(holder, last, new)
-    return model
 
 
 @contextmanager

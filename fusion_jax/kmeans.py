@@ -23,7 +23,7 @@ from fusion_jax import gram as gram_space
 from fusion_jax import points as point_space
 from fusion_jax.clusters import Refined, draw_distinct, indices, plus_plus
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.mlp import wide
+from fusion_jax.submlps import wide
 
 Init = Literal["auto", "ward", "k-means++", "random"]
 Refine = Literal["auto", "hartigan", "lloyd"]

@@ -1,175 +1,34 @@
-"""What an MLP is: rows of sub-MLPs, and the Flax modules that hold them.
+"""MLPs as Flax modules, as models hold them and as fusing leaves them.
 
-An MLP of width p is a sum of p one-unit sub-MLPs, one per hidden unit,
+`Mlp` and `GatedMlp` are the modules of a model; `FusedMlp` and `FusedGatedMlp` have one sub-MLP per
+cluster and know how large each cluster is. The experts of a mixture are one module whose arrays
+have a leading axis: see `experts`.
 
-    plain:  f(x) = sum_i v_i s(w_i . x + b_i) + b_out
-    gated:  f(x) = sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out
-
-`SubMLPs` holds them as rows. `Mlp` and `GatedMlp` are the modules of a model; `FusedMlp` and
-`FusedGatedMlp` have one row per cluster and know how large each cluster is.
-
-Axis letters in shapes: p width, c clusters, d inputs, o outputs.
+Axis letters in shapes: p width, c clusters, d inputs, o outputs, e experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.errors import InputError, nearest
+from fusion_jax.submlps import SubMLPs, activation, wide
 
 Scaling = Literal["adam", "sgd", "folded"]
 
+MlpT = TypeVar("MlpT", bound="Mlp")
+
 _lecun = nnx.initializers.lecun_normal()
-_gelu_exact = partial(jax.nn.gelu, approximate=False)
-_gelu_tanh = partial(jax.nn.gelu, approximate=True)
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
-    {
-        "gelu": _gelu_exact,
-        "gelu_new": _gelu_tanh,
-        "gelu_fast": _gelu_tanh,
-        "gelu_pytorch_tanh": _gelu_tanh,
-        "relu": jax.nn.relu,
-        "silu": jax.nn.silu,
-        "swish": jax.nn.silu,
-        "tanh": jnp.tanh,
-    }
-)
-"""Activations by their Hugging Face names."""
-
-
-def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function of a Hugging Face name.
-
-    Args:
-        name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
-
-    Returns:
-        An elementwise function of arrays.
-
-    Raises:
-        InputError: The name is unknown.
-
-    Example:
-        >>> float(activation("relu")(jnp.array(-1.0)))
-        0.0
-    """
-    if name not in ACTIVATIONS:
-        raise InputError(f"unknown activation {name!r}{nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
 
 
 class Frozen(nnx.Variable):
     """A variable that neither trains nor enters an NTK, such as the sizes of clusters."""
-
-
-class SubMLPs(NamedTuple):
-    """The sub-MLPs of one MLP as rows, or of several MLPs of one shape along leading axes.
-
-    Args:
-        up: Input weights, (..., p, d).
-        down: Output weights, (..., p, o).
-        up_bias: Input biases, (..., p), or None.
-        gate: Weights inside the activation of a gated MLP, (..., p, d), or None if not gated.
-        gate_bias: Their biases, (..., p), or None.
-
-    Example:
-        >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)), up_bias=jnp.zeros(8))
-        >>> subs.width, subs.rows().shape
-        (8, (8, 6))
-    """
-
-    up: Float[Array, "*s p d"]
-    down: Float[Array, "*s p o"]
-    up_bias: Float[Array, "*s p"] | None = None
-    gate: Float[Array, "*s p d"] | None = None
-    gate_bias: Float[Array, "*s p"] | None = None
-
-    @property
-    def width(self) -> int:
-        """The number p of sub-MLPs."""
-        return self.up.shape[-2]
-
-    def _blocks(self) -> dict[str, Array]:
-        # A bias joins the row as one more coordinate. The order is that of the paper's rows.
-        blocks = {
-            "gate": self.gate,
-            "gate_bias": self.gate_bias,
-            "up": self.up,
-            "up_bias": self.up_bias,
-            "down": self.down,
-        }
-        return {
-            name: x[..., None] if name.endswith("bias") else x
-            for name, x in blocks.items()
-            if x is not None
-        }
-
-    def rows(self) -> Float[Array, "*s p row"]:
-        """The points to cluster: each sub-MLP's numbers in one row, [g, c, u, a, v] or [w, b, v].
-
-        Returns:
-            Rows in float32, or in float64 if the weights are.
-
-        References:
-            MLP Fusion (arXiv 2307.08941), section 4.2.
-        """
-        blocks = [wide(x) for x in self._blocks().values()]
-        return jnp.concatenate(blocks, axis=-1)
-
-    def with_rows(self, rows: Float[Array, "*s c row"]) -> SubMLPs:
-        """Sub-MLPs of the same layout, read from rows as `rows` writes them.
-
-        Args:
-            rows: (..., c, row) for any number c of rows.
-
-        Returns:
-            The sub-MLPs, in the dtype of the rows.
-        """
-        fields, start = {}, 0
-        for name, block in self._blocks().items():
-            size = block.shape[-1]
-            part = rows[..., start : start + size]
-            fields[name] = part[..., 0] if name.endswith("bias") else part
-            start += size
-        return self._replace(**fields)
-
-    def scaled(self, sizes: Float[Array, "*s p"], power: float) -> SubMLPs:
-        """Every number of sub-MLP i times ``sizes[i] ** power``."""
-        return self.with_rows(_by_size(self.rows(), sizes, power))
-
-    def check(self) -> SubMLPs:
-        """Returns itself if the shapes fit together.
-
-        Raises:
-            InputError: They do not; the message names the field.
-        """
-        if self.up.ndim < 2 or 0 in self.up.shape:
-            raise InputError(f"up must be (..., p, d) and not empty; got {self.up.shape}")
-        stack, width = self.up.shape[:-2], self.up.shape[-2]
-        if self.gate is None and self.gate_bias is not None:
-            raise InputError("gate_bias is given, gate is not")
-        for name in ("down", "gate", "up_bias", "gate_bias"):
-            x = getattr(self, name)
-            if x is None:
-                continue
-            want = (*stack, width) if name.endswith("bias") else (*stack, width, x.shape[-1])
-            if x.shape != want or (name == "gate" and x.shape != self.up.shape):
-                raise InputError(f"{name} has shape {x.shape}, which does not fit {self.up.shape}")
-        return self
-
-
-def wide(x: Array) -> Array:
-    """The array in float32, or unchanged if it is float64."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 class Mlp(nnx.Module):
@@ -205,6 +64,7 @@ class Mlp(nnx.Module):
     ):
         activation(act)
         self.act = act
+        self.top_k = 1
         linear = partial(
             nnx.Linear,
             use_bias=use_bias,
@@ -219,7 +79,9 @@ class Mlp(nnx.Module):
         self.up = linear(d_in, width)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """The outputs f(x)."""
+        """The outputs f(x); experts take (e, n, d), the inputs of each."""
+        if self.stack:
+            return jax.vmap(lambda expert, x: expert(x))(self, x)
         return self.down(self.hidden(x))
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
@@ -252,35 +114,43 @@ class Mlp(nnx.Module):
         return self.up.kernel.get_value().dtype
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """(e,) for e experts, () for a single MLP."""
+        return self.up.kernel.get_value().shape[:-2]
+
+    @property
     def flops(self) -> int:
-        """Operations (two a multiply-add) of the matrix products for one position."""
-        return 2 * self.width * (self.d_in + self.d_out)
+        """Operations (two a multiply-add) of the matrix products for one position.
+
+        Of experts, those that one position is routed to count.
+        """
+        return 2 * self.top_k * self.width * (self.d_in + self.d_out)
 
     def sub_mlps(self) -> SubMLPs:
         """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
         bias = self.up.bias
         return SubMLPs(
-            up=self.up.kernel[...].T,
+            up=self.up.kernel[...].mT,
             up_bias=None if bias is None else bias[...],
             down=self.down.kernel[...],
         )
 
-    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, " o"] | None) -> None:
+    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, "*s o"] | None) -> None:
         """Overwrites the parameters, casting them to the module's dtype.
 
         Args:
             subs: As many sub-MLPs as the module is wide.
             out_bias: The output bias b_out, or None if the module has none.
         """
-        _load(self.up, subs.up.T, subs.up_bias)
+        _load(self.up, subs.up.mT, subs.up_bias)
         _load(self.down, subs.down, out_bias)
 
-    def out_bias(self) -> Float[Array, " o"] | None:
+    def out_bias(self) -> Float[Array, "*s o"] | None:
         """The output bias b_out."""
         return None if self.down.bias is None else self.down.bias[...]
 
     def abstract(self, cls: type[Mlp], width: int, **fields: Any) -> Any:
-        """A module of class ``cls`` with this one's inputs, outputs, activation and dtype.
+        """A module of class ``cls`` with this one's inputs, outputs, activation, dtype and experts.
 
         Args:
             cls: The class of the new module.
@@ -290,16 +160,22 @@ class Mlp(nnx.Module):
         Returns:
             The module, with shapes in place of parameters: nothing is allocated.
         """
+        make = partial(
+            cls,
+            self.d_in,
+            width,
+            self.d_out,
+            act=self.act,
+            use_bias=self.use_bias,
+            param_dtype=self.dtype,
+            **fields,
+        )
+        count = self.stack[0] if self.stack else None
         return nnx.eval_shape(
-            lambda: cls(
-                self.d_in,
-                width,
-                self.d_out,
-                act=self.act,
-                use_bias=self.use_bias,
-                param_dtype=self.dtype,
-                rngs=nnx.Rngs(0),
-                **fields,
+            lambda: (
+                experts(make, count, top_k=self.top_k, rngs=nnx.Rngs(0))
+                if count
+                else make(rngs=nnx.Rngs(0))
             )
         )
 
@@ -332,9 +208,39 @@ class Mlp(nnx.Module):
             return plain
         rows = plain.sub_mlps().rows()
         new = plain.abstract(type(plain), width)
-        rows = jnp.pad(rows, ((0, width - plain.width), (0, 0)))
+        rows = jnp.pad(rows, (*[(0, 0)] * len(self.stack), (0, width - plain.width), (0, 0)))
         new.load_sub_mlps(plain.sub_mlps().with_rows(rows), plain.out_bias())
         return new
+
+
+def experts(
+    make: Callable[..., MlpT], count: int, *, top_k: int = 1, rngs: nnx.Rngs, **fields: Any
+) -> MlpT:
+    """The experts of a mixture as one module, in whose arrays expert e has index e of axis 0.
+
+    All that is said of one MLP holds for each expert on its own, and methods compress the experts
+    of a layer in one call.
+
+    Args:
+        make: Makes one expert, such as the class `Mlp`.
+        count: How many.
+        top_k: To how many of them the model routes one position.
+        rngs: Random keys of the initial parameters.
+        **fields: Further arguments for ``make``.
+
+    Returns:
+        A module of the class that ``make`` gives, which maps (e, n, d) to (e, n, o).
+
+    Example:
+        >>> from functools import partial
+        >>> both = experts(partial(Mlp, 4, 16, act="relu"), 2, rngs=nnx.Rngs(0))
+        >>> both.stack, both(jnp.ones((2, 5, 4))).shape
+        ((2,), (2, 5, 4))
+    """
+    keys = jax.random.split(rngs.params(), count)
+    stacked = jax.vmap(lambda key: make(rngs=nnx.Rngs(key), **fields))(keys)
+    stacked.top_k = top_k
+    return stacked
 
 
 def _load(linear: nnx.Linear, kernel: Array, bias: Array | None) -> None:
@@ -367,7 +273,7 @@ class GatedMlp(Mlp):
     @property
     def flops(self) -> int:
         """Operations (two a multiply-add) of the matrix products for one position."""
-        return 2 * self.width * (2 * self.d_in + self.d_out)
+        return 2 * self.top_k * self.width * (2 * self.d_in + self.d_out)
 
     def sub_mlps(self) -> SubMLPs:
         """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
@@ -376,16 +282,80 @@ class GatedMlp(Mlp):
             super()
             .sub_mlps()
             ._replace(
-                gate=self.gate.kernel[...].T,
+                gate=self.gate.kernel[...].mT,
                 gate_bias=None if bias is None else bias[...],
             )
         )
 
-    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, " o"] | None) -> None:
+    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, "*s o"] | None) -> None:
         """Overwrites the parameters, casting them to the module's dtype."""
         super().load_sub_mlps(subs, out_bias)
         assert subs.gate is not None
-        _load(self.gate, subs.gate.T, subs.gate_bias)
+        _load(self.gate, subs.gate.mT, subs.gate_bias)
+
+
+class Factors(NamedTuple):
+    """Where a fused MLP keeps the sizes of its clusters: fixed factors around stored parameters.
+
+    Plain:  ``f(x) = sum_c outer v s(inner (w . x + b)) + b_out``
+    Gated:  ``f(x) = sum_c outer v (middle (u . x + a)) s(inner (g . x + c)) + b_out``
+
+    A function of x and what it computes from effective weights (inner w, outer v, ...) does not
+    depend on how these are split into factor and parameter; gradients by the parameters do.
+
+    Args:
+        outer: (c,) between activation and output weights.
+        inner: (c,) between the activation's pre-activation and the activation.
+        middle: (c,) on the linear factor of a gated MLP; 1 and unused in a plain one.
+    """
+
+    outer: Float[Array, "*s c"]
+    inner: Float[Array, "*s c"]
+    middle: Float[Array, "*s c"]
+
+
+def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
+    """The factors of a scaling.
+
+    Args:
+        sizes: Cluster sizes n_c.
+        scaling: See `FusedMlp`.
+
+    Returns:
+        ``"adam"``: outer n; ``"sgd"``: outer sqrt(n), inner and middle 1 / sqrt(n);
+        ``"folded"``: all 1.
+    """
+    one = jnp.ones_like(sizes)
+    sizes = jnp.where(sizes > 0, sizes, one)  # an empty cluster has output weights 0 instead
+    if scaling == "adam":
+        return Factors(outer=sizes, inner=one, middle=one)
+    if scaling == "sgd":
+        return Factors(outer=sizes**0.5, inner=sizes**-0.5, middle=sizes**-0.5)
+    return Factors(outer=one, inner=one, middle=one)
+
+
+def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
+    """The parameters that, within their factors, compute with given weights.
+
+    Args:
+        effective: c units as the function has them, possibly stacked.
+        factors: The factors.
+
+    Returns:
+        The rows to store, in float32 or float64.
+    """
+    gated = effective.gate is not None
+    return effective.scaled(
+        down=1 / factors.outer,
+        up=1 / (factors.middle if gated else factors.inner),
+        gate=1 / factors.inner,
+    )
+
+
+def _times(x: Array, factor: Array) -> Array:
+    """``x * factor`` along the last axis, computed in float32 at least, in x's dtype."""
+    y = wide(x)
+    return (y * jnp.expand_dims(factor.astype(y.dtype), range(x.ndim - 1))).astype(x.dtype)
 
 
 class _Fused(Mlp):
@@ -395,102 +365,81 @@ class _Fused(Mlp):
         super().__init__(*args, **kwargs)
         self.original_width = original_width
         self.scaling: Scaling = scaling
-        # float32 whatever the model's dtype: bfloat16 would round sizes above 256.
-        self.sizes = Frozen(jnp.ones(self.width, jnp.float32))
+        # At least float32 whatever the model's dtype: bfloat16 would round sizes above 256.
+        one = jnp.ones(self.width, wide(jnp.zeros(0, self.dtype)).dtype)
+        self.sizes = Frozen(one)
         self.labels = Frozen(jnp.zeros(original_width, jnp.int32))
+        self.outer, self.inner, self.middle = Frozen(one), Frozen(one), Frozen(one)
 
-    def _inside(self, z: Array) -> Array:
-        """What enters the activation: a pre-activation, over sqrt(n) where weights carry it."""
-        return _times(z, self.sizes[...], -0.5) if self.scaling == "sgd" else z
+    def factors(self) -> Factors:
+        """The fixed factors around the parameters."""
+        return Factors(self.outer[...], self.inner[...], self.middle[...])
+
+    def _effective(self) -> SubMLPs:
+        f = self.factors()
+        up = f.middle if isinstance(self, GatedMlp) else f.inner
+        return self.sub_mlps().scaled(down=f.outer, up=up, gate=f.inner)
 
     def centroids(self) -> SubMLPs:
-        """The clusters' centroids, whatever the scaling stores, in the module's dtype."""
-        stored = self.sub_mlps()
-        if self.scaling == "adam":
-            return stored
+        """The clusters' centroids, whatever the scaling stores, in float32 or float64."""
+        effective = self._effective()
         sizes = self.sizes[...]
-        if self.scaling == "sgd":
-            scaled = stored.scaled(sizes, -0.5)
-        else:
-            scaled = stored._replace(down=_by_size(stored.down, sizes, -1.0))
-        return jax.tree.map(lambda x: x.astype(self.dtype), scaled)
+        one = jnp.ones_like(sizes)
+        return effective.scaled(down=1 / jnp.maximum(sizes, one), up=one, gate=one)
 
     def _plain_class(self) -> type[Mlp]:
         return GatedMlp if isinstance(self, GatedMlp) else Mlp
 
     def plain(self) -> Mlp:
-        """The same function as a plain module of this width: sizes folded into output weights."""
-        subs = self.centroids()
+        """The same function as a plain module of this width: factors folded into the weights."""
         new = self.abstract(self._plain_class(), self.width)
-        down = _by_size(subs.down, self.sizes[...], 1.0)
-        new.load_sub_mlps(subs._replace(down=down), self.out_bias())
+        new.load_sub_mlps(self._effective(), self.out_bias())
         return new
 
     def wide_copy(self) -> Mlp:
         """The MLP of the original width in which every sub-MLP is replaced by its centroid.
 
-        As a function it equals the fused MLP; it is what the fused MLP's kernel is compared with.
+        As a function it equals the fused MLP; with the scalings ``"adam"`` and ``"sgd"``, the fused
+        MLP's kernel of that optimiser is this one's.
         """
         new = self.abstract(self._plain_class(), self.original_width)
-        labels = self.labels[...]
-        new.load_sub_mlps(jax.tree.map(lambda x: x[labels], self.centroids()), self.out_bias())
+
+        def copies(x: Array, labels: Array) -> Array:
+            return x[labels]
+
+        for _ in self.stack:
+            copies = jax.vmap(copies)
+        rows = jax.tree.map(lambda x: copies(x, self.labels[...]), self.centroids())
+        new.load_sub_mlps(rows, self.out_bias())
         return new
 
     def load_fused(
         self,
         rows: SubMLPs,
-        sizes: Float[Array, " c"],
-        labels: Int[Array, " p"],
-        out_bias: Float[Array, " o"] | None,
+        factors: Factors,
+        sizes: Float[Array, "*s c"],
+        labels: Int[Array, "*s p"],
+        out_bias: Float[Array, "*s o"] | None,
     ) -> None:
         """Overwrites parameters and Frozen variables.
 
         Args:
-            rows: The c rows to store, as `scale_centroids` gives them.
+            rows: The c rows to store, as `stored_rows` gives them.
+            factors: The factors around them.
             sizes: Cluster sizes.
             labels: The cluster of each of the p original sub-MLPs.
             out_bias: The output bias b_out, or None if the module has none.
         """
-        self.sizes.set_value(sizes.astype(jnp.float32))
-        self.labels.set_value(labels.astype(jnp.int32))
+        values = {"sizes": sizes, "labels": labels, **factors._asdict()}
+        for name, value in values.items():
+            variable = getattr(self, name)
+            variable.set_value(value.astype(variable.get_value().dtype))
         self.load_sub_mlps(rows, out_bias)
 
     def spec(self) -> dict[str, Any]:
         """What, besides the original module, says how to build this one: JSON values."""
         fused = {"original_width": self.original_width, "scaling": self.scaling}
         return {**super().spec(), **fused}
-
-
-def scale_centroids(centroids: SubMLPs, sizes: Float[Array, "*s c"], scaling: Scaling) -> SubMLPs:
-    """The rows that a fused MLP stores for given centroids.
-
-    Args:
-        centroids: c centroids, possibly stacked.
-        sizes: Cluster sizes n_c.
-        scaling: ``"adam"`` stores the centroids, ``"sgd"`` sqrt(n_c) times all of them,
-            ``"folded"`` n_c times their output weights.
-
-    Returns:
-        The rows to store.
-    """
-    if scaling == "adam":
-        return centroids
-    if scaling == "sgd":
-        return centroids.scaled(sizes, 0.5)
-    return centroids._replace(down=_by_size(centroids.down, sizes, 1.0))
-
-
-def _by_size(rows: Array, sizes: Array, power: float) -> Array:
-    """Row i of (..., c, o) times ``sizes[i] ** power``, in float32 at least."""
-    rows = wide(rows)
-    return rows * (sizes.astype(rows.dtype) ** power)[..., None]
-
-
-def _times(x: Array, sizes: Array, power: float) -> Array:
-    """``x * sizes**power`` along the last axis, computed in float32 at least, in x's dtype."""
-    y = wide(x)
-    factor = sizes.astype(y.dtype) ** power
-    return (y * jnp.expand_dims(factor, range(x.ndim - 1))).astype(x.dtype)
 
 
 class FusedMlp(_Fused):
@@ -511,6 +460,10 @@ class FusedMlp(_Fused):
     times that of one copy, so that products of two gradients count each copy once, n in all.
     Why ``"adam"`` does: the gradient is n times one copy's and its sign is that copy's sign.
 
+    The factors (`Factors`) can also be fitted on calibration text, so that the kernel is nearer to
+    the original's than the wide copy's is: averaging rows makes kernels smaller, and factors can
+    undo that without touching the function. See `fusion_jax.Fusion`.
+
     Args:
         *args: As for `Mlp`.
         original_width: The width p before fusing.
@@ -528,20 +481,18 @@ class FusedMlp(_Fused):
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """What each sub-MLP hands to its output weights, cluster sizes included."""
-        h = activation(self.act)(self._inside(self.up(x)))
-        if self.scaling == "folded":
-            return h
-        return _times(h, self.sizes[...], 1.0 if self.scaling == "adam" else 0.5)
+        h = activation(self.act)(_times(self.up(x), self.inner[...]))
+        return _times(h, self.outer[...])
 
 
 class FusedGatedMlp(_Fused, GatedMlp):
     """The fused gated MLP: `FusedMlp` for ``sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out``.
 
-    ``"sgd"`` again stores sqrt(n_c) times every centroid. Of the three factors in a term only the
-    gate's pre-activation is divided by sqrt(n_c): v and u together bring the n_c that is due.
+    Its scalings keep what those of `FusedMlp` keep, for the same reasons: ``"sgd"`` stores sqrt(n)
+    times every centroid, and `Factors` make the function right again.
     """
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """What each sub-MLP hands to its output weights, cluster sizes included."""
-        h = activation(self.act)(self._inside(self.gate(x))) * self.up(x)
-        return _times(h, self.sizes[...], 1.0) if self.scaling == "adam" else h
+        h = activation(self.act)(_times(self.gate(x), self.inner[...]))
+        return _times(h * self.up(x), self.outer[...] * self.middle[...])

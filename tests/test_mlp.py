@@ -1,5 +1,7 @@
 """Laws of MLPs and of their fused forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax.mlp import ACTIVATIONS, activation
+from fusion_jax.submlps import ACTIVATIONS, activation
 
 SCALINGS = ["adam", "sgd", "folded"]
 KINDS = [fj.Mlp, fj.GatedMlp]
@@ -153,7 +155,7 @@ def test_sizes_and_labels_are_frozen(kind, scaling):
     trained = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(fused, nnx.Param))}
     frozen = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(fused, fj.Frozen))}
     assert trained == {"kernel", "bias"}
-    assert frozen == {"sizes", "labels"}
+    assert frozen == {"sizes", "labels", "outer", "inner", "middle"}
 
 
 @scalings
@@ -227,3 +229,26 @@ def test_fused_equals_wide_copy_whatever_the_mlp(shape, kind, scaling, act, seed
     np.testing.assert_allclose(fused(x), fused.wide_copy()(x), atol=1e-4)
     assert fused.sizes[...].sum() == width
     assert (fused.sizes[...] >= 1).all()
+
+
+@kinds
+@scalings
+def test_experts_are_fused_each_on_its_own(kind, scaling, key):
+    """In one call, and equal to fusing them one by one; saved and padded they stay a stack."""
+    single = [make(kind, seed=seed) for seed in range(3)]
+    stack = fj.experts(partial(kind, 5, 24, 3, act="gelu"), 3, rngs=nnx.Rngs(0))
+    subs = jax.tree.map(lambda *x: jnp.stack(x), *(mlp.sub_mlps() for mlp in single))
+    stack.load_sub_mlps(subs, jnp.stack([mlp.out_bias() for mlp in single]))
+    x = jax.random.normal(key, (3, 11, 5))
+    np.testing.assert_allclose(stack(x), [m(v) for m, v in zip(single, x, strict=True)], atol=1e-5)
+
+    fused, _ = fj.compress(stack, fj.Fusion(width=7, scaling=scaling), key=key)
+    assert fused.stack == (3,)
+    assert fused.sizes[...].sum(-1).tolist() == [24] * 3
+    keys = jax.random.split(jax.random.fold_in(key, 0), 3)
+    for e, mlp in enumerate(single):
+        alone = fj.Fusion(width=7, scaling=scaling).solve(mlp.sub_mlps(), key=keys[e]).parts
+        np.testing.assert_allclose(fused.sub_mlps().rows()[e], alone.rows.rows(), atol=1e-5)
+        assert (fused.labels[...][e] == alone.labels).all()
+    for other in (fused.plain(), fused.wide_copy(), fused.padded(24)):
+        np.testing.assert_allclose(other(x), fused(x), atol=1e-5)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.mlp import Mlp, SubMLPs
+from fusion_jax.geometry import Calibration
+from fusion_jax.mlp import Mlp
+from fusion_jax.submlps import SubMLPs
 
 
 class Solution(NamedTuple):
@@ -40,11 +42,38 @@ class Method:
                 raise InputError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
         return super().__new__(cls)
 
-    def check(self, subs: SubMLPs) -> None:
-        """Raises `InputError` if the method cannot compress these (looks at shapes only)."""
+    calibrated: ClassVar[bool] = False
+    """Whether `solve` takes calibration."""
+    sequential: bool = False
+    """Whether a site's calibration comes from the model with the sites before it compressed."""
 
-    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
-        """Compresses one MLP's sub-MLPs: pure, for use under ``jit`` and ``vmap``."""
+    def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
+        """Raises `InputError` if the method cannot compress these (looks at shapes only).
+
+        Args:
+            subs: Sub-MLPs, perhaps abstract.
+            calibrated: Whether there will be calibration.
+        """
+
+    def solve(
+        self,
+        subs: SubMLPs,
+        *,
+        key: Key[Array, ""],
+        act: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> Solution:
+        """Compresses one MLP's sub-MLPs: pure, for use under ``jit`` and ``vmap``.
+
+        Args:
+            subs: The sub-MLPs.
+            key: Random key.
+            act: The activation's name, where it is known.
+            calibration: What the MLP saw, or None; with it, ``act`` is given.
+
+        Returns:
+            The solution.
+        """
         raise NotImplementedError
 
     def build(self, mlp: Mlp, solution: Solution) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.methods.fusion import Fusion
-from fusion_jax.mlp import Mlp, SubMLPs
+from fusion_jax.mlp import Mlp
+from fusion_jax.submlps import SubMLPs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +34,8 @@ class Clustering(Method):
     """Hidden units to keep: an int, or a fraction of the MLP's width."""
     round_to: int = 1
     """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
-    n_init: int = 10
-    """Starts of the clustering; the best is kept."""
+    n_init: int = 1
+    """Starts of the clustering, if they are random; the best is kept."""
     max_iters: int = 300
     """Most Lloyd iterations per start."""
     tol: float = 0.0
@@ -50,18 +53,25 @@ class Clustering(Method):
             tol=self.tol,
         )
 
-    def check(self, subs: SubMLPs) -> None:
+    def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above that of the MLP."""
         self._fusion().check(subs)
 
-    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
+    def solve(
+        self,
+        subs: SubMLPs,
+        *,
+        key: Key[Array, ""],
+        act: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> Solution:
         """Clusters the rows of one MLP; ``parts`` are the sub-MLPs of the smaller one."""
         solution = self._fusion().solve(subs, key=key)
-        rows, sizes = solution.parts.rows, solution.parts.sizes
-        scaled = rows.scaled(sizes, 0.5)
-        if subs.gate is not None:
-            scaled = scaled._replace(gate=rows.gate, gate_bias=rows.gate_bias)
-        return Solution(scaled, solution.facts)
+        sizes = solution.parts.sizes
+        root = sizes**0.5
+        # Fusion's default scaling stores the centroids themselves.
+        rows = solution.parts.rows.scaled(down=root, up=root, gate=jnp.ones_like(root))
+        return Solution(rows, solution.facts)
 
     def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """The smaller MLP, in the dtype of the original."""

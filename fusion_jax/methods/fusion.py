@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.errors import InputError
-from fusion_jax.kmeans import kmeans
+from fusion_jax.clusters import sum_by_label
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.fitting import matched, refitted
+from fusion_jax.geometry import Calibration, Metric, points
+from fusion_jax.kmeans import Init, Refine, kmeans
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width
 from fusion_jax.mlp import (
+    Factors,
     FusedGatedMlp,
     FusedMlp,
     GatedMlp,
     Mlp,
     Scaling,
-    SubMLPs,
-    scale_centroids,
+    factors,
+    stored_rows,
 )
+from fusion_jax.submlps import SubMLPs
 
 
 class FusionParts(NamedTuple):
     """What `Fusion` finds.
 
     Args:
-        rows: The c rows that the fused MLP stores, in float32 or float64: centroids, times what
-            the scaling asks for.
+        rows: The c rows that the fused MLP stores, in float32 or float64.
+        factors: The fixed factors around them, each (c,).
         sizes: (c,) cluster sizes.
         labels: (p,) the cluster of each sub-MLP.
     """
 
     rows: SubMLPs
+    factors: Factors
     sizes: Float[Array, "*s c"]
     labels: Int[Array, "*s p"]
 
@@ -40,96 +48,186 @@ class FusionFacts(NamedTuple):
     """What `Fusion` reports of a site.
 
     Args:
-        inertia: The share of the rows' sum of squares that stays inside clusters.
-        iterations: Lloyd iterations of the best start.
+        inertia: The share of the points' sum of squares, about their mean, that stays inside
+            clusters, in the geometry of the clustering.
+        raw_inertia: The same of the weights themselves, the paper's geometry.
+        singletons: Clusters of one sub-MLP.
+        largest: Sub-MLPs in the largest cluster.
+        steps: Lloyd iterations and moves of single points of the best start.
         converged: Whether they ended by themselves.
-        empty: Empty clusters.
     """
 
     inertia: Float[Array, "*s"]
-    iterations: Int[Array, "*s"]
+    raw_inertia: Float[Array, "*s"]
+    singletons: Int[Array, "*s"]
+    largest: Int[Array, "*s"]
+    steps: Int[Array, "*s"]
     converged: Bool[Array, "*s"]
-    empty: Int[Array, "*s"]
+
+
+@jax.jit
+def _averaged(subs: SubMLPs, labels: Array, sizes: Array) -> tuple[SubMLPs, Array]:
+    """Clusters' centroids, with sizes in the output weights; what of the rows stays inside."""
+    rows = subs.rows()
+    sizes = sizes.astype(rows.dtype)
+    centroids = sum_by_label(rows, labels, sizes.shape[0]) / jnp.maximum(sizes, 1)[:, None]
+    effective = subs.with_rows(centroids)
+    inside = jnp.square(rows - centroids[labels]).sum()
+    total = jnp.square(rows - rows.mean(0, keepdims=True)).sum()
+    share = jnp.where(total > 0, inside / jnp.where(total > 0, total, 1), 0)
+    return effective._replace(down=effective.down * sizes[:, None]), share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion(Method):
     """MLP Fusion: k-means on the sub-MLPs; centroids and Frozen cluster sizes remain.
 
-    Args:
-        width: Hidden units to keep: an int, or a fraction of the MLP's width.
-        scaling: Which kernel is kept: that of Adam (the paper), of SGD, or none with the sizes
-            folded into the output weights.
-        round_to: Fractions of a width are rounded up to a multiple of this (128 suits TPUs).
-        n_init: Starts of the clustering, of which the best is kept.
-        max_iters: Most Lloyd iterations per start.
-        tol: Stop when an iteration gains no more than this fraction of the inertia.
+    Without calibration this is the published method with a better clustering. With it, sub-MLPs are
+    clustered by what they do, output weights are refitted, and the kernel is matched; each part can
+    be left out.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.2.
 
     Example:
-        >>> Fusion(width=0.25).to_json()["method"]
-        'fusion'
+        >>> Fusion(width=0.25).to_json()["method"], Fusion.paper(width=0.25).init
+        ('fusion', 'k-means++')
     """
 
     width: int | float = 0.25
     """Hidden units to keep: an int, or a fraction of the MLP's width."""
     scaling: Scaling = "adam"
     """Which kernel is kept: Adam's (the paper), SGD's, or none with sizes folded into weights."""
+    metric: Metric | Literal["auto"] = "auto"
+    """What makes sub-MLPs near: their weights (raw, the paper), first-order effects (sensitivity),
+    or what they do at calibration inputs (function); auto: function with calibration, else raw."""
+    refit: bool = True
+    """With calibration: output weights by ridge regression of the original's outputs."""
+    match: bool = True
+    """With calibration: fixed factors for which the kernel is nearest to the original's."""
+    sequential: bool = False
+    """With calibration: each site is fitted on what the sites fused before it lead to."""
+    ridge: float = 0.01
+    """Strength of refit's regression, relative to the mean square of the hidden units."""
+    init: Init = "auto"
+    """How clustering starts."""
+    refine: Refine = "auto"
+    """How clustering goes on."""
     round_to: int = 1
     """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
-    n_init: int = 10
-    """Starts of the clustering; the best is kept."""
+    n_init: int = 1
+    """Starts of the clustering, if they are random; the best is kept."""
     max_iters: int = 300
-    """Most Lloyd iterations per start."""
+    """Most Lloyd iterations, and passes of single-point moves, per start."""
     tol: float = 0.0
     """Stop when an iteration gains no more than this fraction of the inertia."""
 
     modules: ClassVar[tuple[type[Mlp], ...]] = (FusedMlp, FusedGatedMlp)
+    calibrated: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.scaling not in get_args(Scaling):
-            raise InputError(
-                f"scaling must be one of {', '.join(get_args(Scaling))}; got {self.scaling!r}"
-            )
+        for name, choices in (
+            ("scaling", get_args(Scaling)),
+            ("metric", ("auto", *get_args(Metric))),
+            ("init", get_args(Init)),
+            ("refine", get_args(Refine)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(choices)
+                hint = nearest(str(value), choices)
+                raise InputError(f"{name} must be one of {known}; got {value!r}{hint}")
         for name in ("round_to", "n_init", "max_iters"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.tol < 0:
             raise InputError(f"tol must be at least 0; got {self.tol}")
+        if not self.ridge > 0:
+            raise InputError(f"ridge must be above 0; got {self.ridge}")
         check_width(self.width)
 
-    def check(self, subs: SubMLPs) -> None:
-        """Raises `InputError` if the width is above that of the MLP."""
-        kept_width(self.width, subs.width, self.round_to)
+    @classmethod
+    def paper(cls, *, width: int | float = 0.25, scaling: Scaling = "adam") -> Fusion:
+        """The published method: weights as they are, k-means++ and Lloyd, best of 30 starts.
 
-    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
-        """Clusters the rows of one MLP.
+        Args:
+            width: As for `Fusion`.
+            scaling: As for `Fusion`; the paper's is ``"adam"``.
+
+        Returns:
+            The method; calibration changes nothing about it.
+        """
+        return cls(
+            width=width,
+            scaling=scaling,
+            metric="raw",
+            refit=False,
+            match=False,
+            init="k-means++",
+            refine="lloyd",
+            n_init=30,
+            tol=1e-4,
+        )
+
+    def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
+        """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""
+        kept_width(self.width, subs.width, self.round_to)
+        if not calibrated and self.metric not in ("auto", "raw"):
+            raise InputError(
+                f"metric {self.metric!r} needs calibration: texts, or 'random' if there are none"
+            )
+
+    def solve(
+        self,
+        subs: SubMLPs,
+        *,
+        key: Key[Array, ""],
+        act: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> Solution:
+        """Clusters the sub-MLPs of one MLP, and fits what remains to calibration inputs.
 
         Args:
             subs: Its p sub-MLPs.
             key: Random key of the clustering's starts.
+            act: The activation's name; needed with calibration.
+            calibration: What the MLP saw, or None.
 
         Returns:
-            `FusionParts` and the facts of the clustering.
+            `FusionParts` and `FusionFacts`.
         """
+        metric = self.metric
+        if metric == "auto":
+            metric = "raw" if calibration is None else "function"
         result = kmeans(
-            subs.rows(),
+            points(metric, subs, calibration, act or ""),
             kept_width(self.width, subs.width, self.round_to),
             key=key,
+            init=self.init,
+            refine=self.refine,
             n_init=self.n_init,
             max_iters=self.max_iters,
             tol=self.tol,
         )
-        rows = scale_centroids(subs.with_rows(result.centroids), result.sizes, self.scaling)
+        labels, sizes = result.labels, result.sizes
+        effective, raw_inertia = _averaged(subs, labels, sizes)
+        around = factors(sizes, self.scaling)
+        if calibration is not None:
+            assert act is not None
+            if self.refit:
+                effective = refitted(effective, subs, calibration, act, self.ridge)
+            if self.match:
+                around = matched(effective, subs, labels, sizes, calibration, act, self.scaling)
         facts = FusionFacts(
             inertia=result.inertia_fraction,
-            iterations=result.iterations,
+            raw_inertia=raw_inertia,
+            singletons=(sizes == 1).sum(),
+            largest=sizes.max().astype(jnp.int32),
+            steps=result.iterations + result.moves,
             converged=result.converged,
-            empty=(result.sizes == 0).sum(),
         )
-        return Solution(FusionParts(rows, result.sizes, result.labels), facts)
+        parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
+        return Solution(parts, facts)
 
     def build(self, mlp: Mlp, solution: Solution) -> FusedMlp | FusedGatedMlp:
         """The fused MLP of a solution, in the dtype of the original."""
@@ -140,5 +238,5 @@ class Fusion(Method):
             original_width=mlp.width,
             scaling=self.scaling,
         )
-        new.load_fused(parts.rows, parts.sizes, parts.labels, mlp.out_bias())
+        new.load_fused(parts.rows, parts.factors, parts.sizes, parts.labels, mlp.out_bias())
         return new

@@ -1,0 +1,125 @@
+"""The places of a model where its MLPs are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from fusion_jax.errors import InputError
+from fusion_jax.mlp import Mlp
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MLP in a model.
+
+    Args:
+        index: Its number in the order of the model's layers.
+        path: Where it is, such as ``"layers.3.mlp"``.
+        mlp: The module.
+    """
+
+    index: int
+    path: str
+    mlp: Mlp
+
+
+Layers = str | int | slice | Iterable[int] | Callable[[Site], bool] | None
+
+
+def sites(model: nnx.Module) -> list[Site]:
+    """The MLPs of a model, in the order of its layers.
+
+    Args:
+        model: Any Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
+
+    Returns:
+        The sites; empty if there are none.
+
+    Example:
+        >>> from fusion_jax.mlp import Mlp
+        >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
+        >>> [site.path for site in sites(block)]
+        ['0', '1']
+    """
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, Mlp)]
+    # Layer 10 after layer 9, not after layer 1.
+    found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
+    return [Site(i, ".".join(map(str, path)), m) for i, (path, m) in enumerate(found)]
+
+
+def select(found: Sequence[Site], layers: Layers) -> list[Site]:
+    r"""The sites that a choice of layers means.
+
+    Args:
+        found: All sites of the model.
+        layers: A regular expression that matches whole paths; indices (negative ones count from
+            the end) or a slice; a function of a `Site`; None for all.
+
+    Returns:
+        The chosen sites, in order.
+
+    Raises:
+        InputError: The choice matches nothing or an index is out of range; lists the sites.
+
+    Example:
+        >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(12)])
+        >>> [[site.path for site in select(sites(block), layers)] for layers in (r"1\d", -1)]
+        [['10', '11'], ['11']]
+    """
+    listing = ", ".join(f"{s.index}: {s.path or '(the model)'}" for s in found)
+    if not found:
+        raise InputError("the model has no MLP that can be compressed")
+    if layers is None:
+        return list(found)
+    if isinstance(layers, str):
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise InputError(f"layers {layers!r} is no regular expression: {error}") from None
+        chosen = [s for s in found if pattern.fullmatch(s.path)]
+    elif isinstance(layers, slice):
+        chosen = list(found[layers])
+    elif callable(layers):
+        chosen = [s for s in found if layers(s)]
+    else:
+        indices = [layers] if isinstance(layers, int) else list(layers)
+        for i in indices:
+            if not isinstance(i, int) or not -len(found) <= i < len(found):
+                raise InputError(f"layers: no site {i!r}; the sites are {listing}")
+        wanted = {i % len(found) for i in indices}
+        chosen = [s for s in found if s.index in wanted]
+    if not chosen:
+        raise InputError(
+            f"layers {layers!r} matches no site (a pattern must match a whole path); "
+            f"the sites are {listing}"
+        )
+    return chosen
+
+
+def replaced(model: Any, path: str, new: nnx.Module) -> Any:
+    """The model with another module at a path.
+
+    Args:
+        model: The model, which is changed in place, unless the path is empty.
+        path: A site's path.
+        new: The module to put there.
+
+    Returns:
+        The model; the new module, if the path is empty.
+    """
+    if not path:
+        return new
+    *parents, last = path.split(".")
+    holder = model
+    for name in parents:
+        holder = holder[int(name)] if name.isdigit() else getattr(holder, name)
+    if last.isdigit():
+        holder[int(last)] = new
+    else:
+        setattr(holder, last, new)
+    return model

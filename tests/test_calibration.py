@@ -1,0 +1,332 @@
+"""Fusing with calibration: geometries, refitted weights, matched kernels, budgets."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax import allocation, calibration
+from fusion_jax.capture import mlp_inputs
+from fusion_jax.fitting import matched, refitted
+from fusion_jax.geometry import points
+from fusion_jax.mlp import Factors, experts
+from fusion_jax.submlps import responses
+from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
+from tests.tiny import checkpoint
+
+D, P, C, T = 6, 32, 8, 200
+KEY = jax.random.key(0)
+kinds = pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+scalings = pytest.mark.parametrize("scaling", ["adam", "sgd"])
+
+
+def make(kind, dtype=jnp.float64, noise=0.2):
+    """An MLP whose sub-MLPs come in C noisy groups."""
+    mlp = kind(D, P, 5, act="gelu", param_dtype=dtype, rngs=nnx.Rngs(0))
+    rows = mlp.sub_mlps().rows()
+    rows = jnp.tile(rows[:C], (P // C, 1)) + noise * jax.random.normal(KEY, rows.shape, dtype)
+    mlp.load_sub_mlps(mlp.sub_mlps().with_rows(rows), mlp.out_bias())
+    return mlp
+
+
+def inputs(seed=1, dtype=jnp.float64):
+    """Inputs with directions that matter much more than others."""
+    spread = jnp.sqrt(jnp.arange(1, D + 1, dtype=dtype))[None]
+    return spread * jax.random.normal(jax.random.key(seed), (T, D), dtype)
+
+
+def fuse(mlp, x, **options):
+    method = fj.Fusion(width=C, **options)
+    return fj.compress(mlp, method, key=KEY, calibration={"": x})[0]
+
+
+def relative(a, b):
+    return float(jnp.linalg.norm(b - a) / jnp.linalg.norm(a))
+
+
+@kinds
+def test_refit_is_ridge_regression(kind, x64):
+    mlp, x = make(kind), inputs()
+    subs = mlp.sub_mlps()
+    few = jax.tree.map(lambda a: a[:C], subs)
+    weights = jnp.linspace(0.0, 2.0, T)
+    seen = fj.Calibration(x, weights=weights)
+    result = refitted(few, subs, seen, "gelu", 0.05)
+    h, target = (np.asarray(responses(s, x, "gelu").hidden) for s in (few, subs))
+    w = np.sqrt(np.asarray(weights) / np.asarray(weights).sum())[:, None]
+    h, target = w * h, w * (target @ np.asarray(subs.down))
+    level = 0.05 * np.trace(h.T @ h) / C
+    rows = np.concatenate([h, np.sqrt(level) * np.eye(C)])
+    right = np.concatenate([target, np.sqrt(level) * np.asarray(few.down)])
+    np.testing.assert_allclose(result.down, np.linalg.lstsq(rows, right, rcond=None)[0], atol=1e-10)
+    assert (result.up == few.up).all()
+
+
+def test_refit_in_blocks_and_to_given_outputs(x64, monkeypatch):
+    mlp, x = make(fj.Mlp), inputs()
+    subs = mlp.sub_mlps()
+    few = jax.tree.map(lambda a: a[:C], subs)
+    whole = refitted(few, subs, fj.Calibration(x), "gelu", 0.01).down
+    monkeypatch.setattr("fusion_jax.fitting.BLOCK", 64)
+    given = fj.Calibration(x, outputs=mlp(x) - mlp.out_bias()[None])
+    np.testing.assert_allclose(refitted(few, subs, given, "gelu", 0.01).down, whole, atol=1e-10)
+
+
+@kinds
+@scalings
+def test_matching_brings_the_kernel_nearer_and_keeps_the_function(kind, scaling, x64):
+    mlp, x, new = make(kind), inputs(), inputs(2)
+    plain = fuse(mlp, x, scaling=scaling, match=False)
+    fitted = fuse(mlp, x, scaling=scaling)
+    np.testing.assert_allclose(plain(new), fitted(new), atol=1e-10)
+    np.testing.assert_allclose(fitted.plain()(new), fitted(new), atol=1e-10)
+    up = jax.random.normal(KEY, (T, 5), jnp.float64)
+
+    def kernel(module):
+        weights = mlp_weights(module)
+        if scaling == "sgd":
+            return traced_kernel(weights, new)
+        # The Adam kernel's second term is matched in size: what shows is each position's own.
+        return jnp.diag(upstream_kernel(weights, new, up, kind="adam"))
+
+    errors = [relative(kernel(mlp), kernel(m)) for m in (plain, fitted)]
+    assert errors[1] < 0.95 * errors[0], errors
+
+
+@kinds
+@scalings
+def test_matching_gives_the_best_coefficients(kind, scaling, x64):
+    mlp, x = make(kind), inputs()
+    subs, sizes = mlp.sub_mlps(), jnp.full(C, P / C)
+    labels = jnp.tile(jnp.arange(C, dtype=jnp.int32), P // C)
+    few = jax.tree.map(lambda a: a[:C], subs)
+    got = matched(few, subs, labels, sizes, fj.Calibration(x), "gelu", scaling)
+    old, new = responses(subs, x, "gelu").hidden, responses(few, x, "gelu").hidden
+    second = jnp.sign if scaling == "adam" else jnp.asarray
+    power = 1 if scaling == "adam" else 2
+
+    def error(outer):
+        return relative(old @ second(old).T, (new * outer[None] ** power) @ second(new).T)
+
+    # A small ridge keeps it from the exact minimum.
+    least = error(got.outer) - 1e-2
+    assert least < error(jnp.sqrt(sizes) if scaling == "sgd" else sizes)
+    for i in range(C):
+        assert least < error(got.outer.at[i].multiply(1.5))
+        assert least < error(got.outer.at[i].multiply(0.5))
+    assert isinstance(got, Factors)
+    assert all((f > 0).all() for f in got)
+
+
+@kinds
+@scalings
+def test_full_width_is_the_same_function_and_kernel(kind, scaling, x64):
+    mlp, x = make(kind), inputs()
+    method = fj.Fusion(width=P, scaling=scaling)
+    fused, _ = fj.compress(mlp, method, key=KEY, calibration={"": x})
+    np.testing.assert_allclose(fused(x), mlp(x), atol=1e-8)
+    for factor in fused.factors():
+        np.testing.assert_allclose(factor, 1, atol=1e-8)
+
+
+def test_folded_has_no_factors():
+    fused = fuse(make(fj.Mlp, jnp.float32), inputs(dtype=jnp.float32), scaling="folded")
+    assert all((f == 1).all() for f in fused.factors())
+
+
+@kinds
+def test_geometries(kind, x64):
+    mlp, x = make(kind), inputs()
+    subs, seen = mlp.sub_mlps(), fj.Calibration(x)
+    unit = responses(subs, x, "gelu")
+    gated = kind is fj.GatedMlp
+    hat = np.concatenate([x, np.ones((T, 1))], 1)
+    size = np.linalg.norm(subs.down, axis=1)
+
+    function = np.asarray(points("function", subs, seen, "gelu"))
+    blocks = [np.sqrt((unit.hidden**2).mean(0))[:, None] * subs.down]
+    blocks += [
+        (np.linalg.norm(hat, axis=1)[:, None] * s * size[None]).T / np.sqrt(T) for s in unit.slopes
+    ]
+    blocks += [np.asarray(unit.hidden).T / np.sqrt(T)]
+    blocks = [b - b.mean(0) for b in map(np.asarray, blocks)]
+    blocks = np.concatenate([b / np.linalg.norm(b) for b in blocks], 1)
+    np.testing.assert_allclose(function @ function.T, blocks @ blocks.T, atol=1e-12)
+
+    sensitivity = np.asarray(points("sensitivity", subs, seen, "gelu"))
+    moment = hat.T @ hat / T
+    pairs = [(subs.up, subs.up_bias)]
+    if gated:
+        pairs.insert(0, (subs.gate, subs.gate_bias))
+    gram = (unit.hidden**2).mean(0) ** 0.5
+    gram = gram[:, None] * (subs.down @ subs.down.T) * gram[None]
+    for (w, b), slope in zip(pairs, unit.slopes, strict=True):
+        rows = np.concatenate([w, b[:, None]], 1) * (size * np.sqrt((slope**2).mean(0)))[:, None]
+        gram = gram + rows @ moment @ rows.T
+    np.testing.assert_allclose(sensitivity @ sensitivity.T, gram, atol=1e-10)
+
+
+def test_weights_are_repeated_positions(x64):
+    mlp, x = make(fj.Mlp), inputs()
+    subs = mlp.sub_mlps()
+    twice = fj.Calibration(jnp.concatenate([x[:9], x[:4], jnp.zeros((2, D))]), None, None)
+    twice = twice._replace(weights=jnp.array([1.0] * 13 + [0.0] * 2))
+    once = fj.Calibration(x[:9], weights=jnp.array([2.0] * 4 + [1.0] * 5))
+    method = fj.Fusion(width=C)
+    a, b = (
+        fj.compress_mlp(subs, method, key=KEY, act="gelu", calibration=seen)
+        for seen in (twice, once)
+    )
+    assert (a.parts.labels == b.parts.labels).all()
+    for p, q in zip(jax.tree.leaves(a.parts), jax.tree.leaves(b.parts), strict=True):
+        np.testing.assert_allclose(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_paper_takes_no_notice_of_calibration():
+    mlp, x = make(fj.Mlp, jnp.float32), inputs(dtype=jnp.float32)
+    method = fj.Fusion.paper(width=C)
+    with_text, _ = fj.compress(mlp, method, key=KEY, calibration={"": x})
+    without, report = fj.compress(mlp, method, key=KEY)
+    assert (with_text(x) == without(x)).all()
+    assert report.calibration is None
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return fj.load(checkpoint(tmp_path_factory.mktemp("bert") / "m"))
+
+
+def token_batches(padding=3):
+    ids = np.random.RandomState(0).randint(5, 40, (4, 12)).astype(np.int32)
+    mask = np.ones((4, 12), bool)
+    mask[:, 12 - padding :] = False
+    whole = {"input_ids": ids, "attention_mask": mask}
+    return [{name: x[:2] for name, x in whole.items()}, whole]
+
+
+def test_positions_are_those_of_text(bert):
+    batch = token_batches()[1]
+    seen = fj.calibrate(bert, [batch], key=KEY)
+    inside = mlp_inputs(bert, **batch)
+    for path, x in seen.items():
+        want = np.asarray(inside[path])[batch["attention_mask"]]
+        assert x.shape == want.shape
+        np.testing.assert_allclose(np.sort(x, 0), np.sort(want, 0), atol=1e-5)
+    few = fj.calibrate(bert, [batch], key=KEY, max_positions=7)
+    assert all(x.shape[0] == 7 for x in few.values())
+
+
+def test_sequential_calibration_sees_the_fused_sites_below(bert):
+    method = fj.Fusion(width=4, sequential=True)
+    chosen = fj.sites(bert)
+    source = calibration.Calibrator(bert, chosen, token_batches(), sequential=True, key=KEY)
+    first = source.of(chosen[0])
+    assert first.outputs is None
+    fused, _ = fj.compress(bert, method, key=KEY, layers=[0], calibration=token_batches())
+    source.compressed(chosen[0], fj.sites(fused)[0].mlp)
+    second = source.of(chosen[1])
+    now = fj.calibrate(fused, token_batches(), key=KEY)[chosen[1].path]
+    np.testing.assert_allclose(second.inputs, now, atol=1e-5)
+    before = fj.calibrate(bert, token_batches(), key=KEY)[chosen[1].path]
+    old = chosen[1].mlp
+    want = old(jnp.asarray(before)) - old.out_bias()[None]
+    np.testing.assert_allclose(second.outputs, want, atol=1e-5)
+    assert relative(before, now) > 1e-3
+    both, report = fj.compress(bert, method, key=KEY, calibration=token_batches())
+    assert report.calibration == "54 positions of text"
+    assert [site.mlp.width for site in fj.sites(both)] == [4] * len(chosen)
+
+
+def test_saved_inputs_and_text_files(bert, tmp_path):
+    import safetensors.numpy
+
+    seen = fj.calibrate(bert, token_batches(), key=KEY)
+    file = tmp_path / "seen.safetensors"
+    safetensors.numpy.save_file(seen, file)
+    method = fj.Fusion(width=4)
+    a, _ = fj.compress(bert, method, key=KEY, calibration=file)
+    b, _ = fj.compress(bert, method, key=KEY, calibration=seen)
+    leaves = (jax.tree.leaves(nnx.state(m)) for m in (a, b))
+    assert all((p == q).all() for p, q in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "no text"),
+        (["  "], "no text"),
+        (["a sentence"], "tokenizer"),
+        ("/nowhere.txt", "cannot read"),
+        ("/nowhere.safetensors", "cannot read"),
+        ({"x": np.ones((3, 4))}, "no inputs for"),
+    ],
+)
+def test_bad_calibration(bert, source, message):
+    model = bert if message != "tokenizer" else nnx.List([make(fj.Mlp, jnp.float32)])
+    with pytest.raises(fj.InputError, match=message):
+        fj.compress(model, fj.Fusion(width=4), key=KEY, calibration=source)
+
+
+def test_calibration_that_does_not_fit():
+    mlp, x = make(fj.Mlp, jnp.float32), inputs(dtype=jnp.float32)
+    with pytest.raises(fj.InputError, match=r"must be \(t, 6\)"):
+        fj.compress(mlp, fj.Fusion(width=4), key=KEY, calibration={"": x[:, :3]})
+    with pytest.raises(fj.InputError, match="needs calibration"):
+        fj.compress(mlp, fj.Fusion(width=4, metric="function"), key=KEY)
+    with pytest.raises(fj.InputError, match="takes no calibration"):
+        fj.compress(mlp, fj.METHODS["clustering"](width=4), key=KEY, calibration={"": x})
+    with pytest.raises(fj.InputError, match="unknown activation"):
+        fj.compress_mlp(mlp.sub_mlps(), fj.Fusion(width=4), key=KEY, calibration=x)
+
+
+def test_experts_are_calibrated_on_what_is_routed_to_them():
+    both = experts(lambda **k: make(fj.GatedMlp, jnp.float32), 2, rngs=nnx.Rngs(0))
+    x = inputs(dtype=jnp.float32)
+    slots = jnp.stack([x, jnp.pad(x[:150], ((0, T - 150), (0, 0)))])
+    fused, _ = fj.compress(both, fj.Fusion(width=C), key=KEY, calibration={"": slots})
+    alone = fuse(make(fj.GatedMlp, jnp.float32), x[:150])
+    second = jax.tree.map(lambda a: a[1], fused)
+    assert (second.labels[...] == alone.labels[...]).all()
+    np.testing.assert_allclose(second(x), alone(x), atol=1e-4)
+
+
+def test_budget_is_met_and_best():
+    rng = np.random.default_rng(0)
+    widths = [np.arange(1, 6), np.arange(2, 11, 2), np.arange(1, 8)]
+    errors = [np.sort(rng.random(len(w)))[::-1] for w in widths]
+    for budget in (4, 9, 15, 22):
+        chosen = allocation._least(errors, widths, budget)
+        assert sum(w[i] for w, i in zip(widths, chosen, strict=True)) <= budget
+        got = sum(e[i] for e, i in zip(errors, chosen, strict=True))
+        all_choices = itertools.product(*(range(len(w)) for w in widths))
+        best = min(
+            sum(e[i] for e, i in zip(errors, c, strict=True))
+            for c in all_choices
+            if sum(w[i] for w, i in zip(widths, c, strict=True)) <= budget
+        )
+        assert got == pytest.approx(best)
+
+
+def test_allocation_gives_more_to_the_harder_site(monkeypatch):
+    monkeypatch.setattr(allocation, "TRIED", (1 / 8, 1 / 4, 1 / 2))
+    easy, hard = make(fj.Mlp, jnp.float32), make(fj.Mlp, jnp.float32)
+    rows = easy.sub_mlps().rows()
+    easy.load_sub_mlps(easy.sub_mlps().with_rows(jnp.tile(rows[:4], (P // 4, 1))), easy.out_bias())
+    model = nnx.List([easy, hard])
+    seen = {path: inputs(dtype=jnp.float32) for path in ("0", "1")}
+    plan = fj.allocate(
+        model, fj.Fusion(round_to=4), total_width=36, calibration=seen, key=KEY, progress=False
+    )
+    assert plan["1"].width > plan["0"].width
+    assert plan["0"].width + plan["1"].width <= 36
+    fused, report = fj.compress(model, plan, key=KEY, calibration=seen)
+    assert [m.width for m in fused] == [plan["0"].width, plan["1"].width]
+    assert report.method["0"]["width"] == plan["0"].width
+    with pytest.raises(fj.InputError, match="total_width must be 8 to 64"):
+        fj.allocate(model, fj.Fusion(round_to=4), total_width=4, calibration=seen, key=KEY)
+    with pytest.raises(fj.InputError, match="no site '2'"):
+        fj.compress(model, {"2": fj.Fusion()}, key=KEY)
