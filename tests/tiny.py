@@ -1,6 +1,7 @@
 """Tiny Hugging Face checkpoints with weights that depend only on their names."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
+
+from fusion_jax.models import FAMILIES
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -28,13 +31,105 @@ BERT = {
 }
 ROBERTA = {**BERT, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
 ROBERTA["layer_norm_eps"] = 1e-5
-CONFIGS = {"bert": BERT, "roberta": ROBERTA}
-HEADS = {
-    None: "Model",
-    "classification": "ForSequenceClassification",
-    "masked-lm": "ForMaskedLM",
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_positions": 32,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_inner": 24,
+    "activation_function": "gelu_new",
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
-CASES = [(family, head) for family in CONFIGS for head in HEADS]
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def rope(rope_type, **options):
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **options}}
+
+
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 61,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "feed_forward_proj": "relu",
+    "decoder_start_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "gpt2": GPT2,
+    "gpt2-exact": {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
+    "llama": LLAMA,
+    "mistral": {**LLAMA, **rope("default"), "model_type": "mistral", "sliding_window": 4},
+    "qwen2": {**LLAMA, **rope("linear", factor=4.0), "model_type": "qwen2",
+              "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 3,
+              "max_window_layers": 2},
+    "qwen3": {**LLAMA, **rope("yarn", factor=4.0, original_max_position_embeddings=16),
+              "model_type": "qwen3", "head_dim": 6},
+    "mixtral": {**LLAMA, **rope("default"), "model_type": "mixtral", "num_local_experts": 4,
+                "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3-moe": {**LLAMA, **rope("default"), "model_type": "qwen3_moe", "num_experts": 4,
+                  "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 4,
+                  "moe_intermediate_size": 24},
+    "t5": T5,
+    "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
+               "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+               "router_jitter_noise": 0.1},
+}  # fmt: skip
+ENCODERS = [
+    (family, head)
+    for family in ("bert", "roberta")
+    for head in (None, "classification", "masked-lm")
+]
+GENERATIVE = [
+    (name, "seq2seq-lm" if name.startswith(("t5", "switch")) else "causal-lm")
+    for name in CONFIGS
+    if name not in ("bert", "roberta")
+]
+CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
+PAD = 1  # after generated texts; transformers takes 0 for none in beam search
+# Their configurations ask for none.
+WITHOUT_DROPOUT = ("llama", "mixtral")
+# Of these, what does not depend on the variant is tested with another.
+RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen3", "qwen3-moe", "t5-v1.1")
+
+
+def architecture(family, head):
+    """The name of the Hugging Face class."""
+    return FAMILIES[CONFIGS[family]["model_type"]].architectures[head]
 
 
 def golden_path(family, head):
@@ -44,39 +139,46 @@ def golden_path(family, head):
 def weight(name, shape):
     """A reproducible array; RandomState's stream is fixed for ever, unlike Generator's."""
     values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    scale, shift = (0.1, 1.0) if "orm.weight" in name else (0.2, 0.0)
+    norm = re.search(r"(orm|ln_\w)\.weight$", name)
+    scale, shift = (0.1, 1.0) if norm else (0.2, 0.0)
     return (shift + scale * values).astype(np.float32)
 
 
 def batch(family):
-    """Token ids, attention mask (padding on the right) and token types of three sequences."""
+    """Arguments of a model for three sequences: padded on the left where it generates."""
     config = CONFIGS[family]
     rng = np.random.RandomState(7)
-    ids = rng.randint(5, config["vocab_size"], (3, 9))
+    pad = config.get("pad_token_id", 0)
+    ids = rng.randint(5, config["vocab_size"], (3, 9)).astype(np.int32)
     mask = np.ones((3, 9), np.int32)
     for row, length in enumerate((9, 6, 3)):
         mask[row, length:] = 0
-        ids[row, length:] = config["pad_token_id"]
-    types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
-    return {
-        "input_ids": ids.astype(np.int32),
-        "attention_mask": mask,
-        "token_type_ids": types.astype(np.int32),
-    }
+    if family not in ("bert", "roberta", "switch") and not family.startswith("t5"):
+        mask = mask[:, ::-1].copy()
+    ids[mask == 0] = pad
+    result = {"input_ids": ids, "attention_mask": mask}
+    if "d_kv" in config:
+        target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
+        return {**result, "decoder_input_ids": target}
+    if family in ("bert", "roberta"):
+        types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
+        return {**result, "token_type_ids": types.astype(np.int32)}
+    return result
 
 
 class Golden(NamedTuple):
     config: dict
     shapes: dict
     outputs: dict
+    eos: int | None
 
 
 def read_golden(family, head):
     with safe_open(golden_path(family, head), "np") as file:
-        shapes = json.loads(file.metadata()["shapes"])
-        return Golden(
-            CONFIGS[family], shapes, {name: file.get_tensor(name) for name in file.keys()}
-        )
+        metadata = file.metadata()
+        outputs = {name: file.get_tensor(name) for name in file.keys()}
+        eos = json.loads(metadata.get("eos", "null"))
+        return Golden(CONFIGS[family], json.loads(metadata["shapes"]), outputs, eos)
 
 
 def weights(family, head):
@@ -93,3 +195,14 @@ def write_folder(folder, config, tensors):
 def checkpoint(folder, family="bert", head=None, **config):
     """Writes the checkpoint of a golden case and returns its folder."""
     return write_folder(folder, {**CONFIGS[family], **config}, weights(family, head))
+
+
+def hugging_face(folder, family, head):
+    """The Hugging Face model of a checkpoint, which must fit it exactly."""
+    import transformers
+
+    cls = getattr(transformers, architecture(family, head))
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    problems = {k: v for k, v in info.items() if v}
+    assert not problems, problems
+    return model.eval()

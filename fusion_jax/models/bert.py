@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import Mlp, activation
-from fusion_jax.models.base import EncoderOutput, Family, Head, Model
+from fusion_jax.mlp import Mlp
+from fusion_jax.models.base import EncoderOutput, Family, Head, Model, read_fields
 from fusion_jax.models.layers import ArrayLike, LayerNorm, attention
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Leaf, Rule
+from fusion_jax.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,10 @@ class BertConfig:
         if not config.get("tie_word_embeddings", True):
             raise InputError("only tied word embeddings are implemented")
         roberta = config["model_type"] == "roberta"
-        defaults = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
-        known = {field.name for field in fields(cls)}
-        given = {k: v for k, v in config.items() if k in known and v is not None}
+        defaults: dict[str, Any] = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
         if "id2label" in config:
-            given.setdefault("num_labels", len(config["id2label"]))
-        result = cls(**{**defaults, **given})
+            defaults["num_labels"] = len(config["id2label"])
+        result = read_fields(cls, {**defaults, **config})
         activation(result.hidden_act)
         if result.hidden_size % result.num_attention_heads:
             raise InputError(
@@ -353,7 +352,8 @@ _IGNORED_HEADS: dict[Head, tuple[str, ...]] = {
 }
 
 
-def _rules(model_type: str, head: Head | None) -> KeyRules:
+def _rules(config: BertConfig, head: Head | None) -> KeyRules:
+    model_type = config.model_type
     others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
     return KeyRules(
         rules=_BASE if head is None else (*_BASE, *_HEADS[model_type][head]),
@@ -363,18 +363,19 @@ def _rules(model_type: str, head: Head | None) -> KeyRules:
     )
 
 
-def _family(model_type: str, name: str) -> Family:
+def _family(name: str) -> Family:
     return Family(
         config=BertConfig.from_json,
         model=Bert,
-        rules=partial(_rules, model_type),
+        rules=_rules,
         architectures={
             None: f"{name}Model",
             "classification": f"{name}ForSequenceClassification",
             "masked-lm": f"{name}ForMaskedLM",
         },
         width_field="intermediate_size",
+        optional=("pooler",),
     )
 
 
-FAMILIES = {"bert": _family("bert", "Bert"), "roberta": _family("roberta", "Roberta")}
+FAMILIES = {"bert": _family("Bert"), "roberta": _family("Roberta")}

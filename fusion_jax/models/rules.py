@@ -23,6 +23,9 @@ class Leaf(NamedTuple):
 LINEAR = {"kernel": Leaf(("weight",), transposed=True), "bias": Leaf(("bias",))}
 """`nnx.Linear` and torch's Linear."""
 
+CONV1D = {"kernel": Leaf(("weight",)), "bias": Leaf(("bias",))}
+"""`nnx.Linear` and GPT-2's Conv1D, whose matrices are (in, out) too."""
+
 NORM = {"scale": Leaf(("weight", "gamma")), "bias": Leaf(("bias", "beta"))}
 """`nnx.LayerNorm`; gamma and beta are names from TensorFlow that old checkpoints still have."""
 
@@ -36,7 +39,9 @@ class Rule:
 
     Args:
         ours: Path of the layer, with ``{name}`` for each index.
-        theirs: Its name in the checkpoint, with the same placeholders.
+        theirs: Its name in the checkpoint, with the same placeholders. ``{e}`` besides stands for
+            the number of an expert: our arrays have the experts along axis 0, a checkpoint has
+            one tensor for each.
         leaves: Its variables. With the key ``""`` the path is that of a variable itself.
         in_base: Whether it belongs to the base model, whose names may have a prefix.
     """
@@ -53,10 +58,24 @@ class Source(NamedTuple):
     Args:
         names: Names to look for, first the one to write.
         transposed: Whether the matrix is (out, in) there.
+        stacked: Whether there is a tensor for each expert; names have ``{e}`` for its number.
     """
 
     names: tuple[str, ...]
     transposed: bool
+    stacked: bool = False
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The tensors that make up a variable.
+
+        Args:
+            name: One of the names.
+            shape: The variable's shape.
+
+        Returns:
+            Their names: one, or one for each expert.
+        """
+        return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]
 
 
 @dataclass(frozen=True)
@@ -101,13 +120,14 @@ class KeyRules:
                 match = re.fullmatch(pattern, path)
                 if match is None:
                     continue
-                base = rule.theirs.format(**match.groupdict())
+                base = rule.theirs.format(**{"e": "{e}", **match.groupdict()})
+                stacked = "{e}" in base
                 full = [f"{base}.{n}" if name else base for n in leaf.names]
                 if not rule.in_base:
-                    return Source(tuple(full), leaf.transposed)
+                    return Source(tuple(full), leaf.transposed, stacked)
                 prefixed = [self.prefix + n for n in full]
                 both = prefixed + full if self.write_prefix else full + prefixed
-                return Source(tuple(both), leaf.transposed)
+                return Source(tuple(dict.fromkeys(both)), leaf.transposed, stacked)
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:

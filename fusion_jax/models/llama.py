@@ -1,0 +1,347 @@
+"""Llama and what is built like it: Mistral, Qwen2, Qwen3; with experts Mixtral and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.mlp import GatedMlp
+from fusion_jax.models.base import Family, Head, read_fields
+from fusion_jax.models.causal import CausalLm
+from fusion_jax.models.layers import Memory, RmsNorm, attention
+from fusion_jax.models.moe import Moe
+from fusion_jax.models.rope import Rope
+from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
+from fusion_jax.submlps import activation
+
+# Where the defaults of a model type are not those of Llama, for what its config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The fields of a Llama-like ``config.json`` that matter here, with Llama's defaults.
+
+    Made by `from_json`, which works out a few of them: ``reaches`` says how many positions back
+    each layer sees, ``qkv_bias`` and ``out_bias`` which projections of attention have biases.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    router_jitter_noise: float = 0.0
+    eos_token_id: int | tuple[int, ...] | None = None
+    rope: Rope = field(default_factory=Rope)
+    reaches: tuple[int | None, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """Reads a ``config.json``.
+
+        Args:
+            config: Its fields.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            InputError: It asks for a variant that is not implemented.
+        """
+        kind = config["model_type"]
+        config = {**_DEFAULTS[kind], **config}
+        result = read_fields(cls, config, rope=Rope.from_json(config))
+        activation(result.hidden_act)
+        heads = result.num_attention_heads
+        bias = bool(config.get("attention_bias"))
+        changes: dict[str, Any] = {
+            "num_key_value_heads": result.num_key_value_heads or heads,
+            "head_dim": result.head_dim or result.hidden_size // heads,
+            "reaches": _reaches(config, result.num_hidden_layers),
+            "qkv_bias": bias or kind == "qwen2",
+            "out_bias": bias,
+        }
+        if "num_local_experts" in config:
+            changes["num_experts"] = config["num_local_experts"]
+        if kind == "qwen3_moe":
+            if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+                raise InputError("only Qwen3-MoE with experts in every layer is implemented")
+            changes["intermediate_size"] = config["moe_intermediate_size"]
+        result = replace(result, **changes)
+        if heads % result.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {heads} is no multiple of "
+                f"num_key_value_heads {result.num_key_value_heads}"
+            )
+        return result
+
+
+def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """How many positions back each layer sees: Qwen has a switch, and windows in some layers."""
+    kind, reach = config["model_type"], config.get("sliding_window")
+    if kind == "llama" or not reach:
+        return (None,) * layers
+    if not kind.startswith("qwen"):
+        return (reach,) * layers
+    if not config.get("use_sliding_window"):
+        return (None,) * layers
+    first = config.get("max_window_layers", 28)
+    types = config.get("layer_types") or [
+        "sliding_attention" if i >= first or kind == "qwen3_moe" else "" for i in range(layers)
+    ]
+    return tuple(reach if kind == "sliding_attention" else None for kind in types)
+
+
+class Attention(nnx.Module):
+    """Attention with rotary positions, in groups of heads that share keys and values."""
+
+    def __init__(self, config: LlamaConfig, parts: _Parts):
+        d, f = config.hidden_size, config.head_dim
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.rope, self.features = config.rope, f
+        self.query = parts.linear(d, heads * f, use_bias=config.qkv_bias)
+        self.key = parts.linear(d, groups * f, use_bias=config.qkv_bias)
+        self.value = parts.linear(d, groups * f, use_bias=config.qkv_bias)
+        self.out = parts.linear(heads * f, d, use_bias=config.out_bias)
+        normed = config.model_type.startswith("qwen3")
+        self.query_norm = parts.norm(f) if normed else None
+        self.key_norm = parts.norm(f) if normed else None
+        self.dropout = nnx.Dropout(config.attention_dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        visible: Bool[Array, "b 1 t s"],
+        memory: Memory,
+        angles: Float[Array, "b t half"],
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "b t d"]:
+        """Attends from every position to the visible ones."""
+        b, t, _ = x.shape
+        q, k, v = (
+            linear(x).reshape(b, t, -1, self.features)
+            for linear in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = (self.rope.rotated(a, angles) for a in (q, k))
+        y = attention(q, *memory.extended(k, v), visible, self.dropout, key)
+        return self.out(y.reshape(b, t, -1))
+
+
+class _Parts:
+    """Makes the layers of a model: its initialiser, dtype, epsilon and keys in one place."""
+
+    def __init__(self, config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        common = {"param_dtype": param_dtype, "rngs": rngs}
+        self.linear = partial(nnx.Linear, kernel_init=init, **common)
+        self.norm = partial(RmsNorm, epsilon=config.rms_norm_eps, **common)
+        self.embed = partial(nnx.Embed, embedding_init=init, **common)
+        self.mlp = partial(
+            GatedMlp,
+            config.hidden_size,
+            config.intermediate_size,
+            act=config.hidden_act,
+            use_bias=config.mlp_bias,
+            kernel_init=init,
+            param_dtype=param_dtype,
+        )
+        self.moe = partial(
+            Moe,
+            self.mlp,
+            config.hidden_size,
+            config.num_experts,
+            top_k=config.num_experts_per_tok,
+            normalised=config.norm_topk_prob,
+            jitter=config.router_jitter_noise,
+            kernel_init=init,
+            **common,
+        )
+        self.rngs = rngs
+
+
+class Layer(nnx.Module):
+    """One layer: a norm before attention and before the MLP, each with a residual around it."""
+
+    def __init__(self, config: LlamaConfig, parts: _Parts):
+        self.attention_norm = parts.norm(config.hidden_size)
+        self.attention = Attention(config, parts)
+        self.mlp_norm = parts.norm(config.hidden_size)
+        self.mlp = parts.moe() if config.num_experts else parts.mlp(rngs=parts.rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        visible: Bool[Array, "b 1 t s"],
+        memory: Memory,
+        context: Float[Array, "b t half"],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
+        """The input of the next layer, and the logits of the router, if there is one."""
+        keys = (None,) * 2 if key is None else tuple(jax.random.split(key))
+        x = x + self.attention(self.attention_norm(x), visible, memory, context, keys[0])
+        y, router = self.mlp_norm(x), None
+        if isinstance(self.mlp, Moe):
+            y, router = self.mlp(y, keys[1])
+        else:
+            y = self.mlp(y)
+        return x + y, router
+
+
+class Llama(CausalLm):
+    """A Llama-like decoder.
+
+    Args:
+        config: Its configuration.
+        head: ``"causal-lm"`` for logits, or None.
+        param_dtype: The dtype of the parameters, in which the model also computes.
+        rngs: Random keys of the initial parameters.
+
+    Example:
+        >>> config = LlamaConfig.from_json({"model_type": "llama", "vocab_size": 50,
+        ...     "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 24,
+        ...     "num_hidden_layers": 1})
+        >>> model = Llama(config, head="causal-lm", rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[3, 7, 9]])).logits.shape
+        (1, 3, 50)
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        head: Head | None = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        parts = _Parts(config, param_dtype, rngs)
+        d, vocab = config.hidden_size, config.vocab_size
+        untied = head is not None and not config.tie_word_embeddings
+        super().__init__(
+            config,
+            word=parts.embed(vocab, d),
+            layers=[Layer(config, parts) for _ in range(config.num_hidden_layers)],
+            norm=parts.norm(d),
+            lm_head=parts.linear(d, vocab, use_bias=False) if untied else None,
+            head=head,
+            groups=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            reaches=config.reaches,
+        )
+
+    def embed(
+        self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        """Token embeddings."""
+        return self.word(ids)
+
+    def context(self, positions: Int[Array, "b t"]) -> Float[Array, "b t half"]:
+        """The angles of the rotary embedding."""
+        return self.config.rope.angles(positions, self.config.head_dim)
+
+
+_ATTENTION = "layers.{l}.self_attn"
+_RULES = (
+    Rule("word", "embed_tokens", EMBED),
+    Rule("layers.{l}.attention_norm", "layers.{l}.input_layernorm", NORM),
+    Rule("layers.{l}.attention.query", f"{_ATTENTION}.q_proj", LINEAR),
+    Rule("layers.{l}.attention.key", f"{_ATTENTION}.k_proj", LINEAR),
+    Rule("layers.{l}.attention.value", f"{_ATTENTION}.v_proj", LINEAR),
+    Rule("layers.{l}.attention.out", f"{_ATTENTION}.o_proj", LINEAR),
+    Rule("layers.{l}.attention.query_norm", f"{_ATTENTION}.q_norm", NORM),
+    Rule("layers.{l}.attention.key_norm", f"{_ATTENTION}.k_norm", NORM),
+    Rule("layers.{l}.mlp_norm", "layers.{l}.post_attention_layernorm", NORM),
+    Rule("norm", "norm", NORM),
+    Rule("lm_head", "lm_head", LINEAR, in_base=False),
+)
+
+
+def _mlp_rules(ours: str, theirs: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
+    pairs = zip(("gate", "up", "down"), names, strict=True)
+    return tuple(
+        Rule(f"layers.{{l}}.{ours}.{a}", f"layers.{{l}}.{theirs}.{b}", LINEAR) for a, b in pairs
+    )
+
+
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+_MLP = _mlp_rules("mlp", "mlp", _NAMES)
+_MLPS = {
+    "mixtral": (
+        Rule("layers.{l}.mlp.router", "layers.{l}.block_sparse_moe.gate", LINEAR),
+        *_mlp_rules("mlp.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2")),
+    ),
+    "qwen3_moe": (
+        Rule("layers.{l}.mlp.router", "layers.{l}.mlp.gate", LINEAR),
+        *_mlp_rules("mlp.experts", "mlp.experts.{e}", _NAMES),
+    ),
+}
+# Frequencies that old checkpoints hold as a buffer, and a head that is tied or not asked for.
+_IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+
+
+def _rules(config: LlamaConfig, head: Head | None) -> KeyRules:
+    rules = (*_RULES, *_MLPS.get(config.model_type, _MLP))
+    return KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED)
+
+
+def _family(model_type: str, name: str) -> Family:
+    return Family(
+        config=LlamaConfig.from_json,
+        model=Llama,
+        rules=_rules,
+        architectures={None: f"{name}Model", "causal-lm": f"{name}ForCausalLM"},
+        width_field="moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size",
+    )
+
+
+FAMILIES = {
+    "llama": _family("llama", "Llama"),
+    "mistral": _family("mistral", "Mistral"),
+    "mixtral": _family("mixtral", "Mixtral"),
+    "qwen2": _family("qwen2", "Qwen2"),
+    "qwen3": _family("qwen3", "Qwen3"),
+    "qwen3_moe": _family("qwen3_moe", "Qwen3Moe"),
+}

@@ -1,0 +1,176 @@
+"""Mixtures of experts: routers, and experts on the positions that are routed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key, Shaped
+
+from fusion_jax.mlp import Mlp, experts
+from fusion_jax.submlps import wide
+
+
+class Moe(nnx.Module):
+    """A router and its experts, in place of an MLP.
+
+    The router computes in float32. Experts compute on slots: without a capacity each has one for
+    every position, which drops none and whose empty ones cost as much as full ones; with a
+    capacity, a sequence's positions beyond it are dropped, first come first served, and the
+    layer gives zero for them.
+
+    Args:
+        make: Makes one expert; see `fusion_jax.experts`.
+        d: Inputs and outputs.
+        count: Number of experts.
+        top_k: How many of them each position is routed to.
+        normalised: Whether the weights of a position's experts are made to add up to 1.
+        capacity: Most positions of one sequence that one expert takes, or None.
+        jitter: The router's inputs are multiplied by up to 1 +- this in training.
+        router_bias: Whether the router has a bias.
+        kernel_init: Initialiser of the router.
+        param_dtype: The dtype of the parameters.
+        rngs: Random keys of the initial parameters.
+
+    References:
+        Switch Transformers (arXiv 2101.03961); Mixtral of Experts (arXiv 2401.04088).
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Mlp],
+        d: int,
+        count: int,
+        *,
+        top_k: int,
+        normalised: bool,
+        capacity: int | None = None,
+        jitter: float = 0.0,
+        router_bias: bool = False,
+        kernel_init: nnx.Initializer,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.top_k, self.normalised = top_k, normalised
+        self.capacity, self.jitter = capacity, jitter
+        self.router = nnx.Linear(
+            d,
+            count,
+            use_bias=router_bias,
+            kernel_init=kernel_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.experts = experts(make, count, top_k=top_k, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
+        """The weighted sum of the chosen experts' outputs, and the router's logits in float32."""
+        logits = self.router_logits(x, key)
+        weights, chosen = self.routes(logits)
+        b, t, d = x.shape
+        slots = b * (t if self.capacity is None else min(t, self.capacity))
+        rows, flat = (a.reshape(b * t, -1).T for a in (chosen, weights))
+        # Chosen positions first; a sort of booleans that keeps their order.
+        order = jnp.argsort(~rows, axis=1, stable=True)[:, :slots]
+        flat = jnp.where(rows, flat, 0)
+        taken = jnp.take_along_axis(rows, order, axis=1)[..., None]
+        inputs = jnp.where(taken, x.reshape(b * t, d)[order], 0)
+        outputs = wide(self.experts(inputs)) * jnp.take_along_axis(flat, order, axis=1)[..., None]
+        total = jnp.zeros((b * t, d), outputs.dtype).at[order].add(outputs)
+        return total.reshape(b, t, d).astype(x.dtype), logits
+
+    def router_logits(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+    ) -> Float[Array, "b t e"]:
+        """The router's logits, with jitter if there is a key."""
+        x = wide(x)
+        if key is not None and self.jitter > 0:
+            low, high = 1 - self.jitter, 1 + self.jitter
+            x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+        logits = jnp.matmul(x, wide(self.router.kernel[...]), precision="highest")
+        if self.router.bias is None:
+            return logits
+        return logits + wide(self.router.bias[...])[None, None]
+
+    def routes(
+        self, logits: Float[Array, "b t e"]
+    ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t e"]]:
+        """The weight of each expert at each position, and which ones compute there."""
+        top, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        if self.normalised:
+            top = top / top.sum(-1, keepdims=True)
+        one_hot = jax.nn.one_hot(index, logits.shape[-1], dtype=top.dtype)
+        weights = (one_hot * top[..., None]).sum(-2)
+        chosen = one_hot.sum(-2) > 0
+        if self.capacity is not None:
+            chosen &= jnp.cumsum(chosen, axis=1, dtype=jnp.int32) <= self.capacity
+        return weights, chosen
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Float[Array, "b t e"]],
+    top_k: int,
+    real: Shaped[Array, "b t"] | None = None,
+    *,
+    per_sequence: bool = False,
+) -> Float[Array, ""]:
+    """The auxiliary loss that makes a router use its experts equally: 1 if it does, for top-1.
+
+    Args:
+        router_logits: Of every layer with experts, as models return them.
+        top_k: Experts per position.
+        real: 0 or False at padding, which does not count; None for none.
+        per_sequence: Whether shares are taken in each sequence and then averaged, as in Switch, or
+            over all positions, as in Mixtral.
+
+    Returns:
+        ``e sum_e f_e P_e`` with f_e the share of positions that are routed to expert e and P_e the
+        mean of its probability.
+
+    References:
+        Switch Transformers (arXiv 2101.03961), equations 4 to 6.
+
+    Example:
+        >>> float(load_balancing_loss([jnp.zeros((2, 3, 4))], top_k=4))
+        4.0
+    """
+    logits = jnp.concatenate([wide(x) for x in router_logits], axis=1)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    e = logits.shape[-1]
+    _, index = jax.lax.top_k(probabilities, top_k)
+    used = jax.nn.one_hot(index, e, dtype=logits.dtype).sum(-2)
+    if real is None:
+        weight = jnp.ones(logits.shape[:2], logits.dtype)
+    else:
+        weight = jnp.tile(real.astype(logits.dtype), (1, len(router_logits)))
+    axes = (1,) if per_sequence else (0, 1)
+    mean = partial(jnp.sum, axis=axes, keepdims=True)
+    count = mean(weight[..., None])
+    share, probability = (mean(x * weight[..., None]) / count for x in (used, probabilities))
+    return e * (share * probability).sum(-1).mean()
+
+
+def router_z_loss(router_logits: Sequence[Float[Array, "b t e"]]) -> Float[Array, ""]:
+    """The auxiliary loss that keeps router logits small: the mean of logsumexp squared.
+
+    Args:
+        router_logits: Of every layer with experts.
+
+    Returns:
+        The loss.
+
+    References:
+        ST-MoE (arXiv 2202.08906), equation 5.
+
+    Example:
+        >>> round(float(router_z_loss([jnp.zeros((2, 3, 4))])), 3)
+        1.922
+    """
+    logits = jnp.concatenate([wide(x) for x in router_logits], axis=1)
+    return jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()

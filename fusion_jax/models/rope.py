@@ -1,0 +1,149 @@
+"""Rotary position embeddings and their variants for long texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.errors import InputError, nearest
+
+TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotary position embedding of a ``config.json``; names are its own.
+
+    Args:
+        rope_type: One of `TYPES`.
+        rope_theta: The base of the wavelengths.
+        factor: By how much texts may be longer.
+        original_max_position_embeddings: Positions before that.
+        low_freq_factor: Of ``llama3``: longer wavelengths are stretched by ``factor``.
+        high_freq_factor: Of ``llama3``: shorter ones are left as they are.
+        beta_fast: Of ``yarn``: rotations above which a feature is left as it is.
+        beta_slow: Of ``yarn``: rotations below which it is stretched by ``factor``.
+        attention_factor: Of ``yarn``: a factor of both rotated vectors; None for the paper's.
+        mscale: Of ``yarn``, with ``mscale_all_dim``: another formula for that factor.
+        mscale_all_dim: See ``mscale``.
+        truncate: Of ``yarn``: whether the features between are whole numbers.
+
+    References:
+        RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); Llama 3 (arXiv 2407.21783).
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Rope:
+        """Reads ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
+
+        Args:
+            config: The fields of a ``config.json``.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            InputError: It is of a type that is not implemented.
+
+        Example:
+            >>> Rope.from_json({"rope_theta": 5e5, "rope_scaling": None}).rope_theta
+            500000.0
+        """
+        from fusion_jax.models.base import read_fields
+
+        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given.setdefault("rope_type", given.get("type", "default"))
+        given.setdefault("rope_theta", config.get("rope_theta"))
+        if given.get("original_max_position_embeddings") is None:
+            given["original_max_position_embeddings"] = config.get("max_position_embeddings")
+        kind = given["rope_type"]
+        if kind not in TYPES:
+            raise InputError(f"rope_type {kind!r} is not implemented{nearest(str(kind), TYPES)}")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError("a partial_rotary_factor is not implemented")
+        return read_fields(cls, given)
+
+    def frequencies(self, features: int) -> np.ndarray:
+        """Radians per position of each pair of features.
+
+        Args:
+            features: Of one head.
+
+        Returns:
+            (features / 2,) in float64.
+
+        Example:
+            >>> Rope().frequencies(4)
+            array([1.  , 0.01])
+        """
+        plain = self.rope_theta ** -(np.arange(0, features, 2) / features)
+        if self.rope_type == "default":
+            return plain
+        stretched = plain / self.factor
+        if self.rope_type == "linear":
+            return stretched
+        if self.rope_type == "llama3":
+            turns = self.original_max_position_embeddings * plain / (2 * math.pi)
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        else:
+            low, high = (self._feature(b, features) for b in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, features - 1)
+            keep = 1 - (np.arange(features // 2) - low) / (high - low if high != low else 0.001)
+        keep = np.clip(keep, 0, 1)
+        return keep * plain + (1 - keep) * stretched
+
+    def _feature(self, rotations: float, features: int) -> float:
+        """The pair of features that rotates so many times over the original positions."""
+        wavelength = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return features * math.log(wavelength) / (2 * math.log(self.rope_theta))
+
+    @property
+    def scale(self) -> float:
+        """What both rotated vectors are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def stretch(m: float) -> float:
+            return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return stretch(self.mscale) / stretch(self.mscale_all_dim)
+        return stretch(1.0)
+
+    def angles(self, positions: Int[Array, "b t"], features: int) -> Float[Array, "b t half"]:
+        """The angle of each pair of features at each position, in float32."""
+        frequencies = jnp.asarray(self.frequencies(features).astype(np.float32))
+        return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+
+    def rotated(
+        self, x: Float[Array, "b t h f"], angles: Float[Array, "b t half"]
+    ) -> Float[Array, "b t h f"]:
+        """Rotates feature i with feature i + f/2, as Hugging Face lays them out."""
+        cos, sin = (
+            (self.scale * f(angles)).astype(x.dtype)[:, :, None] for f in (jnp.cos, jnp.sin)
+        )
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
