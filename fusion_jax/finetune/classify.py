@@ -1,0 +1,237 @@
+"""Fine-tuning on a task, predicting, and measuring."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.finetune import losses
+from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.finetune.metrics import METRICS
+from fusion_jax.finetune.optimiser import Multipliers
+from fusion_jax.finetune.sharding import Layout
+from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
+from fusion_jax.finetune.trainer import Fit, OnStep, fit
+from fusion_jax.models.base import Model
+from fusion_jax.text import load_tokenizer
+
+BEST = "best"
+LAST = "last"
+
+
+def finetune(
+    model: Model,
+    data: TaskData,
+    config: TrainConfig | None = None,
+    *,
+    key: Key[Array, ""],
+    folder: str | os.PathLike[str] | None = None,
+    multipliers: Multipliers | None = None,
+    on_step: OnStep | None = None,
+    progress: bool | None = None,
+) -> Fit:
+    """Fine-tunes a model on a task; the model itself is not changed.
+
+    On the mesh that the caller has set, if any. With a folder, the run can be stopped at any time,
+    also by killing it: the same call goes on with it and ends with the same bits.
+
+    Args:
+        model: A model from `fusion_jax.load` with a classification head.
+        data: From `load_task` or `read_task`.
+        config: How to train; None for the paper's settings.
+        key: Random key of dropout and of the order of the examples.
+        folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (by the first
+            metric of the first dev set) and ``last`` go; None keeps nothing.
+        multipliers: What multiplies the learning rate of some parameters, see `fit`.
+        on_step: Called after each step with the steps done and the state; may return another.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
+
+    Returns:
+        The trained model, and the metrics of every evaluation.
+
+    Raises:
+        InputError: Model, data and configuration do not fit together, or the folder holds another
+            run. Raised before training starts.
+        FloatingPointError: The loss or the gradient was NaN or infinite.
+
+    Example:
+        >>> data = load_task("sst2", "glue/SST-2")  # doctest: +SKIP
+        >>> model = load("minilm-fused", head="classification", key=key)  # doctest: +SKIP
+        >>> fit = finetune(model, data, TrainConfig(epochs=3), key=key)  # doctest: +SKIP
+    """
+    config = TrainConfig() if config is None else config
+    task = data.task
+    check_head(model, task)
+    encoder = Encoder(model, config.max_length, config.truncate)
+    order, dropout = jax.random.split(key)
+    train = encoder.batches(
+        encoder(data.train),
+        config.batch_size,
+        shapes=config.shapes,
+        seed=int(jax.random.bits(order)),
+    )
+    dev = {name: encoder(texts) for name, texts in data.dev.items()}
+    folder = None if folder is None else Path(folder)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        results = {}
+        for name, examples in dev.items():
+            logits = _logits(model, encoder, examples, config.batch_size)
+            prefix = "" if len(dev) == 1 else f"{name} "
+            results |= {f"{prefix}{k}": v for k, v in measure(task, logits, examples).items()}
+        return results
+
+    def keep_best(model: Any, history: list[dict[str, Any]]) -> None:
+        main = next(name for name in history[-1] if name != "step")
+        if all(history[-1][main] > earlier[main] for earlier in history[:-1]):
+            assert folder is not None
+            _replace(model, folder / BEST)
+
+    result = fit(
+        model,
+        train,
+        losses.regression if task.labels is None else losses.classification,
+        config,
+        key=dropout,
+        multipliers=multipliers,
+        folder=folder,
+        evaluate=evaluate if dev else None,
+        on_evaluation=keep_best if folder is not None else None,
+        on_step=on_step,
+        progress=progress,
+    )
+    if folder is not None and result.finished:
+        _replace(result.model, folder / LAST)
+    return result
+
+
+def _replace(model: Model, folder: Path) -> None:
+    """Saves an artefact in the place of an earlier one."""
+    from fusion_jax.checkpoint import save
+
+    if jax.process_index():
+        return
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    save(model, new)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def check_head(model: Model, task: Task) -> None:
+    """Raises `InputError` if the model's head is not for the task."""
+    origin = getattr(model, "origin", None)
+    if origin is None or origin.head != "classification":
+        raise InputError(
+            "the model has no classification head; load it with head='classification', "
+            f"num_labels={task.num_labels} and a key"
+        )
+    if model.config.num_labels != task.num_labels:
+        raise InputError(
+            f"the model's head has {model.config.num_labels} outputs, {task.name} wants "
+            f"{task.num_labels}; load it with num_labels={task.num_labels}"
+        )
+
+
+class Encoder:
+    """Turns texts into what a model takes.
+
+    Args:
+        model: A model from `fusion_jax.load`.
+        max_length: Most tokens; None for what the model has positions for.
+        truncate: Whether longer texts are cut off.
+
+    Raises:
+        InputError: The model has fewer positions than ``max_length``.
+    """
+
+    def __init__(self, model: Model, max_length: int | None = None, truncate: bool = False):
+        config = model.config
+        # RoBERTa's positions start after that of padding.
+        offset = config.pad_token_id + 1 if getattr(config, "is_roberta", False) else 0
+        most = config.max_position_embeddings - offset
+        if max_length is not None and max_length > most:
+            raise InputError(f"max_length {max_length} is above the model's {most} positions")
+        self.max_length = most if max_length is None else max_length
+        self.truncate = truncate
+        self.pad_id: int = config.pad_token_id
+        self.tokenizer = load_tokenizer(model.origin.folder)
+
+    def __call__(self, texts: Texts) -> Examples:
+        """Tokenises texts; raises `InputError` that names the first one that is too long."""
+        return encode(self.tokenizer, texts, max_length=self.max_length, truncate=self.truncate)
+
+    def batches(
+        self, examples: Examples, batch_size: int, *, shapes: int = 4, seed: int | None = None
+    ) -> Batches:
+        """Batches padded for the model."""
+        return Batches(examples, batch_size, pad_id=self.pad_id, shapes=shapes, seed=seed)
+
+
+@jax.jit
+def _forward(model: Any, batch: Any) -> Array:
+    return losses.run(model, batch).logits
+
+
+def _logits(
+    model: Any, encoder: Encoder, examples: Examples, batch_size: int
+) -> Float[np.ndarray, "n classes"]:
+    """The logits of each example, in order."""
+    layout = Layout({})
+    layout.check_batch(batch_size)
+    batches = encoder.batches(examples._replace(labels=None), batch_size)
+    with layout.active():
+        found: dict[int, Any] = {}
+        for step in range(len(batches)):
+            out = _forward(model, layout.batch(batches(step)))
+            out = layout.gathered({"logits": out})["logits"]
+            found |= zip(batches.rows(step).tolist(), np.asarray(out, np.float32), strict=False)
+    return np.stack([found[i] for i in range(len(found))])
+
+
+def predict(
+    model: Model, texts: Texts, *, batch_size: int = 64, truncate: bool = False
+) -> Float[np.ndarray, "n classes"]:
+    """The logits of texts.
+
+    Args:
+        model: A model with a classification head.
+        texts: The texts; labels are not looked at.
+        batch_size: Rows per batch.
+        truncate: Whether texts that are too long are cut off.
+
+    Returns:
+        (n, classes) float32, in the order of the texts.
+
+    Raises:
+        InputError: A text is too long.
+    """
+    encoder = Encoder(model, truncate=truncate)
+    return _logits(model, encoder, encoder(texts), batch_size)
+
+
+def measure(
+    task: Task, logits: Float[np.ndarray, "n classes"], examples: Examples | Texts
+) -> dict[str, float]:
+    """The metrics of a task.
+
+    Args:
+        task: The task.
+        logits: What the model said.
+        examples: What is right.
+
+    Returns:
+        Metrics by name.
+    """
+    labels = examples.labels
+    assert labels is not None
+    predicted = logits[:, 0] if task.labels is None else logits.argmax(-1)
+    return {name: METRICS[name](predicted, labels) for name in task.metrics}

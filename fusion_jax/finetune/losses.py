@@ -1,0 +1,77 @@
+"""What is minimised.
+
+A loss is a function of (model, batch, key): the batch a dict of arrays, the key that of dropout or
+None. It returns a sum and what to divide it by, so that accumulated parts and devices add up to the
+mean over one whole batch. Arrays that a loss needs besides, such as a teacher, are bound with
+``jax.tree_util.Partial``, and so are arguments of the compiled step and not constants in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from fusion_jax.submlps import wide
+
+Batch = Mapping[str, Any]
+"""Arrays by name: what the model takes, ``labels``, and ``weights``, 0 for rows that fill up."""
+
+
+class Total(NamedTuple):
+    """A loss before the mean is taken.
+
+    Args:
+        total: The sum over what counts.
+        count: How much counts.
+    """
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+Loss = Callable[[Any, Batch, Key[Array, ""] | None], Total]
+
+
+def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: Any) -> Any:
+    """Runs a model on a batch: on what is not labels and weights."""
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
+    return model(**inputs, key=key, **options)
+
+
+def classification(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Cross-entropy of the logits, with labels from 0 on."""
+    logits = wide(run(model, batch, key).logits)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return _weighted(losses, batch)
+
+
+def regression(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Squared error of the one logit."""
+    logits = wide(run(model, batch, key).logits)
+    return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
+
+
+def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Mean squared error between the hidden states of two models, summed over layers.
+
+    The means are over tokens and features; padding does not count.
+
+    References:
+        MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.4.
+    """
+    states = [run(m, batch, k, output_hidden_states=True).hidden_states[1:]
+              for m, k in ((teacher, None), (model, key))]  # fmt: skip
+    real = jnp.where(jnp.asarray(batch["attention_mask"]), batch["weights"][:, None], 0.0)
+    total = jnp.zeros((), real.dtype)
+    for ours, theirs in zip(*states, strict=True):
+        total += (jnp.square(wide(ours) - wide(theirs)).mean(-1) * real).sum()
+    return Total(total, real.sum())
+
+
+def _weighted(losses: Float[Array, " b"], batch: Batch) -> Total:
+    weights = batch["weights"]
+    return Total((losses * weights).sum(), weights.sum())

@@ -1,0 +1,133 @@
+"""The optimiser of a configuration: optax, on parameters by path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from fusion_jax.errors import InputError
+from fusion_jax.finetune.config import TrainConfig
+
+Params = Mapping[str, Float[Array, "..."]]
+Multipliers = Mapping[str, Any]
+"""What multiplies the learning rate, by path of a parameter: a number, or an array that broadcasts
+to the parameter, such as (c, 1) for one number a row."""
+
+
+def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+    """The learning rate by step.
+
+    Args:
+        config: The configuration.
+        steps: All steps of the run.
+
+    Returns:
+        A function of the step, counted from 0: rising to ``config.learning_rate`` in the warmup,
+        and falling to 0 at ``steps``.
+
+    Example:
+        >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup=0.5), 8)
+        >>> [round(float(rate(i)), 2) for i in range(8)]
+        [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    """
+    top = config.learning_rate
+    warmup = round(config.warmup * steps)
+    left = max(steps - warmup, 1)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(top)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(top, left)
+    else:
+        power = config.power if config.schedule == "polynomial" else 1.0
+        after = optax.polynomial_schedule(top, 0.0, power, left)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), after], [warmup])
+
+
+def optimiser(
+    config: TrainConfig, steps: int, multipliers: Multipliers | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of a configuration.
+
+    Args:
+        config: The configuration.
+        steps: All steps of the run.
+        multipliers: What multiplies the learning rate of some parameters, besides
+            ``config.multipliers``.
+
+    Returns:
+        An optax transformation for parameters in a dict by path.
+
+    References:
+        Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization.
+    """
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.optimiser == "adamw":
+        parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+    elif config.momentum:
+        parts.append(optax.trace(config.momentum))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
+    if config.multipliers or multipliers:
+        parts.append(optax.stateless(_scaling(config, multipliers or {})))
+    parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+    return optax.chain(*parts)
+
+
+def _decays(params: Params) -> dict[str, bool]:
+    # By name: in stacks of layers or experts a bias has more than one axis.
+    return {path: path.rpartition(".")[2] not in ("bias", "scale") for path in params}
+
+
+def _scaling(config: TrainConfig, multipliers: Multipliers) -> Any:
+    patterns = [(re.compile(pattern), factor) for pattern, factor in config.multipliers]
+
+    def scale(updates: Params, params: Params | None) -> dict[str, Array]:
+        result = dict(updates)
+        for path, update in updates.items():
+            factors = [factor for pattern, factor in patterns if pattern.fullmatch(path)][:1]
+            if path in multipliers:
+                factors.append(multipliers[path])
+            for factor in factors:
+                factor = jnp.asarray(factor, update.dtype)
+                result[path] = result[path] * jnp.broadcast_to(factor, update.shape)
+        return result
+
+    return scale
+
+
+def check_multipliers(
+    config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, Any]
+) -> None:
+    """Raises `InputError` if a multiplier matches no parameter or does not fit its shape."""
+    for pattern, _ in config.multipliers:
+        try:
+            known = any(re.fullmatch(pattern, path) for path in params)
+        except re.error as error:
+            raise InputError(
+                f"multipliers: {pattern!r} is no regular expression: {error}"
+            ) from None
+        if not known:
+            raise InputError(
+                f"multipliers: {pattern!r} matches no parameter that trains (a pattern must match "
+                f"a whole path, such as {next(iter(params))})"
+            )
+    for path, factor in (multipliers or {}).items():
+        if path not in params:
+            raise InputError(f"multipliers: {path} is no parameter that trains")
+        try:
+            jax.eval_shape(lambda f, p: jnp.broadcast_to(f, p.shape), factor, params[path])
+        except ValueError:
+            raise InputError(
+                f"multipliers: {path} has shape {params[path].shape}, to which "
+                f"{jnp.shape(factor)} does not broadcast"
+            ) from None

@@ -1,0 +1,131 @@
+"""Where arrays are on the caller's mesh (``jax.set_mesh``).
+
+The names of the mesh's axes say what is done: batches are split over "data" and "fsdp", parameters
+and moments over "fsdp", the widths of MLPs over "model". The compiler inserts the communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from fusion_jax.errors import InputError, nearest
+
+AXES = ("data", "fsdp", "model")
+
+
+class Layout:
+    """Where parameters and batches are; on one device if the caller has set no mesh.
+
+    Args:
+        widths: The axis of the width in the variables of MLPs, by path.
+
+    Raises:
+        InputError: The mesh has an axis of another name.
+    """
+
+    def __init__(self, widths: Mapping[str, int]):
+        mesh = jax.sharding.get_mesh()
+        self._widths = widths
+        self.mesh = None
+        if mesh.empty:
+            return
+        for name in mesh.axis_names:
+            if name not in AXES:
+                raise InputError(f"the mesh has an axis {name!r}{nearest(str(name), AXES)}")
+        # The models leave communication to the compiler, which explicit axes would forbid.
+        auto = (AxisType.Auto,) * len(mesh.axis_names)
+        self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+
+    def active(self) -> Any:
+        """A context in which jitted functions see the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts a batch is split into."""
+        sizes = {} if self.mesh is None else self.mesh.shape
+        return sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Raises `InputError` if a batch's parts cannot be split evenly."""
+        if batch_size % (accumulate * self.batch_shards):
+            raise InputError(
+                f"batch_size {batch_size} is no multiple of {accumulate * self.batch_shards}: "
+                f"{accumulate} accumulated parts on {self.batch_shards} shards of the mesh"
+            )
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """How a variable is split.
+
+        Args:
+            path: Its path.
+            shape: Its shape.
+
+        Returns:
+            The names of the mesh's axes by axis of the array.
+        """
+        assert self.mesh is not None
+        spec: list[str | None] = [None] * len(shape)
+        sizes = self.mesh.shape
+        if path in self._widths and "model" in sizes:
+            axis = self._widths[path] % len(shape)
+            if shape[axis] % sizes["model"] == 0:
+                spec[axis] = "model"
+        if "fsdp" in sizes and len(shape) > 1:
+            free = [i for i, name in enumerate(spec) if not name and not shape[i] % sizes["fsdp"]]
+            if free:
+                spec[max(free, key=lambda i: shape[i])] = "fsdp"
+        return PartitionSpec(*spec)
+
+    def shardings(self, arrays: Mapping[str, Any]) -> Any:
+        """The shardings of variables by path; None without a mesh."""
+        if self.mesh is None:
+            return None
+        return {
+            path: NamedSharding(self.mesh, self.spec(path, x.shape)) for path, x in arrays.items()
+        }
+
+    @property
+    def replicated(self) -> Any:
+        """The sharding of what every device has; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def own(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Copies of variables at their places, so that the caller's are never donated."""
+        if self.mesh is None:
+            return {path: jnp.array(x) for path, x in arrays.items()}
+        shardings = self.shardings(arrays)
+        host = {path: np.asarray(x) for path, x in arrays.items()}
+        return {path: _put(x, shardings[path]) for path, x in host.items()}
+
+    def everywhere(self, tree: Any) -> Any:
+        """A pytree of arrays with all of it on every device."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: _put(np.asarray(x), self.replicated), tree)
+
+    def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """A batch on the devices; each process moves the rows of its own devices only."""
+        if self.mesh is None:
+            return {name: jnp.asarray(x) for name, x in batch.items()}
+        names = tuple(name for name in ("data", "fsdp") if name in self.mesh.shape)
+        sharding = NamedSharding(self.mesh, PartitionSpec(names or None))
+        return {name: _put(x, sharding) for name, x in batch.items()}
+
+    def gathered(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Variables with all of each on every device, so that any process can write them."""
+        if self.mesh is None:
+            return dict(arrays)
+        return jax.jit(lambda x: x, out_shardings=self.replicated)(dict(arrays))
+
+
+def _put(x: np.ndarray, sharding: NamedSharding) -> Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

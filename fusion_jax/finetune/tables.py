@@ -1,0 +1,118 @@
+"""Files of text and labels: tsv as GLUE distributes it, csv, and jsonl; errors name the line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusion_jax.errors import InputError, nearest
+
+
+class Table(NamedTuple):
+    """The cells of a file.
+
+    Args:
+        path: The file.
+        columns: Cells by name of the column, None where a row is too short.
+        lines: The line that each row starts in, counted from 1.
+    """
+
+    path: Path
+    columns: Mapping[str, Sequence[Any]]
+    lines: Sequence[int]
+
+    def column(self, name: str) -> Sequence[Any]:
+        """The cells of a column.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            One cell per row.
+
+        Raises:
+            InputError: There is no such column.
+        """
+        if name not in self.columns:
+            raise InputError(f"{self.path} has no column {name!r}{nearest(name, self.columns)}")
+        return self.columns[name]
+
+    def place(self, row: int) -> str:
+        """Where a row is, such as ``"SST-2/train.tsv:12"``."""
+        return f"{Path(*self.path.parts[-2:])}:{self.lines[row]}"
+
+
+def read(path: Path, header: Sequence[str] | None = None) -> Table:
+    """Reads a file.
+
+    Args:
+        path: A .tsv (tabs, no quotes), .csv or .jsonl file.
+        header: The names of the columns of a tsv that has no header itself.
+
+    Returns:
+        Its cells.
+
+    Raises:
+        InputError: The file is missing, is no UTF-8, holds no rows, or a line cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: broken UTF-8 ({error.reason})") from None
+    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
+    if path.suffix not in readers:
+        raise InputError(f"{path} is of an unknown kind; known: {', '.join(readers)}")
+    rows = readers[path.suffix](path, text)
+    if header is None and path.suffix in (".tsv", ".csv"):
+        _, header = next(rows, (0, []))
+    numbered = list(rows)
+    if not numbered:
+        raise InputError(f"{path} holds no rows")
+    lines = [line for line, _ in numbered]
+    if header is None:
+        names = list(dict.fromkeys(name for _, row in numbered for name in row))
+        return Table(path, {n: [row.get(n) for _, row in numbered] for n in names}, lines)
+    columns = {
+        name: [row[i] if i < len(row) else None for _, row in numbered]
+        for i, name in enumerate(header)
+    }
+    return Table(path, columns, lines)
+
+
+def _tsv(path: Path, text: str) -> Any:
+    for i, line in enumerate(text.split("\n")):
+        if line.strip("\r"):
+            yield i + 1, line.rstrip("\r").split("\t")
+
+
+def _csv(path: Path, text: str) -> Any:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    before = 0
+    try:
+        for row in reader:
+            if row:
+                yield before + 1, row
+            before = reader.line_num
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _jsonl(path: Path, text: str) -> Any:
+    for i, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{i + 1}: no valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{i + 1}: no JSON object")
+        yield i + 1, row

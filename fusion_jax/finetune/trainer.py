@@ -1,0 +1,373 @@
+"""The training loop: any loss, any model, resumable at every step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.finetune.checkpoints import Checkpoints
+from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.log import Log
+from fusion_jax.finetune.losses import Loss, Total
+from fusion_jax.finetune.optimiser import Multipliers, check_multipliers, optimiser, schedule
+from fusion_jax.finetune.parts import Parts, Trains
+from fusion_jax.finetune.preemption import listening
+from fusion_jax.finetune.sharding import Layout
+from fusion_jax.progress import progress as show_progress
+
+CHECKPOINTS = "checkpoints"
+_HARMLESS = {"log_every", "keep_checkpoints", "checkpoint_every", "tensorboard"}
+"""Fields of the configuration that a run may change when it goes on."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Batches by step, such as `Batches`."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, counted over all epochs."""
+        ...
+
+    def names(self, step: int) -> list[str]:
+        """Where the examples of a batch come from, for error messages."""
+        ...
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Args:
+        params: What trains, by path.
+        rest: All other variables of the model, by path.
+        opt_state: The state of the optimiser.
+    """
+
+    params: dict[str, Array]
+    rest: dict[str, Array]
+    opt_state: Any
+
+
+OnStep = Callable[[int, TrainState], TrainState | None]
+"""Called after every step with the steps done; what it returns takes the place of the state."""
+Evaluate = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What training gave.
+
+    Args:
+        model: The model after the last step.
+        step: The steps done.
+        finished: False if the run was told to stop; the same call goes on with it.
+        history: One entry per evaluation: its step, and the metrics.
+    """
+
+    model: Any
+    step: int
+    finished: bool
+    history: list[dict[str, Any]]
+
+
+def fit(
+    model: Any,
+    batches: Source,
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    key: Key[Array, ""],
+    trains: Trains | None = None,
+    multipliers: Multipliers | None = None,
+    folder: Path | None = None,
+    evaluate: Evaluate | None = None,
+    on_evaluation: Callable[[Any, list[dict[str, Any]]], None] | None = None,
+    on_step: OnStep | None = None,
+    progress: bool | None = None,
+) -> Fit:
+    """Trains a model; the model itself is not changed.
+
+    On the mesh that the caller has set, if any: see `Layout`.
+
+    Args:
+        model: Any NNX module that the loss can run.
+        batches: The batches.
+        loss: What is minimised, see `fusion_jax.finetune.losses`.
+        config: How.
+        key: Random key of dropout. The same key gives the same bits on the same devices.
+        trains: What trains, if not what ``config.train`` says.
+        multipliers: What multiplies the learning rate of some parameters: by path, a number or an
+            array that broadcasts to the parameter.
+        folder: Where checkpoints and ``metrics.jsonl`` go; a run found there is gone on with. None
+            keeps nothing.
+        evaluate: Measures a model; called every ``config.eval_every`` steps and at the end.
+        on_evaluation: Called after an evaluation, with the model and all results.
+        on_step: Called after each step and may change the state.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
+
+    Returns:
+        The trained model and how it went.
+
+    Raises:
+        InputError: The arguments do not fit together, or the folder holds another run.
+        FloatingPointError: The loss or the gradient was NaN or infinite.
+    """
+    parts = Parts(
+        model,
+        config.train if trains is None else trains,
+        compute_dtype=_compute_dtype(model, config),
+        remat=config.remat,
+    )
+    layout = Layout(parts.widths)
+    layout.check_batch(config.batch_size, config.accumulate)
+    params, rest = parts.split(model)
+    check_multipliers(config, multipliers, params)
+    steps = config.epochs * len(batches)
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    run = {
+        "config": {k: v for k, v in config.to_json().items() if k not in _HARMLESS},
+        "steps": steps,
+        "batches per epoch": len(batches),
+        "key": jax.random.key_data(key).tolist(),
+        "what trains": sorted(params),
+    }
+    with layout.active(), listening() as stop:
+        loop = _Loop(parts, layout, loss, config, steps, multipliers, key)
+        state = loop.start(params, rest)
+        saved, done, history = None, 0, []
+        if folder is not None:
+            saved = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
+            if saved.latest is not None:
+                meta = saved.meta()
+                _check_same(folder, meta["run"], json.loads(json.dumps(run)))
+                state, history, done = saved.restore(state), meta["history"], saved.latest
+        first = jax.process_index() == 0
+        log = Log(folder if first else None, tensorboard=config.tensorboard, after=done)
+        try:
+            with show_progress("Training", steps, progress if first else False) as advance:
+                if done:
+                    advance("resumed", done)
+                watch = _Watch(log, advance, batches, schedule(config, steps), saved, done)
+                while done < steps and not stop.agreed(done, config.log_every):
+                    batch = batches(done)
+                    state, numbers = loop.step(state, batch, done)
+                    watch.add(numbers, int(batch["attention_mask"].sum()))
+                    done += 1
+                    if on_step is not None:
+                        state = on_step(done, state) or state
+                    every = config.eval_every or len(batches)
+                    evaluates = evaluate is not None and (done % every == 0 or done == steps)
+                    every = config.checkpoint_every or len(batches)
+                    saves = saved is not None and (done % every == 0 or done == steps)
+                    if evaluates or saves or done % config.log_every == 0 or done == steps:
+                        watch.flush(done)
+                    if evaluates:
+                        assert evaluate is not None
+                        results = evaluate(parts.compute(state.params, state.rest))
+                        history.append({"step": done, **results})
+                        log.write(done, **results)
+                        if on_evaluation is not None:
+                            on_evaluation(loop.model(state), history)
+                        watch.restart()
+                    if saves:
+                        assert saved is not None
+                        saved.save(done, state, {"run": run, "history": history})
+                watch.flush(done)
+                if saved is not None:
+                    if done < steps and saved.latest != done:
+                        saved.save(done, state, {"run": run, "history": history})
+                    saved.wait()
+        finally:
+            log.close()
+            if saved is not None:
+                saved.close()
+        return Fit(model=loop.model(state), step=done, finished=done == steps, history=history)
+
+
+def _compute_dtype(model: Any, config: TrainConfig) -> Any:
+    if config.compute_dtype is not None:
+        return jnp.dtype(config.compute_dtype)
+    from flax import nnx
+
+    return next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).dtype
+
+
+def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    fields = {**old["config"], **old}, {**new["config"], **new}
+    different = [
+        f"{name} {fields[0].get(name)!r}, now {fields[1].get(name)!r}"
+        for name in fields[1]
+        if name != "config" and fields[0].get(name) != fields[1].get(name)
+    ]
+    if different:
+        raise InputError(
+            f"{folder} holds a run with other settings ({'; '.join(different)[:500]}); give those, "
+            "or another folder"
+        )
+
+
+class _Loop:
+    """The compiled step."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        layout: Layout,
+        loss: Loss,
+        config: TrainConfig,
+        steps: int,
+        multipliers: Multipliers | None,
+        key: Array,
+    ):
+        self._parts, self._layout, self._config = parts, layout, config
+        self._tx = optimiser(config, steps, multipliers)
+        # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
+        bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
+        self._loss = layout.everywhere(bound)
+        self._key = layout.everywhere(jax.random.key_data(key))
+        self._impl = jax.random.key_impl(key)
+
+    def start(self, params: dict[str, Array], rest: dict[str, Array]) -> TrainState:
+        """The state before the first step."""
+        params, rest = self._layout.own(params), self._layout.own(rest)
+        shardings = None
+        if self._layout.mesh is not None:
+            abstract = jax.eval_shape(self._tx.init, params)
+            moments = optax.tree.map_params(
+                self._tx,
+                lambda _, sharding: sharding,
+                abstract,
+                self._layout.shardings(params),
+                transform_non_params=lambda _: self._layout.replicated,
+            )
+            shardings = TrainState(
+                self._layout.shardings(params), self._layout.shardings(rest), moments
+            )
+        opt_state = jax.jit(self._tx.init, out_shardings=shardings and shardings.opt_state)(params)
+        out = None if shardings is None else (shardings, self._layout.replicated)
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=out)
+        return TrainState(params, rest, opt_state)
+
+    def step(self, state: TrainState, batch: dict[str, np.ndarray], step: int) -> Any:
+        """The state after one more batch, and its loss and gradient norm; the old state is gone."""
+        return self._step(state, self._layout.batch(batch), self._loss, self._key, np.int32(step))
+
+    def model(self, state: TrainState) -> Any:
+        """The model of a state, with arrays of its own."""
+        arrays = {**state.params, **state.rest}
+        copies = {path: jnp.array(x) for path, x in self._layout.gathered(arrays).items()}
+        return self._parts.merge(copies, {})
+
+    def _update(self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array) -> Any:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)
+
+        def total(params: Any, batch: Any, key: Array) -> tuple[Array, Array]:
+            model = self._parts.compute(params, state.rest)
+            result: Total = loss(model, batch, key if self._config.dropout else None)
+            return result
+
+        gradient = jax.value_and_grad(total, has_aux=True)
+        n = self._config.accumulate
+        if n == 1:
+            (value, count), grads = gradient(state.params, batch, key)
+        else:
+            # Part i is every n-th row, so that each device keeps its own rows.
+            pieces = jax.tree.map(
+                lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+
+            def add(sums: Any, piece: Any) -> Any:
+                result = gradient(state.params, piece[0], piece[1])
+                return jax.tree.map(jnp.add, sums, result), None
+
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], pieces), key),
+            )
+            ((value, count), grads), _ = jax.lax.scan(
+                add, zeros, (pieces, jax.random.split(key, n))
+            )
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
+        return TrainState(params, state.rest, opt_state), numbers  # type: ignore[arg-type]
+
+
+class _Watch:
+    """Looks at losses now and then, since each look waits for the device."""
+
+    def __init__(
+        self,
+        log: Log,
+        advance: Callable[..., None],
+        batches: Source,
+        rate: optax.Schedule,
+        saved: Checkpoints | None,
+        done: int,
+    ):
+        self._log, self._advance, self._batches = log, advance, batches
+        self._rate, self._saved, self._flushed = rate, saved, done
+        self._numbers: list[dict[str, Array]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock for tokens per second."""
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def add(self, numbers: dict[str, Array], tokens: int) -> None:
+        """Remembers a step's numbers."""
+        self._numbers.append(numbers)
+        self._tokens += tokens
+
+    def flush(self, done: int) -> None:
+        """Writes and checks what has been remembered.
+
+        Raises:
+            FloatingPointError: A loss or gradient was not finite.
+        """
+        if not self._numbers:
+            return
+        rows = jax.device_get(self._numbers)
+        for i, row in enumerate(rows):
+            if not all(math.isfinite(x) for x in row.values()):
+                self._stop(self._flushed + i, row)
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        rate = np.asarray(self._rate(done - 1)).item()
+        speed = self._tokens / (time.perf_counter() - self._start)
+        self._log.write(done, **mean, learning_rate=rate, tokens_per_second=round(speed, 1))
+        text = f"loss {mean['loss']:.4f}, learning rate {rate:.2e}, {speed:,.0f} tokens/s"
+        self._advance(text, done - self._flushed)
+        self._flushed = done
+        self._numbers.clear()
+        self.restart()
+
+    def _stop(self, step: int, row: dict[str, Any]) -> None:
+        what = "loss" if not math.isfinite(row["loss"]) else "gradient"
+        last = None if self._saved is None else self._saved.latest
+        good = (
+            "there is no checkpoint yet" if last is None else f"step {last} is the last checkpoint"
+        )
+        names = self._batches.names(step)
+        shown = ", ".join(names[:64]) + (", ..." if len(names) > 64 else "")
+        raise FloatingPointError(
+            f"{what} {row['loss' if what == 'loss' else 'gradient_norm']} at step {step + 1}; "
+            f"{good}; its batch: {shown}"
+        )

@@ -1,0 +1,444 @@
+"""The trainer: what a step does, what trains, and runs that go on after they were stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax.demo import bit_equal
+from fusion_jax.finetune import fit, losses, measure, predict
+from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.finetune.optimiser import optimiser
+from fusion_jax.finetune.parts import Parts
+from fusion_jax.mlp import Frozen
+from tests import glue
+
+CONFIG = fj.TrainConfig(
+    max_steps=6,
+    batch_size=8,
+    learning_rate=1e-3,
+    shapes=1,
+    log_every=1,
+    checkpoint_every=2,
+    dropout=False,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Programs that are equal are compiled once for all tests here."""
+    old = {name: getattr(jax.config, name) for name in _CACHE}
+    for name, value in {
+        **_CACHE,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jit")),
+    }.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+_CACHE = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return glue.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return fj.load_task("sst2", glue.sst2(tmp_path_factory.mktemp("data") / "SST-2"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return fj.load(folder, head="classification", num_labels=2, key=jax.random.key(5))
+
+
+@pytest.fixture(scope="module")
+def fused(model):
+    method = fj.Fusion(width=12)
+    return fj.compress(model, method, layers=-1, key=jax.random.key(0))[0]
+
+
+def flat(model):
+    return {
+        ".".join(map(str, path)): (type(v), np.asarray(v.get_value()))
+        for path, v in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def moved(before, after):
+    a, b = flat(before), flat(after)
+    return {path for path in a if not np.array_equal(a[path][1], b[path][1])}
+
+
+def assert_close(a, b, tolerance):
+    for path, (_, x) in flat(a).items():
+        np.testing.assert_allclose(x, flat(b)[path][1], atol=tolerance, rtol=0, err_msg=path)
+
+
+def test_finetune_learns(fused, data, key):
+    before = flat(fused)
+    config = dataclasses.replace(CONFIG, max_steps=60, learning_rate=5e-3, eval_every=30)
+    result = fj.finetune(fused, data, config, key=key)
+    assert (result.step, result.finished, [h["step"] for h in result.history]) == (
+        60,
+        True,
+        [30, 60],
+    )
+    train = measure(data.task, predict(result.model, data.train), data.train)
+    assert train["accuracy"] > 0.9
+    dev = measure(data.task, predict(result.model, data.dev["dev"]), data.dev["dev"])
+    assert dev["accuracy"] == result.history[-1]["accuracy"]
+    for path, (kind, x) in flat(fused).items():
+        np.testing.assert_array_equal(x, before[path][1])  # the caller's model is as it was
+        if kind is Frozen:
+            np.testing.assert_array_equal(x, flat(result.model)[path][1])
+
+
+@pytest.mark.parametrize("train", ["mlp", "head", r"layers\.1\.mlp\.up\..*"])
+def test_what_trains(train, fused, data, key):
+    config = dataclasses.replace(CONFIG, max_steps=1, warmup=0.0, train=train)
+    paths = moved(fused, fj.finetune(fused, data, config, key=key).model)
+    starts = {"mlp": "layers.", "head": ("head.", "pooler.")}.get(train, "layers.1.mlp.up.")
+    assert paths
+    assert all(path.startswith(starts) and (train == "head" or ".mlp." in path) for path in paths)
+
+
+def batches_of(n, size, length=8):
+    tokens = np.random.RandomState(1).randint(5, 99, (n, length)).astype(np.int32)
+    labels = np.arange(n, dtype=np.int32) % 2
+    names = [f"e{i}" for i in range(n)]
+    return Batches(Examples(list(tokens), None, labels, names), size, pad_id=0, shapes=1, seed=3)
+
+
+def one_epoch(model, config, key, batches=None, loss=losses.classification, **more):
+    batches = batches_of(16, config.batch_size) if batches is None else batches
+    return fit(model, batches, loss, config, key=key, **more)
+
+
+def test_accumulation_equals_one_big_batch(fused, key):
+    config = dataclasses.replace(CONFIG, max_steps=3, batch_size=16)
+    # 13 examples: the parts hold different numbers of real ones.
+    whole = one_epoch(fused, config, key, batches_of(13, 16)).model
+    parts = dataclasses.replace(config, accumulate=4)
+    assert_close(whole, one_epoch(fused, parts, key, batches_of(13, 16)).model, 2e-6)
+
+
+def test_step_equals_optax_by_hand(fused, key):
+    """Loss, clipping, decay mask and schedule against a plain loop over optax's own AdamW."""
+    import optax
+
+    config = dataclasses.replace(CONFIG, max_steps=4, epochs=9, warmup=0.25)
+    batches = batches_of(16, 8)
+    ours = one_epoch(fused, config, key, batches).model
+    graph, params, rest = nnx.split(fused, nnx.Param, ...)
+    decays = nnx.to_flat_state(params)
+    mask = nnx.from_flat_state([(p, v.replace(p[-1] not in ("bias", "scale"))) for p, v in decays])
+    rate = [0.0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3]
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(lambda i: jnp.array(rate)[i], 0.9, 0.98, 1e-6, weight_decay=0.1, mask=mask),
+    )
+    opt = tx.init(params)
+
+    @jax.jit
+    def step(params, opt, batch):
+        def loss(params):
+            logits = nnx.merge(graph, params, rest)(
+                batch["input_ids"], batch["attention_mask"]
+            ).logits
+            chosen = jax.nn.log_softmax(logits)[jnp.arange(8), batch["labels"]]
+            return -chosen.mean()
+
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+            return optax.apply_updates(params, updates), opt
+
+    for i in range(4):
+        params, opt = step(params, opt, batches(i))
+    assert_close(ours, nnx.merge(graph, params, rest), 2e-6)
+
+
+def test_dropout_differs_between_steps_and_follows_its_key(fused, key, tmp_path):
+    """The same batch at each step, and weights that hardly move: only dropout differs."""
+    config = dataclasses.replace(CONFIG, learning_rate=1e-12, max_steps=3, dropout=True)
+    keys = {"a": key, "b": key, "c": jax.random.key(1)}
+    found = {}
+    for name, k in keys.items():
+        one_epoch(fused, config, k, batches_of(8, 8), folder=tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["loss"] for line in lines]
+    assert len(set(found["a"])) == 3
+    assert found["a"] == found["b"]
+    assert not set(found["a"]) & set(found["c"])
+
+
+def test_remat_changes_nothing(fused, key):
+    config = dataclasses.replace(CONFIG, max_steps=2)
+    plain = one_epoch(fused, config, key).model
+    assert_close(plain, one_epoch(fused, dataclasses.replace(config, remat=True), key).model, 1e-5)
+
+
+def test_bfloat16_computes_with_float32_weights(fused, key):
+    parts = Parts(fused, compute_dtype=jnp.bfloat16)
+    params, rest = parts.split(fused)
+    out = parts.compute(params, rest)(jnp.array([[2, 7, 3]]), output_hidden_states=True)
+    assert {x.dtype.name for x in jax.tree.leaves(out)} == {"bfloat16"}
+    config = dataclasses.replace(CONFIG, max_steps=2)
+    exact = one_epoch(fused, config, key).model
+    low = one_epoch(fused, dataclasses.replace(config, compute_dtype="bfloat16"), key).model
+    assert {x.dtype.name for x in jax.tree.leaves(nnx.state(low, nnx.Param))} == {"float32"}
+    assert not bit_equal(exact, low)
+    assert_close(exact, low, 5e-3)
+
+
+def test_multipliers(fused, key):
+    config = dataclasses.replace(CONFIG, max_steps=1, optimiser="sgd", warmup=0.0)
+    config = dataclasses.replace(config, weight_decay=0.0, clip_norm=None)
+    plain, path = one_epoch(fused, config, key).model, "layers.1.mlp.down.kernel"
+    rows = jnp.arange(12.0)[:, None]
+    slow = dataclasses.replace(config, multipliers=((r"head\..*", 0.5), (r".*", 1.0)))
+    ours = one_epoch(fused, slow, key, multipliers={path: rows}).model
+    start, a, b = flat(fused), flat(plain), flat(ours)
+    step = {p: (a[p][1] - start[p][1], b[p][1] - start[p][1]) for p in start}
+    np.testing.assert_allclose(step[path][1], step[path][0] * rows, atol=1e-6)
+    name = "head.out.kernel"
+    np.testing.assert_allclose(step[name][1], step[name][0] * 0.5, atol=1e-6)
+    name = "layers.0.mlp.up.kernel"
+    np.testing.assert_allclose(step[name][1], step[name][0], atol=1e-7)
+
+
+def test_sgd_by_cluster_sizes_equals_sgd_on_the_wide_copy(model, fused, key):
+    """Design: with learning rates divided by n_c, SGD moves centroids as their copies move."""
+    from fusion_jax.compress import replaced
+
+    config = dataclasses.replace(
+        CONFIG, max_steps=3, optimiser="sgd", weight_decay=0.0, clip_norm=None
+    )
+    wide, multipliers = nnx.clone(fused), {}
+    for site in fj.sites(fused):
+        if isinstance(site.mlp, fj.FusedMlp):
+            wide = replaced(wide, site.path, site.mlp.wide_copy())
+            inverse = 1 / site.mlp.sizes[...]
+            multipliers |= {
+                f"{site.path}.up.kernel": inverse[None],
+                f"{site.path}.up.bias": inverse,
+                f"{site.path}.down.kernel": inverse[:, None],
+            }
+    ours = one_epoch(fused, config, key, multipliers=multipliers).model
+    theirs = one_epoch(wide, config, key).model
+    for site in fj.sites(ours):
+        if isinstance(site.mlp, fj.FusedMlp):
+            site_of = {s.path: s.mlp for s in fj.sites(theirs)}
+            assert_close(site.mlp.wide_copy(), site_of[site.path], 1e-5)
+
+
+def run(model, data, folder, key, config=CONFIG, **more):
+    return fj.finetune(model, data, config, key=key, folder=folder, **more)
+
+
+def test_stopping_and_going_on_changes_no_bit(fused, data, key, tmp_path):
+    config = dataclasses.replace(CONFIG, dropout=True)
+    whole = run(fused, data, tmp_path / "whole", key, config)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, state):
+        if step == 3:
+            raise Killed
+
+    def terminate(step, state):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "parts"
+    with pytest.raises(Killed):
+        run(fused, data, folder, key, config, on_step=kill)
+    stopped = run(fused, data, folder, key, config, on_step=terminate)
+    assert (stopped.step, stopped.finished) == (5, False)
+    assert not (folder / "last").exists()
+    ended = run(fused, data, folder, key, config)
+    assert ended.finished
+    assert bit_equal(whole.model, ended.model)
+    assert whole.history == ended.history
+    assert bit_equal(whole.model, fj.load(folder / "last"))
+    best = fj.load(folder / "best")
+    assert measure(data.task, predict(best, data.dev["dev"]), data.dev["dev"])["accuracy"] == max(
+        h["accuracy"] for h in whole.history
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    again = run(fused, data, folder, key, config)  # nothing is left to do
+    assert bit_equal(whole.model, again.model)
+
+
+def test_another_run_in_the_folder(fused, data, key, tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=2)
+    run(fused, data, tmp_path, key, config)
+    other = dataclasses.replace(config, learning_rate=1e-4)
+    with pytest.raises(fj.InputError, match=r"learning_rate 0\.001, now 0\.0001"):
+        run(fused, data, tmp_path, key, other)
+    with pytest.raises(fj.InputError, match="key"):
+        run(fused, data, tmp_path, jax.random.key(9), config)
+
+
+def test_on_step_may_change_the_state(fused, key):
+    """A schedule of a method's own: here, what is Frozen follows the steps."""
+
+    def count(step, state):
+        path = "layers.1.mlp.sizes"
+        return state._replace(rest={**state.rest, path: state.rest[path] * 0 + step})
+
+    result = one_epoch(fused, dataclasses.replace(CONFIG, max_steps=3), key, on_step=count)
+    assert set(flat(result.model)["layers.1.mlp.sizes"][1]) == {3.0}
+
+
+def test_nan_stops_with_step_batch_and_checkpoint(fused, key, tmp_path):
+    def poison(step, state):
+        if step == 3:
+            params = {path: x * jnp.nan for path, x in state.params.items()}
+            return state._replace(params=params)
+        return None
+
+    config = dataclasses.replace(CONFIG, log_every=5, batch_size=2)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"loss nan at step 4; step 2 is the last checkpoint; .* e\d+, e\d+$",
+    ):
+        one_epoch(fused, config, key, on_step=poison, folder=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+def test_steps_do_not_wait_or_compile_again(fused, key):
+    """One compilation per shape, however many steps."""
+    compiled = []
+    real = losses.classification
+
+    def loss(model, batch, key):
+        compiled.append(batch["input_ids"].shape)
+        return real(model, batch, key)
+
+    one_epoch(fused, dataclasses.replace(CONFIG, max_steps=5, epochs=9), key, loss=loss)
+    assert compiled == [(8, 8)]
+
+
+def test_tune_moves_only_the_fused_mlps_towards_the_teacher(model, fused, data, key):
+    texts = [text for (text,) in data.train.texts]
+    config = fj.TrainConfig(epochs=5, batch_size=8, learning_rate=2e-3, shapes=1, log_every=1)
+    tuned = fj.tune(fused, model, texts, config, key=key).model
+    paths = moved(fused, tuned)
+    assert {path.split(".mlp.")[0] for path in paths} == {"layers.1"}
+    assert len(paths) == 4
+    batch = batches_of(16, 16)(0)
+
+    def error(student):
+        return float(losses.hidden_states(model, student, batch, None).total)
+
+    assert error(tuned) < 0.5 * error(fused)
+    assert error(model) == 0
+    with pytest.raises(fj.InputError, match="the teacher is the model before"):
+        fj.tune(fused, fused, texts, config, key=key)
+
+
+def test_padding_is_left_out_of_tuning(model, fused):
+    batch = batches_of(2, 2)(0)
+    cut = {name: x[:, :5] if x.ndim == 2 else x for name, x in batch.items()}
+    padded = {**batch, "attention_mask": np.arange(8)[None] < np.array([[5], [5]])}
+    results = [losses.hidden_states(model, fused, b, None) for b in (cut, padded)]
+    np.testing.assert_allclose(results[0].total, results[1].total, rtol=1e-5)
+    assert float(results[1].count) == 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": "layers"}, "train 'layers' matches no parameter"),
+        ({"train": "("}, "no regular expression"),
+        ({"multipliers": (("x", 1.0),)}, "matches no parameter that trains"),
+        ({"max_length": 99}, "above the model's 40 positions"),
+        ({"max_length": 5}, r"train\.tsv:\d+: \d+ tokens, above 5"),
+        ({"tensorboard": True}, r"fusion-jax\[tensorboard\]"),
+    ],
+)
+def test_errors(fields, message, fused, data, key, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(fj.InputError, match=message):
+        run(fused, data, tmp_path, key, dataclasses.replace(CONFIG, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is no multiple of accumulate 4"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0"),
+    ],
+)
+def test_configurations_that_cannot_be(fields, message):
+    with pytest.raises(fj.InputError, match=message):
+        fj.TrainConfig(**fields)
+
+
+def test_heads_that_do_not_fit(folder, data, key):
+    with pytest.raises(fj.InputError, match="head='classification', num_labels=2"):
+        fj.finetune(fj.load(folder), data, CONFIG, key=key)
+    three = fj.load(folder, head="classification", num_labels=3, key=key)
+    with pytest.raises(fj.InputError, match="3 outputs, sst2 wants 2"):
+        fj.finetune(three, data, CONFIG, key=key)
+
+
+@pytest.mark.parametrize("name", ["linear", "polynomial", "cosine", "constant"])
+def test_schedules(name):
+    from fusion_jax.finetune.optimiser import schedule
+
+    config = fj.TrainConfig(schedule=name, power=2.0, learning_rate=1.0, warmup=0.1)
+    rate = np.array([schedule(config, 100)(i) for i in range(101)])
+    left = 1 - np.arange(91) / 90
+    want = {
+        "linear": left,
+        "polynomial": left**2,
+        "cosine": (1 - np.cos(np.pi * left)) / 2,
+        "constant": np.ones(91),
+    }
+    np.testing.assert_allclose(rate[:10], np.arange(10) / 10, atol=1e-6)
+    np.testing.assert_allclose(rate[10:], want[name], atol=1e-6)
+
+
+def test_regression(folder, key, tmp_path):
+    rows = [json.dumps({"a": text, "b": text, "y": label}) for text, label in glue.sentences(16)]
+    path = Path(tmp_path / "data.jsonl")
+    path.write_text("\n".join(rows))
+    data = fj.read_task(path, path, text=("a", "b"), label="y", regression=True)
+    model = fj.load(folder, head="classification", num_labels=1, key=key)
+    config = dataclasses.replace(CONFIG, max_steps=2, truncate=True, max_length=16)
+    history = fj.finetune(model, data, config, key=key).history
+    assert set(history[-1]) == {"step", "pearson", "spearman"}
+
+
+def test_weights_decay_by_name():
+    config = dataclasses.replace(CONFIG, optimiser="sgd", clip_norm=None, schedule="constant")
+    tx = optimiser(dataclasses.replace(config, warmup=0.0, learning_rate=1.0), 1)
+    params = {name: jnp.ones((2, 3)) for name in ("up.kernel", "experts.bias", "norm.scale")}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert {name: float(u[0, 0]) for name, u in updates.items()} == pytest.approx(
+        {"up.kernel": -0.1, "experts.bias": 0.0, "norm.scale": 0.0}
+    )

@@ -1,0 +1,127 @@
+"""The commands finetune, tune, evaluate and predict, as a user types them; killed and gone on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import fusion_jax as fj
+from fusion_jax.cli import main
+from fusion_jax.demo import bit_equal
+from tests import glue
+
+OPTIONS = ["--max-steps", "4", "--batch-size", "8", "--shapes", "1", "--no-dropout"]
+OPTIONS += ["--log-every", "2", "--checkpoint-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    data = glue.sst2(folder / "SST-2", n=16)
+    return str(glue.checkpoint(folder / "model")), str(data)
+
+
+def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
+    model, data = places
+    fused, tuned, run = (str(tmp_path / name) for name in ("fused", "tuned", "run"))
+    assert main(["compress", model, fused, "fusion", "--width", "12", "--layers", "-1"]) == 0
+    task = ["--task", "sst2", "--data", data]
+    assert main(["tune", fused, "--teacher", model, "--out", tuned, *task, *OPTIONS]) == 0
+    assert not (tmp_path / "tuned.run").exists()
+    assert main(["finetune", tuned, "--out", run, *task, *OPTIONS]) == 0
+    said = capsys.readouterr()
+    assert "Training: 4/4 loss" in said.err
+    assert "accuracy" in said.out
+    assert main(["finetune", tuned, "--out", run, *task, *OPTIONS]) == 0  # nothing left to do
+    capsys.readouterr()
+    assert main(["evaluate", run, *task]) == 0
+    name, metric, value = capsys.readouterr().out.split()
+    assert (name, metric) == ("dev", "accuracy")
+    assert 0 <= float(value) <= 1
+    assert main(["evaluate", run, "--file", f"{data}/dev.tsv", "--text", "sentence"]) == 0
+    assert capsys.readouterr().out.split()[-1] == value
+    out = tmp_path / "out.jsonl"
+    arguments = ["predict", run, "--file", f"{data}/dev.tsv", "--out", str(out)]
+    assert main([*arguments, "--text", "sentence"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    labels = [text.split("\t")[1] for text in Path(data, "dev.tsv").read_text().splitlines()[1:]]
+    right = [row["label"] == label for row, label in zip(rows, labels, strict=True)]
+    assert f"{sum(right) / 16:.4f}" == value
+    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "MODEL", "--out", "OUT"], "give either --task and --data, or --train-file"),
+        (["finetune", "MODEL", "--out", "MODEL", "TASK"], "not an empty folder"),
+        (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "date=8"], "mean 'data'"),
+        (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "data=3"], "the 8 devices"),
+        (["finetune", "MODEL", "--out", "OUT", "TASK", "--batch-size", "9"], "no multiple of 8"),
+        (["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "TASK"], "before compression"),
+        (["evaluate", "MODEL", "--file", "x.csv"], "have no classification head"),
+        (["predict", "MODEL", "--file", "x.csv", "--out", "MODEL"], "exists; choose another"),
+    ],
+)
+def test_errors(arguments, message, places, tmp_path, capsys):
+    names = {"MODEL": [places[0]], "OUT": [str(tmp_path / "out")]}
+    names["TASK"] = ["--task", "sst2", "--data", places[1]]
+    assert main([a for name in arguments for a in names.get(name, [name])]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
+    """kill -9 and SIGTERM at arbitrary moments, in processes of their own."""
+    model, data = places
+    command = [sys.executable, "-m", "fusion_jax.cli", "finetune", model, "--task", "sst2"]
+    command += [
+        "--data",
+        data,
+        "--max-steps",
+        "1000",
+        "--epochs",
+        "9999",
+        "--batch-size",
+        "8",
+        "--shapes",
+        "1",
+    ]
+    command += ["--log-every", "1", "--checkpoint-every", "30", "--eval-every", "999"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jit")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def start(run):
+        return subprocess.Popen(
+            [*command, "--out", str(run)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    def until(process, run, steps):
+        path = run / "metrics.jsonl"
+        while not path.exists() or len(path.read_text().splitlines()) < steps:
+            assert process.poll() is None
+            time.sleep(0.01)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = start(whole)
+    process.communicate()
+    assert process.returncode == 0
+    for steps, how in ((70, signal.SIGKILL), (150, signal.SIGTERM)):
+        process = start(parts)
+        until(process, parts, steps)
+        process.send_signal(how)
+        out, _ = process.communicate()
+        if how == signal.SIGTERM:
+            assert process.returncode == 0
+            assert "To go on, give the same command again." in out
+    process = start(parts)
+    process.communicate()
+    assert process.returncode == 0
+    assert bit_equal(fj.load(whole / "last"), fj.load(parts / "last"))
+    assert jax.process_count() == 1

@@ -1,0 +1,126 @@
+"""Training on meshes: the same numbers on eight devices, and in two processes, as on one."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax.finetune import fit, losses
+from fusion_jax.finetune.data import Batches, Examples
+from tests import glue
+
+STEPS = 20
+CONFIG = fj.TrainConfig(
+    max_steps=STEPS, epochs=99, batch_size=8, learning_rate=1e-4, shapes=1, compute_dtype="float32"
+)
+MESHES = {"data": (8,), "fsdp": (8,), "data,model": (2, 4), "data,fsdp,model": (2, 2, 2)}
+
+
+def fused(folder):
+    key = jax.random.key(5)
+    model = fj.load(glue.checkpoint(folder), head="classification", num_labels=2, key=key)
+    return fj.compress(model, fj.Fusion(width=12), layers=-1, key=key)[0]
+
+
+def train(model, config=CONFIG, **more):
+    tokens = np.random.RandomState(1).randint(5, 99, (24, 8)).astype(np.int32)
+    labels = np.arange(24, dtype=np.int32) % 2
+    examples = Examples(list(tokens), None, labels, [str(i) for i in labels])
+    batches = Batches(examples, 8, pad_id=0, seed=3)
+    return fit(model, batches, losses.classification, config, key=jax.random.key(0), **more)
+
+
+def numbers(model):
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return fused(tmp_path_factory.mktemp("mesh") / "model")
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    return numbers(train(model).model)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_eight_devices_equal_one(axes, model, alone):
+    """With dropout: its masks do not depend on how batches are split."""
+    specs = {}
+
+    def look(step, state):
+        specs.update({path: x.sharding.spec for path, x in state.params.items()})
+        moments = jax.tree.leaves(state.opt_state)
+        assert all(len(x.sharding.device_set) == 8 for x in moments)
+
+    with jax.set_mesh(jax.make_mesh(MESHES[axes], tuple(axes.split(",")))):
+        ours = numbers(train(model, on_step=look).model)
+    for path, x in alone.items():
+        np.testing.assert_allclose(ours[path], x, atol=1e-5, rtol=0, err_msg=path)
+    up = specs["layers.1.mlp.up.kernel"]
+    assert ("model" in up) == ("model" in axes)
+    assert ("fsdp" in up) == ("fsdp" in axes)
+
+
+def test_devices_have_dropout_masks_of_their_own(model):
+    """Equal rows on eight devices are dropped out differently."""
+    layers = nnx.Dropout(0.5)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        x = jax.device_put(np.ones((8, 64), np.float32), jax.P("data"))
+        out = jax.jit(lambda x, key: layers(x, rngs=key, deterministic=False))(x, jax.random.key(0))
+    assert len({row.tobytes() for row in np.asarray(out)}) == 8
+
+
+def test_a_run_goes_on_on_another_mesh(model, alone, tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=5)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, state):
+        if step == 12:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(model, config, folder=tmp_path, on_step=kill)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("fsdp", "model"))):
+        result = train(model, config, folder=tmp_path)
+    for path, x in numbers(result.model).items():
+        np.testing.assert_allclose(alone[path], x, atol=1e-5, rtol=0, err_msg=path)
+
+
+PROCESS = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pathlib import Path
+from tests import test_finetune_mesh as t
+model = t.fused(Path(sys.argv[3]) / f"model{sys.argv[2]}")
+with jax.set_mesh(jax.make_mesh((2, 2), ("data", "fsdp"))):
+    found = t.train(model, folder=Path(sys.argv[3]) / "run")
+if jax.process_index() == 0:
+    np.savez(Path(sys.argv[3]) / "found.npz", **t.numbers(found.model))
+"""
+
+
+def test_two_processes_equal_one(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", PROCESS, address]
+    processes = [
+        subprocess.Popen([*command, str(i), str(tmp_path)], env=os.environ) for i in range(2)
+    ]
+    assert [p.wait() for p in processes] == [0, 0]
+    with np.load(tmp_path / "found.npz") as found:
+        for path, x in alone.items():
+            np.testing.assert_allclose(found[path], x, atol=1e-5, rtol=0, err_msg=path)
