@@ -2,14 +2,23 @@
 
 __version__ = "0.1.0"
 
+from fusion_jax.allocation import allocate as allocate
+from fusion_jax.calibration import calibrate as calibrate
 from fusion_jax.checkpoint import export_hf as export_hf
 from fusion_jax.checkpoint import load as load
 from fusion_jax.checkpoint import save as save
-from fusion_jax.compress import Site as Site
 from fusion_jax.compress import compress as compress
 from fusion_jax.compress import compress_mlp as compress_mlp
-from fusion_jax.compress import sites as sites
 from fusion_jax.errors import InputError as InputError
+from fusion_jax.finetune import TrainConfig as TrainConfig
+from fusion_jax.finetune import finetune as finetune
+from fusion_jax.finetune import load_task as load_task
+from fusion_jax.finetune import read_task as read_task
+from fusion_jax.finetune import tune as tune
+from fusion_jax.generate import Beams as Beams
+from fusion_jax.generate import Sampling as Sampling
+from fusion_jax.generate import generate as generate
+from fusion_jax.geometry import Calibration as Calibration
 from fusion_jax.kmeans import KMeansResult as KMeansResult
 from fusion_jax.kmeans import kmeans as kmeans
 from fusion_jax.methods import METHODS as METHODS
@@ -19,5 +28,8 @@ from fusion_jax.mlp import FusedGatedMlp as FusedGatedMlp
 from fusion_jax.mlp import FusedMlp as FusedMlp
 from fusion_jax.mlp import GatedMlp as GatedMlp
 from fusion_jax.mlp import Mlp as Mlp
-from fusion_jax.mlp import SubMLPs as SubMLPs
+from fusion_jax.mlp import experts as experts
 from fusion_jax.report import Report as Report
+from fusion_jax.sites import Site as Site
+from fusion_jax.sites import sites as sites
+from fusion_jax.submlps import SubMLPs as SubMLPs

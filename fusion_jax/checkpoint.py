@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -23,15 +23,15 @@ from jaxtyping import Array, Key
 
 import fusion_jax
 from fusion_jax import files
-from fusion_jax.compress import Site, replaced, sites
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods import MODULES
 from fusion_jax.mlp import Mlp
 from fusion_jax.models import FAMILIES, Family
 from fusion_jax.models.base import Head, Model
-from fusion_jax.models.rules import Source
+from fusion_jax.models.rules import KeyRules, Source
 from fusion_jax.origin import Origin
 from fusion_jax.report import Report
+from fusion_jax.sites import Site, replaced, sites
 
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older ones are read."""
@@ -134,6 +134,18 @@ def open_checkpoint(
     return Checkpoint(family, config, base, files.TensorFiles(folder), dtype, artefact)
 
 
+class Found(NamedTuple):
+    """Where a variable is in the files.
+
+    Args:
+        names: Its tensors: one, or one for each expert; none if it is not there.
+        source: How they are laid out.
+    """
+
+    names: list[str]
+    source: Source
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model's opened files.
@@ -158,28 +170,43 @@ class Checkpoint:
         """Where a variable of the model is in the files."""
         if self.artefact is not None:
             return Source((path,), transposed=False)
-        return self.family.rules(self._head).source(path)
+        return self._rules.source(path)
 
     @property
     def _head(self) -> Any:
         return self.origin.head
 
-    def find(self, path: str) -> tuple[str | None, bool]:
-        """The name of a variable's tensor, None if there is none, and whether it is transposed."""
-        names, transposed = self.source(path)
-        return next((n for n in names if n in self.tensors.shapes), None), transposed
+    @property
+    def _rules(self) -> KeyRules:
+        return self.family.rules(self.config, self._head)
+
+    def find(self, path: str, shape: tuple[int, ...] = (1,)) -> Found:
+        """Which tensors of the files make up a variable.
+
+        Args:
+            path: The variable.
+            shape: Its shape, which says how many experts there are.
+
+        Returns:
+            The tensors; without names if there are none.
+        """
+        source = self.source(path)
+        sets = (source.tensors(name, shape) for name in source.names)
+        names = next((n for n in sets if n[0] in self.tensors.shapes), [])
+        return Found(names, source)
 
     @cached_property
     def abstract(self) -> Model:
         """The model with shapes in place of arrays."""
         dtype = self._param_dtype()
+        optional = {part: bool(self.find(f"{part}.kernel").names) for part in self.family.optional}
         model = nnx.eval_shape(
             lambda: self.family.model(
                 self.config,
                 head=self._head,
-                pooler=self.find("pooler.kernel")[0] is not None,
                 param_dtype=dtype,
                 rngs=nnx.Rngs(0),
+                **optional,
             )
         )
         if self.artefact is not None:
@@ -229,42 +256,51 @@ class Checkpoint:
         """
         graph, state = nnx.split(self.abstract)
         flat = dict(nnx.to_flat_state(state))
-        found = {path: self.find(_join(path)) for path in flat}
+        found = {path: self.find(_join(path), v.get_value().shape) for path, v in flat.items()}
         new = self._check(flat, found, key)
         fresh = self._initial(new, key) if new else {}
         for path, variable in flat.items():
-            tensor, transposed = found[path]
-            if tensor is None:
-                flat[path] = variable.replace(fresh[path])
-                continue
-            value = self.tensors.read(tensor)
-            value = jnp.asarray(value.T if transposed else value).astype(variable.get_value().dtype)
+            value = fresh[path] if path in fresh else self._value(found[path], variable)
             flat[path] = variable.replace(value)
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def _check(self, flat: Mapping, found: Mapping, key: Any) -> list[tuple]:
+    def _value(self, found: Found, variable: Any) -> Array:
+        want = variable.get_value()
+        if not found.source.stacked:
+            return _laid_out(self.tensors.read(found.names[0]), found.source, want.dtype)
+        # One expert after the other: no second copy of them all.
+        whole = np.empty(want.shape, want.dtype)
+        for i, name in enumerate(found.names):
+            whole[i] = _laid_out(self.tensors.read(name), found.source, want.dtype)
+        return jnp.asarray(whole)
+
+    def _check(self, flat: Mapping, found: Mapping[Any, Found], key: Any) -> list[tuple]:
         """The paths of a new head; raises one error for all that does not fit."""
         shapes = self.tensors.shapes
-        missing = [path for path in flat if found[path][0] is None]
+        missing = [path for path in flat if not found[path].names]
         # A classification head of BERT includes the pooler.
-        new = [p for p in missing if p[0] == "head" or (p[0] == "pooler" and self._head)]
+        heads = ("head", "lm_head", *(["pooler"] if self._head else []))
+        new = [p for p in missing if p[0] in heads]
         lost = [p for p in missing if p not in new or key is None]
-        used = {name for name, _ in found.values()}
-        rules = self.family.rules(self._head)
+        used = {name for f in found.values() for name in f.names}
+        rules = self._rules
         extra = [n for n in shapes if n not in used and (self.artefact or not rules.ignores(n))]
         wrong = []
-        for path, (name, transposed) in found.items():
-            if name is not None:
-                have = shapes[name][::-1] if transposed else shapes[name]
-                want = flat[path].get_value().shape
-                if have != want:
-                    want = want[::-1] if transposed else want
-                    wrong.append(f"{name} is {shapes[name]}, should be {want}")
+        absent = []
+        for path, (names, source) in found.items():
+            want = flat[path].get_value().shape[1 if source.stacked else 0 :]
+            want = want[::-1] if source.transposed else want
+            absent += [name for name in names if name not in shapes]
+            wrong += [
+                f"{name} is {shapes[name]}, should be {want}"
+                for name in names
+                if shapes.get(name, want) != want
+            ]
         problems = []
-        if lost:
-            names = [self.source(_join(p)).names[0] for p in lost]
+        if lost or absent:
+            names = [self.source(_join(p)).names[0] for p in lost] + absent
             hint = ""
-            if key is None and all(p in new for p in lost):
+            if key is None and not absent and all(p in new for p in lost):
                 hint = f" (the files have no {self._head} head; give key= to make a new one)"
             problems.append(f"missing{hint}: {', '.join(names)}")
         if extra:
@@ -285,9 +321,9 @@ class Checkpoint:
             model = self.family.model(
                 self.config,
                 head=self._head,
-                pooler=True,
                 param_dtype=self._param_dtype(),
                 rngs=nnx.Rngs(key),
+                **dict.fromkeys(self.family.optional, True),
             )
             flat = dict(nnx.to_flat_state(nnx.state(model)))
             return {path: flat[path].get_value() for path in new}
@@ -321,15 +357,15 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         "model_type": config.model_type,
         "head": origin.head,
         "num_labels": config.num_labels if origin.head == "classification" else None,
-        "dtype": str(next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).dtype),
+        "dtype": _dtype(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "history": [json.loads(step) for step in origin.history],
         "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},
     }
-    tensors = {
-        _join(path): np.asarray(variable.get_value())
+    tensors = (
+        (_join(path), np.asarray(variable.get_value()))
         for path, variable in nnx.to_flat_state(nnx.state(model))
-    }
+    )
     with files.new_folder(folder) as new:
         files.write_tensors(new, tensors)
         (new / files.CONFIG).write_text(origin.config, encoding="utf-8")
@@ -343,7 +379,8 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     """Writes a plain Hugging Face checkpoint with the same logits, for `transformers`.
 
-    Cluster sizes are folded into the output weights. Hugging Face configurations have one width for
+    Cluster sizes are folded into the output weights. Large models are written in shards, tensor by
+    tensor. Hugging Face configurations have one width for
     all layers: where widths differ, units that are all zero fill up to the widest, which changes
     no output.
 
@@ -375,19 +412,32 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     if head == "classification" and len(fields.get("id2label", ())) != config.num_labels:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
-    rules = family.rules(head)
-    tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
-        source = rules.source(_join(path))
-        value = np.asarray(variable.get_value())
-        tensors[source.names[0]] = value.T if source.transposed else value
     fields.pop("torch_dtype", None)
-    fields["dtype"] = str(next(iter(tensors.values())).dtype)
+    fields["dtype"] = _dtype(plain)
     with files.new_folder(folder) as new:
-        files.write_tensors(new, tensors)
+        files.write_tensors(new, _exported(plain, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
         files.copy_tokenizer(Path(origin.folder), new)
     return Path(folder)
+
+
+def _exported(plain: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a model under their Hugging Face names, one after the other."""
+    for path, variable in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
+        source = rules.source(_join(path))
+        value = np.asarray(variable.get_value())
+        parts = value if source.stacked else [value]
+        names = source.tensors(source.names[0], value.shape)
+        for name, part in zip(names, parts, strict=True):
+            yield name, part.T if source.transposed else part
+
+
+def _laid_out(value: np.ndarray, source: Source, dtype: Any) -> Array:
+    return jnp.asarray(value.T if source.transposed else value).astype(dtype)
+
+
+def _dtype(model: Model) -> str:
+    return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def _origin(model: nnx.Module) -> Origin:

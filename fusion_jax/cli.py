@@ -1,10 +1,11 @@
-"""The command line: fusion-jax inspect | compress | export | demo."""
+"""The command line: fusion-jax inspect | compress | finetune | verify-ntk | export | ..."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -12,6 +13,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from fusion_jax.errors import InputError
+from fusion_jax.finetune import commands
 from fusion_jax.methods import METHODS, Method
 
 
@@ -36,17 +38,29 @@ LayerText = Annotated[
         help_behavior_hint="(default: all)",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    arg(
+        metavar="FILE",
+        help="Unlabelled text that the method may fit to, a sentence per line (a few hundred do); "
+        "or random, for random tokens.",
+        help_behavior_hint="(default: none)",
+    ),
+]
 HeadName = Annotated[
-    Literal["classification", "masked-lm"] | None,
+    Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"] | None,
     arg(
         metavar="HEAD",
-        help="Head to load: classification or masked-lm.",
+        help="Head to load: classification, masked-lm, causal-lm or seq2seq-lm.",
         help_behavior_hint="(default: none)",
     ),
 ]
 Labels = Annotated[
     int | None,
     arg(metavar="N", help="Classes of a new classification head.", help_behavior_hint=""),
+]
+Text = Annotated[
+    Path | None, arg(metavar="FILE", help_behavior_hint="(default: English sentences of ours)")
 ]
 DType = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -65,8 +79,8 @@ def inspect(model: Positional[Name]) -> None:
         model: Hub id, Hugging Face folder, or artefact.
     """
     from fusion_jax.checkpoint import open_checkpoint
-    from fusion_jax.compress import sites
     from fusion_jax.report import num_params, size_of, table
+    from fusion_jax.sites import sites
 
     abstract = open_checkpoint(model).abstract
     found = sites(abstract)
@@ -75,6 +89,7 @@ def inspect(model: Positional[Name]) -> None:
     for site in found:
         n = num_params(site.mlp)
         kind, width = type(site.mlp).__name__, str(site.mlp.width)
+        kind = f"{site.mlp.stack[0]} x {kind}" if site.mlp.stack else kind
         rows.append([site.path, str(site.index), kind, width, f"{n:,}", f"{n / size.params:.1%}"])
     share = size.mlp_params / size.params
     rows.append(["all MLPs", "", "", "", f"{size.mlp_params:,}", f"{share:.1%}"])
@@ -87,6 +102,7 @@ def compress(
     out: Positional[Out],
     method: AnyMethod,  # type: ignore[valid-type]
     layers: LayerText = None,
+    calibration: Calibration = None,
     head: HeadName = None,
     num_labels: Labels = None,
     dtype: DType = None,
@@ -99,6 +115,7 @@ def compress(
         out: Folder for the artefact; must not exist or be empty.
         method: How to compress.
         layers: Which MLPs.
+        calibration: Text that the method may fit to.
         head: Head to load.
         num_labels: Classes of a new head.
         dtype: Type of the parameters.
@@ -114,7 +131,14 @@ def compress(
     assert isinstance(method, Method)
     key = jax.random.key(seed)
     loaded = checkpoint.load(model, head=head, num_labels=num_labels, dtype=dtype, key=key)
-    smaller, report = run(loaded, method, key=key, layers=parse_layers(layers), progress=True)
+    smaller, report = run(
+        loaded,
+        method,
+        key=key,
+        layers=parse_layers(layers),
+        calibration=calibration,
+        progress=True,
+    )
     checkpoint.save(smaller, out, report=report)
     print(report)
     print(f"\nSaved {out}. For transformers: fusion-jax export {out} FOLDER")
@@ -128,8 +152,8 @@ def export(artefact: Positional[Annotated[str, arg(metavar="ARTEFACT")]], out: P
         out: Folder for the checkpoint; must not exist or be empty.
     """
     from fusion_jax import checkpoint
-    from fusion_jax.compress import sites
     from fusion_jax.files import check_new_folder
+    from fusion_jax.sites import sites
 
     check_new_folder(out)
     model = checkpoint.load(artefact)
@@ -143,6 +167,122 @@ def export(artefact: Positional[Annotated[str, arg(metavar="ARTEFACT")]], out: P
         )
 
 
+def generate(
+    model: Positional[Name],
+    prompts: Positional[Annotated[list[str], arg(metavar="PROMPT...")]],
+    max_new_tokens: int = 50,
+    beams: int = 1,
+    temperature: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    dtype: DType = None,
+    seed: int = 0,
+) -> None:
+    """Continue prompts, or give the target texts of an encoder-decoder, one paragraph each.
+
+    Args:
+        model: Hub id, Hugging Face folder, or artefact.
+        prompts: The texts.
+        max_new_tokens: Tokens to generate at most.
+        beams: Beams of the search; 1 for greedy.
+        temperature: Draw tokens, with logits divided by this.
+        top_k: Draw from so many of the likeliest tokens; 0 for all.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        dtype: Type of the parameters.
+        seed: Seed of the draws.
+    """
+    import jax
+
+    from fusion_jax import checkpoint
+    from fusion_jax.generate import Beams, Sampling
+    from fusion_jax.generate import generate as run
+    from fusion_jax.text import load_tokenizer, tokenize_prompts
+
+    drawn = temperature is not None or top_k != 0 or top_p != 1
+    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p)
+    search = None if beams == 1 else Beams(beams)
+    heads = checkpoint.open_checkpoint(model).family.architectures
+    head: Any = next((h for h in ("causal-lm", "seq2seq-lm") if h in heads), None)
+    if head is None:
+        raise InputError(f"{model} is no model that generates text")
+    loaded: Any = checkpoint.load(model, head=head, dtype=dtype)
+    tokenizer = load_tokenizer(loaded.origin.folder)
+    ids = run(
+        loaded,
+        *tokenize_prompts(tokenizer, prompts),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling if drawn else None,
+        beams=search,
+        pad=tokenizer.pad_token_id or 0,
+        key=jax.random.key(seed),
+    )
+    texts = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+    starts = prompts if loaded.reads_prompts else [""] * len(prompts)
+    print("\n\n".join(a + b for a, b in zip(starts, texts, strict=True)))
+
+
+def verify_ntk(
+    original: Positional[Annotated[str, arg(metavar="ORIGINAL")]],
+    compressed: Positional[Annotated[str, arg(metavar="COMPRESSED")]],
+    text: Text = None,
+    num_examples: int = 64,
+    json: Annotated[Path | None, arg(metavar="FILE")] = None,
+    seed: int = 0,
+) -> int:
+    """Compare exact NTKs of a model and its compressed version, and certify each fused MLP.
+
+    Exits with 1 if a certified bound is violated or engines disagree.
+
+    Args:
+        original: Hub id, Hugging Face folder, or artefact.
+        compressed: Artefact.
+        text: Text file, one example a line.
+        num_examples: How many of its lines.
+        json: Write the figures here, too.
+        seed: Seed of a random head.
+    """
+    from fusion_jax.verify import verify_files
+
+    found = verify_files(original, compressed, text, num_examples, seed).verification
+    print(found)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    for failure in found.failures():
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return int(bool(found.failures()))
+
+
+def report(
+    artefact: Positional[Annotated[str, arg(metavar="ARTEFACT")]],
+    out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),
+    original: Annotated[
+        str | None, arg(metavar="MODEL", help_behavior_hint="(default: what it was made of)")
+    ] = None,
+    text: Text = None,
+    num_examples: int = 32,
+    seed: int = 0,
+) -> int:
+    """Write one HTML page on what compressing changed: kernels, bounds, predicted training.
+
+    Args:
+        artefact: Artefact.
+        out: The page.
+        original: The model it was made of.
+        text: Text file, one example a line.
+        num_examples: How many of its lines.
+        seed: Seed of a random head.
+    """
+    from fusion_jax.verify import verify_files
+
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent} for the page")
+    found = verify_files(original, artefact, text, num_examples, seed)
+    out.write_text(found.page(), encoding="utf-8")
+    print(f"Wrote {out}")
+    return int(bool(found.verification.failures()))
+
+
 def demo(out: Path = Path("fusion-demo")) -> None:
     """Fuse a real model, all-MiniLM-L6-v2, and measure what it does to real sentences.
 
@@ -154,7 +294,16 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     run(out)
 
 
-COMMANDS = {"inspect": inspect, "compress": compress, "export": export, "demo": demo}
+COMMANDS = {
+    "inspect": inspect,
+    "compress": compress,
+    "generate": generate,
+    **commands.COMMANDS,
+    "verify-ntk": verify_ntk,
+    "export": export,
+    "report": report,
+    "demo": demo,
+}
 
 
 def parse_layers(text: str | None) -> Any:
@@ -186,10 +335,11 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments; None for those of the process.
 
     Returns:
-        Exit code: 0 done, 1 what was asked for cannot be done, 2 wrong usage, 130 interrupted.
+        Exit code: 0 done, 1 what was asked for cannot be done or a check failed, 2 wrong usage,
+        130 interrupted.
     """
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="fusion-jax",
             description="Make a pre-trained language model smaller in one shot.",
@@ -202,13 +352,13 @@ def main(args: Sequence[str] | None = None) -> int:
         )
     except SystemExit as stop:  # from tyro: help or wrong usage
         return int(stop.code or 0)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

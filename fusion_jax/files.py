@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FUSION = "fusion.json"
+SHARD_BYTES = 5_000_000_000
+"""The most bytes in one file of weights, unless one tensor alone has more."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -219,16 +221,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes ``model.safetensors``.
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes ``model.safetensors``, or shards and their index where there is more than one.
 
     Args:
         folder: Where.
-        tensors: Arrays by name.
+        tensors: Names and arrays; no more than a shard's are held at a time.
     """
-    # "format" is what transformers looks for; the layout is the same for all frameworks.
-    contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    safetensors.numpy.save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    shard: dict[str, np.ndarray] = {}
+    sizes, shards = [0], []
+
+    def write() -> None:
+        # "format" is what transformers looks for; the layout is the same for all frameworks.
+        path = folder / f"{len(shards)}.safetensors"
+        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        shards.append((path, list(shard)))
+        shard.clear()
+
+    for name, x in tensors:
+        if shard and sizes[-1] + x.nbytes > SHARD_BYTES:
+            write()
+            sizes.append(0)
+        shard[name] = np.ascontiguousarray(x)
+        sizes[-1] += x.nbytes
+    write()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for i, (path, names) in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        path.rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -97,12 +97,14 @@ class Report:
 
     Args:
         method: The method's configuration.
+        calibration: What was calibrated on, in words, or None.
         rows: One entry per compressed site.
         before: The size of the whole model before.
         after: The size of the whole model after.
     """
 
     method: dict[str, Any]
+    calibration: str | None = None
     rows: tuple[SiteReport, ...]
     before: Size
     after: Size
@@ -111,6 +113,7 @@ class Report:
         """The report as JSON values."""
         return {
             "method": self.method,
+            "calibration": self.calibration,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "before": self.before._asdict(),
             "after": self.after._asdict(),
@@ -137,7 +140,8 @@ class Report:
             _total("MLP parameters", before.mlp_params, after.mlp_params),
             _total("MLP MFLOPs per token", before.mlp_flops / 1e6, after.mlp_flops / 1e6),
         ]
-        return f"{table([header, *body])}\n\n{table(totals)}"
+        head = "" if self.calibration is None else f"Calibration: {self.calibration}\n\n"
+        return f"{head}{table([header, *body])}\n\n{table(totals)}"
 
 
 def _cell(value: Any) -> str:

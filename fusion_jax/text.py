@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,19 +39,85 @@ def load_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int = 128) -> Batch:
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = 128) -> Batch:
     """Texts as one batch, padded to the longest.
 
     Args:
         tokenizer: From `load_tokenizer`.
         texts: The texts.
-        max_length: Longer ones are cut off at this many tokens.
+        max_length: Longer ones are cut off at this many tokens; None to cut off nothing.
 
     Returns:
         The batch.
     """
     out = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="np"
+        list(texts),
+        padding=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="np",
     )
     mask = jnp.asarray(out["attention_mask"]).astype(bool)
     return Batch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
+
+
+def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
+    """Texts to continue, padded on the left; not cut off.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        texts: The texts.
+
+    Returns:
+        The batch.
+    """
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenize(tokenizer, texts, max_length=None)
+
+
+def batches(
+    tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = 128
+) -> list[Batch]:
+    """Texts as batches of few shapes, so that programs compile a few times: sorted by length.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        texts: The texts, at least one.
+        size: Texts per batch; the last batch may have fewer.
+        max_length: Longer texts are cut off at this many tokens.
+
+    Returns:
+        The batches, whose lengths are powers of two or ``max_length``.
+    """
+    ordered = sorted(texts, key=len)
+    result = []
+    for start in range(0, len(ordered), size):
+        group = ordered[start : start + size]
+        batch = tokenize(tokenizer, group, max_length)
+        length = min(max_length, 1 << max(3, (batch.input_ids.shape[1] - 1).bit_length()))
+        result.append(padded(batch, length, tokenizer.pad_token_id or 0))
+    return result
+
+
+def padded(batch: Batch, length: int, token: int) -> Batch:
+    """A batch with padding at the end up to a length.
+
+    Args:
+        batch: The batch.
+        length: At least its own.
+        token: The token id of padding.
+
+    Returns:
+        The longer batch.
+    """
+    more = ((0, 0), (0, length - batch.input_ids.shape[1]))
+    ids = jnp.pad(batch.input_ids, more, constant_values=token)
+    return Batch(ids, jnp.pad(batch.attention_mask, more))
+
+
+def sentences() -> list[str]:
+    """English sentences, of which the package has a few dozen."""
+    text = importlib.resources.files("fusion_jax").joinpath("data/sentences.txt")
+    return text.read_text(encoding="utf-8").splitlines()

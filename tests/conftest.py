@@ -6,6 +6,8 @@ import pytest
 # Needs torch; doctest would import it.
 collect_ignore = ["make_goldens.py"]
 
+# Compiling takes most of the time.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,3 +23,11 @@ def x64():
     """Float64 in one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Programs are optimised less in a module where compilation is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

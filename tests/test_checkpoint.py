@@ -68,7 +68,7 @@ def test_no_weights(folder):
 
 
 def test_unknown_model_type_lists_the_known(tmp_path):
-    fails(tiny.checkpoint(tmp_path / "a", model_type="llama9"), "'llama9'; known: bert, roberta")
+    fails(tiny.checkpoint(tmp_path / "a", model_type="xyz"), "'xyz'; known: bert, gpt2, llama")
     fails(tiny.checkpoint(tmp_path / "b", model_type="bertt"), "did you mean 'bert'?")
 
 
@@ -245,6 +245,46 @@ def test_artefact_of_a_fused_classifier(tmp_path, key):
     assert (tmp_path / "artefact" / "config.json").read_bytes() == original
 
 
+@pytest.mark.parametrize("family", ["mixtral", "switch"])
+def test_artefact_and_export_of_fused_experts(family, tmp_path, key):
+    """The experts of a layer are one site; routers stay, and shards are read back."""
+    head = dict(tiny.GENERATIVE)[family]
+    model = fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)
+    layers = [site.path for site in fj.sites(model) if site.mlp.stack]
+    assert all(path.endswith(".mlp.experts") for path in layers)
+    smaller, report = fj.compress(model, fj.Fusion(width=12), layers=".*experts", key=key)
+    assert [row.site for row in report.rows] == layers
+    for site in fj.sites(smaller):
+        if site.mlp.stack:
+            assert site.mlp.sizes[...].sum(-1).tolist() == [24] * 4
+    again = fj.load(fj.save(smaller, tmp_path / "artefact"))
+    assert bit_equal(smaller, again)
+    exported = fj.load(fj.export_hf(smaller, tmp_path / "hf"), head=head)
+    batch = tiny.batch(family)
+    a, b = (jax.jit(lambda m, x: m(**x))(m, batch) for m in (again, exported))
+    for x, y in zip(a.router_logits, b.router_logits, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
+
+
+def test_large_models_are_written_in_shards(folder, tmp_path, monkeypatch):
+    model = fj.load(folder)
+    monkeypatch.setattr(files, "SHARD_BYTES", 40_000)
+    for write in (fj.save, fj.export_hf):
+        new = write(model, tmp_path / write.__name__)
+        shards = sorted(new.glob("*.safetensors"))
+        assert len(shards) > 2
+        assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+        assert all(shard.stat().st_size < 50_000 for shard in shards)
+        assert bit_equal(fj.load(new), model)
+
+
+def test_missing_experts_are_listed(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model", "mixtral", "causal-lm")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    fails(rewritten(folder, lambda t: t.pop(name)), f"missing: {name}", head="causal-lm")
+
+
 def test_artefact_gets_a_new_head(folder, tmp_path, key):
     smaller, _ = fj.compress(fj.load(folder), fj.Fusion(width=12), key=key)
     artefact = fj.save(smaller, tmp_path / "artefact")
@@ -418,7 +458,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     abstract = nnx.eval_shape(
         lambda: family.model(family.config(config), rngs=nnx.Rngs(0), pooler=True)
     )
-    tensors, rules = {}, family.rules(None)
+    tensors, rules = {}, family.rules(abstract.config, None)
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
         source = rules.source(".".join(map(str, path)))
         shape = variable.get_value().shape

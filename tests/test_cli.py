@@ -24,6 +24,11 @@ def test_inspect(folder, capsys):
         assert word in out
 
 
+def test_inspect_counts_experts(tmp_path, capsys):
+    assert main(["inspect", str(tiny.checkpoint(tmp_path / "m", "mixtral", "causal-lm"))]) == 0
+    assert "4 x GatedMlp" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["fusion", "clustering"])
 def test_compress_then_export(folder, tmp_path, capsys, method):
     out, hf = str(tmp_path / "out"), str(tmp_path / "hf")
@@ -107,6 +112,42 @@ def test_interrupted(folder, monkeypatch):
 )
 def test_parse_layers(text, value):
     assert parse_layers(text) == value
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A GPT-2 whose tokens are words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tiny.checkpoint(tmp_path / "gpt2", "gpt2", "causal-lm")
+    known = {f"w{i}": i for i in range(61)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def test_generate(words, capsys):
+    """One prompt is shorter than the other: the padding changes neither."""
+    prompts = ["w7 w8 w9", "w20"]
+
+    def said(*arguments):
+        assert main(["generate", words, *arguments, "--max-new-tokens", "4"]) == 0
+        return capsys.readouterr().out.strip().split("\n\n")
+
+    together = said(*prompts)
+    assert together == [*said(prompts[0]), *said(prompts[1])]
+    assert all(t.startswith(p) and len(t) > len(p) for t, p in zip(together, prompts, strict=True))
+    assert said(*prompts, "--temperature", "5", "--seed", "1") != together
+    assert main(["generate", words, "w7", "--top-p", "2"]) == 1
+    assert "top_p must be in (0, 1]" in capsys.readouterr().err
+
+
+def test_generate_needs_a_language_model(folder, capsys):
+    assert main(["generate", folder, "w7"]) == 1
+    assert "no model that generates text" in capsys.readouterr().err
 
 
 def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,104 @@
+"""Verification of a compressed model's kernels, and the page on it."""
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fusion_jax as fj
+from fusion_jax import svg
+from fusion_jax.cli import main
+from fusion_jax.page import page
+from fusion_jax.text import Batch
+from fusion_jax.verify import load_original, verify
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    tiny.checkpoint(folder / "model")
+    model = fj.load(folder / "model")
+    smaller, report = fj.compress(
+        model, fj.Fusion(width=12), key=jax.random.key(0), layers=slice(-1, None)
+    )
+    return fj.save(smaller, folder / "out", report=report)
+
+
+@pytest.fixture(scope="module")
+def found(artefact, compiled_quickly):
+    return verified(artefact)
+
+
+def verified(artefact):
+    smaller = fj.load(artefact)
+    original = load_original(smaller.origin.name, smaller, key=jax.random.key(0))
+    drawn = tiny.batch("bert")
+    ids, mask = (jax.numpy.asarray(drawn[name]) for name in ("input_ids", "attention_mask"))
+    batch = Batch(ids.astype("int32"), mask.astype(bool))
+    return verify(original, smaller, batch, key=jax.random.key(0), positions=8)
+
+
+def test_bounds_hold_and_engines_agree(found):
+    assert found.failures() == []
+    assert list(found.certificates) == ["layers.2.mlp"]
+    assert set(found.apart) == {"vector-product", "neural-tangents"}
+    assert 0 < found.comparisons["sgd"].frobenius < 10
+    sgd = found.kernels["sgd"]
+    assert sgd.shape == (2, 3, 3)
+    np.testing.assert_allclose(sgd, sgd.transpose(0, 2, 1), rtol=1e-4, atol=1e-5 * sgd.max())
+    assert "layers.2.mlp SGD kernel" in str(found)
+    assert json.loads(json.dumps(found.to_json()))["failures"] == []
+
+
+def test_a_violated_bound_and_a_wrong_engine_are_failures(found):
+    certificate = found.certificates["layers.2.mlp"]
+    line = certificate.lines[0]._replace(measured=1e9)
+    wrong = replace(certificate, lines=(line, *certificate.lines[1:]))
+    for bad in (1.0, float("nan")):
+        changed = replace(
+            found, certificates={"layers.2.mlp": wrong}, apart={"vector-product": bad}
+        )
+        assert len(changed.failures()) == 2
+
+
+def test_the_page_is_whole(found, artefact):
+    html = page(found, artefact, "<model> & more", (100, 80))
+    assert "&lt;model&gt; &amp; more" in html
+    assert "every certified bound holds" in html
+    assert "layers.2.mlp" in html
+    assert "http" not in html
+    for part in html.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5),
+    log_x=st.booleans(),
+    log_y=st.booleans(),
+)
+def test_charts_of_any_values_are_numbers(values, log_x, log_y):
+    line = svg.Line("a", np.arange(len(values)), values)
+    chart = svg.lines([line], "x", "y", log_x=log_x, log_y=log_y)
+    chart += svg.dots([("a", values)], ["b"], "x") + svg.heatmap(np.array([values]), 1.0, "k")
+    assert "nan" not in chart
+    assert "inf" not in chart
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify-ntk", "MODEL", "OUT", "--num-examples", "1"], "at least 2"),
+        (["verify-ntk", "MODEL", "OUT", "--text", "nowhere.txt"], "no file nowhere.txt"),
+        (["report", "OUT", "--out", "no/where.html"], "no folder no"),
+    ],
+)
+def test_input_that_cannot_be_used(arguments, message, artefact, capsys):
+    places = {"MODEL": str(artefact.parent / "model"), "OUT": str(artefact)}
+    assert main([places.get(a, a) for a in arguments]) == 1
+    assert message in capsys.readouterr().err
