@@ -47,8 +47,15 @@ def environment(*packages: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *_arguments()]),
     }
+
+
+def _arguments() -> list[str]:
+    """The command's arguments, with names like DIR for what is a path of one machine."""
+    names = {"--data": "DIR", "--json": "FILE", "--model": "PATH", "--runs": "DIR"}
+    before = ["", *sys.argv[1:]]
+    return [names.get(last, each) for last, each in zip(before, sys.argv[1:], strict=False)]
 
 
 def peak_gib() -> float:

@@ -1,0 +1,352 @@
+"""The clustering engine against what users have: seconds and inertia, in one run.
+
+- ``minilm``: rows of all MLPs of all-MiniLM-L6-v2, 1,536 x 769 -> 384. The peers run on layers 2
+  and 5.
+- ``roberta-base``: as many points as an MLP of RoBERTa-base gives, 3,072 x 1,537 -> 768. They are
+  synthetic with heavy tails: normal rows, each times exp(0.35 z) with z normal.
+- ``llama``: points of Llama-2-7B's size, 11,008 x 12,288 -> 2,752, made likewise. Ours only, beside
+  the time of one matmul X X^T, their Gram matrix.
+- ``experts``: 16 MLPs of MiniLM's size by `fusion_jax.compress_mlp` in one call, under vmap, and in
+  a call for each.
+
+Each case has a process of its own. Seconds are the median of some runs; compilation is beside, not
+inside. Inertia is the fraction of the total sum of squares, computed here in float64 from the
+labels, whatever a library reports. scikit-learn's 30 restarts are 30 fits from different seeds:
+seconds are their sum, inertia is the best one's. ``matmul_share`` is the time that the Gram matrix
+would take at the machine's best measured float32 matmul rate, over the time of the clustering.
+``load_before`` is the machine's load average of the minute before the case (which the case before
+is part of): seconds count on an idle machine.
+
+    python -m benchmarks.kmeans [--quick] [--case NAME] [--json FILE]
+
+Peers come with ``pip install 'fusion-jax[bench]'``; those that are not installed are left out.
+With ``--case``, the rows of other cases in FILE stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fusion_jax as fj
+from benchmarks.common import finish, parser, peak_gib
+from fusion_jax.demo import find_model
+
+Row = dict[str, Any]
+Clustering = Callable[[np.ndarray, int, int], Any]
+"""Maps points, k and a seed to labels."""
+
+RESTARTS = 30
+EXPERTS = 16
+LAYERS = (2, 5)
+"""MiniLM's layers on which the peers run."""
+SECONDS = 5
+"""A clustering is repeated for so long, at most `RUNS` times."""
+RUNS = 10
+
+
+def ours(x: np.ndarray, k: int, seed: int, **options: Any) -> jax.Array:
+    return fj.kmeans(jnp.asarray(x), k, key=jax.random.key(seed), **options).labels
+
+
+def sklearn(name: str, x: np.ndarray, k: int, seed: int, **options: Any) -> np.ndarray:
+    if name != "AgglomerativeClustering":
+        options |= {"n_init": 1, "random_state": seed}
+    return getattr(import_module("sklearn.cluster"), name)(k, **options).fit_predict(x)
+
+
+def faiss(x: np.ndarray, k: int, seed: int, **options: Any) -> np.ndarray:
+    kind = import_module("faiss").Kmeans
+    peer = kind(x.shape[1], k, seed=seed + 1, min_points_per_centroid=1, **options)
+    peer.train(x)
+    return peer.assign(x)[1]
+
+
+@partial(jax.jit, static_argnames=("k", "n_init"))
+def ott(x: np.ndarray, k: int, seed: int, n_init: int) -> jax.Array:
+    # Under one jit, as otherwise every call traces anew.
+    result = import_module("ott.tools.k_means").k_means(
+        jnp.asarray(x), k, n_init=n_init, rng=jax.random.key(seed)
+    )
+    return result.assignment.astype(jnp.int32)
+
+
+OURS = "ours"
+LLOYD = "scikit-learn, Lloyd"
+BEST = f"scikit-learn, Lloyd, best of {RESTARTS}"
+PEERS: dict[str, tuple[str, Clustering]] = {
+    "scikit-learn, Elkan": ("sklearn", partial(sklearn, "KMeans", algorithm="elkan")),
+    "scikit-learn, MiniBatch": ("sklearn", partial(sklearn, "MiniBatchKMeans")),
+    "scikit-learn, Ward": ("sklearn", partial(sklearn, "AgglomerativeClustering")),
+    "faiss-cpu": ("faiss", faiss),
+    # 1 is faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS.
+    "faiss-cpu, k-means++": ("faiss", partial(faiss, init_method=1)),
+    "ott-jax": ("ott", partial(ott, n_init=1)),
+    "ott-jax, best of 5": ("ott", partial(ott, n_init=5)),
+}
+"""The module each needs, and how it is called."""
+
+
+def heavy_tailed(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """Normal rows of different lengths, in float32."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d), np.float32)
+    x *= np.exp(np.float32(0.35) * rng.standard_normal((n, 1), np.float32))
+    return x
+
+
+def quality(x: np.ndarray, labels: Any, k: int) -> Row:
+    """The inertia of labels, over the total sum of squares, and the number of empty clusters."""
+    labels = np.asarray(labels)
+    order = np.argsort(labels, kind="stable")
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    total = within = 0.0
+    for start in range(0, x.shape[1], 512):
+        part = x[order, start : start + 512].astype(np.float64)
+        part -= part.mean(0)
+        square = np.square(part).sum()
+        total += square
+        within += square - (np.square(np.add.reduceat(part, starts)).sum(1) / sizes).sum()
+    return {"inertia": float(within / total), "empty": k - len(sizes)}
+
+
+def matmul_rate(quick: bool) -> float:
+    """Operations (two a multiply-add) per second of the best of some float32 matmuls."""
+    n = 256 if quick else 4096
+    x = jax.random.normal(jax.random.key(0), (n, n))
+    product = jax.jit(partial(jnp.matmul, precision="highest"))
+    return 2 * n**3 / min(timed(lambda: product(x, x))[0] for _ in range(4))
+
+
+def gram_seconds(shape: tuple[int, int], rate: float) -> float:
+    """What X X^T of points of a shape would take at a rate."""
+    n, d = shape
+    return 2 * n * n * d / rate
+
+
+def timed(f: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and its result once computed."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(f())
+    return time.perf_counter() - start, result
+
+
+def measured(cluster: Clustering, x: np.ndarray, k: int, compiles: bool) -> Row:
+    """Runs a clustering from different seeds; the row has the medians."""
+    first = timed(lambda: cluster(x, k, 0))[0] if compiles else None
+    runs: list[tuple[float, float, int]] = []
+    while len(runs) < RUNS and sum(run[0] for run in runs) < SECONDS:
+        seconds, labels = timed(lambda: cluster(x, k, len(runs)))
+        found = quality(x, labels, k)
+        runs.append((seconds, found["inertia"], found["empty"]))
+    seconds, inertia, empty = (float(v) for v in np.median(runs, axis=0))
+    row = {"seconds": seconds, "inertia": inertia, "empty": int(empty)}
+    return row if first is None else {**row, "compile_seconds": max(0.0, first - seconds)}
+
+
+def restarts(x: np.ndarray, k: int) -> dict[str, Row]:
+    """The median of many fits of scikit-learn, and their best."""
+    runs = [timed(lambda seed=seed: sklearn("KMeans", x, k, seed)) for seed in range(RESTARTS)]
+    times = [seconds for seconds, _ in runs]
+    found = [quality(x, labels, k) for _, labels in runs]
+    best = min(found, key=lambda one: one["inertia"])
+    middle = {name: float(np.median([one[name] for one in found])) for name in best}
+    return {
+        LLOYD: {"seconds": float(np.median(times)), **middle, "empty": int(middle["empty"])},
+        BEST: {"seconds": sum(times), **best},
+    }
+
+
+def against_peers(problem: str, x: np.ndarray, k: int, rate: float, peers: bool) -> list[Row]:
+    """Ours, and the peers that are installed."""
+    rows = []
+
+    def add(method: str, row: Row) -> None:
+        if method == OURS:
+            row["matmul_share"] = gram_seconds(x.shape, rate) / row["seconds"]
+        rows.append({"problem": problem, "method": method, **row})
+        print(f"{problem}: {method}", row, file=sys.stderr, flush=True)
+
+    add(OURS, measured(ours, x, k, compiles=True))
+    if not peers:
+        return rows
+    same = partial(ours, init="k-means++", refine="lloyd", n_init=RESTARTS)
+    add(f"ours, Lloyd, best of {RESTARTS}", measured(same, x, k, compiles=True))
+    missing = {"note": "not installed"}
+    found = find_spec("sklearn")
+    for method, row in (restarts(x, k) if found else {LLOYD: missing, BEST: missing}).items():
+        add(method, row)
+    for method, (module, cluster) in PEERS.items():
+        installed = find_spec(module) is not None
+        add(method, measured(cluster, x, k, module == "ott") if installed else missing)
+    return rows
+
+
+def minilm(quick: bool) -> list[Row]:
+    rate = matmul_rate(quick)
+    rows = []
+    for i, site in enumerate(fj.sites(fj.load(find_model()))):
+        x = np.asarray(site.mlp.sub_mlps().rows())
+        rows += against_peers(f"minilm layer {i}", x, len(x) // 4, rate, peers=i in LAYERS)
+    return rows
+
+
+def roberta_base(quick: bool) -> list[Row]:
+    n, d = (192, 97) if quick else (3072, 1537)
+    return against_peers("roberta-base", heavy_tailed(n, d), n // 4, matmul_rate(quick), peers=True)
+
+
+def llama(quick: bool) -> list[Row]:
+    n, d = (344, 384) if quick else (11008, 12288)
+    points = jax.block_until_ready(jnp.asarray(heavy_tailed(n, d)))
+    run = partial(fj.kmeans, points, n // 4, key=jax.random.key(0))
+    first, _ = timed(run)
+    seconds, result = timed(run)
+    peak = peak_gib()
+    gram = jax.jit(lambda x: jnp.matmul(x, x.T, precision="highest"))
+    # The first of two compiles.
+    gram_alone = min(timed(lambda: gram(points))[0] for _ in range(2))
+    row = {"seconds": seconds, **quality(np.asarray(points), result.labels, n // 4)}
+    row |= {
+        "compile_seconds": max(0.0, first - seconds),
+        "matmul_share": gram_seconds((n, d), matmul_rate(quick)) / seconds,
+        "gram_alone_seconds": gram_alone,
+        "peak_gib": peak,
+    }
+    return [{"problem": "llama", "method": OURS, **row}]
+
+
+def experts(quick: bool) -> list[Row]:
+    p, d = (64, 16) if quick else (1536, 384)
+    rows = jnp.stack([jnp.asarray(heavy_tailed(p, 2 * d + 1, seed)) for seed in range(EXPERTS)])
+    subs = fj.SubMLPs(up=rows[..., :d], up_bias=rows[..., d], down=rows[..., d + 1 :])
+    each = [jax.tree.map(lambda x, i=i: x[i], subs) for i in range(EXPERTS)]
+    solve = partial(fj.compress_mlp, method=fj.Fusion(width=p // 4), key=jax.random.key(0))
+    cluster = jax.jit(jax.vmap(partial(fj.kmeans, k=p // 4, key=jax.random.key(0))))
+    methods: dict[str, Callable[[], Any]] = {
+        "one call": lambda: solve(subs).parts.labels,
+        "a call for each": lambda: jnp.stack([solve(one).parts.labels for one in each]),
+        "kmeans under vmap": lambda: cluster(rows).labels,
+    }
+    first = {name: timed(f)[0] for name, f in methods.items()}
+    # By turns, so that what else the machine does meets all.
+    runs = [{name: timed(f) for name, f in methods.items()} for _ in range(5)]
+    made = []
+    for name in methods:
+        seconds = float(np.median([run[name][0] for run in runs]))
+        found = [
+            quality(np.asarray(x), labels, p // 4)
+            for x, labels in zip(rows, runs[0][name][1], strict=True)
+        ]
+        made.append(
+            {
+                "problem": "experts",
+                "method": name,
+                "seconds": seconds,
+                "inertia": float(np.mean([one["inertia"] for one in found])),
+                "empty": sum(one["empty"] for one in found),
+                "compile_seconds": max(0.0, first[name] - seconds),
+            }
+        )
+    return made
+
+
+CASES: dict[str, Callable[[bool], list[Row]]] = {
+    "minilm": minilm,
+    "roberta-base": roberta_base,
+    "llama": llama,
+    "experts": experts,
+}
+
+LIMITS = {
+    "speedup_vs_sklearn_1": (8, None),
+    "speedup_vs_sklearn_30": (250, None),
+    "inertia_vs_sklearn_30": (None, 0.945),
+    "inertia_vs_sklearn_30_minilm": (None, 0.935),
+    "experts_batched_speedup": (0.8, None),
+    "llama_over_gram": (None, 20),
+    "llama_peak_gib": (None, 6),
+}
+"""What the summary's figures must be at least, and at most."""
+
+
+def summarise(rows: list[Row]) -> dict[str, float]:
+    """The figures of the cases that were measured; on MiniLM the means of the layers'."""
+    table = {(row["problem"], row["method"]): row for row in rows if "seconds" in row}
+    summary: dict[str, float] = {}
+
+    def ratio(field: str, problem: str, above: str, below: str) -> list[float]:
+        """The ratios of the problems whose names begin so and that have both rows."""
+        return [
+            table[name, above][field] / table[name, below][field]
+            for name in dict.fromkeys(name for name, _ in table if name.startswith(problem))
+            if (name, above) in table and (name, below) in table
+        ]
+
+    for problem, suffix in (("roberta-base", ""), ("minilm", "_minilm")):
+        for name, field, above, below in (
+            ("speedup_vs_sklearn_1", "seconds", LLOYD, OURS),
+            ("speedup_vs_sklearn_30", "seconds", BEST, OURS),
+            ("inertia_vs_sklearn_30", "inertia", OURS, BEST),
+        ):
+            ratios = ratio(field, problem, above, below)
+            if ratios:
+                summary[name + suffix] = float(np.mean(ratios))
+    for value in ratio("seconds", "experts", "a call for each", "one call"):
+        summary["experts_batched_speedup"] = value
+    if ("llama", OURS) in table:
+        row = table["llama", OURS]
+        summary["llama_over_gram"] = row["seconds"] / row["gram_alone_seconds"]
+        summary["llama_peak_gib"] = row["peak_gib"]
+    return summary
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--case", choices=CASES, help="one case only")
+    arguments.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.measure:
+        print(json.dumps(CASES[options.case](options.quick)))
+        return 0
+    rows: list[Row] = []
+    if options.case and options.json is not None and options.json.is_file():
+        kept = json.loads(options.json.read_text())["rows"]
+        rows = [row for row in kept if not row["problem"].startswith(options.case)]
+    # Quick is to need no download.
+    for case in [options.case] if options.case else list(CASES)[int(options.quick) :]:
+        command = [sys.executable, "-m", "benchmarks.kmeans", "--measure", "--case", case]
+        command += ["--quick"] * options.quick
+        load = os.getloadavg()[0]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        rows += [{**row, "load_before": load} for row in json.loads(done.stdout)]
+    summary = summarise(rows)
+    finish(options, rows, summary, "scikit-learn", "faiss-cpu", "ott-jax")
+    # Times of quick's sizes say nothing.
+    missed = [
+        name
+        for name, (least, most) in LIMITS.items()
+        if name in summary
+        and (not options.quick or name.startswith("inertia"))
+        and not (least or 0) <= summary[name] <= (most or np.inf)
+    ]
+    if missed:
+        print(f"beyond its limit: {', '.join(missed)}", file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

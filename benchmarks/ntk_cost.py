@@ -1,0 +1,296 @@
+"""Time and peak memory of exact kernels: every engine, and neural-tangents, in one run.
+
+``python -m benchmarks.ntk_cost [--quick] [--model PATH] [--json FILE]``
+
+1. One MLP of RoBERTa-base's size (768 -> 3,072 -> 768, 16 inputs), traced over its outputs and in
+   full: the closed form, our engines, and neural-tangents' three implementations.
+2. A whole model that all of them can do: a small random encoder, or the checkpoint at PATH.
+3. The 64-example, 2-logit kernels, SGD and Adam, of a random encoder of RoBERTa-base's size.
+
+Each row runs in its own process, whose peak memory is the row's. Kernels of one problem must agree
+(exit status 1). ``--quick`` takes small sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import finish, parser, peak_gib
+
+IMPLEMENTATIONS = ("structured-derivatives", "jacobian-contraction", "ntk-vector-products")
+TOLERANCE = 1e-4
+"""Between kernels in float32, relative to the largest entry."""
+LIMIT_GIB = 14
+"""What a row may need beside parameters, inputs and result."""
+TIMEOUT_S = {"mlp-traced": 60, "mlp-full": 60, "model": 60, "encoder": 900}
+"""A row that takes longer is given up: the fastest of neural-tangents' three is what counts."""
+SECONDS = 10
+"""A row repeats its kernel for so long, and takes the fastest."""
+ONCE_S = 30
+"""One that takes longer runs once: its compilation hardly counts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        problem: A key of `PROBLEMS`.
+        engine: ``"closed-form"``, or an engine of `ntk.kernel`.
+        implementation: Of neural-tangents.
+        kind: Of the kernel.
+    """
+
+    problem: str
+    engine: str
+    implementation: str | None = None
+    kind: str = "sgd"
+
+
+def rows() -> list[Row]:
+    """All measurements; the first of a problem is what the others are compared with."""
+    theirs = [("neural-tangents", name) for name in IMPLEMENTATIONS]
+    ours = [("jacobian", None), ("vector-product", None)]
+    made = [
+        Row(problem, *how)
+        for problem in ("mlp-traced", "mlp-full", "model")
+        for how in ([] if problem == "model" else [("closed-form", None)]) + ours + theirs
+    ]
+    return made + [Row("encoder", "auto", kind=kind) for kind in ("sgd", "adam")]
+
+
+def mlp(quick: bool, traced: bool) -> dict[str, Any]:
+    import jax
+    from flax import nnx
+
+    import ntk
+    from ntk.mlp import full_kernel, mlp_weights, traced_kernel
+
+    d, p, n = (64, 256, 8) if quick else (768, 3072, 16)
+
+    class Mlp(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.up = nnx.Linear(d, p, rngs=rngs)
+            self.down = nnx.Linear(p, d, rngs=rngs)
+            self.act = "gelu"
+
+        def __call__(self, x: Any) -> Any:
+            return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+    model = Mlp(nnx.Rngs(0))
+    f, params = ntk.functional(model)
+
+    weights = mlp_weights(model)
+    closed_form = partial(traced_kernel if traced else full_kernel, weights)
+    return {
+        "f": f,
+        "params": params,
+        "x": jax.random.normal(jax.random.key(1), (n, d)),
+        "closed_form": closed_form,
+        "trace_axes": (-1,) if traced else (),
+    }
+
+
+def encoder(base: bool, quick: bool, path: str | None) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import fusion_jax
+    import ntk
+    from fusion_jax.models.bert import Bert, BertConfig
+
+    n, tokens = (64, 32) if base and not quick else (8, 16)
+    if path is not None and not base:
+        model = fusion_jax.load(path, head="classification")
+    else:
+        large = base and not quick
+        config = BertConfig(
+            model_type="roberta",
+            pad_token_id=1,
+            vocab_size=50265 if large else 1000,
+            hidden_size=768 if large else 64 if quick else 128,
+            num_attention_heads=12 if large else 4,
+            intermediate_size=3072 if large else 256 if quick else 512,
+            num_hidden_layers=12 if large else 1 if quick else 2,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+        )
+        model = Bert(config, head="classification", rngs=nnx.Rngs(0))
+    f, params = ntk.functional(model, outputs="logits")
+    ids = jax.random.randint(jax.random.key(1), (n, tokens), 3, 1000)
+    return {
+        "f": f,
+        "params": params,
+        "x": {"input_ids": ids, "attention_mask": jnp.ones(ids.shape, bool)},
+        "trace_axes": (),
+    }
+
+
+PROBLEMS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
+    "mlp-traced": lambda quick, path: mlp(quick, traced=True),
+    "mlp-full": lambda quick, path: mlp(quick, traced=False),
+    "model": lambda quick, path: encoder(False, quick, path),
+    "encoder": lambda quick, path: encoder(True, quick, path),
+}
+
+
+def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]:
+    """Runs one row in this process; writes the kernel to a file."""
+    import jax
+
+    import ntk
+
+    problem = PROBLEMS[row.problem](quick, path)
+    params, x = problem["params"], problem["x"]
+    jax.block_until_ready((params, x))
+    before = peak_gib()
+    if row.engine == "closed-form":
+        compute = partial(problem["closed_form"], x)
+    else:
+        compute = partial(
+            ntk.kernel,
+            problem["f"],
+            params,
+            x,
+            kind=row.kind,
+            trace_axes=problem["trace_axes"],
+            engine=row.engine,
+            implementation=row.implementation,
+            memory_limit=LIMIT_GIB * 2**30,
+        )
+    times = []
+    try:
+        seconds = SECONDS / 10 if quick else SECONDS
+        while not times or (times[0] < ONCE_S and sum(times[1:]) < seconds):
+            start = time.perf_counter()
+            result = jax.block_until_ready(compute())
+            times.append(time.perf_counter() - start)
+    except ntk.InputError as error:
+        return {"refused": str(error)}
+    np.save(out, np.asarray(result))
+    return {
+        "seconds": min(times),
+        "first_seconds": times[0],
+        "peak_gib": peak_gib(),
+        "gib_before": before,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "shape": list(result.shape),
+    }
+
+
+def run(row: Row, quick: bool, path: str | None, out: Path) -> dict[str, Any]:
+    """Runs one row in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.ntk_cost", "--row", json.dumps(asdict(row))]
+    command += ["--out", str(out)] + (["--quick"] if quick else [])
+    command += [] if path is None else ["--model", path]
+    limit = TIMEOUT_S[row.problem]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"took longer than {limit} s"}
+    if done.returncode < 0:
+        return {"refused": f"ended by signal {-done.returncode}"}
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def difference(one: Path, two: Path) -> float:
+    """The largest difference of two kernels over the largest value."""
+    a, b = (np.load(path, mmap_mode="r") for path in (one, two))
+    if a.shape != b.shape:
+        return math.inf
+    largest = max(float(np.abs(b[i]).max()) for i in range(len(b)))
+    return max(float(np.abs(a[i] - b[i]).max()) for i in range(len(b))) / largest
+
+
+def compare(results: list[dict[str, Any]], kernels: list[Path]) -> None:
+    """Adds to each row how far its kernel is from the first one of its problem."""
+    first: dict[tuple[str, str], Path] = {}
+    for result, path in zip(results, kernels, strict=True):
+        if path.exists():
+            reference = first.setdefault((result["problem"], result["kind"]), path)
+            if reference != path:
+                result["rel_diff"] = difference(path, reference)
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The headline figures; None where one side has no result."""
+
+    def fastest(problem: str, engines: tuple[str, ...]) -> float:
+        times = [
+            r["seconds"]
+            for r in results
+            if r["problem"] == problem and r["engine"] in engines and "seconds" in r
+        ]
+        return min(times, default=math.nan)
+
+    def speedup(problem: str, *ours: str) -> float | None:
+        ratio = fastest(problem, ("neural-tangents",)) / fastest(problem, ours)
+        return None if math.isnan(ratio) else ratio
+
+    diffs = [r["rel_diff"] for r in results if "rel_diff" in r]
+    return {
+        "speedup_mlp_traced": speedup("mlp-traced", "closed-form"),
+        "speedup_mlp_full": speedup("mlp-full", "closed-form"),
+        "speedup_mlp_traced_engine": speedup("mlp-traced", "jacobian", "vector-product"),
+        "speedup_mlp_full_engine": speedup("mlp-full", "jacobian", "vector-product"),
+        "speedup_model": speedup("model", "jacobian", "vector-product"),
+        "max_rel_diff": max(diffs, default=0.0),
+    }
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", help="folder of a checkpoint for the whole-model rows")
+    arguments.add_argument("--problem", choices=PROBLEMS, help="only this one")
+    arguments.add_argument("--row", help="one row, as JSON, in this process")
+    arguments.add_argument("--out", help="where that row's kernel goes")
+    options = arguments.parse_args()
+    if options.row:
+        result = measure(Row(**json.loads(options.row)), options.quick, options.model, options.out)
+        print(json.dumps(result))
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Quick times mean nothing, so that two rows may disturb each other.
+        with ThreadPoolExecutor(2 if options.quick else 1) as pool:
+            every = [row for row in rows() if options.problem in (None, row.problem)]
+            every = list(enumerate(every))
+            outs = [Path(folder) / f"{i}.npy" for i, _ in every]
+            measured = pool.map(
+                lambda item: run(item[1], options.quick, options.model, outs[item[0]]), every
+            )
+            results = []
+            for (_, row), result in zip(every, measured, strict=True):
+                results.append({**asdict(row), **result})
+                print(
+                    f"{row.problem} {row.implementation or row.engine} {row.kind}: done",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        compare(results, outs)
+    found = summary(results)
+    finish(options, results, found, "neural-tangents")
+    if found["max_rel_diff"] > TOLERANCE:
+        print(f"FAILED: kernels differ by more than {TOLERANCE}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
