@@ -89,7 +89,8 @@ class NeuralTangentsEngine(Engine):
         """Adds the kernel of two blocks."""
         values, first = sides[0]
         second = None if sides[1] is None else sides[1][1]
-        total = self._add(self._number, self.task.kept, total, *values, first, second)
+        with self._refusing():
+            total = self._add(self._number, self.task.kept, total, *values, first, second)
         total = jax.block_until_ready(total)
         advance()
         return total
@@ -100,15 +101,20 @@ class NeuralTangentsEngine(Engine):
         alone = self.task.same and plan.rows >= self.task.n1
         second = None if alone else blocks[1]
         arguments = (self._number, self.task.kept, total, *values, blocks[0], second)
+        with self._refusing():
+            return temporary(self._add, *arguments) + nbytes(total)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Says in one sentence that the package cannot trace the function."""
         try:
-            extra = temporary(self._add, *arguments)
+            yield
         except (AssertionError, AttributeError, NotImplementedError) as error:
             # The function itself has been traced already; loops are what mostly leads here.
             raise InputError(
                 f"neural-tangents' {self._implementation} cannot do an operation of this function; "
                 "another implementation may"
             ) from error
-        return extra + nbytes(total)
 
 
 def _added(

@@ -1,5 +1,8 @@
 """Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
 
+import itertools
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -11,6 +14,21 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+_MAPS = Path("/proc/self/maps")
+_count = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Forgets compiled programs before Linux runs out of maps for their code.
+
+    Each program takes several, a process may have 65,530 (vm.max_map_count), and XLA crashes there.
+    """
+    yield
+    if next(_count) % 8 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -88,6 +88,9 @@ def moved(before, after):
 
 def assert_close(a, b, tolerance):
     for path, (_, x) in flat(a).items():
+        if path.endswith("attention.key.bias"):
+            # Softmax ignores it: its gradient is rounding, which AdamW makes as large as others.
+            continue
         np.testing.assert_allclose(x, flat(b)[path][1], atol=tolerance, rtol=0, err_msg=path)
 
 

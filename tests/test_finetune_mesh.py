@@ -42,6 +42,13 @@ def numbers(model):
     return {".".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
 
 
+def assert_close(a, b):
+    for path, x in a.items():
+        # Softmax ignores the key's bias: its gradient is rounding, which AdamW makes large.
+        if not path.endswith("attention.key.bias"):
+            np.testing.assert_allclose(b[path], x, atol=1e-5, rtol=0, err_msg=path)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return fused(tmp_path_factory.mktemp("mesh") / "model")
@@ -64,8 +71,7 @@ def test_eight_devices_equal_one(axes, model, alone):
 
     with jax.set_mesh(jax.make_mesh(MESHES[axes], tuple(axes.split(",")))):
         ours = numbers(train(model, on_step=look).model)
-    for path, x in alone.items():
-        np.testing.assert_allclose(ours[path], x, atol=1e-5, rtol=0, err_msg=path)
+    assert_close(alone, ours)
     up = specs["layers.1.mlp.up.kernel"]
     assert ("model" in up) == ("model" in axes)
     assert ("fsdp" in up) == ("fsdp" in axes)
@@ -94,8 +100,7 @@ def test_a_run_goes_on_on_another_mesh(model, alone, tmp_path):
         train(model, config, folder=tmp_path, on_step=kill)
     with jax.set_mesh(jax.make_mesh((2, 4), ("fsdp", "model"))):
         result = train(model, config, folder=tmp_path)
-    for path, x in numbers(result.model).items():
-        np.testing.assert_allclose(alone[path], x, atol=1e-5, rtol=0, err_msg=path)
+    assert_close(numbers(result.model), alone)
 
 
 PROCESS = """
@@ -122,5 +127,4 @@ def test_two_processes_equal_one(alone, tmp_path):
     ]
     assert [p.wait() for p in processes] == [0, 0]
     with np.load(tmp_path / "found.npz") as found:
-        for path, x in alone.items():
-            np.testing.assert_allclose(found[path], x, atol=1e-5, rtol=0, err_msg=path)
+        assert_close(alone, found)
