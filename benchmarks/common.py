@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,11 @@ def finish(
         result = {"env": environment(*packages), "rows": list(rows), "summary": summary}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def pyplot() -> Any:
+    """Matplotlib for figures that are the same file from the same rows; by the extra ``bench``."""
+    matplotlib: Any = import_module("matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fusion_jax"
+    return import_module("matplotlib.pyplot")

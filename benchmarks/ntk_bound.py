@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fusion_jax as fj
-from benchmarks.common import finish, parser
+from benchmarks.common import finish, parser, pyplot
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.demo import find_model
 from fusion_jax.mlp import factors, stored_rows
@@ -285,11 +285,7 @@ def cases(arguments: Any, network: Any, inputs: int) -> Iterator[tuple[Mlp, Pair
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Change and bounds against width, for the kernel that each scaling keeps; GELU's."""
-    import matplotlib as mpl  # type: ignore[import-not-found]
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "ntk"  # the same file from the same rows
-    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+    plt = pyplot()
 
     def points(title: str, kind: str, key: str) -> dict[float, float]:
         found: dict[float, list[float]] = {}

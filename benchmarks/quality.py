@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fusion_jax as fj
-from benchmarks.common import finish, parser, show
+from benchmarks.common import finish, parser, pyplot, show
 from fusion_jax.demo import find_model
 from fusion_jax.text import Batch, batches, load_tokenizer, sentences
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
@@ -241,11 +241,7 @@ def main() -> int:
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """The paper's method, ours without calibration, and ours: kernels and embeddings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     names = {
         "paper": "paper",
         "raw": "ours, no calibration",

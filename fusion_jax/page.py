@@ -52,15 +52,17 @@ def page(verification: Verification, artefact: Path, original: str, sizes: tuple
         HTML that needs no other file.
     """
     v = verification
+    file = artefact / "report.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    scaling = None if report is None else report["method"].get("scaling")
+    kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # the one it is made for first
     sections = [
-        _facts(v, sizes),
-        *(_kernels(v, kind) for kind in v.kernels),
+        _facts(v, sizes, kinds, scaling),
+        *(_kernels(v, kind) for kind in kinds),
+        "" if report is None else _report(report),
         _sites(v.certificates),
         _how(v),
     ]
-    report = artefact / "report.json"
-    if report.is_file():
-        sections.insert(3, _report(json.loads(report.read_text(encoding="utf-8"))))
     title = f"{artefact.name}: what compressing changed"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -73,13 +75,18 @@ def page(verification: Verification, artefact: Path, original: str, sizes: tuple
     )
 
 
-def _facts(v: Verification, sizes: tuple[int, int]) -> str:
+def _facts(
+    v: Verification, sizes: tuple[int, int], kinds: Sequence[str], scaling: str | None
+) -> str:
     before, after = sizes
     facts = [
         (f"{before / 1e6:.1f} M → {after / 1e6:.1f} M", f"parameters, {after / before - 1:+.0%}")
     ]
-    for kind, c in v.comparisons.items():
-        facts.append((f"{c.frobenius:.1%}", f"change of the {_KINDS[kind]} kernel"))
+    for kind in kinds:
+        c = v.comparisons[kind]
+        other = scaling in kinds and kind != scaling
+        note = f"; the scaling {scaling!r} keeps the other kernel" if other else ""
+        facts.append((f"{c.frobenius:.1%}", f"change of the {_KINDS[kind]} kernel{note}"))
         facts.append(
             (f"{c.alignment:.3f}", f"alignment of the {_KINDS[kind]} kernels (1 is equal)")
         )

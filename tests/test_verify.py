@@ -72,6 +72,8 @@ def test_the_page_is_whole(found, artefact):
     assert "&lt;model&gt; &amp; more" in html
     assert "every certified bound holds" in html
     assert "layers.2.mlp" in html
+    assert "change of the SGD kernel; the scaling 'adam' keeps the other kernel" in html
+    assert html.index("<h2>Adam kernel") < html.index("<h2>SGD kernel")
     assert "http" not in html
     for part in html.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
