@@ -85,9 +85,10 @@ def finish(
     rows: Sequence[dict[str, Any]],
     summary: dict[str, Any],
     *packages: str,
+    shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
-    """Shows the results and writes them where ``--json`` says."""
-    show(rows, summary)
+    """Shows the results, ``shown`` in place of rows if given; writes them where ``--json`` says."""
+    show(rows if shown is None else shown, summary)
     if arguments.json is not None:
         result = {"env": environment(*packages), "rows": list(rows), "summary": summary}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

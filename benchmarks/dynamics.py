@@ -1,0 +1,221 @@
+"""Real training against the training that kernels predict: dense, the paper's method, and ours.
+
+All-MiniLM-L6-v2 with a random head, the last 4 of 6 MLPs fused to a quarter, is trained in float32
+on sentences with labels -1 and 1 by the squared error of one output, the difference of two logits
+less its value at the start: what differs between the models is then their kernel alone. All
+parameters train, in the same order of data from the same head:
+
+- ``sgd``: full-batch gradient descent, at one over the largest eigenvalue of the dense kernel;
+  models are fused with ``scaling="sgd"``.
+- ``adam``: sign descent on one example after another, each step a twentieth of a typical residual
+  (Malladi et al., 2023); ``scaling="adam"``.
+
+The predictions are those of `ntk.compare.compare`, extended to held-out sentences. Per method:
+
+- ``kernel_error``: relative Frobenius error of its kernel, training sentences.
+- ``nonlinear``: distance of its real outputs from those that its own kernel predicts, at the end,
+  relative to the real ones.
+- ``apart``, ``apart_predicted``: distance of its outputs from the dense model's at the end,
+  relative to the targets: measured, and by the kernels.
+- ``explained``: the share of the real difference between the two models' outputs, over all steps
+  and sentences, that the kernels predict: 1 - sum (difference - predicted)^2 / sum difference^2.
+
+    python -m benchmarks.dynamics [--quick] [--data DIR] [--figure FILE] [--json FILE]
+
+With ``--data`` the sentences are SST-2's, those of calibration from its training set; without, the
+package's with random labels, and calibration is by random tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fusion_jax as fj
+import ntk
+from benchmarks.common import finish, parser, pyplot
+from benchmarks.ntk_models import calibration
+from fusion_jax.demo import find_model
+from fusion_jax.text import load_tokenizer, sentences, tokenize
+from ntk.compare import compare
+
+LAYERS = slice(-4, None)
+TRAIN, HELD_OUT = 32, 32
+METHODS = ("dense", "paper", "ours")
+COLOURS = {"dense": "black", "paper": "tab:orange", "ours": "tab:blue"}
+
+
+def examples(data: Path | None, count: int) -> tuple[list[str], np.ndarray]:
+    """Sentences and their labels, -1 or 1, as many of each."""
+    if data is None:
+        labels = np.arange(count) % 2 * 2.0 - 1
+        return sentences()[:count], np.random.default_rng(0).permutation(labels)
+    lines = (data / "glue" / "SST-2" / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = [line.rsplit("\t", 1) for line in lines]
+    both = [[text for text, label in rows if label == wanted] for wanted in ("0", "1")]
+    texts = [both[i % 2][i // 2] for i in range(count)]
+    return texts, np.arange(count) % 2 * 2.0 - 1
+
+
+def predicted(kernel: np.ndarray, targets: np.ndarray, kind: str, rate: float, steps: int) -> Any:
+    """Outputs (steps + 1, all) by linearised training on the first ones."""
+    n = len(targets)
+    outputs = [np.zeros(len(kernel))]
+    for step in range(steps):
+        residual = targets - outputs[-1][:n]
+        if kind == "adam":
+            j = step % n
+            outputs.append(outputs[-1] + rate * kernel[:, j] * np.sign(residual[j]))
+        else:
+            outputs.append(outputs[-1] + rate * kernel[:, :n] @ residual)
+    return np.stack(outputs)
+
+
+def trained(
+    f: Any,
+    params: Any,
+    batch: Any,
+    targets: np.ndarray,
+    kind: str,
+    rate: float,
+    at: list[int],
+) -> np.ndarray:
+    """Outputs (len(at), all) of real training on the first ones, after the steps in ``at``."""
+    n, wanted = len(targets), jnp.asarray(targets, jnp.float32)
+    outputs = jax.jit(f)
+    start = outputs(params, batch)
+
+    @jax.jit
+    def full(params: Any) -> Any:
+        some = jax.tree.map(lambda x: x[:n], batch)
+
+        def loss(params: Any) -> Any:
+            return jnp.square(f(params, some) - start[:n] - wanted).sum() / 2
+
+        return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params))
+
+    @jax.jit
+    def one(params: Any, j: Any) -> Any:
+        example = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, j, 1), batch)
+        value, gradient = jax.value_and_grad(lambda p: f(p, example)[0])(params)
+        sign = jnp.sign(wanted[j] - (value - start[j]))
+        return jax.tree.map(lambda p, g: p + rate * sign * jnp.sign(g), params, gradient)
+
+    found = []
+    for step in range(at[-1] + 1):
+        if step in at:
+            found.append(np.asarray(outputs(params, batch) - start, np.float64))
+        params = one(params, np.int32(step % n)) if kind == "adam" else full(params)
+    return np.stack(found)
+
+
+def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """Trains and predicts the three models."""
+    n, held = (4, 4) if quick else (TRAIN, HELD_OUT)
+    dense = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
+    texts, labels = examples(data, n + held)
+    batch = tokenize(load_tokenizer(dense.origin.folder), texts, max_length=24)._asdict()
+    targets = labels[:n]
+    rows, curves = [], {}
+    rate, steps = 0.0, (8 if quick else {"sgd": 100, "adam": 10 * n}[kind])
+    at = list(range(0, steps + 1, max(1, steps // 40)))
+    for name in METHODS:
+        options = {"width": 0.25, "scaling": cast(Any, kind)}
+        model: Any = dense
+        if name != "dense":
+            method = fj.Fusion.paper(**options) if name == "paper" else fj.Fusion(**options)
+            source = calibration(data) if name == "ours" else None
+            model, _ = fj.compress(
+                dense, method, layers=LAYERS, calibration=source, key=jax.random.key(0)
+            )
+        f, params = ntk.functional(model, outputs=lambda r: r.logits[:, 1] - r.logits[:, 0])
+        kernel = np.asarray(ntk.kernel(f, params, batch, kind=cast(Any, kind)), np.float64)
+        kernel = (kernel + kernel.T) / 2 if kind == "sgd" else kernel  # of rounding
+        square = kernel[:n, :n]
+        if name == "dense":
+            typical = np.abs(np.diagonal(square)).mean()
+            rate = float(1 / (np.linalg.norm(square, 2) if kind == "sgd" else 20 * typical))
+            first = square
+        found = compare(first, square, targets=targets, learning_rate=rate, steps=steps)
+        assert found.training is not None
+        linear = predicted(kernel, targets, kind, rate, steps)
+        np.testing.assert_allclose(linear[:, :n], found.training.outputs[1], atol=1e-6)
+        real = trained(f, params, batch, targets, kind, rate, at)
+        curves[name] = real, linear[at]
+        size = np.linalg.norm(targets)
+        row = {
+            "kernel": kind, "method": name, "kernel_error": found.frobenius,
+            "steps": at, "loss": (np.square(real[:, :n] - targets).sum(1) / size**2).tolist(),
+            "loss_predicted": (np.square(linear[at, :n] - targets).sum(1) / size**2).tolist(),
+        }  # fmt: skip
+        for part, these in (("", slice(n)), ("_held_out", slice(n, None))):
+            gap, gap_predicted = (
+                curves[name][i][:, these] - curves["dense"][i][:, these] for i in range(2)
+            )
+            away = real[-1, these] - linear[at][-1, these]
+            row["nonlinear" + part] = float(np.linalg.norm(away) / np.linalg.norm(real[-1, these]))
+            if name != "dense":
+                scale = np.sqrt(gap.shape[1])
+                row["apart" + part] = float(np.linalg.norm(gap[-1]) / scale)
+                row["apart_predicted" + part] = float(np.linalg.norm(gap_predicted[-1]) / scale)
+                row["explained" + part] = float(
+                    1 - np.square(gap - gap_predicted).sum() / np.square(gap).sum()
+                )
+        print(f"{kind} {name}", {k: v for k, v in row.items() if k[:4] not in ("loss", "step")},
+              file=sys.stderr, flush=True)  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Loss over steps, real and predicted."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for ax, kind, title in zip(
+        axes, ("sgd", "adam"), ("Gradient descent", "Sign descent"), strict=True
+    ):
+        for row in rows:
+            if row["kernel"] == kind:
+                colour = COLOURS[row["method"]]
+                ax.plot(row["steps"], row["loss"], color=colour, label=row["method"])
+                ax.plot(row["steps"], row["loss_predicted"], "--", color=colour, alpha=0.7)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("steps")
+        ax.set_ylabel("loss, relative")
+        ax.set_ylim(bottom=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].plot([], [], "--", color="0.5", label="predicted by the kernel")
+    axes[0].legend(frameon=False, fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, help="folder with glue/SST-2")
+    options.add_argument("--figure", type=Path, help="draw the losses here")
+    arguments = options.parse_args()
+    rows = [
+        row for kind in ("sgd", "adam") for row in measure(kind, arguments.data, arguments.quick)
+    ]
+    summary = {
+        f"{row['kernel']} {row['method']} {key}": row[key]
+        for row in rows
+        for key in ("kernel_error", "nonlinear", "apart", "apart_predicted", "explained")
+        if key in row
+    }
+    shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+    finish(arguments, rows, summary, shown=shown)
+    if arguments.figure:
+        draw(rows, arguments.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
