@@ -18,6 +18,9 @@ from tests.test_mlp import inputs, make
 # One entry per method: the options that the suite runs it with. A new method adds a line.
 OPTIONS = {
     "clustering": {"width": 12},
+    "mmd": {"width": 12, "steps": 10},
+    "prune": {"width": 12},
+    "sketch": {"width": 12, "keep": 0.25},
     "fusion": {"width": 12},
 }
 methods = pytest.mark.parametrize("name", sorted(METHODS))

@@ -7,11 +7,17 @@ from fusion_jax.methods.base import Solution as Solution
 from fusion_jax.methods.base import method_from_json as method_from_json
 from fusion_jax.methods.clustering import Clustering
 from fusion_jax.methods.fusion import Fusion
+from fusion_jax.methods.mmd import MMD
+from fusion_jax.methods.prune import Prune
+from fusion_jax.methods.sketch import Sketch
 from fusion_jax.mlp import GatedMlp, Mlp
 
 METHODS: dict[str, type[Method]] = {
     "clustering": Clustering,
     "fusion": Fusion,
+    "mmd": MMD,
+    "prune": Prune,
+    "sketch": Sketch,
 }
 """Method classes by name, which is also their subcommand and their ``"method"`` in JSON."""
 

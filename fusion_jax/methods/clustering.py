@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from fusion_jax.geometry import Calibration
-from fusion_jax.methods.base import Method, Solution
+from fusion_jax.methods.base import Solution
 from fusion_jax.methods.fusion import Fusion
-from fusion_jax.mlp import Mlp
+from fusion_jax.methods.narrower import Narrower
 from fusion_jax.submlps import SubMLPs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clustering(Method):
+class Clustering(Narrower):
     """The paper's Clustering baseline: a plain MLP of centroids times sqrt(cluster size).
 
     Input weights, biases and output weights are all multiplied by sqrt(n_c) and nothing is divided
@@ -30,10 +30,6 @@ class Clustering(Method):
         'clustering'
     """
 
-    width: int | float = 0.25
-    """Hidden units to keep: an int, or a fraction of the MLP's width."""
-    round_to: int = 1
-    """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
     n_init: int = 1
     """Starts of the clustering, if they are random; the best is kept."""
     max_iters: int = 300
@@ -53,10 +49,6 @@ class Clustering(Method):
             tol=self.tol,
         )
 
-    def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if the width is above that of the MLP."""
-        self._fusion().check(subs)
-
     def solve(
         self,
         subs: SubMLPs,
@@ -72,9 +64,3 @@ class Clustering(Method):
         # Fusion's default scaling stores the centroids themselves.
         rows = solution.parts.rows.scaled(down=root, up=root, gate=jnp.ones_like(root))
         return Solution(rows, solution.facts)
-
-    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
-        """The smaller MLP, in the dtype of the original."""
-        new = mlp.abstract(type(mlp), solution.parts.width)
-        new.load_sub_mlps(solution.parts, mlp.out_bias())
-        return new

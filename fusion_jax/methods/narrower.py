@@ -1,0 +1,40 @@
+"""What methods share that leave an MLP of the same kind with fewer hidden units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import Method, Solution, check_width, kept_width
+from fusion_jax.mlp import Mlp
+from fusion_jax.submlps import SubMLPs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrower(Method):
+    """Base of methods whose ``parts`` are the sub-MLPs of a narrower MLP of the same kind."""
+
+    width: int | float = 0.25
+    """Hidden units to keep: an int, or a fraction of the MLP's width."""
+    round_to: int = 1
+    """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
+
+    def __post_init__(self):
+        check_width(self.width)
+        if self.round_to < 1:
+            raise InputError(f"round_to must be at least 1; got {self.round_to}")
+
+    def kept(self, subs: SubMLPs) -> int:
+        """The width that remains of an MLP's."""
+        return kept_width(self.width, subs.width, self.round_to)
+
+    def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
+        """Raises `InputError` if the width is above that of the MLP."""
+        self.kept(subs)
+
+    def build(self, mlp: Mlp, solution: Solution) -> Any:
+        """The narrower MLP, in the dtype of the original."""
+        new = mlp.abstract(type(mlp), solution.parts.width)
+        new.load_sub_mlps(solution.parts, mlp.out_bias())
+        return new

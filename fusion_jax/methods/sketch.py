@@ -1,0 +1,74 @@
+"""The Sketch baseline: hidden units replaced by random mixtures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.geometry import Calibration
+from fusion_jax.methods.base import Solution
+from fusion_jax.methods.narrower import Narrower
+from fusion_jax.methods.prune import importance
+from fusion_jax.submlps import SubMLPs
+
+
+class SketchFacts(NamedTuple):
+    """What `Sketch` reports of a site.
+
+    Args:
+        kept_importance: The share of the units' importance |w_i| |v_i| in those that stay as they
+            are.
+    """
+
+    kept_importance: Float[Array, "*s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch(Narrower):
+    """The paper's Sketch baseline, ``s(x W1 S + b1 S) S^T W2`` with a Gaussian S.
+
+    Its entries have mean square 1 / k: S S^T is the identity in the mean, so that outputs would be right in the mean if the activation
+    were linear. In a gated MLP both input matrices are multiplied by the same S.
+
+    References:
+        MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1. The published code of GPT-2 and
+        Switch keeps a third of the width, ``keep=1 / 3``.
+
+    Example:
+        >>> Sketch(width=768, keep=1 / 3).to_json()["method"]
+        'sketch'
+    """
+
+    keep: float = 0.0
+    """The share of the remaining width for the units with the largest |w_i| |v_i| as they are."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.keep < 1:
+            raise InputError(f"keep must be at least 0 and below 1; got {self.keep}")
+
+    def solve(
+        self,
+        subs: SubMLPs,
+        *,
+        key: Key[Array, ""],
+        act: str | None = None,
+        calibration: Calibration | None = None,
+    ) -> Solution:
+        """Mixes the sub-MLPs of one MLP."""
+        width = self.kept(subs)
+        whole = min(round(self.keep * width), width - 1)
+        score = importance(subs)
+        order = jnp.argsort(-score, stable=True)
+        rows = subs.rows()
+        best, rest = rows[order[:whole]], rows[order[whole:]]
+        shape = (width - whole, subs.width - whole)
+        sketch = jax.random.normal(key, shape, rows.dtype) / shape[0] ** 0.5
+        mixed = jnp.matmul(sketch, rest, precision="highest")
+        facts = SketchFacts(score[order[:whole]].sum() / jnp.maximum(score.sum(), 1e-30))
+        return Solution(subs.with_rows(jnp.concatenate([best, mixed])), facts)
