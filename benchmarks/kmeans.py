@@ -2,10 +2,12 @@
 
 - ``minilm``: rows of all MLPs of all-MiniLM-L6-v2, 1,536 x 769 -> 384. The peers run on layers 2
   and 5.
-- ``roberta-base``: as many points as an MLP of RoBERTa-base gives, 3,072 x 1,537 -> 768. They are
-  synthetic with heavy tails: normal rows, each times exp(0.35 z) with z normal.
-- ``llama``: points of Llama-2-7B's size, 11,008 x 12,288 -> 2,752, made likewise. Ours only, beside
-  the time of one matmul X X^T, their Gram matrix.
+- ``roberta-base``: as many points as an MLP of RoBERTa-base gives, 3,072 x 1,537 -> 768, of real
+  weights: rows of MiniLM's layers 2 and 3, continued by rows of layers 4 and 5.
+- ``heavy-tailed``: the same size without any structure to find, normal rows, each times
+  exp(0.35 z) with z normal. Ours and one fit of scikit-learn's.
+- ``llama``: points of Llama-2-7B's size, 11,008 x 12,288 -> 2,752, heavy-tailed likewise. Ours
+  only, beside the time of one matmul X X^T, their Gram matrix.
 - ``experts``: 16 MLPs of MiniLM's size by `fusion_jax.compress_mlp` in one call, under vmap, and in
   a call for each.
 
@@ -195,18 +197,34 @@ def against_peers(problem: str, x: np.ndarray, k: int, rate: float, peers: bool)
     return rows
 
 
+def real_rows() -> list[np.ndarray]:
+    """The sub-MLPs of all-MiniLM-L6-v2's six MLPs, (1536, 769) each."""
+    return [np.asarray(s.mlp.sub_mlps().rows()) for s in fj.sites(fj.load(find_model()))]
+
+
 def minilm(quick: bool) -> list[Row]:
     rate = matmul_rate(quick)
     rows = []
-    for i, site in enumerate(fj.sites(fj.load(find_model()))):
-        x = np.asarray(site.mlp.sub_mlps().rows())
+    for i, x in enumerate(real_rows()):
         rows += against_peers(f"minilm layer {i}", x, len(x) // 4, rate, peers=i in LAYERS)
     return rows
 
 
 def roberta_base(quick: bool) -> list[Row]:
+    rows = real_rows()
+    left, right = np.concatenate(rows[2:4]), np.concatenate(rows[4:6])
+    points = np.concatenate([left, right[:, 1:]], axis=1)
+    return against_peers("roberta-base", points, 768, matmul_rate(quick), peers=True)
+
+
+def unstructured(quick: bool) -> list[Row]:
     n, d = (192, 97) if quick else (3072, 1537)
-    return against_peers("roberta-base", heavy_tailed(n, d), n // 4, matmul_rate(quick), peers=True)
+    points, k = heavy_tailed(n, d), n // 4
+    rows = against_peers("heavy-tailed", points, k, matmul_rate(quick), peers=False)
+    if find_spec("sklearn"):
+        fit = measured(partial(sklearn, "KMeans"), points, k, compiles=False)
+        rows.append({"problem": "heavy-tailed", "method": LLOYD, **fit})
+    return rows
 
 
 def llama(quick: bool) -> list[Row]:
@@ -267,6 +285,7 @@ def experts(quick: bool) -> list[Row]:
 CASES: dict[str, Callable[[bool], list[Row]]] = {
     "minilm": minilm,
     "roberta-base": roberta_base,
+    "heavy-tailed": unstructured,
     "llama": llama,
     "experts": experts,
 }
@@ -274,7 +293,7 @@ CASES: dict[str, Callable[[bool], list[Row]]] = {
 LIMITS = {
     "speedup_vs_sklearn_1": (8, None),
     "speedup_vs_sklearn_30": (250, None),
-    "inertia_vs_sklearn_30": (None, 0.945),
+    "inertia_vs_sklearn_30": (None, 0.95),
     "inertia_vs_sklearn_30_minilm": (None, 0.935),
     "experts_batched_speedup": (0.8, None),
     "llama_over_gram": (None, 20),
@@ -326,8 +345,8 @@ def main() -> int:
     if options.case and options.json is not None and options.json.is_file():
         kept = json.loads(options.json.read_text())["rows"]
         rows = [row for row in kept if not row["problem"].startswith(options.case)]
-    # Quick is to need no download.
-    for case in [options.case] if options.case else list(CASES)[int(options.quick) :]:
+    # Quick is to need no real model.
+    for case in [options.case] if options.case else list(CASES)[2 * options.quick :]:
         command = [sys.executable, "-m", "benchmarks.kmeans", "--measure", "--case", case]
         command += ["--quick"] * options.quick
         load = os.getloadavg()[0]

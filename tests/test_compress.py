@@ -18,7 +18,7 @@ from tests.test_mlp import inputs, make
 # One entry per method: the options that the suite runs it with. A new method adds a line.
 OPTIONS = {
     "clustering": {"width": 12},
-    "mmd": {"width": 12, "steps": 10},
+    "mmd": {"width": 12, "steps": 2},
     "prune": {"width": 12},
     "sketch": {"width": 12, "keep": 0.25},
     "fusion": {"width": 12},

@@ -20,15 +20,14 @@ from fusion_jax.submlps import SubMLPs
 
 Outside = Literal["outputs", "everywhere"]
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Kernel widths over the mean distance of two points, as in the published code."""
+"""What the kernels divide by, over the mean squared distance of two points."""
 
 
 class MmdFacts(NamedTuple):
     """What `MMD` reports of a site.
 
     Args:
-        start: The squared discrepancy of the random points that optimisation starts with, less the
-            constant mean of the kernel over pairs of sub-MLPs.
+        start: The squared discrepancy of the random points that optimisation starts with.
         end: That of the points that remain.
     """
 
@@ -36,15 +35,14 @@ class MmdFacts(NamedTuple):
     end: Float[Array, "*s"]
 
 
-def _distances(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+def _squares(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
     product = jnp.matmul(a, b.T, precision="highest")
-    square = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * product
-    # The root of exactly zero has no derivative.
-    return jnp.sqrt(jnp.maximum(square, 1e-12))
+    return jnp.maximum((a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * product, 0)
 
 
 def _kernel(a: Array, b: Array, scale: Array) -> Array:
-    return sum(jnp.exp(-_distances(a, b) / (scale * width)) for width in _WIDTHS)  # type: ignore[return-value]
+    squares = _squares(a, b)
+    return sum(jnp.exp(-squares / (scale * width)) for width in _WIDTHS)  # type: ignore[return-value]
 
 
 @partial(jax.jit, static_argnames=("count", "steps", "rate"))
@@ -54,12 +52,14 @@ def _matched(
     """Points that match rows, and the discrepancy at the start and at the end."""
     size = jnp.sqrt(jnp.square(rows).mean())
     rows = rows / jnp.where(size > 0, size, 1)
-    distances = _distances(rows, rows)
-    mean = distances.sum() / (rows.shape[0] * max(rows.shape[0] - 1, 1))
+    mean = _squares(rows, rows).sum() / (rows.shape[0] * max(rows.shape[0] - 1, 1))
     scale = jnp.where(mean > 0, mean, 1)
 
+    constant = _kernel(rows, rows, scale).mean()
+
     def discrepancy(points: Array) -> Array:
-        return _kernel(points, points, scale).mean() - 2 * _kernel(points, rows, scale).mean()
+        across = _kernel(points, rows, scale).mean()
+        return _kernel(points, points, scale).mean() - 2 * across + constant
 
     schedule = optax.cosine_decay_schedule(rate, steps)
     tx = optax.adam(schedule)
@@ -88,13 +88,14 @@ def _matched(
 class MMD(Narrower):
     """The paper's MMD baseline: k points whose uniform measure is nearest to that of the p rows.
 
-    Nearest in maximum mean discrepancy by a sum of five Laplacian kernels, minimised by Adam from
+    Nearest in maximum mean discrepancy by a sum of five Gaussian kernels, minimised by Adam from
     random rows. The output is multiplied by p / k, here within the output weights.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), equation 10. The published code multiplies input
         weights, biases and output weights by sqrt(p / k) each, ``outside="everywhere"``, which with
-        GELU is another function; it doubles the output bias also, which is left out here.
+        GELU is another function; it doubles the output bias also, which is left out here. Its
+        kernels are Laplacian: these have cusps at the rows, where points that start there stay.
 
     Example:
         >>> MMD(width=0.25).to_json()["steps"]

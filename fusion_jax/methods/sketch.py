@@ -32,8 +32,8 @@ class SketchFacts(NamedTuple):
 class Sketch(Narrower):
     """The paper's Sketch baseline, ``s(x W1 S + b1 S) S^T W2`` with a Gaussian S.
 
-    Its entries have mean square 1 / k: S S^T is the identity in the mean, so that outputs would be right in the mean if the activation
-    were linear. In a gated MLP both input matrices are multiplied by the same S.
+    Its entries have mean square 1 / k: S S^T is the identity in the mean, and outputs would be
+    right in the mean if the activation were linear. A gated MLP's input matrices share S.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1. The published code of GPT-2 and
