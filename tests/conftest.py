@@ -41,11 +41,3 @@ def x64():
     """Float64 in one test."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """Programs are optimised less in a module where compilation is most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

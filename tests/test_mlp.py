@@ -145,7 +145,8 @@ def test_order_of_units_changes_nothing(kind):
         shuffled.load_sub_mlps(
             jax.tree.map(lambda a, order=order: a[order], mlp.sub_mlps()), mlp.out_bias()
         )
-        np.testing.assert_allclose(fuse(shuffled, 9)(x), want, atol=1e-6)
+        # The order of sums changes with it, and outputs are up to 10.
+        np.testing.assert_allclose(fuse(shuffled, 9)(x), want, atol=1e-5)
 
 
 @kinds

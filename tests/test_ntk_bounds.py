@@ -22,8 +22,6 @@ from ntk.output_blocks import block_change
 from ntk.pair import Pair
 from ntk.units import units
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ACTS = list(activations.FUNCTIONS)
 
 

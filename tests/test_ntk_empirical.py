@@ -17,8 +17,6 @@ from ntk.engine import Task
 from ntk.engine_jacobian import Factored, JacobianEngine
 from tests.ntk_models import MODELS, contracted, jacobian, mlp, reference, relative
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.mark.parametrize("engine", ["jacobian", "vector-product"])
 @pytest.mark.parametrize("name", MODELS)

@@ -9,13 +9,10 @@ import pytest
 import ntk
 from tests.ntk_models import contracted, reference, relative
 
-pytestmark = [
-    pytest.mark.skipif(
-        sys.version_info >= (3, 14),
-        reason="neural-tangents requires TensorFlow, without wheels there",
-    ),
-    pytest.mark.usefixtures("compiled_quickly"),
-]
+pytestmark = pytest.mark.skipif(
+    sys.version_info >= (3, 14),
+    reason="neural-tangents requires TensorFlow, without wheels there",
+)
 
 IMPLEMENTATIONS = ["structured-derivatives", "jacobian-contraction", "ntk-vector-products"]
 

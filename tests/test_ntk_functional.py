@@ -9,8 +9,6 @@ from flax import nnx
 import ntk
 from tests.ntk_models import classifier, mlp, tokens
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def names(params):
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]

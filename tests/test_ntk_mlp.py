@@ -21,8 +21,6 @@ ACTS = ["gelu", "gelu_new", "relu", "silu", "tanh"]
 SCALINGS = ["adam", "sgd", "folded"]
 SECOND = {"sgd": lambda x: x, "adam": jnp.sign}
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def randomised(module, dtype, fitted=False):
     """Weights and biases that are all random, and the sizes of `LABELS` where there are sizes."""

@@ -31,7 +31,7 @@ def artefact(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(artefact, compiled_quickly):
+def found(artefact):
     return verified(artefact)
 
 
