@@ -1,9 +1,11 @@
-"""What fusing does to small real language models: nats per token, before any fine-tuning.
+"""What fusing does to small real language models: nats per token, before and after training.
 
 tinygpt-shakespeare on the last tenth of its text, calibrated on the rest; stories260K on stories
 that it tells itself (sampled from the dense model, whose entropy is then its own nats), calibrated
 on others of these. Every MLP is fused to a half, a quarter and an eighth of its width: the paper's
-method, ours without calibration, and ours.
+method, ours without calibration, and ours. Then the paper's and ours are tuned layer by layer
+towards the dense model, and fine-tuned, on the text that calibration came from; the dense model is
+fine-tuned as long. The last evaluation counts.
 
     python -m benchmarks.language --data DIR [--quick] [--json FILE]
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,17 @@ from jaxtyping import Array, Int
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser
-from benchmarks.small_models import hf_folder, nats_per_token, shakespeare_ids
+from benchmarks.small_models import hf_folder, shakespeare_ids
+from fusion_jax.finetune import Windows, nats_per_token
 from fusion_jax.generate import Sampling, generate
 
 CONTEXT = 129
 WINDOWS = 128
+BATCH = 16
+TUNING = 150
+"""Steps of layer-wise tuning."""
+TRAINING = 200
+"""Steps of fine-tuning."""
 
 
 def stories(model: Any, seed: int) -> Int[Array, " n"]:
@@ -51,27 +60,56 @@ def texts(name: str, model: Any, data: Path) -> tuple[Int[Array, " n"], Int[Arra
     return whole[: len(whole) - len(last)], last
 
 
-def measure(name: str, data: Path, shares: list[float]) -> list[dict[str, Any]]:
+def trained(model: Any, teacher: Any, ids: Any, quick: bool) -> dict[str, Any]:
+    """The model after tuning, if there is a teacher, and after fine-tuning."""
+    config = fj.TrainConfig(
+        epochs=1000,
+        max_steps=4 if quick else TRAINING,
+        batch_size=BATCH,
+        learning_rate=5e-4,
+    )
+    tuned = None
+    if teacher is not None:
+        windows = Windows(ids, CONTEXT, BATCH, seed=1)
+        steps = replace(config, max_steps=4 if quick else TUNING)
+        fit = fj.tune(model, teacher, windows, steps, key=jax.random.key(1), progress=False)
+        tuned = model = fit.model
+    fit = fj.finetune_language(
+        model, ids, config, key=jax.random.key(2), context=CONTEXT, progress=False
+    )
+    return {"tuned": tuned, "fine_tuned": fit.model}
+
+
+def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dict[str, Any]]:
     """The rows of one model."""
     with tempfile.TemporaryDirectory() as folder:
         model = fj.load(hf_folder(data, name, Path(folder) / name), head="causal-lm")
-    fit, held_out = texts(name, model, data)
-    windows = fit[: len(fit) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
+    text, held_out = texts(name, model, data)
+    windows = text[: len(text) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
     chosen = np.random.default_rng(0).permutation(len(windows))[:WINDOWS]
     calibration = [{"input_ids": windows[np.sort(chosen)]}]
-    dense = nats_per_token(model, held_out, CONTEXT)
-    rows = [{"model": name, "method": "dense", "width": 1.0, "nats": dense, "more": 0.0}]
+    rows = []
+
+    def add(method: str, width: float, made: Any, teacher: Any = None, train: bool = True) -> None:
+        row = {"model": name, "method": method, "width": width}
+        row["nats"] = nats_per_token(made, held_out, CONTEXT)
+        if train:
+            for stage, after in trained(made, teacher, text, quick).items():
+                if after is not None:
+                    row[stage] = nats_per_token(after, held_out, CONTEXT)
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+
+    add("dense", 1.0, model)
     for share in shares:
-        for label, method, text in (
+        for label, method, seen in (
             ("paper", fj.Fusion.paper(width=share), None),
             ("ours, no text", fj.Fusion(width=share), None),
             ("ours", fj.Fusion(width=share), calibration),
         ):
             key = jax.random.key(0)
-            smaller, _ = fj.compress(model, method, key=key, calibration=text)
-            nats = nats_per_token(smaller, held_out, CONTEXT)
-            row = {"model": name, "method": label, "width": share}
-            rows.append({**row, "nats": nats, "more": nats - dense})
+            smaller, _ = fj.compress(model, method, key=key, calibration=seen, progress=False)
+            add(label, share, smaller, model, train=label != "ours, no text")
     return rows
 
 
@@ -81,7 +119,8 @@ def main() -> int:
     arguments = arguments.parse_args()
     names = ["stories260K"] if arguments.quick else ["tinygpt-shakespeare", "stories260K"]
     shares = [0.25] if arguments.quick else [0.5, 0.25, 0.125]
-    finish(arguments, [row for name in names for row in measure(name, arguments.data, shares)], {})
+    rows = [row for name in names for row in measure(name, arguments.data, shares, arguments.quick)]
+    finish(arguments, rows, {})
     return 0
 
 

@@ -11,13 +11,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Array, Int
-
-from fusion_jax.models.base import Model
 
 Tensors = dict[str, np.ndarray]
 
@@ -104,29 +101,3 @@ def shakespeare_ids(data: Path, share: float = 0.1) -> Int[Array, " n"]:
     text = (data / "lm/tinyshakespeare/input.txt").read_text()
     text = text[len(text) - int(share * len(text)) :]
     return jnp.asarray([number[char] for char in text], jnp.int32)
-
-
-def nats_per_token(model: Model, ids: Int[Array, " n"], context: int, batch: int = 32) -> float:
-    """The mean of minus log-probability of each token after those before it in its window.
-
-    Args:
-        model: A language model.
-        ids: A long text.
-        context: Tokens of a window, of which all but the first are predicted; windows overlap by
-            that one. What is left at the end of the text does not count.
-        batch: Windows at a time; a last batch that is not full does not count either.
-
-    Returns:
-        Nats; the exponential is the perplexity.
-    """
-    count = (len(ids) - 1) // (context - 1) // batch * batch
-    starts = np.arange(count) * (context - 1)
-    windows = ids[starts[:, None] + np.arange(context)[None]]
-    losses = [_loss(model, rows) for rows in windows.reshape(-1, batch, context)]
-    return float(np.mean(jax.device_get(losses)))
-
-
-@jax.jit
-def _loss(model: Model, rows: Array) -> Array:
-    scores = jax.nn.log_softmax(model(rows[:, :-1]).logits.astype(jnp.float32), axis=-1)
-    return -jnp.take_along_axis(scores, rows[:, 1:, None], axis=-1).mean()

@@ -12,6 +12,7 @@ from fusion_jax.compress import compress_mlp as compress_mlp
 from fusion_jax.errors import InputError as InputError
 from fusion_jax.finetune import TrainConfig as TrainConfig
 from fusion_jax.finetune import finetune as finetune
+from fusion_jax.finetune import finetune_language as finetune_language
 from fusion_jax.finetune import load_task as load_task
 from fusion_jax.finetune import read_task as read_task
 from fusion_jax.finetune import tune as tune

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 
 import fusion_jax as fj
-from benchmarks.small_models import hf_folder, nats_per_token, shakespeare_ids
+from benchmarks.small_models import hf_folder, shakespeare_ids
+from fusion_jax.finetune import nats_per_token
 from fusion_jax.generate import generate
 
 DATA = Path(os.environ.get("FUSION_JAX_DATA", "nowhere"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
+from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
 from fusion_jax.finetune.metrics import METRICS
@@ -22,9 +22,6 @@ from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
 from fusion_jax.finetune.trainer import Fit, OnStep, fit
 from fusion_jax.models.base import Model
 from fusion_jax.text import load_tokenizer
-
-BEST = "best"
-LAST = "last"
 
 
 def finetune(
@@ -89,12 +86,6 @@ def finetune(
             results |= {f"{prefix}{k}": v for k, v in measure(task, logits, examples).items()}
         return results
 
-    def keep_best(model: Any, history: list[dict[str, Any]]) -> None:
-        main = next(name for name in history[-1] if name != "step")
-        if all(history[-1][main] > earlier[main] for earlier in history[:-1]):
-            assert folder is not None
-            _replace(model, folder / BEST)
-
     result = fit(
         model,
         train,
@@ -104,26 +95,13 @@ def finetune(
         multipliers=multipliers,
         folder=folder,
         evaluate=evaluate if dev else None,
-        on_evaluation=keep_best if folder is not None else None,
+        on_evaluation=best_keeper(folder),
         on_step=on_step,
         progress=progress,
     )
     if folder is not None and result.finished:
-        _replace(result.model, folder / LAST)
+        replace(result.model, folder / LAST)
     return result
-
-
-def _replace(model: Model, folder: Path) -> None:
-    """Saves an artefact in the place of an earlier one."""
-    from fusion_jax.checkpoint import save
-
-    if jax.process_index():
-        return
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    save(model, new)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
 
 
 def check_head(model: Model, task: Task) -> None:

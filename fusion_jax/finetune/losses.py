@@ -55,6 +55,19 @@ def regression(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
 
 
+def next_token(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Cross-entropy of each token after those before it, where it is real and counts.
+
+    ``labels``, if there are any, are the tokens themselves, with -100 where they do not count.
+    """
+    logits = wide(run(model, batch, key).logits)[:, :-1]
+    tokens = jnp.asarray(batch.get("labels", batch["input_ids"]))[:, 1:]
+    counts = jnp.asarray(batch["attention_mask"])[:, 1:].astype(bool) & (tokens != -100)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(tokens, 0))
+    weights = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)
+    return Total((each * weights).sum(), weights.sum())
+
+
 def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Mean squared error between the hidden states of two models, summed over layers.
 

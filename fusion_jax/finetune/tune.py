@@ -17,9 +17,10 @@ from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
 from fusion_jax.finetune.classify import Encoder
 from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.data import Batches
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.tasks import Texts
-from fusion_jax.finetune.trainer import Fit, fit
+from fusion_jax.finetune.trainer import Fit, Source, fit
 from fusion_jax.models.base import Model
 from fusion_jax.sites import sites
 
@@ -27,7 +28,7 @@ from fusion_jax.sites import sites
 def tune(
     student: Model,
     teacher: Model,
-    texts: Texts | Sequence[str],
+    texts: Texts | Sequence[str] | Source,
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
@@ -42,7 +43,8 @@ def tune(
     Args:
         student: The compressed model; not changed.
         teacher: The model that it was compressed from.
-        texts: The inputs of a task, such as ``data.train``, or plain strings.
+        texts: The inputs of a task, such as ``data.train``, plain strings, or batches, such as the
+            `Windows` of a language model's text.
         config: How to train; None for one epoch with the paper's settings. ``train`` and
             ``dropout`` do not apply.
         key: Random key of the order of the texts.
@@ -64,15 +66,9 @@ def tune(
     """
     config = replace(TrainConfig(epochs=1) if config is None else config, dropout=False)
     places = compressed(student, teacher)
-    if not isinstance(texts, Texts):
-        texts = Texts([(t,) for t in texts], None, [f"texts[{i}]" for i in range(len(texts))])
-    encoder = Encoder(student, config.max_length, config.truncate)
-    examples = encoder(texts._replace(labels=None))
-    seed = int(jax.random.bits(key))
-    batches = encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
     return fit(
         student,
-        batches,
+        texts if isinstance(texts, Source) else _batches(student, texts, config, key),
         jax.tree_util.Partial(losses.hidden_states, _in_dtype(teacher, config)),
         config,
         key=key,
@@ -80,6 +76,17 @@ def tune(
         folder=None if folder is None else Path(folder),
         progress=progress,
     )
+
+
+def _batches(
+    student: Model, texts: Texts | Sequence[str], config: TrainConfig, key: Key[Array, ""]
+) -> Batches:
+    if not isinstance(texts, Texts):
+        texts = Texts([(t,) for t in texts], None, [f"texts[{i}]" for i in range(len(texts))])
+    encoder = Encoder(student, config.max_length, config.truncate)
+    examples = encoder(texts._replace(labels=None))
+    seed = int(jax.random.bits(key))
+    return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
 
 
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:

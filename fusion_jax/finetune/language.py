@@ -1,0 +1,190 @@
+"""Language models on plain text: windows of tokens, nats per token, and fine-tuning."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.finetune import losses
+from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
+from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.optimiser import Multipliers
+from fusion_jax.finetune.trainer import Fit, OnStep, fit
+from fusion_jax.models.base import Model
+
+Ids = Int[np.ndarray, " _"] | Int[Array, " _"]
+
+
+class Windows:
+    """The batches of one long text, each found by its step alone: a source for `fit`.
+
+    Windows overlap by one token, as all tokens of a window but the first are predicted: every token
+    of the text is predicted once in an epoch, but for what is left at the end and fills no window.
+
+    Args:
+        ids: The tokens of the text.
+        context: Tokens of a window.
+        batch_size: Windows of a batch; the last batch is filled up with windows of weight 0.
+        seed: Seed of the order; None keeps the text's.
+
+    Raises:
+        InputError: The text is shorter than a window.
+
+    Example:
+        >>> windows = Windows(np.arange(10), context=4, batch_size=2)
+        >>> len(windows), windows(1)["input_ids"].tolist(), windows(1)["weights"].tolist()
+        (2, [[6, 7, 8, 9], [6, 7, 8, 9]], [1.0, 0.0])
+    """
+
+    def __init__(self, ids: Ids, context: int, batch_size: int, *, seed: int | None = None):
+        self._ids = np.asarray(ids, np.int32)
+        if context < 2 or len(self._ids) < context:
+            raise InputError(
+                f"a text of {len(self._ids)} tokens has no window of {context}; windows have at "
+                "least 2"
+            )
+        self._count = (len(self._ids) - 1) // (context - 1)
+        self._context, self._batch_size, self._seed = context, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        return -(-self._count // self._batch_size)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(self._count)
+        rng = np.random.Generator(np.random.Philox([self._seed, epoch]))
+        return rng.permutation(self._count)
+
+    def _rows(self, step: int) -> np.ndarray:
+        epoch, i = divmod(step, len(self))
+        return self._order(epoch)[i * self._batch_size : (i + 1) * self._batch_size]
+
+    def names(self, step: int) -> list[str]:
+        """Where the windows of a batch come from."""
+        return [f"tokens from {row * (self._context - 1):,}" for row in self._rows(step)]
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step.
+
+        Args:
+            step: Counted from 0, over all epochs.
+
+        Returns:
+            ``input_ids`` (b, context) int32, ``attention_mask`` (b, context) bool, and ``weights``
+            (b,) float32, 0 for windows that fill up.
+        """
+        rows = self._rows(step)
+        weights = np.zeros(self._batch_size, np.float32)
+        weights[: len(rows)] = 1
+        rows = np.resize(rows, self._batch_size)
+        ids = self._ids[rows[:, None] * (self._context - 1) + np.arange(self._context)]
+        return {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool), "weights": weights}
+
+
+def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32) -> float:
+    """The mean of minus the log-probability of each token after those before it in its window.
+
+    Args:
+        model: A language model.
+        ids: The tokens of a text.
+        context: Tokens of a window, see `Windows`.
+        batch_size: Windows at a time.
+
+    Returns:
+        Nats; the exponential is the perplexity.
+
+    Raises:
+        InputError: The text is shorter than a window.
+    """
+    windows = Windows(ids, context, batch_size)
+    totals = [_total(model, windows(step)) for step in range(len(windows))]
+    total, count = np.asarray(jax.device_get(totals), np.float64).sum(axis=0).tolist()
+    return total / count
+
+
+@jax.jit
+def _total(model: Model, batch: Any) -> losses.Total:
+    return losses.next_token(model, batch, None)
+
+
+def finetune_language(
+    model: Model,
+    ids: Ids,
+    config: TrainConfig | None = None,
+    *,
+    key: Key[Array, ""],
+    context: int,
+    dev: Ids | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    multipliers: Multipliers | None = None,
+    on_step: OnStep | None = None,
+    progress: bool | None = None,
+) -> Fit:
+    """Trains a decoder-only language model on a text; the model itself is not changed.
+
+    On the caller's mesh, stopped and gone on with as `finetune`.
+
+    Args:
+        model: A model from `fusion_jax.load` with ``head="causal-lm"``.
+        ids: The tokens to train on.
+        config: How to train; None for the paper's settings.
+        key: Random key of dropout and of the order of the windows.
+        context: Tokens of a window.
+        dev: The tokens to measure on, by ``nats`` per token.
+        folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (fewest nats) and
+            ``last`` go; None keeps nothing.
+        multipliers: What multiplies the learning rate of some parameters, see `fit`.
+        on_step: Called after each step with the steps done and the state; may return another.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
+
+    Returns:
+        The trained model, and the nats per token of every evaluation.
+
+    Raises:
+        InputError: Model, text and configuration do not fit together, or the folder holds another
+            run. Raised before training starts.
+        FloatingPointError: The loss or the gradient was NaN or infinite.
+
+    Example:
+        >>> model = load("gpt2", head="causal-lm")  # doctest: +SKIP
+        >>> fit = finetune_language(model, ids, key=key, context=512)  # doctest: +SKIP
+    """
+    config = TrainConfig() if config is None else config
+    origin = getattr(model, "origin", None)
+    if origin is not None and origin.head != "causal-lm":
+        raise InputError("the model has no language head; load it with head='causal-lm'")
+    order, dropout = jax.random.split(key)
+    windows = Windows(ids, context, config.batch_size, seed=int(jax.random.bits(order)))
+    held_out = None if dev is None else np.asarray(dev, np.int32)
+    if held_out is not None:
+        Windows(held_out, context, 1)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        assert held_out is not None
+        return {"nats": nats_per_token(model, held_out, context, batch_size=config.batch_size)}
+
+    folder = None if folder is None else Path(folder)
+    result = fit(
+        model,
+        windows,
+        losses.next_token,
+        config,
+        key=dropout,
+        multipliers=multipliers,
+        folder=folder,
+        evaluate=None if dev is None else evaluate,
+        on_evaluation=best_keeper(folder, lowest=True),
+        on_step=on_step,
+        progress=progress,
+    )
+    if folder is not None and result.finished:
+        replace(result.model, folder / LAST)
+    return result

@@ -1,0 +1,126 @@
+"""Language models on plain text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax.finetune import Windows, losses, nats_per_token
+from tests import tiny
+
+CONFIG = fj.TrainConfig(
+    max_steps=30, epochs=100, batch_size=4, learning_rate=1e-2, log_every=10, dropout=False
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("language") / "model", "gpt2", "causal-lm")
+    return fj.load(folder, head="causal-lm")
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A pattern that can be learnt."""
+    return np.tile(np.array([5, 9, 7, 11, 6, 8, 13], np.int32), 30)
+
+
+def by_hand(model, ids, weights):
+    """Minus the log-probabilities of all tokens but the first, in numpy."""
+    logits = np.asarray(model(ids).logits, np.float64)[:, :-1]
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = -np.take_along_axis(scores, np.asarray(ids)[:, 1:, None], -1)[..., 0]
+    return (each * weights).sum(), np.broadcast_to(weights, each.shape).sum()
+
+
+def test_loss_equals_numpy(model, text):
+    ids = text[: 3 * 8].reshape(3, 8)
+    weights = np.array([1.0, 0.5, 0.0], np.float32)
+    batch = {"input_ids": ids, "attention_mask": np.ones((3, 8), bool), "weights": weights}
+    got = losses.next_token(model, batch, None)
+    np.testing.assert_allclose(got, by_hand(model, ids, weights[:, None]), rtol=1e-5)
+    # Only targets count: the first four tokens are a prompt, the last ones of a row padding.
+    labels = ids.copy()
+    labels[:, :4] = -100
+    mask = np.ones((3, 8), bool)
+    mask[1, 6:] = False
+    counts = (labels != -100) & mask
+    got = losses.next_token(model, {**batch, "labels": labels, "attention_mask": mask}, None)
+    want = by_hand(model, ids, counts[:, 1:] * weights[:, None])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_every_token_is_predicted_once(seed):
+    ids = np.arange(100, dtype=np.int32)
+    windows = Windows(ids, context=8, batch_size=3, seed=seed)
+    for epoch in range(2):
+        predicted = []
+        for i in range(len(windows)):
+            batch = windows(epoch * len(windows) + i)
+            assert batch["input_ids"].shape == (3, 8)
+            predicted += batch["input_ids"][batch["weights"] > 0][:, 1:].ravel().tolist()
+            assert len(windows.names(i)) == (batch["weights"] > 0).sum() or epoch
+        assert sorted(predicted) == list(range(1, 99))
+        assert (predicted == sorted(predicted)) == (seed is None)
+
+
+def test_nats_are_the_mean_over_all_windows(model, text):
+    windows = np.stack([text[i : i + 8] for i in range(0, len(text) - 7, 7)])
+    total, count = by_hand(model, windows, np.ones((len(windows), 1)))
+    for size in (3, 32):
+        got = nats_per_token(model, text, 8, batch_size=size)
+        np.testing.assert_allclose(got, total / count, rtol=1e-5)
+
+
+def test_learns_and_goes_on(model, text, key, tmp_path):
+    whole = fj.finetune_language(model, text, CONFIG, key=key, context=8, dev=text)
+    before = nats_per_token(model, text, 8)
+    assert whole.history[-1]["nats"] < 0.6 < 2 < before
+    half = dataclasses.replace(CONFIG, checkpoint_every=10)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, state):
+        if step == 17:
+            raise Killed
+
+    options = {"key": key, "context": 8, "folder": tmp_path / "run"}
+    with pytest.raises(Killed):
+        fj.finetune_language(model, text, half, **options, on_step=kill)
+    again = fj.finetune_language(model, text, half, **options)
+    for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(again.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "run" / "last" / "fusion.json").is_file()
+
+
+def test_tuning_brings_hidden_states_nearer(model, text, key):
+    smaller, _ = fj.compress(model, fj.Fusion(width=8), key=key)
+    windows = Windows(text, 8, 4, seed=0)
+    tuned = fj.tune(smaller, model, windows, CONFIG, key=key).model
+    ids = jnp.asarray(text[:64].reshape(8, 8))
+
+    def apart(other):
+        states = [m(ids, output_hidden_states=True).hidden_states[1:] for m in (model, other)]
+        return sum(float(jnp.square(a - b).sum()) for a, b in zip(*states, strict=True))
+
+    assert apart(tuned) < 0.5 * apart(smaller)
+    before, after = (dict(nnx.to_flat_state(nnx.state(m))) for m in (smaller, tuned))
+    moved = [path for path in before if not np.array_equal(before[path][...], after[path][...])]
+    assert moved
+    assert all("mlp" in path for path in moved)
+
+
+def test_bad_input(model, text, key, tmp_path):
+    with pytest.raises(fj.InputError, match="a text of 5 tokens has no window of 8"):
+        fj.finetune_language(model, text[:5], CONFIG, key=key, context=8)
+    with pytest.raises(fj.InputError, match="a text of 3 tokens has no window of 8"):
+        fj.finetune_language(model, text, CONFIG, key=key, context=8, dev=text[:3])
+    headless = fj.load(tiny.checkpoint(tmp_path / "bare", "gpt2"))
+    with pytest.raises(fj.InputError, match="head='causal-lm'"):
+        fj.finetune_language(headless, text, CONFIG, key=key, context=8)
