@@ -20,6 +20,7 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,8 @@ from fusion_jax.demo import find_model
 from fusion_jax.finetune import GLUE, TaskData
 
 LAYERS = slice(-4, None)
+OUT_OF_TIME = 3
+"""Exit status of a run's process when the budget is spent."""
 CALIBRATION = 1024
 """Training texts that ours is calibrated on."""
 
@@ -176,6 +179,7 @@ def main() -> int:
     arguments.add_argument("--steps", type=int, help="at most so many steps per run")
     arguments.add_argument("--learning-rate", type=float, default=8e-5)
     arguments.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    arguments.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
     if arguments.data is None:
         print("give --data, a folder with GLUE's folders; nothing was measured")
@@ -194,27 +198,44 @@ def main() -> int:
         truncate=True,
     )
     end = time.perf_counter() + arguments.budget
+    if arguments.cell is not None:
+        cell = Cell(**json.loads(arguments.cell))
+        data = fj.load_task(cell.task, arguments.data)
+        try:
+            print(json.dumps(measure(cell, data, config, arguments.runs / cell.name, end)))
+        except OutOfTimeError:
+            return OUT_OF_TIME
+        return 0
     settings = {name: value for name, value in config.to_json().items() if value is not None}
     results: list[dict[str, Any]] = []
     if arguments.json is not None and arguments.json.is_file():
         kept = json.loads(arguments.json.read_text())["rows"]
         results = [row for row in kept if row["config"] == settings]
-    data = {task: fj.load_task(task, arguments.data) for task in arguments.tasks}
     wanted = cells(arguments)
     done = {row["name"] for row in results}
     left = [cell for cell in wanted if cell.name not in done]
-    while left and time.perf_counter() < end:
-        cell = left[0]
-        folder = arguments.runs / cell.name
-        try:
-            result = measure(cell, data[cell.task], config, folder, end)
-        except OutOfTimeError:
-            break
-        results.append({"name": cell.name, **result, "config": settings})
-        shutil.rmtree(folder, ignore_errors=True)
-        left.pop(0)
+
+    def report() -> None:
         summary = {"runs": len(results), "runs_left": len(left)}
         finish(arguments, results, summary, "optax", shown=table(results))
+
+    while left and time.perf_counter() < end:
+        # In a process of its own, whose peak memory is the run's.
+        command = [sys.executable, "-m", "benchmarks.finetune", *sys.argv[1:]]
+        command += ["--runs", str(arguments.runs), "--cell", json.dumps(asdict(left[0]))]
+        command += ["--budget", str(end - time.perf_counter())]
+        child = subprocess.run(command, stdout=subprocess.PIPE)
+        if child.returncode == OUT_OF_TIME:
+            break
+        child.check_returncode()
+        result = json.loads(child.stdout.splitlines()[-1])
+        cell = left.pop(0)
+        results.append({"name": cell.name, **result, "config": settings})
+        shutil.rmtree(arguments.runs / cell.name, ignore_errors=True)
+        print(f"{cell.name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+        report()
+    if not done and not results:
+        report()
     if scratch is not None:
         shutil.rmtree(scratch)
     return 0
