@@ -54,6 +54,28 @@ def test_loss_equals_numpy(model, text):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["t5", "switch"])
+def test_sequence_to_sequence_equals_numpy(family, tmp_path):
+    model = fj.load(tiny.checkpoint(tmp_path / "model", family, "seq2seq-lm"), head="seq2seq-lm")
+    rng = np.random.default_rng(0)
+    source, target = (rng.integers(5, 50, (3, n)).astype(np.int32) for n in (9, 6))
+    mask = np.arange(9) < np.array([[9], [6], [4]])
+    lengths = np.array([[6], [3], [5]])
+    labels = np.where(np.arange(6) < lengths, target, -100).astype(np.int32)
+    weights = np.array([1.0, 1.0, 0.0], np.float32)
+    batch = {"input_ids": source, "attention_mask": mask, "labels": labels, "weights": weights}
+    got = losses.sequence_to_sequence(model, batch, None)
+    start = model.config.decoder_start_token_id
+    # As Hugging Face does, 0 behind a target's end; a mixture's experts may be full of these.
+    before = np.concatenate([np.full((3, 1), start), np.maximum(labels, 0)[:, :-1]], 1)
+    out = model(source, mask, decoder_input_ids=before.astype(np.int32))
+    logits = np.asarray(out.logits, np.float64)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = -np.take_along_axis(scores, target[..., None], -1)[..., 0]
+    counts = (np.arange(6) < lengths) * weights[:, None]
+    np.testing.assert_allclose(got, ((each * counts).sum(), counts.sum()), rtol=1e-5)
+
+
 @pytest.mark.parametrize("seed", [None, 3])
 def test_every_token_is_predicted_once(seed):
     ids = np.arange(100, dtype=np.int32)

@@ -63,9 +63,21 @@ def next_token(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     logits = wide(run(model, batch, key).logits)[:, :-1]
     tokens = jnp.asarray(batch.get("labels", batch["input_ids"]))[:, 1:]
     counts = jnp.asarray(batch["attention_mask"])[:, 1:].astype(bool) & (tokens != -100)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(tokens, 0))
-    weights = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)
-    return Total((each * weights).sum(), weights.sum())
+    return _tokens(logits, jnp.maximum(tokens, 0), counts, batch)
+
+
+def sequence_to_sequence(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Cross-entropy of target texts after source texts, for encoder-decoders.
+
+    ``labels`` (b, s) are the targets, with -100 behind their ends; the decoder reads them one
+    position later, after the configuration's ``decoder_start_token_id``.
+    """
+    labels = jnp.asarray(batch["labels"])
+    counts, tokens = labels != -100, jnp.maximum(labels, 0)
+    start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
+    before = jnp.concatenate([start, tokens[:, :-1]], axis=1)
+    logits = wide(run(model, batch, key, decoder_input_ids=before).logits)
+    return _tokens(logits, tokens, counts, batch)
 
 
 def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
@@ -83,6 +95,12 @@ def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | 
     for ours, theirs in zip(*states, strict=True):
         total += (jnp.square(wide(ours) - wide(theirs)).mean(-1) * real).sum()
     return Total(total, real.sum())
+
+
+def _tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    weights = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)
+    return Total((each * weights).sum(), weights.sum())
 
 
 def _weighted(losses: Float[Array, " b"], batch: Batch) -> Total:
