@@ -195,7 +195,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].plot([], [], "--", color="0.5", label="predicted by the kernel")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="center right")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     plt.close(figure)
