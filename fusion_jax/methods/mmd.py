@@ -95,7 +95,7 @@ class MMD(Narrower):
         MLP Fusion (ICML 2023, arXiv 2307.08941), equation 10. The published code multiplies input
         weights, biases and output weights by sqrt(p / k) each, ``outside="everywhere"``, which with
         GELU is another function; it doubles the output bias also, which is left out here. Its
-        kernels are Laplacian: these have cusps at the rows, which hold back points that start there.
+        kernels are Laplacian: these have cusps at the rows, which hold points that start there.
 
     Example:
         >>> MMD(width=0.25).to_json()["steps"]
