@@ -24,14 +24,15 @@ from jaxtyping import Array, Key
 import fusion_jax
 from fusion_jax import files
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.methods import MODULES
+from fusion_jax.forms import Form, at, forms, plain, replaced
+from fusion_jax.methods import FORMS, MODULES
 from fusion_jax.mlp import Mlp
 from fusion_jax.models import FAMILIES, Family
 from fusion_jax.models.base import Head, Model
 from fusion_jax.models.rules import KeyRules, Source
 from fusion_jax.origin import Origin
 from fusion_jax.report import Report
-from fusion_jax.sites import Site, replaced, sites
+from fusion_jax.sites import Site, sites
 
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older ones are read."""
@@ -212,6 +213,8 @@ class Checkpoint:
         if self.artefact is not None:
             for site in sites(model):
                 model = replaced(model, site.path, self._site_module(site))
+            for path, spec in self.artefact.get("forms", {}).items():
+                model = replaced(model, path, self._form(model, path, spec))
         model.origin = self.origin
         return model
 
@@ -223,6 +226,16 @@ class Checkpoint:
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
+            ) from None
+
+    def _form(self, model: nnx.Module, path: str, spec: Mapping[str, Any]) -> Form:
+        fields = dict(spec)
+        try:
+            layer = at(model, path)
+            return FORMS[fields.pop("form")].abstract(layer, **fields)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{self.tensors.folder / files.FUSION}: cannot read form {path} ({error})"
             ) from None
 
     def _param_dtype(self) -> Any:
@@ -359,6 +372,7 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         "num_labels": config.num_labels if origin.head == "classification" else None,
         "dtype": _dtype(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
+        "forms": {path: form.spec() for path, form in forms(model).items()},
         "history": [json.loads(step) for step in origin.history],
         "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},
     }
@@ -379,8 +393,8 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     """Writes a plain Hugging Face checkpoint with the same logits, for `transformers`.
 
-    Cluster sizes are folded into the output weights. Large models are written in shards, tensor by
-    tensor. Hugging Face configurations have one width for
+    Cluster sizes are folded into the output weights, and factored matrices multiplied out. Large
+    models are written in shards, tensor by tensor. Hugging Face configurations have one width for
     all layers: where widths differ, units that are all zero fill up to the widest, which changes
     no output.
 
@@ -402,9 +416,9 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     config = model.config
     family = FAMILIES[config.model_type]
     width = max(site.mlp.width for site in sites(model))
-    plain = nnx.clone(model)
-    for site in sites(model):
-        plain = replaced(plain, site.path, site.mlp.padded(width))
+    made = plain(model)
+    for site in sites(made):
+        made = replaced(made, site.path, site.mlp.padded(width))
     head: Any = origin.head
     fields = json.loads(origin.config)
     fields[family.width_field] = width
@@ -413,17 +427,17 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     fields.pop("torch_dtype", None)
-    fields["dtype"] = _dtype(plain)
+    fields["dtype"] = _dtype(made)
     with files.new_folder(folder) as new:
-        files.write_tensors(new, _exported(plain, family.rules(config, head)))
+        files.write_tensors(new, _exported(made, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
         files.copy_tokenizer(Path(origin.folder), new)
     return Path(folder)
 
 
-def _exported(plain: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
+def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a model under their Hugging Face names, one after the other."""
-    for path, variable in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         source = rules.source(_join(path))
         value = np.asarray(variable.get_value())
         parts = value if source.stacked else [value]

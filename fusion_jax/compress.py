@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration import Calibrator, Source
 from fusion_jax.errors import InputError, nearest
+from fusion_jax.forms import check_plain
 from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.mlp import GatedMlp, Mlp
@@ -37,7 +38,9 @@ def compress(
     *,
     key: Key[Array, ""],
     layers: Layers = None,
+    budget: float | None = None,
     calibration: Source | None = None,
+    gradients: Mapping[str, Array] | None = None,
     progress: bool | None = None,
 ) -> tuple[ModelT, Report]:
     """Compresses MLPs of a model in one shot; the model itself is not changed.
@@ -49,11 +52,15 @@ def compress(
             as `allocate` gives them.
         key: Random key; a site's result does not depend on which others are compressed.
         layers: Which sites, see `select`; None for all.
+        budget: The share of each MLP's parameters to keep, such as 0.25, in place of the method's
+            own size: methods compare like with like. Biases of outputs do not count.
         calibration: For methods that fit to what the MLPs see (a few hundred unlabelled sentences
             do): strings; batches of tokens (`Batch`, or mappings of the model's arguments, whose
             ``attention_mask`` leaves out padding); inputs by site path, as `calibrate` gives them;
             a file of such inputs (.safetensors) or of text, a sentence per line; or ``"random"``,
             for random tokens where there is no text at all.
+        gradients: For methods that look at a loss: its gradients by path of a parameter, as
+            `mean_gradients` gives them.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -83,17 +90,26 @@ def compress(
     else:
         chosen = select(found, layers)
         methods = {site.path: method for site in chosen}
+    if budget is not None and not 0 < budget <= 1:
+        raise InputError(f"budget must be in (0, 1]; got {budget}")
     for site in chosen:
         method = methods[site.path]
         with _naming(site):
-            if type(site.mlp) not in (Mlp, GatedMlp):
+            for name, linear in site.mlp.linears().items():
+                check_plain(linear, name)
+            if type(site.mlp) not in (Mlp, GatedMlp) and not method.any_mlp:
                 raise InputError(
                     f"is a {type(site.mlp).__name__} already; compress the original model"
                 )
             subs = jax.eval_shape(site.mlp.sub_mlps)
+            if budget is not None:
+                methods[site.path] = method = method.within(subs, budget)
             method.check(subs, calibrated=calibration is not None)
             if calibration is not None and not method.calibrated:
                 raise InputError(f"{type(method).__name__} takes no calibration")
+            _check_graded(method, gradients is not None)
+            if gradients is not None:
+                _gradients_of(site, gradients)
     finite = jax.device_get([_all_finite(site.mlp) for site in chosen])
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
@@ -114,9 +130,12 @@ def compress(
             start = time.perf_counter()
             stacked = _stack([site.mlp.sub_mlps() for site in batch])
             seen = None if calibrator is None else _stack([calibrator.of(site) for site in batch])
+            slopes = None
+            if gradients is not None:
+                slopes = _stack([_gradients_of(site, gradients) for site in batch])
             keys = jnp.stack([_keys(key, site) for site in batch])
             act = batch[0].mlp.act
-            solutions = jax.block_until_ready(_solve(method, act, (stacked, keys, seen)))
+            solutions = jax.block_until_ready(_solve(method, act, (stacked, keys, seen, slopes)))
             for i, site in enumerate(batch):
                 solution = jax.tree.map(lambda x, i=i: x[i], solutions)
                 new = method.build(site.mlp, solution)
@@ -155,6 +174,7 @@ def compress_mlp(
     key: Key[Array, ""],
     act: str | None = None,
     calibration: Calibration | Float[Array, "*s t d"] | None = None,
+    gradients: SubMLPs | None = None,
 ) -> Solution:
     """Compresses the sub-MLPs of one MLP, or of several of one shape, of any model.
 
@@ -167,6 +187,7 @@ def compress_mlp(
         key: Random key.
         act: The activation's name, such as ``"gelu"``; needed with calibration.
         calibration: The inputs that each MLP saw, (..., t, d), or a `Calibration`.
+        gradients: A loss's gradients, laid out as the sub-MLPs, for methods that look at them.
 
     Returns:
         The method's solution, with the same leading axes; for `Fusion`, ``parts.rows`` are the
@@ -189,14 +210,15 @@ def compress_mlp(
         calibration = Calibration(calibration)
     if calibration is not None and activation(act or "") and not method.calibrated:
         raise InputError(f"{type(method).__name__} takes no calibration")
-    if not _all_finite((subs, calibration)):
-        raise InputError("NaN or infinite weights or calibration")
+    _check_graded(method, gradients is not None)
+    if not _all_finite((subs, calibration, gradients)):
+        raise InputError("NaN or infinite weights, calibration or gradients")
     stack = subs.up.shape[:-2]
     if calibration is not None and calibration.inputs.shape[:-2] != stack:
         raise InputError(
             f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
         )
-    return _solve(method, act, (subs, jax.random.split(key, stack), calibration))
+    return _solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
 
 
 def _stack(trees: list[TreeT]) -> TreeT:
@@ -216,7 +238,27 @@ def _fact(value: Array) -> Any:
     return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
 
 
-Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None]
+def _check_graded(method: Method, given: bool) -> None:
+    """Raises `InputError` if gradients are given to a method without use for them."""
+    if given and not method.graded:
+        raise InputError(f"{type(method).__name__} takes no gradients")
+
+
+def _gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
+    """The gradients of a site's parameters, laid out as its sub-MLPs."""
+    model = nnx.clone(site.mlp)
+    prefix = f"{site.path}." if site.path else ""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = prefix + ".".join(map(str, path))
+        if name not in gradients:
+            raise InputError(f"no gradient of {name}; fusion_jax.mean_gradients gives all")
+        if gradients[name].shape != variable.get_value().shape:
+            raise InputError(f"the gradient of {name} has shape {gradients[name].shape}")
+        variable.set_value(jnp.asarray(gradients[name]))
+    return model.sub_mlps()
+
+
+Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None, SubMLPs | None]
 
 
 def _solve(method: Method, act: str | None, problems: Problems) -> Solution:
@@ -244,8 +286,9 @@ def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution
 
 
 def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
-    subs, key, calibration = problem
-    return method.solve(subs, key=key, act=act, calibration=calibration)
+    subs, key, calibration, gradients = problem
+    more: Any = {"gradients": gradients} if method.graded else {}
+    return method.solve(subs, key=key, act=act, calibration=calibration, **more)
 
 
 @partial(jax.jit, static_argnames=("method", "act"))

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fusion_jax.forms import Frozen as Frozen
+from fusion_jax.forms import dtype_of, flops_of, matrix_of, stack_of
 from fusion_jax.submlps import SubMLPs, activation, wide
 
 Scaling = Literal["adam", "sgd", "folded"]
@@ -25,10 +27,6 @@ Scaling = Literal["adam", "sgd", "folded"]
 MlpT = TypeVar("MlpT", bound="Mlp")
 
 _lecun = nnx.initializers.lecun_normal()
-
-
-class Frozen(nnx.Variable):
-    """A variable that neither trains nor enters an NTK, such as the sizes of clusters."""
 
 
 class Mlp(nnx.Module):
@@ -88,6 +86,10 @@ class Mlp(nnx.Module):
         """What each sub-MLP hands to its output weights."""
         return activation(self.act)(self.up(x))
 
+    def linears(self) -> dict[str, Any]:
+        """The linear layers by name."""
+        return {"up": self.up, "down": self.down}
+
     @property
     def d_in(self) -> int:
         """The number d of inputs."""
@@ -111,12 +113,12 @@ class Mlp(nnx.Module):
     @property
     def dtype(self) -> Any:
         """The dtype of the parameters."""
-        return self.up.kernel.get_value().dtype
+        return dtype_of(self.up)
 
     @property
     def stack(self) -> tuple[int, ...]:
         """(e,) for e experts, () for a single MLP."""
-        return self.up.kernel.get_value().shape[:-2]
+        return stack_of(self.up)
 
     @property
     def flops(self) -> int:
@@ -124,15 +126,15 @@ class Mlp(nnx.Module):
 
         Of experts, those that one position is routed to count.
         """
-        return 2 * self.top_k * self.width * (self.d_in + self.d_out)
+        return self.top_k * sum(flops_of(linear) for linear in self.linears().values())
 
     def sub_mlps(self) -> SubMLPs:
         """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
         bias = self.up.bias
         return SubMLPs(
-            up=self.up.kernel[...].mT,
+            up=matrix_of(self.up).mT,
             up_bias=None if bias is None else bias[...],
-            down=self.down.kernel[...],
+            down=matrix_of(self.down),
         )
 
     def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, "*s o"] | None) -> None:
@@ -270,10 +272,9 @@ class GatedMlp(Mlp):
         """What each sub-MLP hands to its output weights."""
         return activation(self.act)(self.gate(x)) * self.up(x)
 
-    @property
-    def flops(self) -> int:
-        """Operations (two a multiply-add) of the matrix products for one position."""
-        return 2 * self.top_k * self.width * (2 * self.d_in + self.d_out)
+    def linears(self) -> dict[str, Any]:
+        """The linear layers by name."""
+        return {"gate": self.gate, **super().linears()}
 
     def sub_mlps(self) -> SubMLPs:
         """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
@@ -282,7 +283,7 @@ class GatedMlp(Mlp):
             super()
             .sub_mlps()
             ._replace(
-                gate=self.gate.kernel[...].mT,
+                gate=matrix_of(self.gate).mT,
                 gate_bias=None if bias is None else bias[...],
             )
         )

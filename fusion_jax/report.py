@@ -59,7 +59,7 @@ class SiteReport:
 
     Args:
         site: Its path.
-        width_before: Hidden units before.
+        width_before: Hidden units before; None for a single matrix.
         width_after: Hidden units after.
         params_before: Trainable numbers before.
         params_after: Trainable numbers after.
@@ -70,8 +70,8 @@ class SiteReport:
     """
 
     site: str
-    width_before: int
-    width_after: int
+    width_before: int | None
+    width_after: int | None
     params_before: int
     params_after: int
     facts: dict[str, Any]
@@ -121,11 +121,12 @@ class Report:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for row in self.rows for name in row.facts))
-        header = ["site", "width", "parameters", *names, "seconds"]
+        widths = any(row.width_before is not None for row in self.rows)
+        header = ["site", *["width"] * widths, "parameters", *names, "seconds"]
         body = [
             [
                 row.site,
-                f"{row.width_before} -> {row.width_after}",
+                *[f"{row.width_before} -> {row.width_after}"] * widths,
                 f"{row.params_before:,} -> {row.params_after:,}",
                 *(_cell(row.facts.get(name)) for name in names),
                 f"{row.seconds:.2f}",

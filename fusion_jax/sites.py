@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flax import nnx
 
 from fusion_jax.errors import InputError
+from fusion_jax.forms import replaced as replaced
 from fusion_jax.mlp import Mlp
 
 
@@ -99,27 +99,3 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
             f"the sites are {listing}"
         )
     return chosen
-
-
-def replaced(model: Any, path: str, new: nnx.Module) -> Any:
-    """The model with another module at a path.
-
-    Args:
-        model: The model, which is changed in place, unless the path is empty.
-        path: A site's path.
-        new: The module to put there.
-
-    Returns:
-        The model; the new module, if the path is empty.
-    """
-    if not path:
-        return new
-    *parents, last = path.split(".")
-    holder = model
-    for name in parents:
-        holder = holder[int(name)] if name.isdigit() else getattr(holder, name)
-    if last.isdigit():
-        holder[int(last)] = new
-    else:
-        setattr(holder, last, new)
-    return model

@@ -18,9 +18,12 @@ from tests.test_mlp import inputs, make
 # One entry per method: the options that the suite runs it with. A new method adds a line.
 OPTIONS = {
     "clustering": {"width": 12},
+    "mask-prune": {"keep": 0.25},
     "mmd": {"width": 12, "steps": 2},
+    "mpo": {"bond": 6, "cores": 3},
     "prune": {"width": 12},
     "sketch": {"width": 12, "keep": 0.25},
+    "svd": {"rank": 3},
     "fusion": {"width": 12},
 }
 methods = pytest.mark.parametrize("name", sorted(METHODS))
@@ -113,8 +116,9 @@ def test_json_reads_back(name):
 
 @methods
 def test_unknown_option_names_the_nearest(name):
-    with pytest.raises(fj.InputError, match=r"no option 'widht'; did you mean 'width'\?"):
-        METHODS[name](widht=3)
+    option = next(iter(OPTIONS[name]))
+    with pytest.raises(fj.InputError, match=rf"no option '{option}s'; did you mean '{option}'\?"):
+        METHODS[name](**{f"{option}s": 3})
     with pytest.raises(fj.InputError, match="did you mean"):
         method_from_json({"method": name + "x"})
 
@@ -133,7 +137,7 @@ def test_bad_weights_name_the_site(name, value, model, key):
     fj.compress(broken, method(name), layers=0, key=key)
 
 
-@methods
+@pytest.mark.parametrize("name", [name for name in METHODS if "width" in OPTIONS[name]])
 @pytest.mark.parametrize(
     ("width", "message"),
     [
@@ -148,6 +152,25 @@ def test_bad_weights_name_the_site(name, value, model, key):
 def test_bad_width(name, width, message, model, key):
     with pytest.raises(fj.InputError, match=message):
         fj.compress(model, METHODS[name](width=width), key=key)
+
+
+@methods
+@pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+def test_budget(name, kind, key):
+    mlp = kind(24, 32, act="gelu", rngs=nnx.Rngs(0))
+    subs = jax.eval_shape(mlp.sub_mlps)
+    total = sum(x.size for x in jax.tree.leaves(subs))
+    for share in (0.5, 0.25):
+        smaller, _ = fj.compress(mlp, method(name), key=key, budget=share)
+        arrays = nnx.to_flat_state(nnx.state(smaller))
+        kept = sum(
+            np.count_nonzero(v.get_value()) for path, v in arrays if isinstance(v, nnx.Param)
+        ) - np.count_nonzero(smaller.out_bias())
+        # A unit, a rank or a bond more would be too many.
+        assert (share - 0.12) * total < kept <= share * total
+    for share, message in ((0.0, r"must be in \(0, 1\]"), (0.001, "budget|share")):
+        with pytest.raises(fj.InputError, match=message):
+            fj.compress(mlp, method(name), key=key, budget=share)
 
 
 @methods

@@ -65,7 +65,29 @@ class TrainState(NamedTuple):
 
 OnStep = Callable[[int, TrainState], TrainState | None]
 """Called after every step with the steps done; what it returns takes the place of the state."""
+Rule = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
+"""What variables that do not train are in a step, by path: a function of what trains, of all other
+variables, and of the steps done before. Compiled into the step."""
 Evaluate = Callable[[Any], dict[str, float]]
+
+
+class Growth(Protocol):
+    """Changes a model's structure while it trains.
+
+    What trained before and still does keeps its place in the optimiser; what is new starts there
+    with nothing. Changes are kept with checkpoints, so that a run can go on.
+    """
+
+    every: int
+    """Steps between changes."""
+
+    def choose(self, model: Any, step: int) -> Any:
+        """What to change after so many steps: a JSON value, or None for nothing."""
+        ...
+
+    def apply(self, model: Any, change: Any) -> Any:
+        """The model with a change made: the same, however often it is asked."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +120,8 @@ def fit(
     evaluate: Evaluate | None = None,
     on_evaluation: Callable[[Any, list[dict[str, Any]]], None] | None = None,
     on_step: OnStep | None = None,
+    rule: Rule | None = None,
+    growth: Growth | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains a model; the model itself is not changed.
@@ -118,6 +142,8 @@ def fit(
         evaluate: Measures a model; called every ``config.eval_every`` steps and at the end.
         on_evaluation: Called after an evaluation, with the model and all results.
         on_step: Called after each step and may change the state.
+        rule: What variables that do not train are in each step, such as a schedule's.
+        growth: What changes the model's structure now and then.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -127,19 +153,15 @@ def fit(
         InputError: The arguments do not fit together, or the folder holds another run.
         FloatingPointError: The loss or the gradient was NaN or infinite.
     """
-    parts = Parts(
-        model,
-        config.train if trains is None else trains,
-        compute_dtype=_compute_dtype(model, config),
-        remat=config.remat,
-    )
-    layout = Layout(parts.widths)
-    layout.check_batch(config.batch_size, config.accumulate)
-    params, rest = parts.split(model)
-    check_multipliers(config, multipliers, params)
     steps = config.epochs * len(batches)
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
+
+    def made(model: Any) -> _Loop:
+        return _Loop(model, trains, loss, config, steps, multipliers, rule, key)
+
+    loop = made(model)
+    params = loop.parts.trained
     run = {
         "config": {k: v for k, v in config.to_json().items() if k not in _HARMLESS},
         "steps": steps,
@@ -147,16 +169,27 @@ def fit(
         "key": jax.random.key_data(key).tolist(),
         "what trains": sorted(params),
     }
-    with layout.active(), listening() as stop:
-        loop = _Loop(parts, layout, loss, config, steps, multipliers, key)
-        state = loop.start(params, rest)
-        saved, done, history = None, 0, []
+    with loop.layout.active(), listening() as stop:
+        saved, done, history, changes = None, 0, [], []
         if folder is not None:
             saved = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
             if saved.latest is not None:
                 meta = saved.meta()
                 _check_same(folder, meta["run"], json.loads(json.dumps(run)))
-                state, history, done = saved.restore(state), meta["history"], saved.latest
+                history, done, changes = meta["history"], saved.latest, meta.get("changes", [])
+        if changes:
+            assert growth is not None
+            for change in changes:
+                model = growth.apply(model, change)
+            loop = made(model)
+        state = loop.start(model)
+        if done:
+            assert saved is not None
+            state = saved.restore(state)
+
+        def meta_of() -> dict[str, Any]:
+            return {"run": run, "history": history, "changes": changes}
+
         first = jax.process_index() == 0
         log = Log(folder if first else None, tensorboard=config.tensorboard, after=done)
         try:
@@ -179,19 +212,28 @@ def fit(
                         watch.flush(done)
                     if evaluates:
                         assert evaluate is not None
-                        results = evaluate(parts.compute(state.params, state.rest))
+                        results = evaluate(loop.parts.compute(state.params, state.rest))
                         history.append({"step": done, **results})
                         log.write(done, **results)
                         if on_evaluation is not None:
                             on_evaluation(loop.model(state), history)
                         watch.restart()
+                    if growth is not None and done % growth.every == 0 and done < steps:
+                        model = loop.model(state)
+                        change = growth.choose(model, done)
+                        if change is not None:
+                            changes.append(change)
+                            model = growth.apply(model, change)
+                            loop = made(model)
+                            state = _carried(state, loop.start(model))
+                        watch.restart()
                     if saves:
                         assert saved is not None
-                        saved.save(done, state, {"run": run, "history": history})
+                        saved.save(done, state, meta_of())
                 watch.flush(done)
                 if saved is not None:
                     if done < steps and saved.latest != done:
-                        saved.save(done, state, {"run": run, "history": history})
+                        saved.save(done, state, meta_of())
                     saved.wait()
         finally:
             log.close()
@@ -222,20 +264,40 @@ def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
+def _carried(old: TrainState, new: TrainState) -> TrainState:
+    """A new state in which whatever was in the old one, in the same shape, goes on from there."""
+    known = dict(jax.tree_util.tree_leaves_with_path(old.opt_state))
+
+    def leaf(path: Any, x: Array) -> Array:
+        return known[path] if path in known and known[path].shape == x.shape else x
+
+    return new._replace(opt_state=jax.tree_util.tree_map_with_path(leaf, new.opt_state))
+
+
 class _Loop:
-    """The compiled step."""
+    """A model taken apart, and its compiled step."""
 
     def __init__(
         self,
-        parts: Parts,
-        layout: Layout,
+        model: Any,
+        trains: Trains | None,
         loss: Loss,
         config: TrainConfig,
         steps: int,
         multipliers: Multipliers | None,
+        rule: Rule | None,
         key: Array,
     ):
-        self._parts, self._layout, self._config = parts, layout, config
+        self.parts = Parts(
+            model,
+            config.train if trains is None else trains,
+            compute_dtype=_compute_dtype(model, config),
+            remat=config.remat,
+        )
+        self.layout = layout = Layout(self.parts.widths)
+        layout.check_batch(config.batch_size, config.accumulate)
+        check_multipliers(config, multipliers, self.parts.split(model)[0])
+        self._config, self._rule = config, rule
         self._tx = optimiser(config, steps, multipliers)
         # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
         bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
@@ -243,42 +305,45 @@ class _Loop:
         self._key = layout.everywhere(jax.random.key_data(key))
         self._impl = jax.random.key_impl(key)
 
-    def start(self, params: dict[str, Array], rest: dict[str, Array]) -> TrainState:
+    def start(self, model: Any) -> TrainState:
         """The state before the first step."""
-        params, rest = self._layout.own(params), self._layout.own(rest)
+        params, rest = (self.layout.own(arrays) for arrays in self.parts.split(model))
         shardings = None
-        if self._layout.mesh is not None:
+        if self.layout.mesh is not None:
             abstract = jax.eval_shape(self._tx.init, params)
             moments = optax.tree.map_params(
                 self._tx,
                 lambda _, sharding: sharding,
                 abstract,
-                self._layout.shardings(params),
-                transform_non_params=lambda _: self._layout.replicated,
+                self.layout.shardings(params),
+                transform_non_params=lambda _: self.layout.replicated,
             )
             shardings = TrainState(
-                self._layout.shardings(params), self._layout.shardings(rest), moments
+                self.layout.shardings(params), self.layout.shardings(rest), moments
             )
         opt_state = jax.jit(self._tx.init, out_shardings=shardings and shardings.opt_state)(params)
-        out = None if shardings is None else (shardings, self._layout.replicated)
+        out = None if shardings is None else (shardings, self.layout.replicated)
         self._step = jax.jit(self._update, donate_argnums=0, out_shardings=out)
         return TrainState(params, rest, opt_state)
 
     def step(self, state: TrainState, batch: dict[str, np.ndarray], step: int) -> Any:
         """The state after one more batch, and its loss and gradient norm; the old state is gone."""
-        return self._step(state, self._layout.batch(batch), self._loss, self._key, np.int32(step))
+        return self._step(state, self.layout.batch(batch), self._loss, self._key, np.int32(step))
 
     def model(self, state: TrainState) -> Any:
         """The model of a state, with arrays of its own."""
         arrays = {**state.params, **state.rest}
-        copies = {path: jnp.array(x) for path, x in self._layout.gathered(arrays).items()}
-        return self._parts.merge(copies, {})
+        copies = {path: jnp.array(x) for path, x in self.layout.gathered(arrays).items()}
+        return self.parts.merge(copies, {})
 
     def _update(self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)
+        rest = dict(state.rest)
+        if self._rule is not None:
+            rest |= self._rule(state.params, rest, step)
 
         def total(params: Any, batch: Any, key: Array) -> tuple[Array, Array]:
-            model = self._parts.compute(params, state.rest)
+            model = self.parts.compute(params, rest)
             result: Total = loss(model, batch, key if self._config.dropout else None)
             return result
 
@@ -308,7 +373,7 @@ class _Loop:
             updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(params, state.rest, opt_state), numbers  # type: ignore[arg-type]
+        return TrainState(params, rest, opt_state), numbers  # type: ignore[arg-type]
 
 
 class _Watch:

@@ -44,8 +44,27 @@ class Method:
 
     calibrated: ClassVar[bool] = False
     """Whether `solve` takes calibration."""
+    graded: ClassVar[bool] = False
+    """Whether `solve` takes the gradients of a loss, as its argument ``gradients``."""
+    any_mlp: ClassVar[bool] = False
+    """Whether it takes MLPs that another method has been at, too."""
     sequential: bool = False
     """Whether a site's calibration comes from the model with the sites before it compressed."""
+
+    def within(self, subs: SubMLPs, share: float) -> Method:
+        """The method with the size at which at most so much of an MLP's parameters is left.
+
+        Args:
+            subs: Its sub-MLPs, perhaps abstract.
+            share: The share of the parameters, in (0, 1]. The output bias does not count.
+
+        Returns:
+            The method, otherwise the same.
+
+        Raises:
+            InputError: No size is small enough, or the method has none.
+        """
+        raise InputError(f"{type(self).__name__} cannot be given a budget")
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the method cannot compress these (looks at shapes only).
@@ -121,6 +140,25 @@ def check_width(width: int | float) -> None:
         raise InputError(f"width must be at least 1; got {width}")
     if isinstance(width, float) and not 0 < width <= 1:
         raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
+
+
+def width_within(subs: SubMLPs, share: float) -> int:
+    """The most hidden units that have at most this share of an MLP's parameters.
+
+    Args:
+        subs: The MLP's sub-MLPs, perhaps abstract.
+        share: The share, in (0, 1].
+
+    Returns:
+        The width.
+
+    Raises:
+        InputError: Not even one unit is within it.
+    """
+    width = int(share * subs.width + 1e-9)
+    if width < 1:
+        raise InputError(f"a budget of {share:g} leaves none of {subs.width} hidden units")
+    return width
 
 
 def kept_width(width: int | float, original: int, round_to: int = 1) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -14,7 +15,7 @@ from fusion_jax.errors import InputError, nearest
 from fusion_jax.fitting import matched, refitted
 from fusion_jax.geometry import Calibration, Metric, points
 from fusion_jax.kmeans import Init, Refine, kmeans
-from fusion_jax.methods.base import Method, Solution, check_width, kept_width
+from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
 from fusion_jax.mlp import (
     Factors,
     FusedGatedMlp,
@@ -168,6 +169,10 @@ class Fusion(Method):
             n_init=30,
             tol=1e-4,
         )
+
+    def within(self, subs: SubMLPs, share: float) -> Fusion:
+        """The method with the largest width in a budget; Frozen sizes do not count."""
+        return dataclasses.replace(self, width=width_within(subs, share))
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from fusion_jax.errors import InputError
-from fusion_jax.methods.base import Method, Solution, check_width, kept_width
+from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
 from fusion_jax.mlp import Mlp
 from fusion_jax.submlps import SubMLPs
 
@@ -32,6 +33,10 @@ class Narrower(Method):
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above that of the MLP."""
         self.kept(subs)
+
+    def within(self, subs: SubMLPs, share: float) -> Narrower:
+        """The method with the largest width in a budget."""
+        return dataclasses.replace(self, width=width_within(subs, share))
 
     def build(self, mlp: Mlp, solution: Solution) -> Any:
         """The narrower MLP, in the dtype of the original."""

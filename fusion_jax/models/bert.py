@@ -17,6 +17,7 @@ from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import EncoderOutput, Family, Head, Model, read_fields
 from fusion_jax.models.layers import ArrayLike, LayerNorm, attention
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Leaf, Rule
+from fusion_jax.mpo import AnyEmbed
 from fusion_jax.submlps import activation
 
 
@@ -209,7 +210,7 @@ class MaskedLmHead(nnx.Module):
         self.norm = parts.norm()
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, parts.param_dtype))
 
-    def __call__(self, x: Float[Array, "b t d"], word: nnx.Embed) -> Float[Array, "b t vocab"]:
+    def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b t vocab"]:
         """The logits of hidden states."""
         x = self.norm(activation(self.act)(self.dense(x)))
         return word.attend(x) + self.bias[...][None, None]

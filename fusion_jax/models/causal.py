@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from fusion_jax.forms import dtype_of
 from fusion_jax.models.base import DecoderOutput, Generative, Head
 from fusion_jax.models.layers import ArrayLike, Cache, Memory, window
+from fusion_jax.mpo import AnyEmbed
 
 
 class CausalLm(Generative):
@@ -35,7 +37,7 @@ class CausalLm(Generative):
         self,
         config: Any,
         *,
-        word: nnx.Embed,
+        word: AnyEmbed,
         layers: list[nnx.Module],
         norm: nnx.Module,
         lm_head: nnx.Linear | None,
@@ -132,7 +134,7 @@ class CausalLm(Generative):
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Reads prompts, padded on the left; see `Generative.begin`."""
         b, t = input_ids.shape
-        dtype = self.word.embedding.get_value().dtype
+        dtype = dtype_of(self.word)
         cache = Cache.empty(b, t + room, len(self.layers), self.groups, self.head_dim, dtype)
         out = self._read(input_ids, attention_mask, None, cache, None)
         return self.logits(out.last_hidden_state[:, -1]), out.cache

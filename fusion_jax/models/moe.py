@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from fusion_jax.forms import matrix_of
 from fusion_jax.mlp import Mlp, experts
 from fusion_jax.submlps import wide
 
@@ -93,7 +94,7 @@ class Moe(nnx.Module):
         if key is not None and self.jitter > 0:
             low, high = 1 - self.jitter, 1 + self.jitter
             x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
-        logits = jnp.matmul(x, wide(self.router.kernel[...]), precision="highest")
+        logits = jnp.matmul(x, wide(matrix_of(self.router)), precision="highest")
         if self.router.bias is None:
             return logits
         return logits + wide(self.router.bias[...])[None, None]

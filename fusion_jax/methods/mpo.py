@@ -1,0 +1,100 @@
+"""Matrix product operators in the place of an MLP's matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fusion_jax import mpo
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import Solution
+from fusion_jax.methods.factored import Factored, relative_error
+from fusion_jax.methods.svd import check_size
+
+
+class MpoFacts(NamedTuple):
+    """What `MPO` reports of a site.
+
+    Args:
+        error: The Frobenius norm of what was lost of all matrices, relative to theirs.
+        bound: What it is at most, by the singular values that were cut off.
+        entropy: The largest entanglement entropy of a bond, in nats, mean over matrices.
+    """
+
+    error: Float[Array, "*s"]
+    bound: Float[Array, "*s"]
+    entropy: Float[Array, "*s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPO(Factored):
+    """Each matrix as a chain of small tensors; at full bonds exactly, at smaller ones nearly.
+
+    References:
+        MPOP (Liu et al., ACL 2021), section 3.
+
+    Example:
+        >>> MPO(bond=None).spec(768, 3072)["inputs"]
+        (3, 4, 4, 4, 4)
+    """
+
+    bond: int | float | None = 0.25
+    """Largest bond: an int; the share of each matrix's parameters to use; None for no limit."""
+    cores: int = 5
+    """Tensors of a chain."""
+
+    form = mpo.Mpo
+
+    def __post_init__(self):
+        if self.bond is not None:
+            check_size("bond", self.bond)
+        if self.cores < 1:
+            raise InputError(f"cores must be at least 1; got {self.cores}")
+
+    def layout(self, d: int, o: int) -> mpo.Layout:
+        """How a matrix of d rows and o columns is split."""
+        if isinstance(self.bond, float):
+            return mpo.layout_of(d, o, self.cores, share=self.bond)
+        full = mpo.layout_of(d, o, self.cores)
+        return full if self.bond is None else full.capped(self.bond)
+
+    def spec(self, d: int, o: int) -> dict[str, Any]:
+        """The factors and bonds."""
+        return self.layout(d, o)._asdict()
+
+    def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
+        """The cores of each matrix."""
+        trains = {
+            name: mpo.decompose(matrix, self.layout(*matrix.shape))
+            for name, matrix in matrices.items()
+        }
+        made = [
+            (matrix, mpo.contract(trains[name].cores, (matrix.shape[0], matrix.shape[1])))
+            for name, matrix in matrices.items()
+        ]
+        bounds = jnp.stack([train.bound for train in trains.values()])
+        whole = jnp.stack([jnp.square(matrix).sum() for matrix in matrices.values()]).sum()
+        entropy = [mpo.entropies(t.spectra).max() for t in trains.values() if t.spectra]
+        facts = MpoFacts(
+            relative_error(made),
+            jnp.sqrt(jnp.square(bounds).sum() / jnp.where(whole > 0, whole, 1)),
+            jnp.stack(entropy).mean() if entropy else jnp.zeros((), whole.dtype),
+        )
+        return Solution({name: train.cores for name, train in trains.items()}, facts)
+
+    def verify(self, solution: Solution) -> None:
+        """Raises `ArithmeticError` if an error is above its bound by more than rounding."""
+        facts: MpoFacts = solution.facts
+        if (facts.error > facts.bound * 1.001 + 1e-5).any():
+            raise ArithmeticError(
+                f"the error of a decomposition, {facts.error.max()}, is above its bound, "
+                f"{facts.bound.max()}"
+            )
+
+    def _sized(self, share: float) -> MPO:
+        return dataclasses.replace(self, bond=share)

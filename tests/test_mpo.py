@@ -1,0 +1,182 @@
+"""Matrix product operators: exactness, bounds, orders of contraction, and published sizes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusion_jax import mpo
+from fusion_jax.mpo import Layout, full_bonds
+
+SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
+
+
+def matrix(d, o, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (d, o), dtype)
+
+
+def slow(cores):
+    """The matrix by one sum over all indices, in numpy."""
+    whole = np.asarray(cores[0], np.float64)
+    for core in cores[1:]:
+        whole = np.tensordot(whole, np.asarray(core, np.float64), axes=(-1, 0))
+    m = len(cores)
+    whole = whole.reshape(whole.shape[1:-1])
+    whole = whole.transpose([*range(0, 2 * m, 2), *range(1, 2 * m, 2)])
+    return whole.reshape(math.prod(c.shape[1] for c in cores), -1)
+
+
+@pytest.mark.parametrize(
+    ("d", "o", "layout"),
+    [
+        (12, 24, SMALL),
+        (11, 23, SMALL),
+        (24, 24, mpo.chain(24, 24, 5)),
+        (30, 20, mpo.layout_of(30, 20, 3)),
+        (13, 17, mpo.layout_of(13, 17, 4)),
+        (7, 5, Layout((7,), (5,), ())),
+    ],
+)
+def test_full_bonds_are_exact(d, o, layout):
+    w = matrix(d, o)
+    train = mpo.decompose(w, layout)
+    assert [core.shape for core in train.cores] == layout.shapes
+    np.testing.assert_allclose(mpo.contract(train.cores, (d, o)), w, atol=1e-5)
+    np.testing.assert_allclose(slow(train.cores)[:d, :o], w, atol=1e-5)
+    assert train.bound == 0
+    with jax.enable_x64(True):
+        w = matrix(d, o, dtype=jnp.float64)
+        train = mpo.decompose(w, layout)
+        np.testing.assert_allclose(mpo.contract(train.cores, (d, o)), w, atol=1e-12)
+
+
+@pytest.mark.parametrize("bond", [1, 3, 8])
+@pytest.mark.parametrize("seed", range(2))
+def test_truncation_keeps_its_bound_and_is_near_the_best(bond, seed):
+    layout = mpo.layout_of(24, 36, 4).capped(bond)
+    w = matrix(24, 36, seed)
+    train = mpo.decompose(w, layout)
+    error = np.linalg.norm(mpo.contract(train.cores, w.shape) - w)
+    assert error <= train.bound * (1 + 1e-5) + 1e-5
+    # No matrix with these bonds is nearer than the best of the ranks at any one bond.
+    least = max(
+        np.sqrt(np.square(values[b:]).sum())
+        for values, b in zip(train.spectra, layout.bonds, strict=True)
+    )
+    assert error >= least * (1 - 1e-5)
+
+
+def test_spectra_are_those_of_the_unfoldings():
+    w = matrix(12, 24)
+    train = mpo.decompose(w, SMALL)
+    axes = np.asarray(w).reshape(2, 3, 2, 3, 2, 4).transpose(0, 3, 1, 4, 2, 5)
+    for k, values in enumerate(train.spectra, 1):
+        unfolding = axes.reshape(math.prod(axes.shape[: 2 * k]), -1)
+        expected = np.linalg.svd(unfolding, compute_uv=False)
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+    shares = [np.asarray(v) / np.sum(v) for v in train.spectra]
+    expected = [-(v * np.log(v)).sum() for v in shares]
+    np.testing.assert_allclose(mpo.entropies(train.spectra), expected, rtol=1e-5)
+
+
+def test_bonds_are_balanced():
+    train = mpo.decompose(matrix(12, 24), SMALL)
+    for left, right in zip(train.cores[:-1], train.cores[1:], strict=True):
+        a = np.linalg.norm(left.reshape(-1, left.shape[-1]), axis=0)
+        b = np.linalg.norm(right.reshape(right.shape[0], -1), axis=1)
+        assert (a / b).min() > 0.2 and (a / b).max() < 5
+
+
+def test_low_rank_and_zero_matrices_are_finite():
+    for w in (jnp.ones((12, 1)) @ jnp.ones((1, 24)), jnp.zeros((12, 24))):
+        train = mpo.decompose(w, SMALL)
+        np.testing.assert_allclose(mpo.contract(train.cores, w.shape), w, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 7, 500])
+@pytest.mark.parametrize("bond", [1, 4, None])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_equal_those_with_the_matrix(n, bond, transposed):
+    layout = mpo.layout_of(30, 22, 3)
+    layout = layout if bond is None else layout.capped(bond)
+    cores = mpo.decompose(matrix(30, 22), layout).cores
+    w = mpo.contract(cores, (30, 22))
+    w = w.T if transposed else w
+    x = matrix(n, w.shape[0], 1)
+    y = mpo.product(x, cores, w.shape[1], transposed=transposed)
+    np.testing.assert_allclose(y, x @ w, atol=1e-4)
+
+
+def test_the_order_follows_the_batch():
+    # One row never pays for the matrix; many rows do where the cores are large.
+    full = mpo.layout_of(768, 768, 5)
+    assert not mpo.plan(1, full).rebuilds
+    assert mpo.plan(1, full).flops < mpo.plan(1, full).rebuild_flops
+    assert mpo.plan(100_000, full).rebuilds
+    small = full.capped(8)
+    assert not mpo.plan(100_000, small).rebuilds
+    assert mpo.plan(100_000, small).flops < 0.6 * mpo.plan(100_000, small).rebuild_flops
+
+
+@pytest.mark.parametrize("n", [3, 200])
+@pytest.mark.parametrize("bond", [2, 100])
+def test_no_order_costs_less(n, bond):
+    layout = Layout((4, 3, 2), (2, 3, 4), full_bonds((4, 3, 2), (2, 3, 4))).capped(bond)
+
+    def cost(terms):
+        """The least operations of any order, by brute force."""
+        if len(terms) == 1:
+            return 0
+        best = math.inf
+        for a in range(len(terms)):
+            for b in range(a):
+                rest = [t for i, t in enumerate(terms) if i not in (a, b)]
+                both = terms[a] | terms[b]
+                own = both & set("nXYZ").union(*rest)
+                size = math.prod(sizes[s] for s in both)
+                best = min(best, size * (2 if both > own else 1) + cost([*rest, own]))
+        return best
+
+    p, q = layout.bonds
+    sizes = dict(zip("nxyzXYZpq", (n, 4, 3, 2, 2, 3, 4, p, q), strict=True))
+    terms = [frozenset(t) for t in ("nxyz", "xXp", "pyYq", "qzZ")]
+    assert mpo.plan(n, layout).flops == cost(terms)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "bonds", "params"),
+    [
+        ((5, 10, 10, 10, 6), (2, 2, 4, 4, 2), (10, 200, 480, 12), 4_110_644),
+        ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4), (12, 192, 384, 16), 2_544_016),
+        ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4), (12, 192, 384, 16), 2_544_016),
+        ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3), (12, 192, 192, 12), 663_840),
+    ],
+)
+def test_published_sizes(inputs, outputs, bonds, params):
+    assert full_bonds(inputs, outputs) == bonds
+    assert Layout(inputs, outputs, bonds).params == params
+
+
+def test_published_chain():
+    layout = mpo.chain(768, 3072, 11)
+    assert layout.inputs == (32, *(1,) * 9, 24) and layout.outputs == (64, *(1,) * 9, 48)
+    assert layout.params == 2048 * 1152 + 9 * 1152**2 + 1152 * 1152
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 1.0])
+def test_a_share_is_used_up_and_not_more(share):
+    layout = mpo.layout_of(96, 384, 5, share=share)
+    assert layout.params <= share * 96 * 384
+    wider = mpo.layout_of(96, 384, 5).capped(max(layout.bonds) + 1)
+    assert wider.params > share * 96 * 384
+
+
+@pytest.mark.parametrize("n", [1, 7, 97, 384, 768, 30522, 50257])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_balanced_factors(n, parts):
+    factors = mpo.balanced(n, parts)
+    assert len(factors) == parts
+    assert n <= math.prod(factors) <= 1.2 * n + 2
+    assert max(factors) <= math.ceil(2 * math.prod(factors) ** (1 / parts))
