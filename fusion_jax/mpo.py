@@ -275,6 +275,38 @@ def _truncated(cores: list[Array], bonds: Sequence[int]) -> tuple[list[Array], l
     return cores, found
 
 
+def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> Train:
+    """The cores of the nearest matrix with smaller bonds, found without making the matrix.
+
+    Args:
+        cores: T_1 ... T_m, in any gauge.
+        bonds: The new bonds, none above the old.
+
+    Returns:
+        The cores, the spectra before truncation, and the bound on what truncation changes.
+
+    Example:
+        >>> layout = Layout((2, 3), (2, 2), (4,))
+        >>> cores = decompose(jnp.arange(24.0).reshape(6, 4), layout).cores
+        >>> recompressed(cores, (2,)).cores[0].shape
+        (1, 2, 2, 2)
+    """
+    left = [wide(core) for core in cores]
+    for k in range(len(left) - 1):
+        b, i, j, c = left[k].shape
+        q, r = jnp.linalg.qr(left[k].reshape(b * i * j, c))
+        left[k] = q.reshape(b, i, j, -1)
+        left[k + 1] = jnp.tensordot(r, left[k + 1], 1, precision="highest")
+    whole, spectra = _truncated(left, [core.shape[-1] for core in left[:-1]])
+    bound = jnp.zeros((), left[0].dtype)
+    for values, bond in zip(spectra, bonds, strict=True):
+        bound += jnp.square(values[bond:]).sum()
+    values = spectra
+    if any(b < len(s) for b, s in zip(bonds, spectra, strict=True)):
+        whole, values = _truncated(whole, bonds)
+    return Train(_balanced_gauge(whole, values), tuple(spectra), jnp.sqrt(bound))
+
+
 def _balanced_gauge(cores: list[Array], spectra: Sequence[Array]) -> tuple[Array, ...]:
     """The same matrix with the square roots of a bond's values on both of its sides."""
     result = list(cores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from fusion_jax.finetune import losses
 from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.metrics import METRICS
 from fusion_jax.finetune.optimiser import Multipliers
+from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
-from fusion_jax.finetune.trainer import Fit, OnStep, fit
+from fusion_jax.finetune.trainer import Fit, Growth, OnStep, Rule, fit
 from fusion_jax.models.base import Model
 from fusion_jax.text import load_tokenizer
 
@@ -31,8 +34,12 @@ def finetune(
     *,
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
+    trains: Trains | None = None,
+    loss: Callable[[Loss], Loss] | None = None,
     multipliers: Multipliers | None = None,
     on_step: OnStep | None = None,
+    rule: Rule | None = None,
+    growth: Growth | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Fine-tunes a model on a task; the model itself is not changed.
@@ -47,8 +54,12 @@ def finetune(
         key: Random key of dropout and of the order of the examples.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (by the first
             metric of the first dev set) and ``last`` go; None keeps nothing.
+        trains: What trains, if not what ``config.train`` says.
+        loss: What is minimised, made of the task's loss: for teachers and penalties.
         multipliers: What multiplies the learning rate of some parameters, see `fit`.
         on_step: Called after each step with the steps done and the state; may return another.
+        rule: What variables that do not train are in each step, see `fit`.
+        growth: What changes the model's structure now and then, see `fit`.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -66,15 +77,9 @@ def finetune(
     """
     config = TrainConfig() if config is None else config
     task = data.task
-    check_head(model, task)
     encoder = Encoder(model, config.max_length, config.truncate)
-    order, dropout = jax.random.split(key)
-    train = encoder.batches(
-        encoder(data.train),
-        config.batch_size,
-        shapes=config.shapes,
-        seed=int(jax.random.bits(order)),
-    )
+    _, dropout = jax.random.split(key)
+    train, own = task_source(model, data, config, key=key)
     dev = {name: encoder(texts) for name, texts in data.dev.items()}
     folder = None if folder is None else Path(folder)
 
@@ -89,19 +94,51 @@ def finetune(
     result = fit(
         model,
         train,
-        losses.regression if task.labels is None else losses.classification,
+        own if loss is None else loss(own),
         config,
         key=dropout,
+        trains=trains,
         multipliers=multipliers,
         folder=folder,
         evaluate=evaluate if dev else None,
         on_evaluation=best_keeper(folder),
         on_step=on_step,
+        rule=rule,
+        growth=growth,
         progress=progress,
     )
     if folder is not None and result.finished:
         replace(result.model, folder / LAST)
     return result
+
+
+def task_source(
+    model: Model, data: TaskData, config: TrainConfig, *, key: Key[Array, ""]
+) -> tuple[Batches, Loss]:
+    """The batches that `finetune` trains on, and the loss that it minimises.
+
+    Args:
+        model: A model with a classification head for the task.
+        data: The task.
+        config: How it trains.
+        key: The key that `finetune` gets.
+
+    Returns:
+        The batches and the loss.
+
+    Raises:
+        InputError: Model, data and configuration do not fit together.
+    """
+    check_head(model, data.task)
+    encoder = Encoder(model, config.max_length, config.truncate)
+    order, _ = jax.random.split(key)
+    batches = encoder.batches(
+        encoder(data.train),
+        config.batch_size,
+        shapes=config.shapes,
+        seed=int(jax.random.bits(order)),
+    )
+    return batches, losses.regression if data.task.labels is None else losses.classification
 
 
 def check_head(model: Model, task: Task) -> None:

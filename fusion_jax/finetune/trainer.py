@@ -71,6 +71,7 @@ variables, and of the steps done before. Compiled into the step."""
 Evaluate = Callable[[Any], dict[str, float]]
 
 
+@runtime_checkable
 class Growth(Protocol):
     """Changes a model's structure while it trains.
 

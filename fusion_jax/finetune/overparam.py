@@ -1,0 +1,159 @@
+"""Over-parameterised fine-tuning: important matrices train as chains, and become plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from fusion_jax import mpo
+from fusion_jax.errors import InputError
+from fusion_jax.finetune.importance import importance_by_gradient, top_of_each_type
+from fusion_jax.finetune.losses import Loss
+from fusion_jax.finetune.trainer import Source
+from fusion_jax.forms import Form, at, check_plain, matrix_of, replaced, stack_of
+from fusion_jax.matrices import Matrices, select_matrices
+from fusion_jax.submlps import wide
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) -> ModelT:
+    """The same function with matrices as chains of cores, all of which train.
+
+    A chain has an outer factor at either end and square matrices between, the identity at first.
+    `fusion_jax.plain` makes plain layers of the chains again: inference costs what it did.
+
+    Args:
+        model: The model; not changed.
+        paths: The plain linear layers.
+        cores: Cores of a chain, at least 2.
+
+    Returns:
+        The model, which shares all other arrays with the original.
+
+    Raises:
+        InputError: A path is no plain linear layer.
+
+    References:
+        OPF (Gao et al., ACL 2023), section 4.1, with 11 cores.
+
+    Example:
+        >>> from fusion_jax import Mlp
+        >>> mlp = Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
+        >>> wide_mlp = overparameterise(mlp, ["up"], cores=3)
+        >>> [core.shape for core in wide_mlp.up.cores]
+        [(1, 2, 4, 8), (8, 1, 1, 8), (8, 2, 4, 1)]
+    """
+    if cores < 2:
+        raise InputError(f"a chain has at least 2 cores; got {cores}")
+    new: Any = nnx.clone(model)
+    for path in paths:
+        try:
+            layer = at(new, path)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            layer = None
+        if not isinstance(layer, nnx.Linear | Form):
+            raise InputError(f"{path} is no linear layer")
+        check_plain(layer, path)
+        layout = mpo.chain(layer.in_features, layer.out_features, cores)
+        form = mpo.Mpo.abstract(layer, **layout._asdict())
+        kernel = wide(matrix_of(layer))
+        form.load(
+            _chain(kernel, layout, len(stack_of(layer))),
+            None if layer.bias is None else layer.bias[...],
+        )
+        new = replaced(new, path, form)
+    return new
+
+
+@partial(jax.jit, static_argnames=("layout", "stacked"))
+def _chain(kernel: Array, layout: mpo.Layout, stacked: int) -> tuple[Array, ...]:
+    def one(matrix: Array) -> tuple[Array, ...]:
+        return mpo.decompose(matrix, layout).cores
+
+    return jax.lax.map(one, kernel) if stacked else one(kernel)
+
+
+@dataclass(kw_only=True)
+class Chains:
+    """Dynamic over-parameterisation: every so many steps, the most important matrices grow.
+
+    For the argument ``growth`` of `fusion_jax.finetune`.
+
+    Args:
+        source: The batches that importance is measured on.
+        loss: The loss that it is measured by.
+        every: Steps between rounds.
+        per_round: Matrices of each type that grow in a round.
+        total: Matrices of each type that grow at all.
+        matrices: Which may grow.
+        cores: Cores of a chain.
+        batches: How many batches importance is measured on; None for an epoch.
+
+    References:
+        OPF (Gao et al., ACL 2023), section 4.2 and equation 6.
+    """
+
+    source: Source
+    loss: Loss
+    every: int
+    per_round: int = 2
+    total: int = 8
+    matrices: Matrices = r"layers\..*"
+    cores: int = 11
+    batches: int | None = 32
+    scores: list[dict[str, float]] = field(default_factory=list, init=False)
+    """What was measured, round by round."""
+
+    def __post_init__(self):
+        for name in ("every", "per_round", "total"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    def choose(self, model: Any, step: int) -> list[str] | None:
+        """The paths of the matrices that grow now, or None if all have."""
+        found = select_matrices(model, self.matrices)
+        grown: dict[str, int] = {}
+        for path, layer in found.items():
+            if isinstance(layer, Form):
+                kind = path.rpartition(".")[2]
+                grown[kind] = grown.get(kind, 0) + 1
+        plain = {path for path, layer in found.items() if not isinstance(layer, Form)}
+        open_paths = {path for path in plain if grown.get(path.rpartition(".")[2], 0) < self.total}
+        if not open_paths:
+            return None
+        scores = importance_by_gradient(
+            model,
+            self.source,
+            self.loss,
+            matrices=lambda path: path in open_paths,
+            batches=self.batches,
+        )
+        self.scores.append(scores)
+        chosen = []
+        for path in top_of_each_type(scores, self.per_round):
+            kind = path.rpartition(".")[2]
+            if grown.get(kind, 0) < self.total:
+                grown[kind] = grown.get(kind, 0) + 1
+                chosen.append(path)
+        return chosen or None
+
+    def apply(self, model: Any, change: Sequence[str]) -> Any:
+        """The model with these matrices as chains."""
+        return overparameterise(model, change, cores=self.cores)
+
+
+def added_params(d: int, o: int, cores: int) -> int:
+    """The parameters that a chain has more than its matrix.
+
+    Example:
+        >>> added_params(768, 3072, 11)
+        13271040
+    """
+    return mpo.chain(d, o, cores).params - d * o
