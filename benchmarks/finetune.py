@@ -18,26 +18,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import fusion_jax as fj
-from benchmarks.common import finish, parser, peak_gib
+from benchmarks.common import parser, peak_gib
+from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
 from fusion_jax.demo import find_model
 from fusion_jax.finetune import GLUE, TaskData
 
 LAYERS = slice(-4, None)
-OUT_OF_TIME = 3
-"""Exit status of a run's process when the budget is spent."""
 CALIBRATION = 1024
 """Training texts that ours is calibrated on."""
 
@@ -83,10 +80,6 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
                 for tuned in (False, True)
             ]
     return found
-
-
-class OutOfTimeError(Exception):
-    """The budget is spent."""
 
 
 def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, end: float) -> dict:
@@ -164,8 +157,7 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--data", type=Path, help="folder with GLUE's folders of tsv files")
-    arguments.add_argument("--runs", type=Path, help="folder of the runs")
+    add_options(arguments)
     arguments.add_argument("--tasks", nargs="+", choices=sorted(GLUE), default=["sst2", "cola"])
     arguments.add_argument(
         "--methods",
@@ -174,22 +166,15 @@ def main() -> int:
         default=["paper", "fusion"],
     )
     arguments.add_argument("--widths", nargs="+", type=float, default=[0.25, 0.125])
-    arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--epochs", type=int, default=10)
-    arguments.add_argument("--steps", type=int, help="at most so many steps per run")
     arguments.add_argument("--learning-rate", type=float, default=8e-5)
-    arguments.add_argument("--budget", type=float, default=float("inf"), help="seconds")
-    arguments.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
     if arguments.data is None:
         print("give --data, a folder with GLUE's folders; nothing was measured")
         return 0 if arguments.quick else 2
-    scratch = None
     if arguments.quick:
         arguments.seeds, arguments.steps, arguments.widths = 1, 5, [0.25]
         arguments.tasks = arguments.tasks[-1:]
-    if arguments.runs is None:
-        scratch = arguments.runs = Path(tempfile.mkdtemp())
     config = fj.TrainConfig(
         epochs=arguments.epochs,
         max_steps=arguments.steps,
@@ -197,47 +182,13 @@ def main() -> int:
         max_length=128,
         truncate=True,
     )
-    end = time.perf_counter() + arguments.budget
     if arguments.cell is not None:
         cell = Cell(**json.loads(arguments.cell))
         data = fj.load_task(cell.task, arguments.data)
-        try:
-            print(json.dumps(measure(cell, data, config, arguments.runs / cell.name, end)))
-        except OutOfTimeError:
-            return OUT_OF_TIME
-        return 0
+        return run_one(cell, partial(measure, cell, data, config), arguments)
     settings = {name: value for name, value in config.to_json().items() if value is not None}
-    results: list[dict[str, Any]] = []
-    if arguments.json is not None and arguments.json.is_file():
-        kept = json.loads(arguments.json.read_text())["rows"]
-        results = [row for row in kept if row["config"] == settings]
-    wanted = cells(arguments)
-    done = {row["name"] for row in results}
-    left = [cell for cell in wanted if cell.name not in done]
-
-    def report() -> None:
-        summary = {"runs": len(results), "runs_left": len(left)}
-        finish(arguments, results, summary, "optax", shown=table(results))
-
-    while left and time.perf_counter() < end:
-        # In a process of its own, whose peak memory is the run's.
-        command = [sys.executable, "-m", "benchmarks.finetune", *sys.argv[1:]]
-        command += ["--runs", str(arguments.runs), "--cell", json.dumps(asdict(left[0]))]
-        command += ["--budget", str(end - time.perf_counter())]
-        child = subprocess.run(command, stdout=subprocess.PIPE)
-        if child.returncode == OUT_OF_TIME:
-            break
-        child.check_returncode()
-        result = json.loads(child.stdout.splitlines()[-1])
-        cell = left.pop(0)
-        results.append({"name": cell.name, **result, "config": settings})
-        shutil.rmtree(arguments.runs / cell.name, ignore_errors=True)
-        print(f"{cell.name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-        report()
-    if not done and not results:
-        report()
-    if scratch is not None:
-        shutil.rmtree(scratch)
+    with run_folder(arguments):
+        run_all(cells(arguments), settings, table, arguments)
     return 0
 
 

@@ -25,7 +25,7 @@ from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
-from fusion_jax.sites import Layers, Site, replaced, select, sites
+from fusion_jax.sites import Layers, Site, gradients_of, replaced, select, sites
 from fusion_jax.submlps import SubMLPs, activation
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -109,7 +109,7 @@ def compress(
                 raise InputError(f"{type(method).__name__} takes no calibration")
             _check_graded(method, gradients is not None)
             if gradients is not None:
-                _gradients_of(site, gradients)
+                gradients_of(site, gradients)
     finite = jax.device_get([_all_finite(site.mlp) for site in chosen])
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
@@ -132,7 +132,7 @@ def compress(
             seen = None if calibrator is None else _stack([calibrator.of(site) for site in batch])
             slopes = None
             if gradients is not None:
-                slopes = _stack([_gradients_of(site, gradients) for site in batch])
+                slopes = _stack([gradients_of(site, gradients) for site in batch])
             keys = jnp.stack([_keys(key, site) for site in batch])
             act = batch[0].mlp.act
             solutions = jax.block_until_ready(_solve(method, act, (stacked, keys, seen, slopes)))
@@ -239,23 +239,11 @@ def _fact(value: Array) -> Any:
 
 
 def _check_graded(method: Method, given: bool) -> None:
-    """Raises `InputError` if gradients are given to a method without use for them."""
+    """Raises `InputError` if gradients are given without use for them, or missing."""
     if given and not method.graded:
         raise InputError(f"{type(method).__name__} takes no gradients")
-
-
-def _gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
-    """The gradients of a site's parameters, laid out as its sub-MLPs."""
-    model = nnx.clone(site.mlp)
-    prefix = f"{site.path}." if site.path else ""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = prefix + ".".join(map(str, path))
-        if name not in gradients:
-            raise InputError(f"no gradient of {name}; fusion_jax.mean_gradients gives all")
-        if gradients[name].shape != variable.get_value().shape:
-            raise InputError(f"the gradient of {name} has shape {gradients[name].shape}")
-        variable.set_value(jnp.asarray(gradients[name]))
-    return model.sub_mlps()
+    if method.needs_gradients and not given:
+        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
 
 
 Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None, SubMLPs | None]

@@ -166,9 +166,14 @@ class LowRank(Form):
         """``x A B``."""
         return (x @ self.first[...].astype(x.dtype)) @ self.second[...].astype(x.dtype)
 
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.first.get_value().shape[-1]
+
     def spec(self) -> dict[str, Any]:
         """The form and its rank."""
-        return {"form": self.kind, "rank": self.first.get_value().shape[-1]}
+        return {"form": self.kind, "rank": self.rank}
 
 
 class Masked(Form):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flax import nnx
+from jaxtyping import Array
 
 from fusion_jax.errors import InputError
+from fusion_jax.forms import at
 from fusion_jax.forms import replaced as replaced
 from fusion_jax.mlp import Mlp
+from fusion_jax.submlps import SubMLPs
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def sites(model: nnx.Module) -> list[Site]:
 
     Example:
         >>> from fusion_jax.mlp import Mlp
+    from fusion_jax.submlps import SubMLPs
         >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
         >>> [site.path for site in sites(block)]
         ['0', '1']
@@ -99,3 +103,31 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
             f"the sites are {listing}"
         )
     return chosen
+
+
+def gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
+    """The gradients of a site's parameters, laid out as its sub-MLPs.
+
+    Args:
+        site: The site.
+        gradients: By path of a parameter, of the whole model.
+
+    Returns:
+        As many rows as the MLP has sub-MLPs.
+
+    Raises:
+        InputError: One is missing or of another shape.
+    """
+    holder = nnx.clone(site.mlp)
+    start = f"{site.path}." if site.path else ""
+    for path, variable in nnx.to_flat_state(nnx.state(holder, nnx.Param)):
+        *parents, last = map(str, path)
+        name, shape = start + ".".join(map(str, path)), variable.get_value().shape
+        if name not in gradients:
+            raise InputError(f"no gradient of {name}; fusion_jax.mean_gradients gives all")
+        if gradients[name].shape != shape:
+            raise InputError(
+                f"the gradient of {name} has shape {gradients[name].shape}, should be {shape}"
+            )
+        setattr(at(holder, ".".join(parents)), last, nnx.Param(gradients[name]))
+    return holder.sub_mlps()

@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fusion_jax as fj
+from fusion_jax.methods.mask_prune import MaskPrune, globally
 from fusion_jax.methods.mmd import MMD
 from fusion_jax.methods.prune import Prune
 from fusion_jax.methods.sketch import Sketch
+from fusion_jax.methods.svd import Svd
+from fusion_jax.topk import top_mask
 from tests.test_mlp import inputs, make
 
 P, KEPT, D = 32, 12, 40
@@ -118,3 +122,111 @@ def test_mmd_matches_the_distribution(outside, gated):
 def test_bad_options(make_method, message):
     with pytest.raises(fj.InputError, match=message):
         make_method()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_svd_is_the_nearest(gated):
+    subs, _, solution = solved(Svd(rank=3), gated)
+    names = ["gate", "up", "down"] if gated else ["up", "down"]
+    assert sorted(solution.parts) == sorted(names)
+    lost = whole = 0.0
+    for name in names:
+        matrix = np.asarray(getattr(subs, name))
+        matrix = matrix if name == "down" else matrix.T
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        a, b = solution.parts[name]
+        np.testing.assert_allclose(a @ b, (left[:, :3] * values[:3]) @ right[:3], atol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(a, axis=0), values[:3] ** 0.5, rtol=1e-4)
+        lost, whole = lost + np.square(values[3:]).sum(), whole + np.square(values).sum()
+    np.testing.assert_allclose(solution.facts.error, (lost / whole) ** 0.5, rtol=1e-3)
+
+
+def test_svd_of_the_paper_has_a_quarter_of_the_parameters():
+    rank = Svd(rank=0.25).spec(768, 3072)["rank"]
+    assert rank == Svd.paper().rank == 153
+    assert 0.249 < rank * (768 + 3072) / (768 * 3072) < 0.25
+
+
+def gradients(subs):
+    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), subs)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("score", ["magnitude", "gradient"])
+def test_mask_prune_keeps_the_largest_scores(score, gated):
+    mlp = an_mlp(gated)
+    subs = mlp.sub_mlps()
+    slopes = gradients(subs) if score == "gradient" else None
+    method = MaskPrune(keep=0.3, score=score)
+    solution = fj.compress_mlp(subs, method, key=jax.random.key(0), gradients=slopes)
+    names = ["gate", "up", "down"] if gated else ["up", "down"]
+    parts = {n: np.asarray(getattr(subs, n)) for n in names}
+    scores = {
+        n: np.abs(x * (1 if slopes is None else getattr(slopes, n))) for n, x in parts.items()
+    }
+    flat = np.sort(np.concatenate([x.reshape(-1) for x in scores.values()]))[::-1]
+    limit = flat[int(0.3 * len(flat)) - 1]
+    for name in names:
+        kernel, mask = (x if name == "down" else x.T for x in solution.parts[name])
+        np.testing.assert_array_equal(mask, scores[name] >= limit)
+        np.testing.assert_array_equal(kernel, np.where(mask, parts[name], 0))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_prune_by_gradient_is_the_derivative_of_leaving_a_unit_out(gated, key):
+    mlp, x = an_mlp(gated), inputs(D, 50)
+
+    def loss(subs, share):
+        made = mlp.abstract(type(mlp), P)
+        made.load_sub_mlps(subs._replace(down=subs.down * share[:, None]), mlp.out_bias())
+        return jnp.square(made(x)).sum()
+
+    subs = mlp.sub_mlps()
+    slopes = jax.grad(loss)(subs, jnp.ones(P))
+    scores = np.abs(jax.grad(loss, argnums=1)(subs, jnp.ones(P)))
+    solution = fj.compress_mlp(subs, Prune(width=KEPT, score="gradient"), key=key, gradients=slopes)
+    chosen = np.sort(np.argsort(-scores)[:KEPT])
+    np.testing.assert_array_equal(solution.parts.up, subs.up[chosen])
+
+
+def test_one_limit_for_all_mlps(key):
+    layers = nnx.List([an_mlp(False) for _ in range(3)])
+    layers[1].up.kernel.set_value(layers[1].up.kernel[...] * 3)
+    chosen = globally(layers, MaskPrune(keep=0.25))
+    smaller, _ = fj.compress(layers, chosen, key=key)
+    kernels = [
+        np.abs(np.asarray(m.kernel)) for i in range(3) for m in (layers[i].up, layers[i].down)
+    ]
+    limit = np.sort(np.concatenate([k.reshape(-1) for k in kernels]))[::-1]
+    limit = limit[int(0.25 * len(limit)) - 1]
+    masks = [np.asarray(m.mask) for i in range(3) for m in (smaller[i].up, smaller[i].down)]
+    for mask, kernel in zip(masks, kernels, strict=True):
+        np.testing.assert_array_equal(mask, kernel >= limit)
+    assert chosen["1"].keep > chosen["0"].keep
+
+
+@pytest.mark.parametrize("method", [MaskPrune(score="gradient"), Prune(score="gradient")])
+def test_gradients_are_asked_for_and_refused(method, key):
+    mlp = an_mlp(False)
+    with pytest.raises(fj.InputError, match="needs gradients"):
+        fj.compress(mlp, method, key=key)
+    with pytest.raises(fj.InputError, match="no gradient of down"):
+        fj.compress(mlp, method, key=key, gradients={"up.bias": jnp.zeros(P)})
+    with pytest.raises(fj.InputError, match="Svd takes no gradients"):
+        fj.compress(mlp, Svd(), key=key, gradients={})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_top_mask_equals_sorting(dtype):
+    rng = np.random.default_rng(0)
+    for scores in (
+        rng.normal(size=(7, 30)),
+        rng.integers(-2, 3, size=200),
+        np.zeros(17),
+        np.array([0.0, -0.0, np.inf, -np.inf, 1e-40, -1e-40]),
+    ):
+        x = jnp.asarray(scores, dtype)
+        for keep in {0, 1, x.size // 3, x.size - 1, x.size}:
+            mask = np.asarray(jax.jit(top_mask)(x, jnp.int32(keep))).reshape(-1)
+            order = np.argsort(-np.asarray(x, np.float32).reshape(-1), kind="stable")
+            np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(order[:keep]))

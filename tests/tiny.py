@@ -109,15 +109,22 @@ CONFIGS = {
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
                "router_jitter_noise": 0.1},
 }  # fmt: skip
+
+
+def _cases(*heads):
+    return [
+        (name, head)
+        for name, config in CONFIGS.items()
+        for head in heads
+        if head in FAMILIES[config["model_type"]].architectures
+    ]
+
+
+GENERATIVE = _cases("causal-lm", "seq2seq-lm")
 ENCODERS = [
-    (family, head)
-    for family in ("bert", "roberta")
-    for head in (None, "classification", "masked-lm")
-]
-GENERATIVE = [
-    (name, "seq2seq-lm" if name.startswith(("t5", "switch")) else "causal-lm")
-    for name in CONFIGS
-    if name not in ("bert", "roberta")
+    (name, head)
+    for name, head in _cases(None, "classification", "masked-lm")
+    if name not in dict(GENERATIVE)
 ]
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
@@ -153,14 +160,15 @@ def batch(family):
     mask = np.ones((3, 9), np.int32)
     for row, length in enumerate((9, 6, 3)):
         mask[row, length:] = 0
-    if family not in ("bert", "roberta", "switch") and not family.startswith("t5"):
+    encoder = family in dict(ENCODERS)
+    if not encoder and "d_kv" not in config:
         mask = mask[:, ::-1].copy()
     ids[mask == 0] = pad
     result = {"input_ids": ids, "attention_mask": mask}
     if "d_kv" in config:
         target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
         return {**result, "decoder_input_ids": target}
-    if family in ("bert", "roberta"):
+    if encoder:
         types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
         return {**result, "token_type_ids": types.astype(np.int32)}
     return result

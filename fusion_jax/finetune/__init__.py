@@ -13,6 +13,7 @@ from fusion_jax.finetune.importance import top_of_each_type as top_of_each_type
 from fusion_jax.finetune.language import Windows as Windows
 from fusion_jax.finetune.language import finetune_language as finetune_language
 from fusion_jax.finetune.language import nats_per_token as nats_per_token
+from fusion_jax.finetune.lottery import lottery as lottery
 from fusion_jax.finetune.overparam import Chains as Chains
 from fusion_jax.finetune.overparam import overparameterise as overparameterise
 from fusion_jax.finetune.squeeze import lightweight as lightweight

@@ -46,6 +46,12 @@ class Method:
     """Whether `solve` takes calibration."""
     graded: ClassVar[bool] = False
     """Whether `solve` takes the gradients of a loss, as its argument ``gradients``."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `solve` cannot do without them."""
+        return False
+
     any_mlp: ClassVar[bool] = False
     """Whether it takes MLPs that another method has been at, too."""
     sequential: bool = False

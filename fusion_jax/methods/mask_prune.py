@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
 
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, nearest
 from fusion_jax.forms import Masked
+from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
-from fusion_jax.methods.factored import Factored, relative_error
+from fusion_jax.methods.factored import Factored, matrices_of, relative_error
+from fusion_jax.sites import Layers, gradients_of, select, sites
+from fusion_jax.submlps import SubMLPs
 from fusion_jax.topk import top_mask
 
 
@@ -29,39 +34,80 @@ class MaskFacts(NamedTuple):
     kept: Float[Array, "*s"]
 
 
+Score = Literal["magnitude", "gradient"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskPrune(Factored):
     """Keeps the weights of largest magnitude in the matrices of an MLP taken together.
 
-    The matrices stay as large as they were: a mask saves neither time nor memory here, only bits in
-    a file that packs it. For one limit over
-    all MLPs of a model, see `globally`.
+    Or those without which a loss changes most to first order, ``|dL/dw w|``. The matrices stay as
+    large as they were: a mask saves no time here, only bits in a file that packs it. For one limit
+    over all MLPs of a model see `globally`.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1: a quarter of the weights is kept.
 
     Example:
         >>> MaskPrune(keep=0.25).to_json()
-        {'method': 'mask-prune', 'keep': 0.25}
+        {'method': 'mask-prune', 'keep': 0.25, 'score': 'magnitude'}
     """
 
     keep: float = 0.25
     """The share of the weights to keep."""
+    score: Score = "magnitude"
+    """What makes a weight important; ``"gradient"`` needs a loss's gradients."""
 
     form = Masked
+    graded: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
             raise InputError(f"keep must be in (0, 1]; got {self.keep}")
+        choices = get_args(Score)
+        if self.score not in choices:
+            hint = nearest(str(self.score), choices)
+            raise InputError(f"score must be one of {', '.join(choices)}; got {self.score!r}{hint}")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether weights are scored by them."""
+        return self.score == "gradient"
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
         """Nothing."""
         return {}
 
+    def solve(
+        self,
+        subs: SubMLPs,
+        *,
+        key: Key[Array, ""],
+        act: str | None = None,
+        calibration: Calibration | None = None,
+        gradients: SubMLPs | None = None,
+    ) -> Solution:
+        """Masks the matrices of one MLP."""
+        return self._masked(matrices_of(subs), self.scores(subs, gradients))
+
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
-        """The matrices and their masks."""
-        flat = jnp.concatenate([jnp.abs(matrix).reshape(-1) for matrix in matrices.values()])
-        keep = jnp.int32(max(1, round(self.keep * flat.size)))
+        """The matrices and their masks, by magnitude."""
+        if self.needs_gradients:
+            raise InputError("score 'gradient' is for MLPs: see fusion_jax.compress")
+        return self._masked(matrices, {name: jnp.abs(m) for name, m in matrices.items()})
+
+    def scores(self, subs: SubMLPs, gradients: SubMLPs | None) -> dict[str, Float[Array, "_ _"]]:
+        """How important each weight of an MLP is, by the names of its layers."""
+        found = matrices_of(subs)
+        if self.score == "magnitude":
+            return {name: jnp.abs(matrix) for name, matrix in found.items()}
+        assert gradients is not None
+        slopes = matrices_of(gradients)
+        return {name: jnp.abs(matrix * slopes[name]) for name, matrix in found.items()}
+
+    def _masked(self, matrices: Mapping[str, Array], scores: Mapping[str, Array]) -> Solution:
+        flat = jnp.concatenate([scores[name].reshape(-1) for name in matrices])
+        keep = jnp.int32(max(1, int(self.keep * flat.size + 1e-6)))
         mask = top_mask(flat, keep)
         parts, start = {}, 0
         for name, matrix in matrices.items():
@@ -74,3 +120,42 @@ class MaskPrune(Factored):
 
     def _sized(self, share: float) -> MaskPrune:
         return dataclasses.replace(self, keep=share)
+
+
+def globally(
+    model: nnx.Module,
+    method: MaskPrune,
+    *,
+    layers: Layers = None,
+    gradients: Mapping[str, Array] | None = None,
+) -> dict[str, MaskPrune]:
+    """The method of each MLP for which one limit of the scores holds in all of them.
+
+    Args:
+        model: The model.
+        method: The method, whose ``keep`` is the share of all their weights together.
+        layers: Which MLPs, see `fusion_jax.sites.select`.
+        gradients: As for `fusion_jax.compress`.
+
+    Returns:
+        Methods by site path, for `fusion_jax.compress`; a weight at least is kept in each.
+
+    Example:
+        >>> from fusion_jax.mlp import Mlp
+        >>> pair = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
+        >>> chosen = globally(pair, MaskPrune(keep=0.25))
+        >>> round(sum(m.keep for m in chosen.values()) / 2, 3)
+        0.25
+    """
+    scores = {}
+    for site in select(sites(model), layers):
+        slopes = None if gradients is None else gradients_of(site, gradients)
+        found = method.scores(site.mlp.sub_mlps(), slopes)
+        scores[site.path] = np.concatenate([np.asarray(x).reshape(-1) for x in found.values()])
+    whole = np.concatenate(list(scores.values()))
+    keep = max(1, int(method.keep * len(whole)))
+    limit = np.partition(whole, len(whole) - keep)[len(whole) - keep]
+    return {
+        path: dataclasses.replace(method, keep=max(1, np.count_nonzero(x >= limit)) / len(x))
+        for path, x in scores.items()
+    }

@@ -13,9 +13,9 @@ from fusion_jax.errors import InputError, nearest
 from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.submlps import SubMLPs, responses
+from fusion_jax.submlps import SubMLPs, responses, wide
 
-Score = Literal["magnitude", "activation"]
+Score = Literal["magnitude", "activation", "gradient"]
 
 
 class PruneFacts(NamedTuple):
@@ -45,8 +45,9 @@ class Prune(Narrower):
     """Keeps the hidden units with the largest scores.
 
     ``"magnitude"`` scores unit i by ``|(w_i, b_i)| |v_i|``, ``"activation"`` by the root mean
-    square of what it adds to the output at calibration inputs, ``rms(h_i) |v_i|``. Rows and columns
-    of one unit stay or go together.
+    square of what it adds to the output at calibration inputs, ``rms(h_i) |v_i|``, and
+    ``"gradient"`` by how much a loss changes without it to first order, ``|<dL/dv_i, v_i>|``. Rows
+    and columns of one unit stay or go together.
 
     Example:
         >>> Prune(width=0.25).to_json()["score"]
@@ -54,9 +55,16 @@ class Prune(Narrower):
     """
 
     score: Score = "magnitude"
-    """What makes a unit important; ``"activation"`` needs calibration."""
+    """What makes a unit important; ``"activation"`` needs calibration, ``"gradient"``
+    a loss's gradients."""
 
     calibrated: ClassVar[bool] = True
+    graded: ClassVar[bool] = True
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether units are scored by them."""
+        return self.score == "gradient"
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,6 +88,7 @@ class Prune(Narrower):
         key: Key[Array, ""],
         act: str | None = None,
         calibration: Calibration | None = None,
+        gradients: SubMLPs | None = None,
     ) -> Solution:
         """Keeps some sub-MLPs of one MLP, in their order."""
         score = importance(subs)
@@ -89,6 +98,9 @@ class Prune(Narrower):
             hidden = responses(subs, calibration.inputs, act).hidden
             rms = jnp.linalg.norm(calibration.root_weights()[:, None] * hidden, axis=0)
             score = rms * jnp.linalg.norm(subs.down.astype(rms.dtype), axis=-1)
+        elif self.score == "gradient":
+            assert gradients is not None
+            score = jnp.abs((wide(gradients.down) * wide(subs.down)).sum(-1))
         chosen = jnp.sort(jax.lax.top_k(score, self.kept(subs))[1])
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))
         return Solution(jax.tree.map(lambda x: x[chosen], subs), facts)

@@ -300,7 +300,7 @@ class Bert(Model):
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
 
 
-_BASE = (
+ENCODER_RULES = (
     Rule("embeddings.word", "embeddings.word_embeddings", EMBED),
     Rule("embeddings.position", "embeddings.position_embeddings", EMBED),
     Rule("embeddings.token_type", "embeddings.token_type_embeddings", EMBED),
@@ -357,7 +357,7 @@ def _rules(config: BertConfig, head: Head | None) -> KeyRules:
     model_type = config.model_type
     others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
     return KeyRules(
-        rules=_BASE if head is None else (*_BASE, *_HEADS[model_type][head]),
+        rules=ENCODER_RULES if head is None else (*ENCODER_RULES, *_HEADS[model_type][head]),
         prefix=f"{model_type}.",
         write_prefix=head is not None,
         ignored=(*_IGNORED, *others),

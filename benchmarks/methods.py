@@ -1,0 +1,418 @@
+"""Every method at one parameter budget: errors, kernels, cost, and fine-tuning.
+
+all-MiniLM-L6-v2 with a quarter of the parameters of its last 4 of 6 MLPs, by every method; beside
+them, matrix product operators at full size, over-parameterised fine-tuning and static pruning,
+which have sizes of their own. First what compressing changes: outputs of single MLPs and the kernel
+of the whole model at held-out sentences, the time it takes, the artefact, and the time of a
+training step. Then the dev scores after fine-tuning for a few steps, the same for all.
+
+    python -m benchmarks.methods --data GLUE [--runs DIR] [--only NAME ...] [--seeds 3]
+        [--steps 150] [--budget SECONDS] [--quick] [--json FILE] [--figure FILE]
+
+Runs are added to FILE as they end, each in a process of its own; the same command does the rest.
+
+Kernels are by each model's own parameters in these MLPs: of chains and products of two matrices
+these are the factors, so that training them is another thing than training the matrix, and their
+kernels are no measure of the method. Masked weights do not count as parameters, here and in the
+artefact, where a mask and the weights that are left would do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import fusion_jax as fj
+import ntk
+from benchmarks.common import parser, peak_gib, pyplot
+from benchmarks.quality import relative
+from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
+from fusion_jax.demo import find_model
+from fusion_jax.finetune import (
+    GLUE,
+    Chains,
+    TaskData,
+    importance_by_removal,
+    lightweight,
+    lottery,
+    mean_gradients,
+    mean_loss,
+    overparameterise,
+    squeeze,
+    task_source,
+    top_of_each_type,
+)
+from fusion_jax.forms import Masked, forms
+from fusion_jax.report import num_params
+from fusion_jax.text import batches, load_tokenizer
+from fusion_jax.verify import _Probability
+
+LAYERS = slice(-4, None)
+BUDGET = 0.25
+CALIBRATION = 1024
+"""Training texts that methods with calibration see."""
+KERNEL_TEXTS = 48
+"""Dev sentences that kernels are compared on."""
+MATRICES = r"layers\.[2-5]\.mlp\..*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run; without a task, what compressing changes."""
+
+    method: str
+    task: str = ""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.task or 'facts'}-{self.method}-{self.seed}"
+
+
+class Run:
+    """What a method has to work with.
+
+    Args:
+        model: The dense model.
+        data: The task.
+        config: How it is fine-tuned.
+        key: Random key.
+        folder: For what is kept while it runs.
+        end: When the budget ends.
+    """
+
+    def __init__(
+        self, model: Any, data: TaskData, config: fj.TrainConfig, key: Any, folder: Path, end: float
+    ):
+        self.model, self.data, self.config, self.key = model, data, config, key
+        self.folder, self.end = folder, end
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts to calibrate on."""
+        return [text for text, *_ in self.data.train.texts[:CALIBRATION]]
+
+    def source(self, model: Any) -> Any:
+        """Training batches and the loss."""
+        return task_source(model, self.data, self.config, key=self.key)
+
+    def train(self, model: Any, *, steps: int | None = None, name: str = "run", **options: Any):
+        """The model after fine-tuning, and its last dev metrics."""
+
+        def watch(step: int, state: Any) -> None:
+            if time.perf_counter() > self.end:
+                raise OutOfTimeError
+
+        config = self.config if steps is None else replace(self.config, max_steps=steps)
+        # Only the last step is evaluated.
+        config = replace(config, eval_every=10**9)
+        return fj.finetune(
+            model, self.data, config, key=self.key, on_step=watch, progress=False, **options
+        )
+
+
+def _compressed(method: Any, *, calibrated: bool = False, graded: bool = False) -> Callable:
+    def make(run: Run) -> Any:
+        gradients = None
+        if graded:
+            source, loss = run.source(run.model)
+            gradients = mean_gradients(run.model, source, loss, batches=50)
+        seen = run.texts if calibrated else None
+        return fj.compress(
+            run.model,
+            method,
+            layers=LAYERS,
+            key=run.key,
+            budget=BUDGET,
+            calibration=seen,
+            gradients=gradients,
+            progress=False,
+        )[0]
+
+    return make
+
+
+def _method(name: str, **options: Any) -> Any:
+    return fj.METHODS[name](**options)
+
+
+COMPRESSED: dict[str, Callable[[Run], Any]] = {
+    "fusion": _compressed(fj.Fusion(), calibrated=True),
+    "fusion, paper": _compressed(fj.Fusion.paper()),
+    "clustering": _compressed(_method("clustering")),
+    "sketch": _compressed(_method("sketch")),
+    "mmd": _compressed(_method("mmd")),
+    "svd": _compressed(_method("svd")),
+    "prune, magnitude": _compressed(_method("prune")),
+    "prune, activation": _compressed(_method("prune", score="activation"), calibrated=True),
+    "prune, gradient": _compressed(_method("prune", score="gradient"), graded=True),
+    "masks, magnitude": _compressed(_method("mask-prune")),
+    "masks, gradient": _compressed(_method("mask-prune", score="gradient"), graded=True),
+    "mpo": _compressed(_method("mpo")),
+}
+"""Methods that give a model at once, by name."""
+
+
+def _fit(make: Callable[[Run], Any]) -> Callable[[Run], tuple[Any, Any]]:
+    def run_it(run: Run) -> tuple[Any, Any]:
+        model = make(run)
+        fit = run.train(model)
+        return fit.model, fit.history[-1]
+
+    return run_it
+
+
+def _chains(run: Run) -> Any:
+    return fj.compress_matrices(run.model, fj.MPO(bond=None), matrices=MATRICES, progress=False)[0]
+
+
+def _lottery(run: Run) -> Any:
+    steps = max(1, (run.config.max_steps or 150) // 3)
+
+    def train(model: Any) -> Any:
+        return run.train(model, steps=steps).model
+
+    return lottery(run.model, train, keep=BUDGET, rounds=3, layers=LAYERS)
+
+
+def _squeezed(run: Run) -> tuple[Any, Any]:
+    fit = run.train(lightweight(_chains(run)))
+    source, loss = run.source(run.model)
+    steps = max(1, (run.config.max_steps or 150) // 15)
+
+    def train(model: Any, folder: Path | None) -> Any:
+        return run.train(model, steps=steps).model
+
+    def measure(model: Any) -> float:
+        return mean_loss(model, source, loss, batches=20)
+
+    found = squeeze(fit.model, train, measure, rounds=5, step=64, progress=False)
+    last = run.train(found.model, steps=steps)
+    return last.model, last.history[-1]
+
+
+def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
+    cores, count = 4, 2
+    if dynamic:
+        source, loss = run.source(run.model)
+        every = max(1, (run.config.max_steps or 150) // 4)
+        growth = Chains(
+            source=source, loss=loss, every=every, per_round=1, total=count, cores=cores
+        )
+        fit = run.train(run.model, growth=growth)
+    else:
+        trained = run.train(run.model).model
+        source, loss = run.source(trained)
+        scores = importance_by_removal(trained, source, loss, matrices=r"layers\..*", batches=8)
+        chosen = top_of_each_type(scores, count)
+        fit = run.train(overparameterise(run.model, chosen, cores=cores))
+    return fj.plain(fit.model), fit.history[-1]
+
+
+TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
+    "dense": _fit(lambda run: run.model),
+    **{name: _fit(make) for name, make in COMPRESSED.items()},
+    "lottery ticket": _fit(_lottery),
+    "mpo, full": _fit(_chains),
+    "mpo, full, lightweight": _fit(lambda run: lightweight(_chains(run))),
+    "mpo, lightweight": _fit(lambda run: lightweight(COMPRESSED["mpo"](run))),
+    "mpo, squeezed": _squeezed,
+    "overparam, static": partial(_overparameterised, dynamic=False),
+    "overparam, dynamic": partial(_overparameterised, dynamic=True),
+}
+"""What is fine-tuned, by name."""
+
+
+def counted(model: Any) -> tuple[int, int]:
+    """Parameters of the MLPs, and those of the whole model that train, masked ones left out."""
+    lost = sum(
+        int((~np.asarray(form.mask[...])).sum())
+        for form in forms(model).values()
+        if isinstance(form, Masked)
+    )
+    mlps = sum(num_params(site.mlp) for site in fj.sites(model)[LAYERS])
+    frozen = sum(
+        variable.get_value().size
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if "cores" in path and not isinstance(variable, nnx.Param)
+    )
+    return mlps + frozen - lost, num_params(model) - lost
+
+
+def facts(cell: Cell, run: Run) -> dict[str, Any]:
+    """What compressing changes."""
+    start = time.perf_counter()
+    made = run.model if cell.method == "dense" else COMPRESSED[cell.method](run)
+    jax.block_until_ready(nnx.state(made))
+    seconds = time.perf_counter() - start
+    tokenizer = load_tokenizer(run.model.origin.folder)
+    text = [text for text, *_ in next(iter(run.data.dev.values())).texts]
+    inputs = fj.calibrate(
+        run.model, batches(tokenizer, text[:300]), key=jax.random.key(1), max_positions=300
+    )
+    errors = []
+    for old, new in zip(fj.sites(run.model)[LAYERS], fj.sites(made)[LAYERS], strict=True):
+        x = jnp.asarray(inputs[old.path])
+        bias = old.mlp.out_bias()
+        assert bias is not None
+        errors.append(relative(old.mlp(x) - bias[None], new.mlp(x) - bias[None]))
+    row: dict[str, Any] = {"output": statistics.mean(errors)}
+    (batch,) = batches(tokenizer, text[:KERNEL_TEXTS], max_length=32)
+    head = jax.random.normal(jax.random.key(3), (run.model.config.hidden_size, 2))
+    for kind in ("sgd", "adam"):
+        kernels = []
+        for model in (run.model, made):
+            wrt = r"model\.layers\.[2-5]\.mlp\..*"
+            f, params = ntk.functional(_Probability(model, head), wrt=wrt)
+            kernels.append(np.asarray(ntk.kernel(f, params, tuple(batch), kind=kind)))
+        row[f"{kind}_kernel"] = relative(*kernels)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = fj.save(made, Path(folder) / "artefact")
+        size = sum(file.stat().st_size for file in saved.iterdir())
+    params, trains = counted(made)
+    row |= {"mlp_params": params, "trains": trains, "artefact_mb": size / 1e6, "seconds": seconds}
+    row["step_seconds"] = step_seconds(run, made)
+    return row
+
+
+def step_seconds(run: Run, model: Any) -> float:
+    """The median time of a training step, compilation left out."""
+    times: list[float] = []
+    config = replace(run.config, max_steps=8, shapes=1, max_length=64, dropout=False)
+
+    def watch(step: int, state: Any) -> None:
+        jax.block_until_ready(state.params)
+        times.append(time.perf_counter())
+
+    fj.finetune(
+        model,
+        run.data._replace(dev={}),
+        config,
+        key=run.key,
+        on_step=watch,
+        progress=False,
+    )
+    return statistics.median(np.diff(times[2:]).tolist())
+
+
+def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, end: float) -> dict:
+    """Does a run."""
+    key = jax.random.key(cell.seed)
+    labels = data.task.num_labels
+    model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
+    run = Run(model, data, config, key, folder, end)
+    if not cell.task:
+        return {**asdict(cell), **facts(cell, run), "peak_gib": peak_gib()}
+    start = time.perf_counter()
+    made, last = TRAINED[cell.method](run)
+    metric = data.task.metrics[0]
+    score = next(value for name, value in last.items() if name.endswith(metric))
+    return {
+        **asdict(cell),
+        "score": 100 * score,
+        "mlp_params": counted(made)[0],
+        "seconds": time.perf_counter() - start,
+        "peak_gib": peak_gib(),
+    }
+
+
+def cells(options: Any) -> list[Cell]:
+    """All runs: first what compressing changes, then seeds outermost."""
+    names = options.only or list(TRAINED)
+    found = [Cell(method=name) for name in ("dense", *COMPRESSED) if name in names]
+    for seed in range(options.seeds):
+        found += [Cell(method=m, task=t, seed=seed) for t in options.tasks for m in names]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method."""
+    shown = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        what = next((row for row in own if not row["task"]), {})
+        line: dict[str, Any] = {"method": name}
+        for key in ("output", "sgd_kernel", "adam_kernel", "seconds", "step_seconds"):
+            line[key] = what.get(key, math.nan)
+        line["artefact_mb"] = what.get("artefact_mb", math.nan)
+        params = [row["mlp_params"] for row in own]
+        line["mlp_params"] = params[-1]
+        for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
+            scores = [row["score"] for row in own if row["task"] == task]
+            if scores:
+                spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+                line[task] = f"{statistics.mean(scores):.1f}{spread} ({len(scores)})"
+        shown.append(line)
+    return shown
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Dev scores against the time of a training step."""
+    plt = pyplot()
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
+    figure, every = plt.subplots(1, len(tasks), figsize=(9, 3.6), layout="constrained")
+    steps = {row["method"]: row["step_seconds"] for row in rows if not row["task"]}
+    for axes, task in zip(np.atleast_1d(every), tasks, strict=True):
+        for name, seconds in steps.items():
+            scores = [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
+            if not scores:
+                continue
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            colour = {"dense": "0.4", "fusion": "tab:blue"}.get(name, "tab:orange")
+            axes.errorbar(seconds, statistics.mean(scores), spread, fmt="o", color=colour)
+            at = (seconds, statistics.mean(scores))
+            axes.annotate(name, at, (4, 3), textcoords="offset points", fontsize=7)
+        axes.set_xlabel("seconds of a training step")
+        axes.set_title(f"{task}: {GLUE[task].metrics[0]}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    add_options(arguments)
+    arguments.add_argument("--tasks", nargs="+", choices=sorted(GLUE), default=["sst2", "cola"])
+    arguments.add_argument("--only", nargs="+", choices=list(TRAINED), help="only these methods")
+    arguments.add_argument("--figure", type=Path, help="draw score against cost here")
+    options = arguments.parse_args()
+    if options.data is None:
+        print("give --data, a folder with GLUE's folders; nothing was measured")
+        return 0 if options.quick else 2
+    if options.steps is None:
+        options.steps = 150
+    if options.quick:
+        options.seeds, options.steps, options.tasks = 1, 4, options.tasks[-1:]
+    config = fj.TrainConfig(
+        max_steps=options.steps, learning_rate=8e-5, max_length=128, truncate=True
+    )
+    if options.cell is not None:
+        cell = Cell(**json.loads(options.cell))
+        data = fj.load_task(cell.task or "sst2", options.data)
+        return run_one(cell, partial(measure, cell, data, config), options)
+    settings = {name: value for name, value in config.to_json().items() if value is not None}
+    with run_folder(options):
+        rows = run_all(cells(options), settings, table, options)
+    if options.figure is not None:
+        draw(rows, options.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

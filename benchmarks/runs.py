@@ -1,0 +1,113 @@
+"""Benchmarks of many runs: each in a process of its own, added to a file as soon as it ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import finish
+
+OUT_OF_TIME = 3
+"""Exit status of a run's process when the budget is spent."""
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+def add_options(arguments: argparse.ArgumentParser) -> None:
+    """Adds the options of benchmarks of many runs."""
+    arguments.add_argument("--data", type=Path, help="folder with GLUE's folders of tsv files")
+    arguments.add_argument("--runs", type=Path, help="folder of the runs")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, help="at most so many steps per run")
+    arguments.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    arguments.add_argument("--cell", help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def run_folder(options: Any) -> Iterator[None]:
+    """Uses a folder that is removed at the end where ``--runs`` names none."""
+    with contextlib.ExitStack() as stack:
+        if options.runs is None:
+            options.runs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield
+
+
+def run_one(cell: Any, measure: Callable[[Path, float], dict[str, Any]], options: Any) -> int:
+    """What the process of a run does.
+
+    Args:
+        cell: The run, a dataclass with a name.
+        measure: Makes the run's row; takes its folder and the time at which the budget ends.
+        options: The command's options.
+
+    Returns:
+        Exit status.
+    """
+    end = time.perf_counter() + options.budget
+    try:
+        print(json.dumps(measure(options.runs / cell.name, end)))
+    except OutOfTimeError:
+        return OUT_OF_TIME
+    return 0
+
+
+def run_all(
+    cells: Sequence[Any],
+    settings: dict[str, Any],
+    shown: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    options: Any,
+) -> list[dict[str, Any]]:
+    """Does the runs that the JSON file does not hold yet.
+
+    Args:
+        cells: All runs.
+        settings: What they have in common; rows made by other settings are left out.
+        shown: The table to show of the rows.
+        options: The command's options.
+
+    Returns:
+        All rows.
+    """
+    end = time.perf_counter() + options.budget
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    rows: list[dict[str, Any]] = []
+    if options.json is not None and options.json.is_file():
+        kept = json.loads(options.json.read_text())["rows"]
+        rows = [row for row in kept if row["config"] == settings]
+    done = {row["name"] for row in rows}
+    left = [cell for cell in cells if cell.name not in done]
+
+    def report() -> None:
+        summary = {"runs": len(rows), "runs_left": len(left)}
+        finish(options, rows, summary, "optax", shown=shown(rows))
+
+    while left and time.perf_counter() < end:
+        # In a process of its own, whose peak memory is the run's.
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        command += ["--runs", str(options.runs), "--cell", json.dumps(asdict(left[0]))]
+        command += ["--budget", str(end - time.perf_counter())]
+        child = subprocess.run(command, stdout=subprocess.PIPE)
+        if child.returncode == OUT_OF_TIME:
+            break
+        child.check_returncode()
+        result = json.loads(child.stdout.splitlines()[-1])
+        cell = left.pop(0)
+        rows.append({"name": cell.name, **result, "config": settings})
+        shutil.rmtree(options.runs / cell.name, ignore_errors=True)
+        print(f"{cell.name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+        report()
+    if not done and not rows:
+        report()
+    return rows

@@ -1,0 +1,78 @@
+"""docs/adding.md, followed to the letter: its examples pass the conformance suites."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/adding.md").read_text(encoding="utf-8")
+METHOD, ARCHITECTURE = PAGE.split("\n## ")[1:]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("fusion_jax", "ntk", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def followed(copy, section):
+    """Does what a section says: blocks that name a file are files, others are lines of those."""
+    said = re.findall(r"`([\w/]+\.py)`|```python\n(.*?)```", section, re.DOTALL)
+    file = None
+    for name, block in said:
+        if name:
+            file = copy / name
+        elif block.startswith("# "):
+            (copy / block.splitlines()[0][2:]).write_text(block)
+        elif block.startswith(("from ", "import ")):
+            # After the last import of the file that was mentioned last.
+            text = file.read_text()
+            end = [m.end() for m in re.finditer(r"^from .*\n", text, re.MULTILINE)][-1]
+            file.write_text(text[:end] + block + text[end:])
+        else:
+            text = file.read_text()
+            registry = {"methods": "METHODS", "models": "FAMILIES"}.get(file.parent.name)
+            registry = registry or {"tiny.py": "CONFIGS"}.get(file.name, "OPTIONS")
+            start = re.search(rf"^{registry}[^\n]* = {{\n", text, re.MULTILINE).end()
+            file.write_text(text[:start] + block + text[start:])
+
+
+def run(copy, *arguments):
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_method(copy):
+    followed(copy, METHOD)
+    chosen = "first and (original or loads_back or export or budget or json or option or every)"
+    out = run(copy, "tests/test_compress.py", "-k", chosen)
+    assert int(re.search(r"(\d+) passed", out)[1]) >= 8
+    help_ = subprocess.run(
+        [sys.executable, "-m", "fusion_jax.cli", "compress", "first", "--help"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
+    assert "--width" in help_.stdout and "first hidden units" in help_.stdout
+
+
+def test_the_architecture(copy):
+    followed(copy, ARCHITECTURE)
+    out = run(copy, "tests/test_models.py", "-k", "electra")
+    assert int(re.search(r"(\d+) passed", out)[1]) >= 4

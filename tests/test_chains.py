@@ -1,0 +1,304 @@
+"""Fine-tuning with chains: over-parameterisation, its selection, and squeezing bonds."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from fusion_jax.finetune import (
+    Chains,
+    importance_by_gradient,
+    importance_by_removal,
+    lightweight,
+    lottery,
+    mean_gradients,
+    mean_loss,
+    overparameterise,
+    squeeze,
+    task_source,
+    top_of_each_type,
+)
+from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cut
+from fusion_jax.forms import at, forms
+from fusion_jax.matrices import matrices
+from tests import glue, tiny
+from tests.test_finetune import CONFIG, flat, moved
+
+LAYERS = r"layers\..*"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = glue.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+    return fj.load(folder, head="classification", num_labels=2, key=jax.random.key(5))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return fj.load_task("sst2", glue.sst2(tmp_path_factory.mktemp("data") / "SST-2"))
+
+
+@pytest.fixture(scope="module")
+def source(model, data):
+    return task_source(model, data, CONFIG, key=jax.random.key(1))
+
+
+def logits(model):
+    return model(**tiny.batch("bert")).logits
+
+
+def test_chains_are_exact_both_ways(model):
+    paths = [path for path in matrices(model) if path.startswith("layers.")]
+    chained = overparameterise(model, paths, cores=6)
+    assert sorted(forms(chained)) == sorted(paths)
+    for path in paths:
+        before, after = at(model, path).kernel[...], at(chained, path).matrix()
+        np.testing.assert_allclose(after, before, atol=1e-5)
+        for core in list(at(chained, path).cores)[1:-1]:
+            np.testing.assert_allclose(core[:, 0, 0], np.eye(core.shape[0]), atol=1e-6)
+    np.testing.assert_allclose(logits(chained), logits(model), atol=1e-5)
+    back = fj.plain(chained)
+    assert not forms(back)
+    np.testing.assert_allclose(logits(back), logits(chained), atol=1e-5)
+    # Inference costs what it did.
+    assert {p: x[1].shape for p, x in flat(back).items()} == {
+        p: x[1].shape for p, x in flat(model).items()
+    }
+
+
+def test_every_core_trains(model, data, key):
+    chained = overparameterise(model, ["layers.0.mlp.up", "layers.1.attention.value"], cores=4)
+    fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
+    cores = {p for p, (kind, _) in flat(chained).items() if ".cores." in p and kind is nnx.Param}
+    assert len(cores) == 8 and cores <= moved(chained, fit.model)
+    plain = fj.plain(fit.model)
+    np.testing.assert_allclose(logits(plain), logits(fit.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["layers.0.mlp", "layers.7.mlp.up", "embeddings.word"])
+def test_only_linear_layers_become_chains(path, model):
+    with pytest.raises(fj.InputError, match=f"{path} is no linear layer"):
+        overparameterise(model, [path])
+
+
+def test_importance_equals_brute_force(model, source):
+    batches, loss = source
+    paths = [path for path in matrices(model) if path.startswith("layers.")]
+
+    def mean(model):
+        totals = [loss(model, batches(i), None) for i in range(3)]
+        return sum(float(t.total) for t in totals) / sum(float(t.count) for t in totals)
+
+    assert abs(mean_loss(model, batches, loss, batches=3) - mean(model)) < 1e-5
+    whole, expected = mean(model), {}
+    for path in paths:
+        without = nnx.clone(model)
+        kernel = at(without, path).kernel
+        kernel.set_value(jnp.zeros_like(kernel[...]))
+        expected[path] = abs(mean(without) - whole)
+    found = importance_by_removal(model, batches, loss, matrices=LAYERS, batches=3)
+    assert found.keys() == expected.keys()
+    for path in paths:
+        assert abs(found[path] - expected[path]) < 1e-5
+    assert top_of_each_type(found, 1) == top_of_each_type(expected, 1)
+
+    grads = mean_gradients(model, batches, loss, batches=3)
+    first = importance_by_gradient(model, batches, loss, matrices=LAYERS, batches=3)
+    for path in paths:
+        # The derivative of the loss by a factor on the matrix.
+        h = 1e-2
+        scaled = []
+        for factor in (1 + h, 1 - h):
+            new = nnx.clone(model)
+            kernel = at(new, path).kernel
+            kernel.set_value(kernel[...] * factor)
+            scaled.append(mean(new))
+        slope = (scaled[0] - scaled[1]) / (2 * h)
+        assert abs(first[path] - abs(slope)) < 1e-3
+        assert grads[f"{path}.kernel"].shape == at(model, path).kernel.shape
+
+
+class Stopped(Exception):
+    pass
+
+
+def growing(source, **options):
+    batches, loss = source
+    return Chains(source=batches, loss=loss, every=2, per_round=1, total=2, cores=3, batches=2,
+                  matrices=r"layers\.\d\.(mlp\.up|attention\.query)", **options)  # fmt: skip
+
+
+def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path):
+    config = dataclasses.replace(CONFIG, warmup=0.0, eval_every=100)
+    growth, seen = growing(source), {}
+
+    def watch(step, state):
+        seen[step] = sorted(p for p in state.params if ".cores." in p)
+
+    whole = fj.finetune(model, data, config, key=key, growth=growth, on_step=watch)
+    assert [len(seen[i]) for i in (1, 2, 3, 4, 5, 6)] == [0, 0, 6, 6, 12, 12]
+    # The first round takes the most important of each type, by a fresh measurement.
+    assert len(growth.scores) == 2 and len(growth.scores[0]) == 4 and len(growth.scores[1]) == 2
+    chosen = {p.partition(".cores.")[0] for p in seen[3]}
+    assert chosen == set(top_of_each_type(growth.scores[0], 1))
+    assert len(forms(whole.model)) == 4
+    for form in forms(whole.model).values():
+        for core in list(form.cores)[1:-1]:
+            assert not np.allclose(core[:, 0, 0], np.eye(core.shape[0]), atol=1e-6)
+
+    def stop(step, state):
+        if step == 5:
+            raise Stopped
+
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        fj.finetune(
+            model, data, config, key=key, growth=growing(source), folder=folder, on_step=stop
+        )
+    again = fj.finetune(model, data, config, key=key, growth=growing(source), folder=folder)
+    assert again.step == 6
+    for path, (_, x) in flat(whole.model).items():
+        np.testing.assert_array_equal(x, flat(again.model)[path][1], err_msg=path)
+    loaded = fj.load(folder / "last")
+    np.testing.assert_array_equal(logits(loaded), logits(again.model))
+
+
+def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, key):
+    class Never:
+        every = 3
+
+        def choose(self, model, step):
+            return []
+
+        def apply(self, model, change):
+            return model
+
+    config = dataclasses.replace(CONFIG, warmup=0.0)
+    with_a_change = fj.finetune(model, data, config, key=key, growth=Never()).model
+    assert not moved(fj.finetune(model, data, config, key=key).model, with_a_change)
+
+
+@pytest.fixture(scope="module")
+def chained(model):
+    made, _ = fj.compress_matrices(
+        model, fj.MPO(bond=None, cores=3), matrices=r"layers\.\d\.mlp\..*"
+    )
+    return lightweight(made)
+
+
+def test_only_auxiliary_tensors_train(chained, data, key):
+    fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
+    paths = moved(chained, fit.model)
+    assert not [p for p in paths if p.endswith("cores.1")]
+    assert len([p for p in paths if ".cores." in p]) == 8
+    again = all_train(fit.model)
+    fit = fj.finetune(again, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
+    assert len([p for p in moved(again, fit.model) if ".cores." in p]) == 12
+
+
+def test_the_cheapest_cut_is_the_cheapest(chained):
+    chosen = cheapest_cut(chained, step=3)
+    losses_of = {}
+    for path, form in chains(chained).items():
+        before = np.asarray(form.matrix())
+        for bond, size in enumerate(form.layout.bonds):
+            after = cut(chained, Cut(path, bond, size - 3, 0.0))
+            losses_of[path, bond] = np.linalg.norm(at(after, path).matrix() - before)
+            assert at(after, path).layout.bonds[bond] == size - 3
+            assert at(after, path).frozen == (1,)
+    best = min(losses_of, key=losses_of.get)
+    assert (chosen.path, chosen.bond) == best
+    np.testing.assert_allclose(chosen.estimate, losses_of[best], rtol=1e-3)
+
+
+def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
+    """With a measure that only looks at sizes, and training that does nothing."""
+
+    def measure(model):
+        return 0.01 * (start - sum(sum(f.layout.bonds) for f in chains(model).values()))
+
+    start = sum(sum(f.layout.bonds) for f in chains(chained).values())
+    calls = []
+
+    def train(model, folder):
+        calls.append(folder)
+        return model
+
+    whole = squeeze(chained, train, measure, tolerance=0.075, step=2, rounds=9)
+    assert [round(loss, 2) for _, loss in whole.cuts] == [0.02, 0.04, 0.06]
+    assert whole.stopped and whole.loss == whole.cuts[-1][1] and measure(whole.model) == whole.loss
+    assert calls == [None] * 4
+
+    def fails(model, folder):
+        if folder.name == "round-2":
+            raise Stopped
+        return model
+
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        squeeze(chained, fails, measure, tolerance=0.075, step=2, folder=run)
+    assert len(json.loads((run / "squeeze.json").read_text())["cuts"]) == 2
+    again = squeeze(chained, train, measure, tolerance=0.075, step=2, folder=run)
+    assert again.cuts == whole.cuts and again.stopped
+    assert sorted(p.name for p in run.iterdir()) == ["squeeze.json", "squeezed-3"]
+    np.testing.assert_array_equal(logits(again.model), logits(whole.model))
+    more = squeeze(chained, train, measure, tolerance=0.075, step=2, rounds=2)
+    assert len(more.cuts) == 2 and not more.stopped
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"rounds": 0}, {"step": 0}])
+def test_squeezing_with_wrong_numbers(options, chained):
+    with pytest.raises(fj.InputError, match=f"{next(iter(options))} must be"):
+        squeeze(chained, lambda m, f: m, lambda m: 0.0, **options)
+
+
+def test_squeezing_without_chains(model):
+    with pytest.raises(fj.InputError, match=r"see fusion_jax\.MPO"):
+        lightweight(model)
+
+
+def test_squeezing_with_the_trainer(chained, data, source, key, tmp_path):
+    batches, loss = source
+    config = dataclasses.replace(CONFIG, max_steps=2)
+
+    def train(model, folder):
+        return fj.finetune(model, data, config, key=key, folder=folder, progress=False).model
+
+    def measure(model):
+        return mean_loss(model, batches, loss, batches=2)
+
+    found = squeeze(chained, train, measure, tolerance=10.0, rounds=2, step=2, folder=tmp_path)
+    assert len(found.cuts) == 2 and abs(found.loss - measure(found.model)) < 1e-6
+    for path, form in chains(found.model).items():
+        if path not in {c.path for c, _ in found.cuts}:
+            np.testing.assert_array_equal(form.cores[1], at(chained, path).cores[1])
+
+
+def test_lottery_prunes_what_training_leaves_small(model, data, key):
+    config = dataclasses.replace(CONFIG, max_steps=2, warmup=0.0)
+    trained = []
+
+    def train(ticket):
+        trained.append(fj.finetune(ticket, data, config, key=key, progress=False).model)
+        return trained[-1]
+
+    ticket = lottery(model, train, keep=0.25, rounds=2, layers=-1)
+    assert not [p for p in forms(ticket) if not p.startswith("layers.1.mlp")]
+    kept = np.ones(2 * 32 * 48, bool)
+    for round_, model_after in enumerate(trained):
+        kernels = [at(model_after, f"layers.1.mlp.{n}").kernel[...] for n in ("down", "up")]
+        flat_weights = np.abs(np.concatenate([np.asarray(k).reshape(-1) for k in kernels])) * kept
+        left = int(0.25 ** ((round_ + 1) / 2) * kept.size)
+        kept = np.zeros_like(kept)
+        kept[np.argsort(-flat_weights, kind="stable")[:left]] = True
+    masks = [at(ticket, f"layers.1.mlp.{n}").mask[...] for n in ("down", "up")]
+    np.testing.assert_array_equal(np.concatenate([np.asarray(m).reshape(-1) for m in masks]), kept)
+    for name in ("down", "up"):
+        np.testing.assert_array_equal(
+            at(ticket, f"layers.1.mlp.{name}").kernel, at(model, f"layers.1.mlp.{name}").kernel
+        )
