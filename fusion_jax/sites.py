@@ -45,7 +45,6 @@ def sites(model: nnx.Module) -> list[Site]:
 
     Example:
         >>> from fusion_jax.mlp import Mlp
-    from fusion_jax.submlps import SubMLPs
         >>> block = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
         >>> [site.path for site in sites(block)]
         ['0', '1']

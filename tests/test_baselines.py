@@ -213,7 +213,7 @@ def test_gradients_are_asked_for_and_refused(method, key):
     with pytest.raises(fj.InputError, match="no gradient of down"):
         fj.compress(mlp, method, key=key, gradients={"up.bias": jnp.zeros(P)})
     with pytest.raises(fj.InputError, match="Svd takes no gradients"):
-        fj.compress(mlp, Svd(), key=key, gradients={})
+        fj.compress(mlp, Svd(rank=1), key=key, gradients={})
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

