@@ -13,7 +13,12 @@ from fusion_jax.errors import InputError as InputError
 from fusion_jax.finetune import TrainConfig as TrainConfig
 from fusion_jax.finetune import finetune as finetune
 from fusion_jax.finetune import finetune_language as finetune_language
+from fusion_jax.finetune import finetune_pairs as finetune_pairs
+from fusion_jax.finetune import generate_texts as generate_texts
+from fusion_jax.finetune import load_pairs as load_pairs
 from fusion_jax.finetune import load_task as load_task
+from fusion_jax.finetune import measure_texts as measure_texts
+from fusion_jax.finetune import read_pairs as read_pairs
 from fusion_jax.finetune import read_task as read_task
 from fusion_jax.finetune import tune as tune
 from fusion_jax.forms import plain as plain

@@ -201,8 +201,7 @@ def generate(
     drawn = temperature is not None or top_k != 0 or top_p != 1
     sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p)
     search = None if beams == 1 else Beams(beams)
-    heads = checkpoint.open_checkpoint(model).family.architectures
-    head: Any = next((h for h in ("causal-lm", "seq2seq-lm") if h in heads), None)
+    head = checkpoint.open_checkpoint(model).family.text_head
     if head is None:
         raise InputError(f"{model} is no model that generates text")
     loaded: Any = checkpoint.load(model, head=head, dtype=dtype)

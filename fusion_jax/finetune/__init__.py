@@ -5,6 +5,11 @@ from fusion_jax.finetune.classify import measure as measure
 from fusion_jax.finetune.classify import predict as predict
 from fusion_jax.finetune.classify import task_source as task_source
 from fusion_jax.finetune.config import TrainConfig as TrainConfig
+from fusion_jax.finetune.generation import PairBatches as PairBatches
+from fusion_jax.finetune.generation import finetune_pairs as finetune_pairs
+from fusion_jax.finetune.generation import generate_texts as generate_texts
+from fusion_jax.finetune.generation import measure_pairs as measure_pairs
+from fusion_jax.finetune.generation import measure_texts as measure_texts
 from fusion_jax.finetune.importance import importance_by_gradient as importance_by_gradient
 from fusion_jax.finetune.importance import importance_by_removal as importance_by_removal
 from fusion_jax.finetune.importance import mean_gradients as mean_gradients
@@ -16,6 +21,11 @@ from fusion_jax.finetune.language import nats_per_token as nats_per_token
 from fusion_jax.finetune.lottery import lottery as lottery
 from fusion_jax.finetune.overparam import Chains as Chains
 from fusion_jax.finetune.overparam import overparameterise as overparameterise
+from fusion_jax.finetune.pairs import Pairs as Pairs
+from fusion_jax.finetune.pairs import TextData as TextData
+from fusion_jax.finetune.pairs import TextTask as TextTask
+from fusion_jax.finetune.pairs import load_pairs as load_pairs
+from fusion_jax.finetune.pairs import read_pairs as read_pairs
 from fusion_jax.finetune.squeeze import lightweight as lightweight
 from fusion_jax.finetune.squeeze import squeeze as squeeze
 from fusion_jax.finetune.tasks import GLUE as GLUE

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -20,7 +20,10 @@ from fusion_jax.files import check_new_folder, read_json
 from fusion_jax.finetune import classify, tables
 from fusion_jax.finetune import tune as tuning
 from fusion_jax.finetune.config import TrainConfig
-from fusion_jax.finetune.tasks import Task, TaskData, load_task, read_task, texts_of
+from fusion_jax.finetune.generation import generate_texts
+from fusion_jax.finetune.jobs import Given, Kind, evaluate_language, evaluate_pairs, load_generative
+from fusion_jax.finetune.tasks import Task, load_task, texts_of
+from fusion_jax.generate import Beams
 from fusion_jax.report import table
 
 RUN = "run.json"
@@ -29,24 +32,53 @@ TaskName = Annotated[
     str | None,
     arg(
         metavar="TASK",
-        help="A GLUE task: sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte or wnli.",
-        help_behavior_hint="(or give --train-file)",
+        help="A GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli); webnlg or e2e, to "
+        "generate text; or text, to model plain text.",
+        help_behavior_hint="(or give a file of your own)",
     ),
 ]
 Data = Annotated[
     str | None,
     arg(
-        metavar="DIR|hub",
-        help="Folder with GLUE's tsv files, or hub.",
+        metavar="DIR|FILE|hub",
+        help="Folder with the task's files; hub for GLUE from there; for text, a text file.",
         help_behavior_hint="(with --task)",
     ),
 ]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Source = Annotated[
+    str,
+    arg(
+        metavar="COLUMN",
+        help="Column with the texts to generate from.",
+        help_behavior_hint="(default: source)",
+    ),
+]
+Target = Annotated[
+    str | None,
+    arg(
+        metavar="COLUMN",
+        help="Column with the texts to generate; says that the file has sources and targets, not "
+        "labels. Rows with the same source are several references.",
+        help_behavior_hint="(such as target)",
+    ),
+]
+Context = Annotated[
+    int | None,
+    arg(
+        metavar="N",
+        help="With --task text: tokens that the model sees at a time.",
+        help_behavior_hint="(default: 512)",
+    ),
+]
 Columns = Annotated[
     tuple[str, ...],
-    arg(metavar="COLUMN", help="Column with the text; two for pairs.",
-        help_behavior_hint="(default: text)"),
-]  # fmt: skip
+    arg(
+        metavar="COLUMN",
+        help="Column with the text, or two where labels are of two texts.",
+        help_behavior_hint="(default: text)",
+    ),
+]
 MeshText = Annotated[
     str | None,
     arg(
@@ -70,39 +102,57 @@ def finetune(
     text: Columns = ("text",),
     label: str = "label",
     regression: bool = False,
+    source: Source = "source",
+    target: Target = None,
+    context: Context = None,
     seed: int = 0,
     mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
     """Fine-tune a model on a task; run again, the same command goes on where it was stopped.
 
+    Three kinds of task. Labels, for encoders: GLUE's by --task, or --train-file with --text and
+    --label. Targets from sources, for models that generate text: --task webnlg or e2e, or
+    --train-file with --source and --target. Plain text, for decoder-only models: --task text --data
+    FILE.txt.
+
     Args:
         model: Hub id, Hugging Face folder, or artefact.
         out: Folder of the run: checkpoints, metrics.jsonl, and the artefacts best and last.
         config: How to train.
-        task: GLUE task.
+        task: The task.
         data: Where its files are.
         train_file: A csv, tsv or jsonl file of your own to train on.
-        dev_file: Another to measure on.
+        dev_file: Another to measure on; with --task text, a text file.
         text: Columns with text.
         label: Column with labels.
         regression: Labels are numbers to predict.
+        source: Column with sources.
+        target: Column with targets.
+        context: Tokens of a window.
         seed: Seed of the head, dropout and order.
         mesh: How the devices are used.
         distributed: Join the other processes of this job (jax.distributed).
     """
     if distributed:
         jax.distributed.initialize()
-    loaded = _task(task, data, train_file, dev_file, text, label, regression)
+    job = Given(
+        task=task,
+        data=data,
+        train_file=train_file,
+        dev_file=dev_file,
+        text=text,
+        label=label,
+        regression=regression,
+        source=source,
+        target=target,
+        context=context,
+    ).job()
     key = jax.random.key(seed)
-    started = checkpoint.load(
-        model, head="classification", num_labels=loaded.task.num_labels, key=key
-    )
-    describe = _describe(out, {"model": model, "seed": seed, "task": loaded.task.to_json()})
+    started = job.load(model, key)
+    describe = _describe(out, {"model": model, "seed": seed, "task": job.to_json()})
     with _mesh(mesh):
-        result = classify.finetune(
-            started, loaded, config, key=key, folder=out, on_step=describe, progress=True
-        )
+        result = job.fit(started, config, key=key, folder=out, on_step=describe, progress=True)
     if not result.finished:
         print(f"Stopped after step {result.step}. To go on, give the same command again.")
         return
@@ -122,6 +172,9 @@ def tune(
     data: Data = None,
     train_file: File = None,
     text: Columns = ("text",),
+    source: Source = "source",
+    target: Target = None,
+    context: Context = None,
     seed: int = 0,
     mesh: MeshText = None,
     distributed: bool = False,
@@ -133,10 +186,13 @@ def tune(
         teacher: Hub id or folder of the model before compression.
         out: Folder for the tuned artefact; its run is kept beside it until it is done.
         config: How to train; train and dropout do not apply.
-        task: GLUE task whose training texts are taken.
+        task: Task whose training texts are taken.
         data: Where its files are.
         train_file: A csv, tsv or jsonl file with a column of texts.
         text: Columns with text.
+        source: Column with sources.
+        target: Column with targets.
+        context: Tokens of a window.
         seed: Seed of the order.
         mesh: How the devices are used.
         distributed: Join the other processes of this job (jax.distributed).
@@ -144,14 +200,21 @@ def tune(
     if distributed:
         jax.distributed.initialize()
     check_new_folder(out)
-    if train_file is not None and task is None:
-        texts = texts_of(tables.read(train_file), text, None)
-    elif task is not None and data is not None and train_file is None:
-        texts = load_task(task, data).train
-    else:
-        raise InputError("give either --task and --data, or --train-file")
+    given = Given(
+        task=task,
+        data=data,
+        train_file=train_file,
+        text=text,
+        source=source,
+        target=target,
+        context=context,
+    )
     key = jax.random.key(seed)
     small = checkpoint.load(student)
+    if given.kind == "labels" and train_file is not None and task is None:
+        texts: Any = texts_of(tables.read(train_file), text, None)
+    else:
+        texts = given.job().texts(small, config, key)
     folder = out.with_name(f"{out.name}.run")
     big = checkpoint.load(
         teacher,
@@ -177,36 +240,78 @@ def evaluate(
     file: File = None,
     text: Columns = ("text",),
     label: str = "label",
+    source: Source = "source",
+    target: Target = None,
+    context: Context = None,
+    split: Literal["dev", "test"] = "test",
+    max_new_tokens: int = 128,
+    beams: int = 1,
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     batch_size: int = 64,
     truncate: bool = False,
 ) -> None:
-    """Measure a fine-tuned model on a task's dev set, or on a file.
+    """Measure a fine-tuned model on a task, or on a file.
+
+    Labels are measured on GLUE's dev sets. For webnlg, e2e and tables with sources and targets,
+    texts are generated and measured by BLEU, chrF, chrF++ and TER (needs fusion-jax[nlg]), and nats
+    per token and perplexity say how likely the references are.
 
     Args:
         model: Folder of a run, whose best model is taken, or an artefact or checkpoint.
-        task: GLUE task.
+        task: The task.
         data: Where its files are.
-        file: A csv, tsv or jsonl file with labels, for a model with the folder of its run.
+        file: A csv, tsv or jsonl file with labels, for a model with the folder of its run, or with
+            sources and targets.
         text: Columns with text.
         label: Column with labels.
+        source: Column with sources.
+        target: Column with targets.
+        context: Tokens of a window.
+        split: Which part of webnlg or e2e.
+        max_new_tokens: Tokens to generate at most for each source.
+        beams: Beams of the search; 1 for greedy.
+        out: A jsonl file to write the generated texts to; must not exist.
         batch_size: Texts at a time.
-        truncate: Cut texts off that are too long.
+        truncate: Cut texts off that are too long; of pairs, the sources.
     """
-    loaded, about = _load(model)
-    if file is None:
-        if task is None or data is None:
-            raise InputError("give either --task and --data, or --file")
-        found = load_task(task, data)
-        about, sets = found.task, dict(found.dev)
-    else:
-        if about is None:
+    about, folder = _about(model)
+    given = Given(task=task, data=data, source=source, target=target, context=context)
+    kind = given.kind if task is not None else _kind(about) or given.kind
+    results: dict[str, float] = {}
+    if kind == "labels":
+        loaded = checkpoint.load(folder, head="classification")
+        if file is None:
+            if task is None or data is None:
+                raise InputError("give either --task and --data, or --file")
+            measured, _, sets = load_task(task, data)
+        elif about is None:
             raise InputError(f"{model} is no run, whose classes would be known; give the run")
-        sets = {file.name: texts_of(tables.read(file), text, label, labels=about.labels)}
-    classify.check_head(loaded, about)
-    for name, texts in sets.items():
-        logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
-        for metric, value in classify.measure(about, logits, texts).items():
-            print(f"{name} {metric} {value:.4f}")
+        else:
+            measured = Task.from_json(about)
+            sets = {file.name: texts_of(tables.read(file), text, label, labels=measured.labels)}
+        classify.check_head(loaded, measured)
+        for name, texts in sets.items():
+            logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
+            found = classify.measure(measured, logits, texts)
+            results |= {f"{name} {metric}": value for metric, value in found.items()}
+    elif kind == "pairs":
+        results = evaluate_pairs(
+            load_generative(folder),
+            given,
+            file=file,
+            split=split,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            beams=None if beams == 1 else Beams(beams),
+            batch_size=batch_size,
+            truncate=truncate,
+        )
+    else:
+        results = evaluate_language(
+            load_generative(folder), given, about=about or {}, batch_size=batch_size
+        )
+    for name, value in results.items():
+        print(f"{name} {value:.4f}")
 
 
 def predict(
@@ -214,30 +319,52 @@ def predict(
     file: Annotated[Path, arg(metavar="FILE")],
     out: Annotated[Path, arg(metavar="OUT")],
     text: Columns = ("text",),
+    max_new_tokens: int = 128,
+    beams: int = 1,
     batch_size: int = 64,
     truncate: bool = False,
 ) -> None:
-    """Label the texts of a file, one JSON object a line.
+    """Label the texts of a file, or generate texts from them, one JSON object a line.
 
     Args:
         model: Folder of a run, whose best model is taken, or an artefact or checkpoint.
         file: A csv, tsv or jsonl file.
-        out: The jsonl file to write: label and probabilities of each text; must not exist.
+        out: The jsonl file to write: label and probabilities of each text, or the text generated
+            from it; must not exist.
         text: Columns with text.
+        max_new_tokens: Tokens to generate at most for each text.
+        beams: Beams of the search; 1 for greedy.
         batch_size: Texts at a time.
         truncate: Cut texts off that are too long.
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another or remove it")
-    loaded, task = _load(model)
+    about, folder = _about(model)
     texts = texts_of(tables.read(file), text, None)
-    logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
+    if _kind(about) == "pairs":
+        if len(text) > 1:
+            raise InputError("texts are generated from one column; give one to --text")
+        said = generate_texts(
+            load_generative(folder),
+            [first for first, *_ in texts.texts],
+            max_new_tokens=max_new_tokens,
+            beams=None if beams == 1 else Beams(beams),
+            batch_size=batch_size,
+            truncate=truncate,
+            progress=True,
+        )
+        rows: list[dict[str, Any]] = [{"text": each} for each in said]
+    else:
+        task = None if about is None else Task.from_json(about)
+        loaded = checkpoint.load(folder, head="classification")
+        logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
+        rows = [_said(row, task) for row in logits]
     new = out.with_name(f".{out.name}.new")
     with new.open("w", encoding="utf-8") as lines:
-        for row in logits:
-            lines.write(json.dumps(_said(row, task)) + "\n")
+        for row in rows:
+            lines.write(json.dumps(row) + "\n")
     os.replace(new, out)
-    print(f"Wrote {len(logits)} lines to {out}.")
+    print(f"Wrote {len(rows)} lines to {out}.")
 
 
 COMMANDS = {"finetune": finetune, "tune": tune, "evaluate": evaluate, "predict": predict}
@@ -257,23 +384,6 @@ def _mesh(text: str | None) -> Any:
         raise InputError(f"mesh {text!r} is not for the {jax.device_count()} devices here")
     auto = (AxisType.Auto,) * len(sizes)
     return jax.set_mesh(jax.make_mesh(tuple(sizes), tuple(axes), axis_types=auto))
-
-
-def _task(
-    task: str | None,
-    data: str | None,
-    train: Path | None,
-    dev: Path | None,
-    text: tuple[str, ...],
-    label: str,
-    regression: bool,
-) -> TaskData:
-
-    if task is not None and data is not None and train is None and dev is None:
-        return load_task(task, data)
-    if train is not None and task is None and data is None:
-        return read_task(train, dev, text=text, label=label, regression=regression)
-    raise InputError("give either --task and --data, or --train-file (and --dev-file)")
 
 
 def _describe(out: Path, fields: dict[str, Any]) -> Any:
@@ -300,16 +410,21 @@ def _describe(out: Path, fields: dict[str, Any]) -> Any:
     return write
 
 
-def _load(name: str) -> tuple[Any, Task | None]:
-    """A run's best model and its task, or any other model and None."""
+def _about(name: str) -> tuple[dict[str, Any] | None, str]:
+    """What ``run.json`` says of a run's task, and the run's best model; else None and the name."""
     run = Path(name).expanduser()
     if not (run / RUN).is_file():
-        return checkpoint.load(name, head="classification"), None
+        return None, name
     _, fields = read_json(run / RUN)
     best = next((run / n for n in ("best", "last") if (run / n).is_dir()), None)
     if best is None:
         raise InputError(f"{run} has no model yet; let the run go on")
-    return checkpoint.load(best), Task.from_json(fields["task"])
+    return fields["task"], str(best)
+
+
+def _kind(about: dict[str, Any] | None) -> Kind | None:
+    """What a run was trained on."""
+    return None if about is None else about.get("kind", "labels")
 
 
 def _said(logits: Any, task: Task | None) -> dict[str, Any]:

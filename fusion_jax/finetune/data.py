@@ -136,6 +136,11 @@ class Batches:
         return batch
 
 
+def round_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The next multiples of 8, of which all padded lengths are."""
+    return -(-lengths // _STEP) * _STEP
+
+
 def bounds(lengths: Int[np.ndarray, " n"], shapes: int) -> list[int]:
     """The lengths to pad to for which the least padding is computed.
 
@@ -151,7 +156,7 @@ def bounds(lengths: Int[np.ndarray, " n"], shapes: int) -> list[int]:
         [32, 104]
     """
     # Least cost by dynamic programming over the distinct lengths.
-    sizes, counts = np.unique(-(-lengths // _STEP) * _STEP, return_counts=True)
+    sizes, counts = np.unique(round_up(lengths), return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
     n = len(sizes)
     best = np.full((shapes + 1, n + 1), np.inf)

@@ -161,6 +161,9 @@ def finetune_language(
     origin = getattr(model, "origin", None)
     if origin is not None and origin.head != "causal-lm":
         raise InputError("the model has no language head; load it with head='causal-lm'")
+    most = getattr(model, "max_length", None)
+    if most is not None and context > most:
+        raise InputError(f"context {context} is above the model's {most} positions")
     order, dropout = jax.random.split(key)
     windows = Windows(ids, context, config.batch_size, seed=int(jax.random.bits(order)))
     held_out = None if dev is None else np.asarray(dev, np.int32)

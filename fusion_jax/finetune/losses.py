@@ -37,8 +37,17 @@ Loss = Callable[[Any, Batch, Key[Array, ""] | None], Total]
 
 
 def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: Any) -> Any:
-    """Runs a model on a batch: on what is not labels and weights."""
+    """Runs a model on a batch: on what is not labels and weights.
+
+    The decoder of an encoder-decoder reads the labels one position later, after the configuration's
+    ``decoder_start_token_id``.
+    """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
+    if _has_encoder(model):
+        # As Hugging Face does, 0 behind a target's end.
+        tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
+        start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = jnp.concatenate([start, tokens[:, :-1]], axis=1)
     return model(**inputs, key=key, **options)
 
 
@@ -69,32 +78,40 @@ def next_token(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
 def sequence_to_sequence(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Cross-entropy of target texts after source texts, for encoder-decoders.
 
-    ``labels`` (b, s) are the targets, with -100 behind their ends; the decoder reads them one
-    position later, after the configuration's ``decoder_start_token_id``.
+    ``labels`` (b, s) are the targets, with -100 behind their ends.
     """
     labels = jnp.asarray(batch["labels"])
-    counts, tokens = labels != -100, jnp.maximum(labels, 0)
-    start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
-    before = jnp.concatenate([start, tokens[:, :-1]], axis=1)
-    logits = wide(run(model, batch, key, decoder_input_ids=before).logits)
-    return _tokens(logits, tokens, counts, batch)
+    logits = wide(run(model, batch, key).logits)
+    return _tokens(logits, jnp.maximum(labels, 0), labels != -100, batch)
 
 
 def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Mean squared error between the hidden states of two models, summed over layers.
 
-    The means are over tokens and features; padding does not count.
+    The means are over tokens and features; padding does not count. Of an encoder-decoder, the
+    tokens of sources count with the encoder's layers, those of targets with the decoder's.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.4.
     """
-    states = [run(m, batch, k, output_hidden_states=True).hidden_states[1:]
-              for m, k in ((teacher, None), (model, key))]  # fmt: skip
-    real = jnp.where(jnp.asarray(batch["attention_mask"]), batch["weights"][:, None], 0.0)
-    total = jnp.zeros((), real.dtype)
-    for ours, theirs in zip(*states, strict=True):
-        total += (jnp.square(wide(ours) - wide(theirs)).mean(-1) * real).sum()
-    return Total(total, real.sum())
+    outs = [run(m, batch, k, output_hidden_states=True) for m, k in ((teacher, None), (model, key))]
+    seen = jnp.asarray(batch["attention_mask"]).astype(bool)
+    stacks = [(outs, seen)]
+    if _has_encoder(model):
+        stacks = [([out.encoder for out in outs], seen), (outs, batch["labels"] != -100)]
+    weights = jnp.asarray(batch["weights"])[:, None]
+    result = Total(jnp.zeros((), weights.dtype), jnp.zeros((), weights.dtype))
+    for pair, counts in stacks:
+        real = jnp.where(counts, weights, 0.0)
+        total = result.total
+        for ours, theirs in zip(*(out.hidden_states[1:] for out in pair), strict=True):
+            total += (jnp.square(wide(ours) - wide(theirs)).mean(-1) * real).sum()
+        result = Total(total, result.count + real.sum())
+    return result
+
+
+def _has_encoder(model: Any) -> bool:
+    return not getattr(model, "reads_prompts", True)
 
 
 def _tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:

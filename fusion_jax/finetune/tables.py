@@ -43,7 +43,35 @@ class Table(NamedTuple):
 
     def place(self, row: int) -> str:
         """Where a row is, such as ``"SST-2/train.tsv:12"``."""
-        return f"{Path(*self.path.parts[-2:])}:{self.lines[row]}"
+        return place(self.path, self.lines[row])
+
+
+def place(path: Path, line: int | None = None) -> str:
+    """A file with its folder, and a line of it, such as ``"SST-2/train.tsv:12"``."""
+    name = str(Path(*path.parts[-2:]))
+    return name if line is None else f"{name}:{line}"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Args:
+        path: A file in UTF-8, with a byte order mark or without.
+
+    Returns:
+        Its text.
+
+    Raises:
+        InputError: The file is missing or no UTF-8; names the line.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: broken UTF-8 ({error.reason})") from None
 
 
 def read(path: Path, header: Sequence[str] | None = None) -> Table:
@@ -59,14 +87,7 @@ def read(path: Path, header: Sequence[str] | None = None) -> Table:
     Raises:
         InputError: The file is missing, is no UTF-8, holds no rows, or a line cannot be read.
     """
-    if not path.is_file():
-        raise InputError(f"no file {path}")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: broken UTF-8 ({error.reason})") from None
+    text = read_text(path)
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
     if path.suffix not in readers:
         raise InputError(f"{path} is of an unknown kind; known: {', '.join(readers)}")

@@ -18,6 +18,8 @@ from fusion_jax.finetune import losses
 from fusion_jax.finetune.classify import Encoder
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches
+from fusion_jax.finetune.generation import PairEncoder
+from fusion_jax.finetune.pairs import Pairs
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.tasks import Texts
 from fusion_jax.finetune.trainer import Fit, Source, fit
@@ -28,7 +30,7 @@ from fusion_jax.sites import sites
 def tune(
     student: Model,
     teacher: Model,
-    texts: Texts | Sequence[str] | Source,
+    texts: Texts | Pairs | Sequence[str] | Source,
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
@@ -44,7 +46,7 @@ def tune(
         student: The compressed model; not changed.
         teacher: The model that it was compressed from.
         texts: The inputs of a task, such as ``data.train``, plain strings, or batches, such as the
-            `Windows` of a language model's text.
+            `Windows` of a language model's text. An encoder-decoder needs pairs.
         config: How to train; None for one epoch with the paper's settings. ``train`` and
             ``dropout`` do not apply.
         key: Random key of the order of the texts.
@@ -79,13 +81,16 @@ def tune(
 
 
 def _batches(
-    student: Model, texts: Texts | Sequence[str], config: TrainConfig, key: Key[Array, ""]
+    student: Model, texts: Texts | Pairs | Sequence[str], config: TrainConfig, key: Key[Array, ""]
 ) -> Batches:
+    seed = int(jax.random.bits(key))
+    if isinstance(texts, Pairs):
+        pairs = PairEncoder(student, config.max_length, config.truncate)
+        return pairs.batches(texts, config.batch_size, shapes=config.shapes, seed=seed)
     if not isinstance(texts, Texts):
         texts = Texts([(t,) for t in texts], None, [f"texts[{i}]" for i in range(len(texts))])
     encoder = Encoder(student, config.max_length, config.truncate)
     examples = encoder(texts._replace(labels=None))
-    seed = int(jax.random.bits(key))
     return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
 
 

@@ -154,6 +154,12 @@ class Family:
     width_field: str
     optional: tuple[str, ...] = ()
 
+    @property
+    def text_head(self) -> Head | None:
+        """The head that generates text, or None if there is none."""
+        heads: tuple[Head, ...] = ("causal-lm", "seq2seq-lm")
+        return next((head for head in heads if head in self.architectures), None)
+
     def check_head(self, head: str | None) -> None:
         """Raises `InputError` if the architecture has no such head."""
         if head is not None and head not in self.architectures:
