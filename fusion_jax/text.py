@@ -50,6 +50,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = 128)
     Returns:
         The batch.
     """
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token
     out = tokenizer(
         list(texts),
         padding=True,
@@ -71,8 +73,6 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
     Returns:
         The batch.
     """
-    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the mask says what is padding
-        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenize(tokenizer, texts, max_length=None)
 

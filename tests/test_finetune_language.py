@@ -143,6 +143,8 @@ def test_bad_input(model, text, key, tmp_path):
         fj.finetune_language(model, text[:5], CONFIG, key=key, context=8)
     with pytest.raises(fj.InputError, match="a text of 3 tokens has no window of 8"):
         fj.finetune_language(model, text, CONFIG, key=key, context=8, dev=text[:3])
+    with pytest.raises(fj.InputError, match="context 40 is above the model's 32 positions"):
+        fj.finetune_language(model, text, CONFIG, key=key, context=40)
     headless = fj.load(tiny.checkpoint(tmp_path / "bare", "gpt2"))
     with pytest.raises(fj.InputError, match="head='causal-lm'"):
         fj.finetune_language(headless, text, CONFIG, key=key, context=8)

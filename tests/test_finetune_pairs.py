@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from fusion_jax.demo import bit_equal
 from fusion_jax.finetune import Pairs, losses, measure_pairs, text_metrics
 from fusion_jax.finetune.generation import PairEncoder
 from fusion_jax.generate import Beams, Sampling, generate
-from fusion_jax.text import load_tokenizer
+from fusion_jax.text import load_tokenizer, tokenize
 from tests import nlg, tiny
 
 CONFIG = fj.TrainConfig(
@@ -113,6 +115,20 @@ def without(*keys):
         path.write_text(json.dumps(fields))
 
     return change
+
+
+REAL = Path(os.environ.get("FUSION_JAX_DATA", "nowhere")) / "nlg"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="FUSION_JAX_DATA names no folder with nlg")
+def test_published_files():
+    data = fj.load_pairs("webnlg", REAL)
+    assert [len(pairs.sources) for pairs in data[1:]] == [6940, 872, 1862]
+    assert [pairs.size for pairs in data[1:]] == [18102, 2268, 4928]
+    assert collections.Counter(data.test.groups) == {"seen": 971, "unseen": 891}
+    data = fj.load_pairs("e2e", REAL)
+    assert [pairs.size for pairs in data[1:]] == [42061, 4672, 4693]
+    assert [len(pairs.sources) for pairs in data[1:]] == [4862, 547, 630]
 
 
 @pytest.mark.parametrize(
@@ -400,6 +416,18 @@ def test_tuning_on_pairs(family, models, data, key):
     else:
         once = dataclasses.replace(config, max_steps=1)
         assert fj.tune(smaller, teacher, ["abc", "b"], once, key=key).finished
+
+
+def test_tokenizers_without_padding(tmp_path):
+    """GPT-2's and Llama's have no token for padding; calibration pads all the same."""
+    tokenizer = load_tokenizer(str(nlg.tokenizer(tmp_path)))
+    with_padding = tokenize(tokenizer, ["abc", "b"])
+    tokenizer.pad_token = None
+    without = tokenize(tokenizer, ["abc", "b"])
+    np.testing.assert_array_equal(without.attention_mask, [[1, 1, 1], [1, 0, 0]])
+    real = np.asarray(without.attention_mask)
+    for batch in (with_padding, without):
+        assert np.asarray(batch.input_ids)[real].tolist() == numbers("abcb")
 
 
 # ------------------------------------------------------------------------------------------------
