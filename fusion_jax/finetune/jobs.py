@@ -58,7 +58,8 @@ class Given:
         """What the options are about."""
         if self.task == PLAIN:
             return "text"
-        return "pairs" if self.task in TEXT_TASKS or self.target is not None else "labels"
+        own = self.task is None and self.target is not None
+        return "pairs" if own or self.task in TEXT_TASKS else "labels"
 
     def job(self) -> Job:
         """What to train on.
