@@ -68,7 +68,7 @@ Context = Annotated[
     arg(
         metavar="N",
         help="With --task text: tokens that the model sees at a time.",
-        help_behavior_hint="(default: 512)",
+        help_behavior_hint="(default: 512, or as the run was trained)",
     ),
 ]
 Columns = Annotated[
