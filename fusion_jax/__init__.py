@@ -17,11 +17,11 @@ from fusion_jax.finetune import finetune_pairs as finetune_pairs
 from fusion_jax.finetune import generate_texts as generate_texts
 from fusion_jax.finetune import load_pairs as load_pairs
 from fusion_jax.finetune import load_task as load_task
+from fusion_jax.finetune import mean_gradients as mean_gradients
 from fusion_jax.finetune import measure_texts as measure_texts
 from fusion_jax.finetune import read_pairs as read_pairs
 from fusion_jax.finetune import read_task as read_task
 from fusion_jax.finetune import tune as tune
-from fusion_jax.forms import plain as plain
 from fusion_jax.generate import Beams as Beams
 from fusion_jax.generate import Sampling as Sampling
 from fusion_jax.generate import generate as generate
@@ -42,5 +42,6 @@ from fusion_jax.mlp import Mlp as Mlp
 from fusion_jax.mlp import experts as experts
 from fusion_jax.report import Report as Report
 from fusion_jax.sites import Site as Site
+from fusion_jax.sites import plain as plain
 from fusion_jax.sites import sites as sites
 from fusion_jax.submlps import SubMLPs as SubMLPs

@@ -24,7 +24,7 @@ from jaxtyping import Array, Key
 import fusion_jax
 from fusion_jax import files
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.forms import Form, at, forms, plain, replaced
+from fusion_jax.forms import Form, at, forms, multiplied_out, replaced
 from fusion_jax.methods import FORMS, MODULES
 from fusion_jax.mlp import Mlp
 from fusion_jax.models import FAMILIES, Family
@@ -416,7 +416,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     config = model.config
     family = FAMILIES[config.model_type]
     width = max(site.mlp.width for site in sites(model))
-    made = plain(model)
+    made = multiplied_out(model)
     for site in sites(made):
         made = replaced(made, site.path, site.mlp.padded(width))
     head: Any = origin.head

@@ -47,6 +47,15 @@ Calibration = Annotated[
         help_behavior_hint="(default: none)",
     ),
 ]
+Budget = Annotated[
+    float | None,
+    arg(
+        metavar="SHARE",
+        help="The share of each MLP's parameters to keep, such as 0.25, in place of the method's "
+        "own size.",
+        help_behavior_hint="(default: by the method's options)",
+    ),
+]
 HeadName = Annotated[
     Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"] | None,
     arg(
@@ -102,6 +111,7 @@ def compress(
     out: Positional[Out],
     method: AnyMethod,  # type: ignore[valid-type]
     layers: LayerText = None,
+    budget: Budget = None,
     calibration: Calibration = None,
     head: HeadName = None,
     num_labels: Labels = None,
@@ -115,6 +125,7 @@ def compress(
         out: Folder for the artefact; must not exist or be empty.
         method: How to compress.
         layers: Which MLPs.
+        budget: The share of each MLP's parameters to keep.
         calibration: Text that the method may fit to.
         head: Head to load.
         num_labels: Classes of a new head.
@@ -136,6 +147,7 @@ def compress(
         method,
         key=key,
         layers=parse_layers(layers),
+        budget=budget,
         calibration=calibration,
         progress=True,
     )

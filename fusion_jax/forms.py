@@ -225,12 +225,12 @@ def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
     if isinstance(layer, Form):
         return layer.dtype
     weights = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
-    return weights.get_value().dtype
+    return weights.dtype
 
 
 def stack_of(linear: AnyLinear) -> tuple[int, ...]:
     """(e,) for the layers of e experts, () for one layer."""
-    return linear.stack if isinstance(linear, Form) else linear.kernel.get_value().shape[:-2]
+    return linear.stack if isinstance(linear, Form) else linear.kernel.shape[:-2]
 
 
 def flops_of(linear: AnyLinear) -> int:
@@ -319,7 +319,7 @@ def replaced(model: Any, path: str, new: nnx.Module) -> Any:
     return model
 
 
-def plain(model: Any) -> Any:
+def multiplied_out(model: Any) -> Any:
     """The same function with plain layers in the place of all forms; the model is left as it is.
 
     Args:
@@ -339,5 +339,5 @@ def check_plain(linear: AnyLinear, path: str) -> None:
     if isinstance(linear, Form):
         raise InputError(
             f"{path or 'the layer'} is {linear.kind} already; start from a plain one "
-            "(fusion_jax.plain makes all layers plain)"
+            "(fusion_jax.plain makes everything plain)"
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
-from fusion_jax.forms import at
+from fusion_jax.forms import at, multiplied_out
 from fusion_jax.forms import replaced as replaced
 from fusion_jax.mlp import Mlp
 from fusion_jax.submlps import SubMLPs
@@ -102,6 +103,33 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
             f"the sites are {listing}"
         )
     return chosen
+
+
+def plain(model: Any) -> Any:
+    """The same function in plain layers and MLPs, for inference; the model is left as it is.
+
+    Matrices in other forms are multiplied out, cluster sizes folded into output weights. What that
+    is trained like is another thing: see `FusedMlp`. Quantise this, and not a fused model, whose
+    stored rows differ in scale.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A clone, which shares all other arrays with the model.
+
+    Example:
+        >>> import jax
+        >>> import fusion_jax as fj
+        >>> mlp = fj.Mlp(4, 64, act="gelu", rngs=nnx.Rngs(0))
+        >>> fused, _ = fj.compress(mlp, fj.Fusion(), key=jax.random.key(0))
+        >>> type(fused).__name__, type(plain(fused)).__name__
+        ('FusedMlp', 'Mlp')
+    """
+    model = multiplied_out(model)
+    for site in sites(model):
+        model = replaced(model, site.path, site.mlp.plain())
+    return model
 
 
 def gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
