@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -359,15 +359,21 @@ def entropies(spectra: Sequence[Float[Array, " _"]]) -> Float[Array, " _"]:
     return jnp.stack([-(v * jnp.log(jnp.where(v > 0, v, 1))).sum() for v in shares])
 
 
+WRITE = 128
+"""What writing a number of an intermediate result costs, in multiply-adds: operations alone favour
+orders with many small products, which are slow."""
+
+
 class Plan(NamedTuple):
     """In which order a product is computed.
 
     Args:
         subscripts: For ``einsum``: the input split into factors, and the cores.
         path: Which two operands are multiplied, one step after the other.
-        flops: Operations of this order.
+        flops: Operations (two a multiply-add) of this order.
         rebuild_flops: Operations of making the matrix first and multiplying then.
-        rebuilds: Whether the input comes last, which is making the matrix first.
+        rebuilds: Whether making the matrix first is this order.
+        cost: What this order costs by the measure it was chosen by, see `plan`.
     """
 
     subscripts: str
@@ -375,6 +381,7 @@ class Plan(NamedTuple):
     flops: int
     rebuild_flops: int
     rebuilds: bool
+    cost: int
 
 
 @lru_cache(maxsize=4096)
@@ -387,7 +394,8 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
         transposed: Whether the product is with the transposed matrix.
 
     Returns:
-        The order, by dynamic programming over all orders.
+        The order of least cost, by dynamic programming over all orders: multiply-adds, and `WRITE`
+        for each number of a result.
 
     Example:
         >>> small = Layout((32, 24), (64, 48), (8,))
@@ -414,20 +422,55 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
     sizes |= dict(zip(columns, layout.outputs, strict=True))
     sizes |= dict(zip(bonds, (1, *layout.bonds, 1), strict=True))
     shapes = [tuple(sizes[s] for s in term) for term in (source, *cores)]
-    found, info = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize="dp")
-    matrix = "".join(s for s in (*rows, *columns) if s not in drop)
-    _, whole = opt_einsum.contract_path(
-        f"{','.join(cores)}->{matrix}", *shapes[1:], shapes=True, optimize="dp"
-    )
-    multiply = 2 * n * math.prod(layout.inputs) * math.prod(layout.outputs)
+    search = opt_einsum.DynamicProgramming(minimize=f"combo-{WRITE}")
+    found, _ = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize=search)
     path = tuple(tuple(pair) for pair in found)
+    # The matrix is made from the left, as `contract` does.
+    rebuild = _cost([set(core) for core in cores], sizes)
+    entries = math.prod(layout.inputs) * math.prod(layout.outputs)
+    last = n * (entries + WRITE * (math.prod(layout.inputs if transposed else layout.outputs)))
+    direct = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
+    rebuilds = m > 1 and (_input_comes_last(path) or rebuild.cost + last <= direct.cost)
+    rebuild_flops = 2 * (rebuild.multiplies + n * entries)
     return Plan(
         subscripts,
         path,
-        int(info.opt_cost),
-        int(whole.opt_cost) + multiply,
-        rebuilds=m > 1 and _input_comes_last(path),
+        rebuild_flops if rebuilds else 2 * direct.multiplies,
+        rebuild_flops,
+        rebuilds,
+        rebuild.cost + last if rebuilds else direct.cost,
     )
+
+
+class _Cost(NamedTuple):
+    multiplies: int
+    cost: int
+
+
+def _path_cost(
+    terms: list[set[str]],
+    path: Sequence[tuple[int, ...]],
+    target: set[str],
+    sizes: Mapping[str, int],
+) -> _Cost:
+    """What an order costs."""
+    terms, multiplies, written = list(terms), 0, 0
+    for pair in path:
+        both: set[str] = set().union(*(terms.pop(i) for i in sorted(pair, reverse=True)))
+        left = both & target.union(*terms)
+        multiplies += math.prod(sizes[s] for s in both)
+        written += math.prod(sizes[s] for s in left)
+        terms.append(left)
+    return _Cost(multiplies, multiplies + WRITE * written)
+
+
+def _cost(cores: list[set[str]], sizes: Mapping[str, int]) -> _Cost:
+    """What making the matrix from the left costs."""
+    every = set().union(*cores)
+    inner = {s for s in every if sum(s in core for core in cores) > 1}
+    path = [(0, len(cores) - 1 - k) if k else (0, 1) for k in range(len(cores) - 1)]
+    # The result of a step comes last in the list of operands.
+    return _path_cost(cores, path, every - inner, sizes)
 
 
 def _input_comes_last(path: Sequence[tuple[int, ...]]) -> bool:
@@ -459,6 +502,12 @@ def product(
         tuple(s[1] for s in shapes), tuple(s[2] for s in shapes), tuple(s[3] for s in shapes[:-1])
     )
     found = plan(len(x), layout, transposed=transposed)
+    if found.rebuilds:
+        whole = contract(
+            [core.astype(x.dtype) for core in cores],
+            (columns, x.shape[1]) if transposed else (x.shape[1], columns),
+        )
+        return x @ (whole.T if transposed else whole)
     ins, outs = (layout.outputs, layout.inputs) if transposed else (layout.inputs, layout.outputs)
     x = jnp.pad(x, ((0, 0), (0, math.prod(ins) - x.shape[1])))
     operands = [x.reshape(len(x), *(i for i in ins if i > 1))]

@@ -1,0 +1,71 @@
+"""Products with matrix product operators: the order that is chosen, and what it costs.
+
+A 768 x 3,072 matrix in five tensors, with bonds cut at several sizes, times a few and many rows:
+operations of the chosen order, of making the matrix first, and of the dense matrix, and the time of
+each where it is run.
+
+    python -m benchmarks.mpo [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from benchmarks.common import finish, parser
+from fusion_jax import mpo
+
+ROWS, COLUMNS, CORES = 768, 3072, 5
+
+
+def seconds(f: Callable[..., Any], *arguments: Any) -> float:
+    """The median time of a call."""
+    jax.block_until_ready(f(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> int:
+    arguments = parser(__doc__)
+    options = arguments.parse_args()
+    key = jax.random.key(0)
+    full = mpo.layout_of(ROWS, COLUMNS, CORES)
+    matrix = jax.random.normal(key, (ROWS, COLUMNS))
+    chosen = jax.jit(partial(mpo.product, columns=COLUMNS))
+    rebuilt = jax.jit(lambda x, cores: x @ mpo.contract(cores, (ROWS, COLUMNS)))
+    dense = jax.jit(lambda x, w: x @ w)
+    rows = []
+    for bond in (16,) if options.quick else (4, 16, 64, max(full.bonds)):
+        layout = full.capped(bond)
+        keys = jax.random.split(key, CORES)
+        cores = [jax.random.normal(k, s) for k, s in zip(keys, layout.shapes, strict=True)]
+        for n in (1, 64) if options.quick else (1, 64, 4096):
+            plan, x = mpo.plan(n, layout), jax.random.normal(key, (n, ROWS))
+            rows.append({
+                "bond": bond, "params": layout.params / matrix.size, "rows": n,
+                "rebuilds": plan.rebuilds, "mflop": plan.flops / 1e6,
+                "mflop_rebuilt": plan.rebuild_flops / 1e6,
+                "mflop_dense": 2 * n * matrix.size / 1e6,
+                "ms": 1e3 * seconds(chosen, x, cores),
+                "ms_rebuilt": 1e3 * seconds(rebuilt, x, cores),
+                "ms_dense": 1e3 * seconds(dense, x, matrix),
+            })  # fmt: skip
+    finish(options, rows, {})
+    worse = [row for row in rows if row["mflop"] > row["mflop_rebuilt"]]
+    if worse:
+        print(f"an order costs more than rebuilding: {worse}", file=sys.stderr)
+    return int(bool(worse))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
