@@ -166,6 +166,11 @@ COMPRESSED: dict[str, Callable[[Run], Any]] = {
     "mpo": _compressed(_method("mpo")),
 }
 """Methods that give a model at once, by name."""
+BY_SGD: dict[str, Callable[[Run], Any]] = {
+    "fusion": _compressed(fj.Fusion(scaling="sgd"), calibrated=True),
+    "fusion, paper": _compressed(fj.Fusion.paper(scaling="sgd")),
+}
+"""The same for training by SGD, whose kernel is compared in their place."""
 
 
 def _fit(make: Callable[[Run], Any]) -> Callable[[Run], tuple[Any, Any]]:
@@ -276,7 +281,8 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
     head = jax.random.normal(jax.random.key(3), (run.model.config.hidden_size, 2))
     for kind in ("sgd", "adam"):
         kernels = []
-        for model in (run.model, made):
+        for_sgd = kind == "sgd" and cell.method in BY_SGD
+        for model in (run.model, BY_SGD[cell.method](run) if for_sgd else made):
             wrt = r"model\.layers\.[2-5]\.mlp\..*"
             f, params = ntk.functional(_Probability(model, head), wrt=wrt)
             kernels.append(np.asarray(ntk.kernel(f, params, tuple(batch), kind=kind)))
