@@ -129,6 +129,12 @@ def mlp_weights(module: Any) -> MlpWeights:
         raise InputError(f"act must be the name of an activation; got {module.act!r}")
 
     def linear(layer: Any) -> tuple[Array, Array | None]:
+        if hasattr(layer, "matrix") or not hasattr(layer, "kernel"):
+            # Parameters are other than the matrix, and so is the kernel.
+            raise InputError(
+                f"{type(layer).__name__} is no plain linear layer, which closed forms and bounds "
+                "are of; ntk.kernel takes any"
+            )
         return layer.kernel[...], None if layer.bias is None else layer.bias[...]
 
     up, up_bias = linear(module.up)

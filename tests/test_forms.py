@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
+import ntk
 from fusion_jax import mpo
 from fusion_jax.demo import bit_equal
 from fusion_jax.finetune.squeeze import lightweight
 from fusion_jax.forms import forms, linears
 from fusion_jax.matrices import matrices
+from ntk.mlp import mlp_weights
 from tests import tiny
 from tests.test_mlp import inputs, make
 
@@ -156,3 +158,17 @@ def test_bfloat16_and_frozen_cores_compute_in_the_inputs_dtype(key):
     light = lightweight(fj.compress(mlp, EXACT, key=key)[0])
     assert light(inputs(dtype=jnp.bfloat16)).dtype == jnp.bfloat16
     assert light(inputs()).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
+def test_kernels_are_by_a_forms_own_parameters(method, key):
+    mlp, _ = fj.compress(make(fj.Mlp), method, key=key)
+    with pytest.raises(ntk.InputError, match="is no plain linear layer"):
+        mlp_weights(mlp)
+    f, params = ntk.functional(mlp)
+    x = inputs(n=4)
+    jacobian = jax.jacobian(lambda p: f(p, x))(params)
+    flat = np.concatenate([j.reshape(4, 3, -1) for j in jax.tree.leaves(jacobian)], axis=-1)
+    assert flat.shape[-1] == sum(v.size for v in jax.tree.leaves(nnx.state(mlp, nnx.Param)))
+    expected = np.einsum("iou,jpu->ijop", flat, flat)
+    np.testing.assert_allclose(ntk.kernel(f, params, x), expected, rtol=1e-4, atol=1e-4)
