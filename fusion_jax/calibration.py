@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.capture import mlp_inputs
+from fusion_jax.capture import Routed, routed_inputs
 from fusion_jax.errors import InputError
 from fusion_jax.geometry import Calibration
 from fusion_jax.mlp import Mlp
@@ -45,7 +45,7 @@ def calibrate(
     key: Key[Array, ""],
     layers: Layers = None,
     max_positions: int = MAX_POSITIONS,
-) -> dict[str, Float[np.ndarray, "t d"]]:
+) -> dict[str, Float[np.ndarray, "*e t d"]]:
     """The inputs of a model's MLPs on text, to be used, or saved and used, as calibration.
 
     Args:
@@ -56,8 +56,9 @@ def calibrate(
         max_positions: How many positions to keep; padding is left out.
 
     Returns:
-        Inputs by site path, (t, d), in random order, the same for all sites. Save them with
-        ``safetensors.numpy.save_file``.
+        Inputs by site path, (t, d), in random order, the same for all sites of one stack of layers;
+        of experts (e, t, d), each expert's at the positions that the router sends to it, with zeros
+        behind those that have fewer. Save them with ``safetensors.numpy.save_file``.
 
     Raises:
         InputError: There is no text, or the model has no tokenizer.
@@ -70,7 +71,7 @@ def calibrate(
     """
     chosen = [site.path for site in select(sites(model), layers)]
     sample = _Sample(_batches_of(model, texts, key), key, max_positions)
-    return sample.inputs(nnx.split(model), tuple(chosen))
+    return sample.inputs(nnx.split(model), tuple(chosen))[0]
 
 
 class Calibrator:
@@ -98,6 +99,7 @@ class Calibrator:
     ):
         self._paths = tuple(site.path for site in chosen)
         self._sample: _Sample | None = None
+        self._use: dict[str, np.ndarray] = {}
         self.sequential = False
         """Whether `of` depends on what was compressed before."""
         if source != "random" and isinstance(source, str | os.PathLike):
@@ -107,7 +109,7 @@ class Calibrator:
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
         sample = _Sample(_batches_of(model, source, key), key, MAX_POSITIONS)
-        self._inputs = sample.inputs(nnx.split(model), self._paths)
+        self._inputs, self._use = sample.inputs(nnx.split(model), self._paths)
         kind = "random tokens" if source == "random" else "text"
         self.description = f"{sample.count:,} positions of {kind}"
         self.sequential = sequential
@@ -126,8 +128,22 @@ class Calibrator:
             return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
         if self._sample is None or not self._replaced:
             return Calibration(inputs)
-        moved = self._sample.inputs(nnx.split(self._model), self._paths)[site.path]
+        moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))
+
+    def use(self, site: Site) -> tuple[float, ...] | None:
+        """The share of the routed positions that each expert of a site gets on the text.
+
+        Positions dropped for lack of capacity, and padding, do not count.
+
+        Args:
+            site: The site.
+
+        Returns:
+            The shares, which add up to 1; None if the site has no experts or inputs were given.
+        """
+        counts = self._use.get(site.path)
+        return None if counts is None else tuple((counts / max(1, counts.sum())).tolist())
 
     def compressed(self, site: Site, new: Mlp) -> None:
         """Takes note that a site was compressed."""
@@ -149,68 +165,104 @@ class _Sample:
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], key: Array, max_positions: int):
         self._key, self._max_positions = key, max_positions
-        masks = [_mask(batch) for batch in batches]
+        self._batches = batches
+        masks = [_masks(batch) for batch in batches]
+        # An encoder and a decoder that reads other text each have their own positions.
+        self._parts = {side: self._chosen([m[side] for m in masks]) for side in masks[0]}
+        self.count = self._count("")
+
+    def _chosen(self, masks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each batch the mask, the chosen positions, and where they go in the sample."""
         total = sum(int(mask.sum()) for mask in masks)
         if not total:
             raise InputError("calibration has no text")
-        chosen = _generator(key).permutation(total)[:max_positions]
-        self.count = len(chosen)
+        chosen = _generator(self._key).permutation(total)[: self._max_positions]
         slots = np.full(total, -1)
-        slots[chosen] = np.arange(self.count)
-        self._parts, start = [], 0
-        for batch, mask in zip(batches, masks, strict=True):
+        slots[chosen] = np.arange(len(chosen))
+        parts, start = [], 0
+        for mask in masks:
             flat = np.flatnonzero(mask)
             here = slots[start : start + len(flat)]
             start += len(flat)
-            self._parts.append((batch, flat[here >= 0], here[here >= 0]))
+            parts.append((mask, flat[here >= 0], here[here >= 0]))
+        return parts
 
-    def inputs(self, split: tuple[Any, Any], paths: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """The inputs of sites at these positions, (t, d); of experts at those routed to each."""
+    def _count(self, side: str) -> int:
+        return sum(len(slots) for _, _, slots in self._parts.get(side, self._parts[""]))
+
+    def inputs(
+        self, split: tuple[Any, Any], paths: tuple[str, ...]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The inputs of sites at these positions, (t, d), or (e, t, d) of experts.
+
+        Args:
+            split: The model's graph and state.
+            paths: The sites.
+
+        Returns:
+            The inputs; and for sites with experts, how many real positions each expert gets.
+        """
         result: dict[str, np.ndarray] = {}
-        routed: dict[str, list[np.ndarray]] = {}
+        routed: dict[str, list[list[np.ndarray]]] = {}
         experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
-        for batch, flat, slots in self._parts:
+        for i, batch in enumerate(self._batches):
             for path, x in _inputs(*split, batch, paths).items():
+                side = "decoder" if path.startswith("decoder.") else ""
+                mask, flat, slots = self._parts.get(side, self._parts[""])[i]
                 if path in experts:
-                    routed.setdefault(path, []).append(np.asarray(x))
+                    routed.setdefault(path, []).append(_by_expert(x, mask))
                     continue
                 x = np.asarray(x).reshape(-1, x.shape[-1])[flat]
                 if path not in result:
-                    result[path] = np.empty((self.count, x.shape[-1]), x.dtype)
+                    result[path] = np.empty((self._count(side), x.shape[-1]), x.dtype)
                 result[path][slots] = x
-        for path, slots in routed.items():
-            result[path] = self._of_experts(np.concatenate(slots, axis=1))
-        return result
+        use: dict[str, np.ndarray] = {}
+        for path, parts in routed.items():
+            each = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+            use[path] = np.array([len(rows) for rows in each])
+            result[path] = self._of_experts(each)
+        return result, use
 
-    def _of_experts(self, slots: np.ndarray) -> np.ndarray:
+    def _of_experts(self, each: list[np.ndarray]) -> np.ndarray:
         """Positions that were routed to each expert, (e, t, d): zeros where it has fewer."""
         generator = _generator(self._key)
-        used = (slots != 0).any(-1)
-        rows = [
-            generator.permutation(x[u])[: self._max_positions]
-            for x, u in zip(slots, used, strict=True)
-        ]
-        every = generator.permutation(slots[used])
+        rows = [generator.permutation(x)[: self._max_positions] for x in each]
+        every = generator.permutation(np.concatenate(each))
         # An expert that this text hardly uses is fitted to what the others get.
         rows = [x if len(x) >= _FEWEST else np.concatenate([x, every[:_FEWEST]]) for x in rows]
-        result = np.zeros((len(rows), max(map(len, rows)), slots.shape[-1]), slots.dtype)
+        result = np.zeros((len(rows), max(map(len, rows)), every.shape[-1]), every.dtype)
         for filled, x in zip(result, rows, strict=True):
             filled[: len(x)] = x
         return result
 
 
+def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
+    """The inputs of each expert at real positions."""
+    if isinstance(x, Routed):
+        rows = np.asarray(x.inputs)[mask]
+        return [rows[used] for used in np.asarray(x.chosen)[mask].T]
+    # Experts without a router of ours: slots that no position was routed to are zero.
+    return [rows[(rows != 0).any(-1)] for rows in np.asarray(x)]
+
+
 @partial(jax.jit, static_argnums=(0, 3))
 def _inputs(graph: Any, state: Any, batch: Mapping[str, Array], paths: tuple[str, ...]) -> Any:
-    seen = mlp_inputs(nnx.merge(graph, state), **batch)
+    seen = routed_inputs(nnx.merge(graph, state), **batch)
     return {path: seen[path] for path in paths}
 
 
-def _mask(batch: Mapping[str, Any]) -> np.ndarray:
-    """Which positions are not padding."""
-    if "attention_mask" in batch:
-        return np.asarray(batch["attention_mask"]).astype(bool)
-    first = np.asarray(next(iter(batch.values())))
-    return np.ones(first.shape[:2], bool)
+def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Which positions are not padding: of the encoder or the only stack, and of a decoder."""
+
+    def mask(name: str, like: Any) -> np.ndarray:
+        if batch.get(name) is not None:
+            return np.asarray(batch[name]).astype(bool)
+        return np.ones(np.shape(like)[:2], bool)
+
+    result = {"": mask("attention_mask", next(iter(batch.values())))}
+    if "decoder_input_ids" in batch:
+        result["decoder"] = mask("decoder_attention_mask", batch["decoder_input_ids"])
+    return result
 
 
 def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from fusion_jax.mlp import Mlp
+from fusion_jax.models.moe import Moe
 from fusion_jax.sites import replaced, sites
 
 
@@ -20,11 +21,39 @@ class _Tap(nnx.Module):
 
     def __init__(self, mlp: Mlp):
         self.mlp = mlp
-        self.seen = nnx.data(None)
+        self.seen: Any = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         self.seen = _Seen(x)
         return self.mlp(x)
+
+
+class Routed(NamedTuple):
+    """What a mixture of experts saw.
+
+    Args:
+        inputs: At every position, padding included.
+        chosen: Which experts computed there.
+    """
+
+    inputs: Float[Array, "b t d"]
+    chosen: Bool[Array, "b t e"]
+
+
+class _RouterTap(Moe):
+    """Stands in for a mixture of experts and keeps its input and its routes."""
+
+    def __init__(self, moe: Moe):
+        self.moe = moe
+        self.inputs: Any = nnx.data(None)
+        self.chosen: Any = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
+        y, logits = self.moe(x, key)
+        self.inputs, self.chosen = _Seen(x), _Seen(self.moe.routes(logits)[1])
+        return y, logits
 
 
 def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
@@ -44,10 +73,41 @@ def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[
         >>> {path: x.shape for path, x in mlp_inputs(layers, jnp.ones((3, 4))).items()}
         {'layers.0': (3, 4), 'layers.1': (3, 4)}
     """
-    tapped = nnx.clone(model)
-    taps = {}
-    for site in sites(tapped):
-        taps[site.path] = _Tap(site.mlp)
-        tapped = replaced(tapped, site.path, taps[site.path])
-    tapped(*args, **kwargs)  # type: ignore[operator]
-    return {path: tap.seen[...] for path, tap in taps.items()}
+    return _seen(model, args, kwargs)[0]
+
+
+def routed_inputs(
+    model: nnx.Module, *args: Any, **kwargs: Any
+) -> dict[str, Float[Array, "*n d"] | Routed]:
+    """The inputs of a model's MLPs as `mlp_inputs` gives them, those of a `Moe`'s experts routed.
+
+    Args:
+        model: The model; not changed.
+        *args: What it is called with.
+        **kwargs: Likewise.
+
+    Returns:
+        By site path the inputs, or for the experts of a `Moe` what it saw and chose.
+    """
+    inputs, routed = _seen(model, args, kwargs)
+    return {**inputs, **routed}
+
+
+def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], dict[str, Routed]]:
+    tapped: Any = nnx.clone(model)
+    taps = {site.path: _Tap(site.mlp) for site in sites(tapped)}
+    routers = {
+        ".".join(map(str, path)): _RouterTap(module)
+        for path, module in nnx.iter_modules(tapped)
+        if isinstance(module, Moe)
+    }
+    # First what is inside the mixtures, as long as it is found under its path.
+    for path, tap in (*taps.items(), *routers.items()):
+        tapped = replaced(tapped, path, tap)
+    tapped(*args, **kwargs)
+    inputs = {path: tap.seen[...] for path, tap in taps.items()}
+    routed = {
+        f"{path}.experts".lstrip("."): Routed(tap.inputs[...], tap.chosen[...])
+        for path, tap in routers.items()
+    }
+    return inputs, routed

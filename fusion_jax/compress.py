@@ -58,7 +58,8 @@ def compress(
             do): strings; batches of tokens (`Batch`, or mappings of the model's arguments, whose
             ``attention_mask`` leaves out padding); inputs by site path, as `calibrate` gives them;
             a file of such inputs (.safetensors) or of text, a sentence per line; or ``"random"``,
-            for random tokens where there is no text at all.
+            for random tokens where there is no text at all. Each expert is fitted to those
+            positions alone that its router sends to it, or if they are few to others' as well.
         gradients: For methods that look at a loss: its gradients by path of a parameter, as
             `mean_gradients` gives them.
         progress: True shows progress on standard error, False does not, None only on a terminal.

@@ -14,8 +14,10 @@ from fusion_jax.capture import mlp_inputs
 from fusion_jax.fitting import matched, refitted
 from fusion_jax.geometry import points
 from fusion_jax.mlp import Factors, experts
+from fusion_jax.models.moe import Moe
 from fusion_jax.submlps import responses
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
+from tests import tiny
 from tests.tiny import checkpoint
 
 D, P, C, T = 6, 32, 8, 200
@@ -292,6 +294,72 @@ def test_experts_are_calibrated_on_what_is_routed_to_them():
     second = jax.tree.map(lambda a: a[1], fused)
     assert (second.labels[...] == alone.labels[...]).all()
     np.testing.assert_allclose(second(x), alone(x), atol=1e-4)
+
+
+def routed_by_hand(model, batch, monkeypatch):
+    """What each expert of each mixture computes on, token by token: real ones within capacity."""
+    seen, call = [], Moe.__call__
+    monkeypatch.setattr(Moe, "__call__", lambda moe, *a: seen.append((moe, a[0])) or call(moe, *a))
+    model(**batch)
+    monkeypatch.undo()
+    paths = {id(site.mlp): site.path for site in fj.sites(model)}
+    found = {}
+    for moe, x in seen:
+        path = paths[id(moe.experts)]
+        name = "decoder_attention_mask" if path.startswith("decoder.") else "attention_mask"
+        mask = batch.get(name, np.ones(x.shape[:2], int))
+        rows = [[] for _ in range(moe.router.out_features)]
+        for text, real in zip(np.asarray(x), np.asarray(mask), strict=True):
+            taken = np.zeros(len(rows), int)
+            for position, counts in zip(text, real, strict=True):
+                scores = position @ np.asarray(moe.router.kernel[...])
+                for e in np.argsort(-scores)[: moe.top_k]:
+                    taken[e] += 1
+                    if counts and (moe.capacity is None or taken[e] <= moe.capacity):
+                        rows[e].append(position)
+        found[path] = rows
+    return found
+
+
+@pytest.mark.parametrize("family", ["switch", "mixtral"])
+def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, monkeypatch):
+    head = dict(tiny.GENERATIVE)[family]
+    model = fj.load(checkpoint(tmp_path / "m", family, head), head=head)
+    made = tiny.batch(family)
+    if "decoder_input_ids" in made:
+        made["decoder_attention_mask"] = np.arange(7)[None] < np.array([[7], [2], [5]])
+    both = [made, {name: x[:1] for name, x in made.items()}]
+    want = [routed_by_hand(model, one, monkeypatch) for one in both]
+    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    chosen = [site for site in fj.sites(model) if site.mlp.stack]
+    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY)
+    assert len(chosen) == len(want[0])
+    for site in chosen:
+        pairs = zip(*(one[site.path] for one in want), strict=True)
+        rows = [np.array(a + b) for a, b in pairs]
+        seen = source.of(site)
+        counts = np.array([len(x) for x in rows])
+        np.testing.assert_array_equal(seen.weights.sum(-1), counts)
+        np.testing.assert_allclose(source.use(site), counts / counts.sum(), rtol=1e-6)
+        for x, have, weights in zip(rows, seen.inputs, seen.weights, strict=True):
+            have = np.asarray(have)[np.asarray(weights) == 1]
+            assert len(have) == len(x)
+            if len(x):
+                order = [np.lexsort(a.T.round(3)) for a in (x, have)]
+                np.testing.assert_allclose(have[order[1]], x[order[0]], atol=1e-4)
+
+
+def test_experts_that_the_text_hardly_uses_see_others_positions(tmp_path, monkeypatch):
+    model = fj.load(checkpoint(tmp_path / "m", "mixtral", "causal-lm"), head="causal-lm")
+    monkeypatch.setattr(calibration, "_FEWEST", 15)
+    seen = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
+    counts = (seen["layers.0.mlp.experts"] != 0).any(-1).sum(1)
+    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    alone = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
+    own = (alone["layers.0.mlp.experts"] != 0).any(-1).sum(1)
+    assert own.sum() == 2 * tiny.batch("mixtral")["attention_mask"].sum()
+    assert own.min() < 15
+    np.testing.assert_array_equal(counts, np.where(own < 15, own + 15, own))
 
 
 def test_budget_is_met_and_best():
