@@ -87,7 +87,7 @@ def allocate(
             points = []
             for share in TRIED:
                 width = min(site.mlp.width, max(1, round(share * site.mlp.width / unit)) * unit)
-                made = dataclasses.replace(method, width=width)
+                made = dataclasses.replace(method, width=width, by_use=0.0)
                 fused, _ = compress(site.mlp, made, key=key, calibration=seen, progress=False)
                 error = _error(site.mlp, fused, inputs[..., :held_out, :], method.scaling)
                 points.append((width, error))

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from fusion_jax.models.rules import KeyRules, Source
 from fusion_jax.origin import Origin
 from fusion_jax.report import Report
 from fusion_jax.sites import Site, sites
+from fusion_jax.uneven import UnevenExperts, some
 
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older ones are read."""
@@ -221,8 +222,7 @@ class Checkpoint:
     def _site_module(self, site: Site) -> Mlp:
         assert self.artefact is not None
         try:
-            spec = dict(self.artefact["sites"][site.path])
-            return site.mlp.abstract(MODULES[spec.pop("module")], **spec)
+            return _module(site.mlp, self.artefact["sites"][site.path])
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
@@ -433,6 +433,21 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         _write_json(new / files.CONFIG, fields)
         files.copy_tokenizer(Path(origin.folder), new)
     return Path(folder)
+
+
+def _module(original: Mlp, spec: Mapping[str, Any]) -> Mlp:
+    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
+    spec = dict(spec)
+    name = spec.pop("module")
+    if name != UnevenExperts.__name__:
+        return original.abstract(MODULES[name], **spec)
+    groups = [dict(group) for group in spec["groups"]]
+    members = [group.pop("members") for group in groups]
+    parts = [
+        _module(jax.eval_shape(partial(some, members=which), original), group)
+        for which, group in zip(members, groups, strict=True)
+    ]
+    return UnevenExperts(parts, members)
 
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,14 @@ from fusion_jax.calibration import Calibrator, Source
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.forms import check_plain
 from fusion_jax.geometry import Calibration
-from fusion_jax.methods.base import Method, Solution
+from fusion_jax.methods.base import Method, Solution, kept_width
 from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
 from fusion_jax.sites import Layers, Site, gradients_of, replaced, select, sites
 from fusion_jax.submlps import SubMLPs, activation
+from fusion_jax.uneven import UnevenExperts, by_use, some
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 TreeT = TypeVar("TreeT")
@@ -125,27 +127,35 @@ def compress(
         if calibration is not None:
             sequential = any(methods[site.path].sequential for site in chosen)
             calibrator = Calibrator(model, chosen, calibration, sequential=sequential, key=text_key)
+            for site in chosen:
+                if methods[site.path].by_use and site.mlp.stack and calibrator.use(site) is None:
+                    raise InputError(
+                        f"{site.path}: by_use needs calibration text or tokens; inputs of experts "
+                        "do not tell how often the router uses each"
+                    )
         singly = calibrator is not None and calibrator.sequential
         for batch in _batches(chosen, methods, singly):
             method = methods[batch[0].path]
             start = time.perf_counter()
-            stacked = _stack([site.mlp.sub_mlps() for site in batch])
-            seen = None if calibrator is None else _stack([calibrator.of(site) for site in batch])
+            keys = [_keys(key, site) for site in batch]
+            seen = None if calibrator is None else [calibrator.of(site) for site in batch]
             slopes = None
             if gradients is not None:
-                slopes = _stack([gradients_of(site, gradients) for site in batch])
-            keys = jnp.stack([_keys(key, site) for site in batch])
-            act = batch[0].mlp.act
-            solutions = jax.block_until_ready(_solve(method, act, (stacked, keys, seen, slopes)))
-            for i, site in enumerate(batch):
-                solution = jax.tree.map(lambda x, i=i: x[i], solutions)
-                new = method.build(site.mlp, solution)
+                slopes = [gradients_of(site, gradients) for site in batch]
+            if method.by_use and batch[0].mlp.stack:
+                assert calibrator is not None and seen is not None
+                use = calibrator.use(batch[0])
+                made = [_uneven(method, batch[0].mlp, keys[0], seen[0], use)]
+            else:
+                made = _even(method, [site.mlp for site in batch], keys, seen, slopes)
+            for site, (new, found_facts) in zip(batch, made, strict=True):
                 compressed = replaced(compressed, site.path, new)
                 if calibrator is not None:
                     calibrator.compressed(site, new)
                 seconds = (time.perf_counter() - start) / len(batch)
-                facts = {name: _fact(value) for name, value in solution.facts._asdict().items()}
-                rows.append(SiteReport.of(site.path, site.mlp, new, facts, seconds))
+                facts = {name: _fact(value) for name, value in found_facts.items()}
+                use = None if calibrator is None else calibrator.use(site)
+                rows.append(SiteReport.of(site.path, site.mlp, new, facts, seconds, use))
                 advance(site.path)
     described = methods[chosen[0].path].to_json()
     if len(set(methods.values())) > 1:
@@ -230,6 +240,53 @@ def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
     """The random key of a site, or of each of its experts."""
     key = jax.random.fold_in(key, site.index)
     return jax.random.split(key, site.mlp.stack) if site.mlp.stack else key
+
+
+def _even(
+    method: Method,
+    mlps: list[Mlp],
+    keys: list[Array],
+    seen: list[Calibration] | None,
+    slopes: list[SubMLPs] | None = None,
+) -> list[tuple[Mlp, dict[str, Array]]]:
+    """Modules of one shape compressed in one call, and the facts of each."""
+    subs = _stack([mlp.sub_mlps() for mlp in mlps])
+    problems = (
+        subs,
+        jnp.stack(keys),
+        None if seen is None else _stack(seen),
+        None if slopes is None else _stack(slopes),
+    )
+    solutions = jax.block_until_ready(_solve(method, mlps[0].act, problems))
+    each = [jax.tree.map(lambda x, i=i: x[i], solutions) for i in range(len(mlps))]
+    pairs = zip(mlps, each, strict=True)
+    return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
+
+
+def _uneven(
+    method: Method,
+    mlp: Mlp,
+    keys: Key[Array, " e"],
+    seen: Calibration,
+    use: Sequence[float] | None,
+) -> tuple[Mlp, dict[str, Array]]:
+    """Experts compressed to widths that follow the router's use, and their facts."""
+    fields: Any = method
+    assert use is not None
+    width = kept_width(fields.width, mlp.width, fields.round_to)
+    plan = by_use(use, width, method.by_use, most=mlp.width, round_to=fields.round_to)
+    made = [
+        _even(
+            dataclasses.replace(fields, width=size),
+            [some(mlp, members)],
+            [keys[jnp.asarray(members)]],
+            [some(seen, members)],
+        )[0]
+        for size, members in plan.items()
+    ]
+    facts = jax.tree.map(lambda *x: jnp.concatenate(x), *(facts for _, facts in made))
+    groups = [group for group, _ in made]
+    return (groups[0] if len(plan) == 1 else UnevenExperts(groups, list(plan.values()))), facts
 
 
 def _fact(value: Array) -> Any:
@@ -318,6 +375,7 @@ def _batches(
         groups.setdefault(kind, []).append(site)
     for group in groups.values():
         limit = max(1, most // math.prod(group[0].mlp.stack))
+        limit = 1 if methods[group[0].path].by_use else limit
         for i in range(0, len(group), limit):
             yield group[i : i + limit]
 

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from fusion_jax.mlp import Mlp
+from fusion_jax.uneven import UnevenExperts
 
 
 class Size(NamedTuple):
@@ -67,6 +68,9 @@ class SiteReport:
             that stays inside clusters (inertia), the Lloyd iterations, whether they converged,
             and the number of empty clusters.
         seconds: Time taken; at the first site of its shape this includes compilation.
+        use: Of experts, the share of the calibration text's routed positions that each one got;
+            None if there was no text.
+        widths: The width of each expert after, where they differ; ``width_after`` is the widest.
     """
 
     site: str
@@ -76,9 +80,19 @@ class SiteReport:
     params_after: int
     facts: dict[str, Any]
     seconds: float
+    use: list[float] | None = None
+    widths: list[int] | None = None
 
     @classmethod
-    def of(cls, site: str, old: Mlp, new: Mlp, facts: dict[str, Any], seconds: float) -> SiteReport:
+    def of(
+        cls,
+        site: str,
+        old: Mlp,
+        new: Mlp,
+        facts: dict[str, Any],
+        seconds: float,
+        use: Sequence[float] | None = None,
+    ) -> SiteReport:
         """The report of an MLP and what replaced it."""
         return cls(
             site=site or "(the model)",
@@ -88,6 +102,8 @@ class SiteReport:
             params_after=num_params(new),
             facts=facts,
             seconds=seconds,
+            use=None if use is None else list(use),
+            widths=list(new.widths) if isinstance(new, UnevenExperts) else None,
         )
 
 
@@ -126,7 +142,7 @@ class Report:
         body = [
             [
                 row.site,
-                *[f"{row.width_before} -> {row.width_after}"] * widths,
+                *[f"{row.width_before} -> {_widths(row)}"] * widths,
                 f"{row.params_before:,} -> {row.params_after:,}",
                 *(_cell(row.facts.get(name)) for name in names),
                 f"{row.seconds:.2f}",
@@ -141,8 +157,25 @@ class Report:
             _total("MLP parameters", before.mlp_params, after.mlp_params),
             _total("MLP MFLOPs per token", before.mlp_flops / 1e6, after.mlp_flops / 1e6),
         ]
+        used = [row for row in self.rows if row.use is not None]
+        experts = [["experts", "share of the text that the router gives to each"]]
+        experts += [[row.site, _shares(row.use or [])] for row in used]
+        more = f"{table(experts)}\n\n" if used else ""
         head = "" if self.calibration is None else f"Calibration: {self.calibration}\n\n"
-        return f"{head}{table([header, *body])}\n\n{table(totals)}"
+        return f"{head}{table([header, *body])}\n\n{more}{table(totals)}"
+
+
+def _widths(row: SiteReport) -> str:
+    return str(row.width_after) if row.widths is None else f"{min(row.widths)}-{row.width_after}"
+
+
+def _shares(use: Sequence[float]) -> str:
+    """All shares of a few experts, and of many the least, the median and the most."""
+    if len(use) <= 16:
+        return " ".join(f"{share:.1%}" for share in use)
+    ordered = sorted(use)
+    least, middle, most = ordered[0], ordered[len(use) // 2], ordered[-1]
+    return f"{least:.1%} to {most:.1%}, median {middle:.1%}"
 
 
 def _cell(value: Any) -> str:

@@ -51,6 +51,9 @@ def sites(model: nnx.Module) -> list[Site]:
         ['0', '1']
     """
     found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, Mlp)]
+    # Groups of experts are parts of one site.
+    whole = {path for path, _ in found}
+    found = [f for f in found if not any(f[0][:i] in whole for i in range(len(f[0])))]
     # Layer 10 after layer 9, not after layer 1.
     found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
     return [Site(i, ".".join(map(str, path)), m) for i, (path, m) in enumerate(found)]

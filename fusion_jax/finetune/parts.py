@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import FusedGatedMlp, FusedMlp
+from fusion_jax.mlp import FusedGatedMlp, FusedMlp, Mlp
 from fusion_jax.sites import sites
 from fusion_jax.submlps import wide
+from fusion_jax.uneven import UnevenExperts
 
 Trains = str | Callable[[str], bool]
 """What trains: ``"all"``, ``"mlp"``, ``"head"``, a regular expression for whole paths of
@@ -131,11 +132,14 @@ def _select(model: nnx.Module, params: list[str], trains: Trains) -> tuple[str, 
 def _width_axes(model: nnx.Module) -> dict[str, int]:
     """The axis of the width in the variables of MLPs, by path."""
     axes = {}
-    for site in sites(model):
-        prefix = f"{site.path}." if site.path else ""
+    mlps = [m for m in nnx.iter_modules(model) if isinstance(m[1], Mlp)]
+    for path, mlp in mlps:
+        if isinstance(mlp, UnevenExperts):
+            continue
+        prefix = "".join(f"{name}." for name in path)
         leaves = {"up.kernel": -1, "up.bias": -1, "gate.kernel": -1, "gate.bias": -1}
         leaves["down.kernel"] = -2
-        if isinstance(site.mlp, FusedMlp | FusedGatedMlp):
+        if isinstance(mlp, FusedMlp | FusedGatedMlp):
             leaves |= dict.fromkeys(("sizes", "outer", "inner", "middle"), -1)
         axes |= {prefix + leaf: axis for leaf, axis in leaves.items()}
     return axes
@@ -149,11 +153,23 @@ class _Remat(nnx.Module):
 
     def __call__(self, *args: Any) -> Any:
         graph, state = nnx.split(self.layer)
-        return jax.checkpoint(lambda state, *args: nnx.merge(graph, state)(*args))(state, *args)
+        # A decoder's memory is no array; training has no cache, so that nothing is written to it.
+        arrays = {
+            i: a
+            for i, a in enumerate(args)
+            if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(a))
+        }
+
+        def run(state: Any, arrays: Any) -> Any:
+            return nnx.merge(graph, state)(*(arrays.get(i, a) for i, a in enumerate(args)))
+
+        return jax.checkpoint(run)(state, arrays)
 
 
 def _remat(model: Any) -> Any:
-    lists = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.List)]
+    modules = [m for _, m in nnx.iter_modules(model)]
+    inner = {id(m.groups) for m in modules if isinstance(m, UnevenExperts)}
+    lists = [m for m in modules if isinstance(m, nnx.List) and id(m) not in inner]
     for layers in lists:
         for i, layer in enumerate(layers):
             layers[i] = _Remat(layer)

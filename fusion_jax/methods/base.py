@@ -56,6 +56,8 @@ class Method:
     """Whether it takes MLPs that another method has been at, too."""
     sequential: bool = False
     """Whether a site's calibration comes from the model with the sites before it compressed."""
+    by_use: float = 0.0
+    """Power of the router's use of an expert that its width grows with; 0 for equal widths."""
 
     def within(self, subs: SubMLPs, share: float) -> Method:
         """The method with the size at which at most so much of an MLP's parameters is left.

@@ -108,6 +108,9 @@ class Fusion(Method):
     """With calibration: fixed factors for which the kernel is nearest to the original's."""
     sequential: bool = False
     """With calibration: each site is fitted on what the sites fused before it lead to."""
+    by_use: float = 0.0
+    """With calibration text: a layer's experts get widths that grow with this power of how often
+    the router uses each, with the same mean; 0 is equal widths, 1 in proportion."""
     ridge: float = 0.01
     """Strength of refit's regression, relative to the mean square of the hidden units."""
     init: Init = "auto"
@@ -145,6 +148,8 @@ class Fusion(Method):
             raise InputError(f"tol must be at least 0; got {self.tol}")
         if not self.ridge > 0:
             raise InputError(f"ridge must be above 0; got {self.ridge}")
+        if self.by_use < 0:
+            raise InputError(f"by_use must be at least 0; got {self.by_use}")
         check_width(self.width)
 
     @classmethod
@@ -177,6 +182,8 @@ class Fusion(Method):
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""
         kept_width(self.width, subs.width, self.round_to)
+        if not calibrated and self.by_use:
+            raise InputError("by_use needs calibration text, which tells the router's use")
         if not calibrated and self.metric not in ("auto", "raw"):
             raise InputError(
                 f"metric {self.metric!r} needs calibration: texts, or 'random' if there are none"
