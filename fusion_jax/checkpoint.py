@@ -38,6 +38,9 @@ from fusion_jax.uneven import UnevenExperts, some
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older ones are read."""
 
+_ALIGNED = 16
+"""Bytes that the width of an exported expert is a multiple of."""
+
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
@@ -395,8 +398,9 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
 
     Cluster sizes are folded into the output weights, and factored matrices multiplied out. Large
     models are written in shards, tensor by tensor. Hugging Face configurations have one width for
-    all layers: where widths differ, units that are all zero fill up to the widest, which changes
-    no output.
+    the MLPs of all layers, or of one kind: where widths differ, units that are all zero fill up to
+    the widest, which changes no output. They also fill experts up to a multiple of 16 bytes,
+    without which PyTorch's product of groups does not run.
 
     Args:
         model: A model that came from `load`, compressed or not.
@@ -415,13 +419,22 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     origin = _origin(model)
     config = model.config
     family = FAMILIES[config.model_type]
-    width = max(site.mlp.width for site in sites(model))
+    named = {
+        site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
+        for site in sites(model)
+    }
+    widths: dict[str, int] = {}
+    for site in sites(model):
+        width = site.mlp.width
+        if site.mlp.stack:
+            unit = max(1, _ALIGNED // site.mlp.dtype.itemsize)
+            width = -(-width // unit) * unit
+        widths[named[site.path]] = max(width, widths.get(named[site.path], 0))
     made = multiplied_out(model)
     for site in sites(made):
-        made = replaced(made, site.path, site.mlp.padded(width))
+        made = replaced(made, site.path, site.mlp.padded(widths[named[site.path]]))
     head: Any = origin.head
-    fields = json.loads(origin.config)
-    fields[family.width_field] = width
+    fields = {**json.loads(origin.config), **widths}
     fields["architectures"] = [family.architectures[head]]
     if head == "classification" and len(fields.get("id2label", ())) != config.num_labels:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}

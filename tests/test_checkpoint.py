@@ -267,6 +267,26 @@ def test_artefact_and_export_of_fused_experts(family, tmp_path, key):
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
 
 
+def test_export_has_a_width_for_each_kind_of_mlp(tmp_path, key):
+    """Dense layers, experts and the shared expert of Qwen2-MoE have fields of their own."""
+    model = fj.load(tiny.checkpoint(tmp_path / "model", "qwen2-moe", "causal-lm"), head="causal-lm")
+    plan = {
+        "layers.0.mlp": fj.Fusion(width=5),
+        "layers.1.mlp.experts": fj.Fusion(width=6),
+        "layers.1.mlp.shared": fj.Fusion(width=7),
+        "layers.2.mlp": fj.Fusion(width=8),
+        "layers.3.mlp": fj.Fusion(width=3),
+    }
+    smaller, _ = fj.compress(model, plan, key=key)
+    folder = fj.export_hf(smaller, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    names = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    assert [config[name] for name in names] == [8, 8, 7]
+    batch = tiny.batch("qwen2-moe")
+    a, b = (m(**batch).logits for m in (smaller, fj.load(folder, head="causal-lm")))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_large_models_are_written_in_shards(folder, tmp_path, monkeypatch):
     model = fj.load(folder)
     monkeypatch.setattr(files, "SHARD_BYTES", 40_000)

@@ -103,6 +103,12 @@ CONFIGS = {
     "qwen3-moe": {**LLAMA, **rope("default"), "model_type": "qwen3_moe", "num_experts": 4,
                   "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 4,
                   "moe_intermediate_size": 24},
+    # Experts in the second layer alone.
+    "qwen2-moe": {**LLAMA, **rope("default"), "model_type": "qwen2_moe", "num_experts": 4,
+                  "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 16,
+                  "shared_expert_intermediate_size": 20, "num_hidden_layers": 4,
+                  "decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True,
+                  "sliding_window": 3, "max_window_layers": 2},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
@@ -131,7 +137,7 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
 WITHOUT_DROPOUT = ("llama", "mixtral")
 # Of these, what does not depend on the variant is tested with another.
-RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen3", "qwen3-moe", "t5-v1.1")
+RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1")
 
 
 def architecture(family, head):

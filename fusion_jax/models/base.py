@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from flax import nnx
@@ -145,6 +145,7 @@ class Family:
         width_field: The field of ``config.json`` with the width of all MLPs.
         optional: Parts that some checkpoints lack, each an argument of ``model`` that says whether
             it is there.
+        width_fields: The fields of MLPs that have their own, by the last part of their paths.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -153,6 +154,7 @@ class Family:
     architectures: Mapping[Head | None, str]
     width_field: str
     optional: tuple[str, ...] = ()
+    width_fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_head(self) -> Head | None:

@@ -1,4 +1,4 @@
-"""Llama and what is built like it: Mistral, Qwen2, Qwen3; with experts Mixtral and Qwen3-MoE."""
+"""Llama and what is built like it: Mistral, Qwen2, Qwen3; with experts Mixtral, Qwen2/3-MoE."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "sliding_window": 4096,
+    },
     "qwen3_moe": {
         "num_key_value_heads": 4,
         "num_experts": 128,
@@ -50,7 +57,8 @@ class LlamaConfig:
     """The fields of a Llama-like ``config.json`` that matter here, with Llama's defaults.
 
     Made by `from_json`, which works out a few of them: ``reaches`` says how many positions back
-    each layer sees, ``qkv_bias`` and ``out_bias`` which projections of attention have biases.
+    each layer sees, ``sparse`` which layers have experts, ``qkv_bias`` and ``out_bias`` which
+    projections of attention have biases. Without a shared expert its size is 0.
     """
 
     model_type: str = "llama"
@@ -69,11 +77,14 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 1
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = False
     router_jitter_noise: float = 0.0
     eos_token_id: int | tuple[int, ...] | None = None
     rope: Rope = field(default_factory=Rope)
     reaches: tuple[int | None, ...] = ()
+    sparse: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -102,13 +113,12 @@ class LlamaConfig:
             "reaches": _reaches(config, result.num_hidden_layers),
             "qkv_bias": bias or kind == "qwen2",
             "out_bias": bias,
+            "num_experts": config.get("num_local_experts") or result.num_experts,
+            "moe_intermediate_size": result.moe_intermediate_size or result.intermediate_size,
         }
-        if "num_local_experts" in config:
-            changes["num_experts"] = config["num_local_experts"]
-        if kind == "qwen3_moe":
-            if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-                raise InputError("only Qwen3-MoE with experts in every layer is implemented")
-            changes["intermediate_size"] = config["moe_intermediate_size"]
+        if kind == "qwen2_moe":
+            changes |= {"qkv_bias": bool(config.get("qkv_bias", True)), "out_bias": False}
+        changes["sparse"] = _sparse(config, result.num_hidden_layers, changes["num_experts"])
         result = replace(result, **changes)
         if heads % result.num_key_value_heads:
             raise InputError(
@@ -116,6 +126,14 @@ class LlamaConfig:
                 f"num_key_value_heads {result.num_key_value_heads}"
             )
         return result
+
+
+def _sparse(config: Mapping[str, Any], layers: int, experts: int) -> tuple[bool, ...]:
+    """Which layers have experts: in Qwen every so many, but for a list of exceptions."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    if step < 1:
+        raise InputError(f"decoder_sparse_step must be at least 1; got {step}")
+    return tuple(experts > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers))
 
 
 def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
@@ -128,10 +146,13 @@ def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if not config.get("use_sliding_window"):
         return (None,) * layers
     first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or [
-        "sliding_attention" if i >= first or kind == "qwen3_moe" else "" for i in range(layers)
-    ]
-    return tuple(reach if kind == "sliding_attention" else None for kind in types)
+    windows = {
+        "qwen2_moe": [i < first and i % 2 == 0 for i in range(layers)],
+        "qwen3_moe": [True] * layers,
+    }.get(kind, [i >= first for i in range(layers)])
+    if config.get("layer_types") and kind != "qwen3_moe":
+        windows = [each == "sliding_attention" for each in config["layer_types"]]
+    return tuple(reach if each else None for each in windows)
 
 
 class Attention(nnx.Module):
@@ -176,6 +197,7 @@ class _Parts:
 
     def __init__(self, config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
+        shared = config.shared_expert_intermediate_size
         common = {"param_dtype": param_dtype, "rngs": rngs}
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.norm = partial(RmsNorm, epsilon=config.rms_norm_eps, **common)
@@ -183,7 +205,6 @@ class _Parts:
         self.mlp = partial(
             GatedMlp,
             config.hidden_size,
-            config.intermediate_size,
             act=config.hidden_act,
             use_bias=config.mlp_bias,
             kernel_init=init,
@@ -191,26 +212,28 @@ class _Parts:
         )
         self.moe = partial(
             Moe,
-            self.mlp,
+            partial(self.mlp, width=config.moe_intermediate_size),
             config.hidden_size,
             config.num_experts,
             top_k=config.num_experts_per_tok,
             normalised=config.norm_topk_prob,
             jitter=config.router_jitter_noise,
+            shared=partial(self.mlp, width=shared) if shared else None,
             kernel_init=init,
             **common,
         )
+        self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
         self.rngs = rngs
 
 
 class Layer(nnx.Module):
     """One layer: a norm before attention and before the MLP, each with a residual around it."""
 
-    def __init__(self, config: LlamaConfig, parts: _Parts):
+    def __init__(self, config: LlamaConfig, sparse: bool, parts: _Parts):
         self.attention_norm = parts.norm(config.hidden_size)
         self.attention = Attention(config, parts)
         self.mlp_norm = parts.norm(config.hidden_size)
-        self.mlp = parts.moe() if config.num_experts else parts.mlp(rngs=parts.rngs)
+        self.mlp = parts.moe() if sparse else parts.dense()
 
     def __call__(
         self,
@@ -263,7 +286,7 @@ class Llama(CausalLm):
         super().__init__(
             config,
             word=parts.embed(vocab, d),
-            layers=[Layer(config, parts) for _ in range(config.num_hidden_layers)],
+            layers=[Layer(config, sparse, parts) for sparse in config.sparse],
             norm=parts.norm(d),
             lm_head=parts.linear(d, vocab, use_bias=False) if untied else None,
             head=head,
@@ -308,15 +331,22 @@ def _mlp_rules(ours: str, theirs: str, names: tuple[str, str, str]) -> tuple[Rul
 
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 _MLP = _mlp_rules("mlp", "mlp", _NAMES)
+_QWEN = (
+    Rule("layers.{l}.mlp.router", "layers.{l}.mlp.gate", LINEAR),
+    *_mlp_rules("mlp.experts", "mlp.experts.{e}", _NAMES),
+    *_MLP,
+)
 _MLPS = {
     "mixtral": (
         Rule("layers.{l}.mlp.router", "layers.{l}.block_sparse_moe.gate", LINEAR),
         *_mlp_rules("mlp.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2")),
     ),
-    "qwen3_moe": (
-        Rule("layers.{l}.mlp.router", "layers.{l}.mlp.gate", LINEAR),
-        *_mlp_rules("mlp.experts", "mlp.experts.{e}", _NAMES),
+    "qwen2_moe": (
+        *_QWEN,
+        *_mlp_rules("mlp.shared", "mlp.shared_expert", _NAMES),
+        Rule("layers.{l}.mlp.shared_gate", "layers.{l}.mlp.shared_expert_gate", LINEAR),
     ),
+    "qwen3_moe": _QWEN,
 }
 # Frequencies that old checkpoints hold as a buffer, and a head that is tied or not asked for.
 _IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
@@ -327,13 +357,17 @@ def _rules(config: LlamaConfig, head: Head | None) -> KeyRules:
     return KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED)
 
 
+_QWEN_WIDTHS = {"experts": "moe_intermediate_size", "shared": "shared_expert_intermediate_size"}
+
+
 def _family(model_type: str, name: str) -> Family:
     return Family(
         config=LlamaConfig.from_json,
         model=Llama,
         rules=_rules,
         architectures={None: f"{name}Model", "causal-lm": f"{name}ForCausalLM"},
-        width_field="moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size",
+        width_field="intermediate_size",
+        width_fields=_QWEN_WIDTHS if model_type in ("qwen2_moe", "qwen3_moe") else {},
     )
 
 
@@ -342,6 +376,7 @@ FAMILIES = {
     "mistral": _family("mistral", "Mistral"),
     "mixtral": _family("mixtral", "Mixtral"),
     "qwen2": _family("qwen2", "Qwen2"),
+    "qwen2_moe": _family("qwen2_moe", "Qwen2Moe"),
     "qwen3": _family("qwen3", "Qwen3"),
     "qwen3_moe": _family("qwen3_moe", "Qwen3Moe"),
 }

@@ -33,12 +33,15 @@ class Moe(nnx.Module):
         capacity: Most positions of one sequence that one expert takes, or None.
         jitter: The router's inputs are multiplied by up to 1 +- this in training.
         router_bias: Whether the router has a bias.
+        shared: Makes an expert that computes at every position and whose outputs are multiplied by
+            a sigmoid of a linear map of its inputs; None for none.
         kernel_init: Initialiser of the router.
         param_dtype: The dtype of the parameters.
         rngs: Random keys of the initial parameters.
 
     References:
-        Switch Transformers (arXiv 2101.03961); Mixtral of Experts (arXiv 2401.04088).
+        Switch Transformers (arXiv 2101.03961); Mixtral of Experts (arXiv 2401.04088); for the
+        shared expert Qwen2 (arXiv 2407.10671), section 2.2.2.
     """
 
     def __init__(
@@ -52,21 +55,18 @@ class Moe(nnx.Module):
         capacity: int | None = None,
         jitter: float = 0.0,
         router_bias: bool = False,
+        shared: Callable[..., Mlp] | None = None,
         kernel_init: nnx.Initializer,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.top_k, self.normalised = top_k, normalised
         self.capacity, self.jitter = capacity, jitter
-        self.router = nnx.Linear(
-            d,
-            count,
-            use_bias=router_bias,
-            kernel_init=kernel_init,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        linear = partial(nnx.Linear, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
+        self.router = linear(d, count, use_bias=router_bias)
         self.experts = experts(make, count, top_k=top_k, rngs=rngs)
+        self.shared = None if shared is None else shared(rngs=rngs)
+        self.shared_gate = None if shared is None else linear(d, 1, use_bias=False)
 
     def __call__(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
@@ -84,7 +84,10 @@ class Moe(nnx.Module):
         inputs = jnp.where(taken, x.reshape(b * t, d)[order], 0)
         outputs = wide(self.experts(inputs)) * jnp.take_along_axis(flat, order, axis=1)[..., None]
         total = jnp.zeros((b * t, d), outputs.dtype).at[order].add(outputs)
-        return total.reshape(b, t, d).astype(x.dtype), logits
+        y = total.reshape(b, t, d).astype(x.dtype)
+        if self.shared is not None and self.shared_gate is not None:
+            y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return y, logits
 
     def router_logits(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
