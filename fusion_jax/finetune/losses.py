@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from fusion_jax.models.moe import load_balancing_loss, router_z_loss
 from fusion_jax.submlps import wide
 
 Batch = Mapping[str, Any]
@@ -33,6 +34,8 @@ class Total(NamedTuple):
     count: Float[Array, ""]
 
 
+Coefficient = float | Float[Array, ""]
+
 Loss = Callable[[Any, Batch, Key[Array, ""] | None], Total]
 
 
@@ -43,7 +46,7 @@ def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: 
     ``decoder_start_token_id``.
     """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
-    if _has_encoder(model):
+    if _has_encoder(model) and "labels" in batch:
         # As Hugging Face does, 0 behind a target's end.
         tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
         start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
@@ -64,25 +67,99 @@ def regression(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
     return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
 
 
-def next_token(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def next_token(
+    model: Any,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    *,
+    balance: Coefficient = 0.0,
+    router_z: Coefficient = 0.0,
+) -> Total:
     """Cross-entropy of each token after those before it, where it is real and counts.
 
-    ``labels``, if there are any, are the tokens themselves, with -100 where they do not count.
+    ``labels``, if there are any, are the tokens themselves, with -100 where they do not count. For
+    a model with experts, see `router_losses`.
     """
-    logits = wide(run(model, batch, key).logits)[:, :-1]
+    out = run(model, batch, key)
+    logits = wide(out.logits)[:, :-1]
     tokens = jnp.asarray(batch.get("labels", batch["input_ids"]))[:, 1:]
     counts = jnp.asarray(batch["attention_mask"])[:, 1:].astype(bool) & (tokens != -100)
-    return _tokens(logits, jnp.maximum(tokens, 0), counts, batch)
+    result = _tokens(logits, jnp.maximum(tokens, 0), counts, batch)
+    return _with(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
 
 
-def sequence_to_sequence(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def sequence_to_sequence(
+    model: Any,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    *,
+    balance: Coefficient = 0.0,
+    router_z: Coefficient = 0.0,
+) -> Total:
     """Cross-entropy of target texts after source texts, for encoder-decoders.
 
-    ``labels`` (b, s) are the targets, with -100 behind their ends.
+    ``labels`` (b, s) are the targets, with -100 behind their ends. For a model with experts, see
+    `router_losses`.
     """
     labels = jnp.asarray(batch["labels"])
-    logits = wide(run(model, batch, key).logits)
-    return _tokens(logits, jnp.maximum(labels, 0), labels != -100, batch)
+    counts, tokens = labels != -100, jnp.maximum(labels, 0)
+    out = run(model, batch, key)
+    result = _tokens(wide(out.logits), tokens, counts, batch)
+    return _with(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
+
+
+def router_losses(
+    model: Any, out: Any, batch: Batch, *, balance: Coefficient, router_z: Coefficient
+) -> Float[Array, ""]:
+    """The auxiliary losses of a model's routers, weighted; 0 for a model without experts.
+
+    Training a mixture of experts without them lets its routers collapse. Give the coefficients to a
+    loss by ``jax.tree_util.Partial(next_token, balance=0.01)``.
+
+    Args:
+        model: The model.
+        out: What it returned.
+        batch: The batch, whose padding does not count.
+        balance: The coefficient of `load_balancing_loss`: transformers has 0.001 for Mixtral and
+            Switch, the paper of Switch 0.01. Shares are taken as each architecture's authors do:
+            over the whole batch in a decoder, in each sequence in an encoder-decoder, whose two
+            stacks are added up.
+        router_z: The coefficient of `router_z_loss`: transformers has 0.001 for Switch, 0 for
+            others.
+
+    Returns:
+        The weighted sum.
+
+    References:
+        Switch Transformers (arXiv 2101.03961), equations 4 to 6; ST-MoE (arXiv 2202.08906),
+        equation 5.
+    """
+    rows = jnp.asarray(batch["weights"])[:, None] > 0
+    stacks = [(out.router_logits, batch.get("attention_mask"))]
+    encoder = getattr(out, "encoder", None)
+    if encoder is not None:
+        stacks = [(encoder.router_logits, batch.get("attention_mask"))]
+        stacks += [(out.router_logits, _decoder_mask(batch))]
+    top_k = getattr(model.config, "num_experts_per_tok", 1)
+    total = jnp.float32(0)
+    for logits, mask in stacks:
+        if logits:
+            real = jnp.ones(logits[0].shape[:2], bool) if mask is None else jnp.asarray(mask)
+            real = real.astype(bool) & rows
+            shares = load_balancing_loss(logits, top_k, real, per_sequence=encoder is not None)
+            total += balance * shares.astype(total.dtype)
+            total += router_z * router_z_loss(logits, real).astype(total.dtype)
+    return total
+
+
+def _with(result: Total, auxiliary: Array) -> Total:
+    return result._replace(total=result.total + auxiliary.astype(result.total.dtype) * result.count)
+
+
+def _decoder_mask(batch: Batch) -> Any:
+    if "labels" in batch:
+        return jnp.asarray(batch["labels"]) != -100
+    return batch.get("decoder_attention_mask")
 
 
 def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
@@ -98,11 +175,14 @@ def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | 
     seen = jnp.asarray(batch["attention_mask"]).astype(bool)
     stacks = [(outs, seen)]
     if _has_encoder(model):
-        stacks = [([out.encoder for out in outs], seen), (outs, batch["labels"] != -100)]
+        mask = _decoder_mask(batch)
+        read = jnp.ones((1, 1), bool) if mask is None else jnp.asarray(mask).astype(bool)
+        stacks = [([out.encoder for out in outs], seen), (outs, read)]
     weights = jnp.asarray(batch["weights"])[:, None]
     result = Total(jnp.zeros((), weights.dtype), jnp.zeros((), weights.dtype))
     for pair, counts in stacks:
         real = jnp.where(counts, weights, 0.0)
+        real = jnp.broadcast_to(real, pair[0].hidden_states[0].shape[:2])
         total = result.total
         for ours, theirs in zip(*(out.hidden_states[1:] for out in pair), strict=True):
             total += (jnp.square(wide(ours) - wide(theirs)).mean(-1) * real).sum()

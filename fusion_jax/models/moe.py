@@ -154,17 +154,22 @@ def load_balancing_loss(
     else:
         weight = jnp.tile(real.astype(logits.dtype), (1, len(router_logits)))
     axes = (1,) if per_sequence else (0, 1)
-    mean = partial(jnp.sum, axis=axes, keepdims=True)
-    count = mean(weight[..., None])
-    share, probability = (mean(x * weight[..., None]) / count for x in (used, probabilities))
-    return e * (share * probability).sum(-1).mean()
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    count = total(weight[..., None])
+    # A sequence of padding alone has no shares.
+    some = jnp.maximum(count, 1)
+    share, probability = (total(x * weight[..., None]) / some for x in (used, probabilities))
+    return e * (share * probability).sum() / (count > 0).sum(dtype=count.dtype)
 
 
-def router_z_loss(router_logits: Sequence[Float[Array, "b t e"]]) -> Float[Array, ""]:
+def router_z_loss(
+    router_logits: Sequence[Float[Array, "b t e"]], real: Shaped[Array, "b t"] | None = None
+) -> Float[Array, ""]:
     """The auxiliary loss that keeps router logits small: the mean of logsumexp squared.
 
     Args:
         router_logits: Of every layer with experts.
+        real: 0 or False at padding, which does not count; None for none.
 
     Returns:
         The loss.
@@ -177,4 +182,8 @@ def router_z_loss(router_logits: Sequence[Float[Array, "b t e"]]) -> Float[Array
         1.922
     """
     logits = jnp.concatenate([wide(x) for x in router_logits], axis=1)
-    return jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    if real is None:
+        return squares.mean()
+    weight = jnp.tile(real.astype(logits.dtype), (1, len(router_logits)))
+    return (squares * weight).sum() / weight.sum()
