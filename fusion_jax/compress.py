@@ -98,12 +98,13 @@ def compress(
     for site in chosen:
         method = methods[site.path]
         with _naming(site):
-            for name, linear in site.mlp.linears().items():
-                check_plain(linear, name)
-            if type(site.mlp) not in (Mlp, GatedMlp) and not method.any_mlp:
+            whole = method.any_mlp and not isinstance(site.mlp, UnevenExperts)
+            if type(site.mlp) not in (Mlp, GatedMlp) and not whole:
                 raise InputError(
                     f"is a {type(site.mlp).__name__} already; compress the original model"
                 )
+            for name, linear in site.mlp.linears().items():
+                check_plain(linear, name)
             subs = jax.eval_shape(site.mlp.sub_mlps)
             if budget is not None:
                 methods[site.path] = method = method.within(subs, budget)
