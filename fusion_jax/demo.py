@@ -86,7 +86,7 @@ def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
     """Whether two models have the same variables with the same bits."""
     states = [nnx.to_flat_state(nnx.state(m)) for m in (a, b)]
     return all(
-        p == q and np.array_equal(v.get_value().view(jnp.uint8), w.get_value().view(jnp.uint8))
+        p == q and np.asarray(v.get_value()).tobytes() == np.asarray(w.get_value()).tobytes()
         for (p, v), (q, w) in zip(*states, strict=True)
     )
 

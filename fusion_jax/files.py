@@ -242,7 +242,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         if shard and sizes[-1] + x.nbytes > SHARD_BYTES:
             write()
             sizes.append(0)
-        shard[name] = np.ascontiguousarray(x)
+        shard[name] = np.asarray(x, order="C")  # np.ascontiguousarray would give numbers an axis
         sizes[-1] += x.nbytes
     write()
     if len(shards) == 1:

@@ -12,13 +12,20 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from fusion_jax.errors import InputError
+from fusion_jax.submlps import wide
+from fusion_jax.topk import top_mask_of_share
 
 
 class Frozen(nnx.Variable):
     """A variable that neither trains nor enters an NTK, such as the sizes of clusters."""
+
+
+class Precise(nnx.Param):
+    """A parameter in float32 at least, whatever dtype the model is or computes in."""
 
 
 class Form(nnx.Module):
@@ -49,7 +56,9 @@ class Form(nnx.Module):
 
     def matrix(self) -> Float[Array, "*s d o"]:
         """The matrix W, computed."""
-        make: Callable[[Any], Array] = lambda form: form._matrix()  # noqa: E731
+        return self._each(lambda form: form._matrix())
+
+    def _each(self, make: Callable[[Any], Array]) -> Array:
         for _ in self.stack:
             make = jax.vmap(make)
         return make(self)
@@ -212,6 +221,62 @@ class Masked(Form):
         return {"form": self.kind}
 
 
+class Scored(Form):
+    """A matrix of which the weights with the largest scores count, ``W = K * M``.
+
+    The kernel K is Frozen, the scores S train. The mask M has the ``keep * size`` largest scores,
+    rounded down. Gradients go straight through it, dL/dS = dL/dW * K with the whole of K, so that a
+    weight that does not count now may come back.
+
+    References:
+        Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning.
+
+    Example:
+        >>> layer = Scored(2, 2, use_bias=False, param_dtype=jnp.float32)
+        >>> kernel, scores = jnp.ones((2, 2)), jnp.array([[3.0, 1.0], [0.0, 2.0]])
+        >>> layer.load([kernel, scores, jnp.array(0.5), jnp.array(0.0)], None)
+        >>> layer(jnp.ones((1, 2))).tolist()
+        [[1.0, 1.0]]
+    """
+
+    kind = "scored"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        zeros = jnp.zeros((self.in_features, self.out_features), kwargs["param_dtype"])
+        self.kernel = Frozen(zeros)
+        self.scores = Precise(wide(zeros))
+        self.keep = Frozen(jnp.ones((), jnp.float32))
+        self.penalty = Frozen(jnp.zeros((), jnp.float32))
+
+    def arrays(self) -> list[nnx.Variable]:
+        """K and S (d, o), the share to keep, and what the size of scores costs in the loss."""
+        return [self.kernel, self.scores, self.keep, self.penalty]
+
+    def mask(self) -> Bool[Array, "*s d o"]:
+        """M, true where weights count."""
+        return self._each(lambda form: form._mask())
+
+    def _mask(self) -> Array:
+        return top_mask_of_share(lax.stop_gradient(self.scores[...]), self.keep[...])
+
+    def _matrix(self) -> Array:
+        kernel, scores = self.kernel[...], self.scores[...]
+        kept = jnp.where(self._mask(), kernel, jnp.zeros((), kernel.dtype))
+        # This is 0, and its derivative by the scores is the kernel.
+        straight = kernel.astype(scores.dtype) * (scores - lax.stop_gradient(scores))
+        return kept + straight.astype(kernel.dtype)
+
+    @property
+    def flops(self) -> int:
+        """Those of the whole matrix, as for `Masked`."""
+        return 2 * self.in_features * self.out_features
+
+    def spec(self) -> dict[str, Any]:
+        """The form."""
+        return {"form": self.kind}
+
+
 AnyLinear = nnx.Linear | Form
 
 
@@ -226,6 +291,13 @@ def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
         return layer.dtype
     weights = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
     return weights.dtype
+
+
+def params_dtype(model: nnx.Module) -> Any:
+    """The dtype of a model's parameters, by the first; `Precise` ones do not count."""
+    state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and not isinstance(v, Precise))
+    plain = jax.tree.leaves(state)
+    return plain[0].dtype if plain else next(iter(forms(model).values())).dtype
 
 
 def stack_of(linear: AnyLinear) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
+from fusion_jax.forms import Precise
 from fusion_jax.mlp import FusedGatedMlp, FusedMlp, Mlp
 from fusion_jax.sites import sites
 from fusion_jax.submlps import wide
@@ -92,8 +93,10 @@ class Parts:
     def _merged(self, graph: Any, arrays: Mapping[str, Array], dtype: Any) -> Any:
         flat = {}
         for name, (path, variable) in self._flat.items():
-            # Frozen variables keep their own dtype: bfloat16 would round the sizes of clusters.
-            own = dtype is None or not isinstance(variable, nnx.Param)
+            # These keep their own dtype: bfloat16 would round the sizes of clusters, and make
+            # scores equal.
+            exact = isinstance(variable, Precise) or not isinstance(variable, nnx.Param)
+            own = dtype is None or exact
             flat[path] = variable.replace(
                 arrays[name].astype(variable.get_value().dtype if own else dtype)
             )

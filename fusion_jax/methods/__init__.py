@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusion_jax.forms import Form
+from fusion_jax.forms import Form, Scored
 from fusion_jax.methods.base import Method as Method
 from fusion_jax.methods.base import Solution as Solution
 from fusion_jax.methods.base import method_from_json as method_from_json
@@ -38,6 +38,10 @@ MODULES: dict[str, type[Mlp]] = {
 
 FORMS: dict[str, type[Form]] = {
     form.kind: form
-    for form in (*(cls.form for cls in METHODS.values() if issubclass(cls, Factored)), MpoEmbed)
+    for form in (
+        *(cls.form for cls in METHODS.values() if issubclass(cls, Factored)),
+        MpoEmbed,
+        Scored,
+    )
 }
 """What can be in place of a linear layer or an embedding, by its name in files."""
