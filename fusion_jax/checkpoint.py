@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from jaxtyping import Array, Key
 import fusion_jax
 from fusion_jax import files
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.forms import Form, at, forms, multiplied_out, replaced
+from fusion_jax.forms import Form, at, forms, multiplied_out, params_dtype, replaced
 from fusion_jax.methods import FORMS, MODULES
 from fusion_jax.mlp import Mlp
 from fusion_jax.models import FAMILIES, Family
@@ -33,6 +33,7 @@ from fusion_jax.models.rules import KeyRules, Source
 from fusion_jax.origin import Origin
 from fusion_jax.report import Report
 from fusion_jax.sites import Site, sites
+from fusion_jax.text import load_tokenizer
 from fusion_jax.uneven import UnevenExperts, some
 
 FORMAT = 1
@@ -49,9 +50,11 @@ def load(
     *,
     head: Head | None = None,
     num_labels: int | None = None,
+    label_words: Sequence[str] | Sequence[int] | None = None,
     dtype: Any = None,
     key: Key[Array, ""] | None = None,
     revision: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Loads a model from the hub, a Hugging Face folder, or an artefact of `save`.
 
@@ -63,10 +66,15 @@ def load(
         head: ``"classification"``, ``"masked-lm"``, or None for the base model alone (for an
             artefact: for the head it was saved with).
         num_labels: Classes of the classification head; None for what the files say.
+        label_words: A word or token id for each class, for a classification head that needs no
+            training (BERT and RoBERTa): the logits of these words in the files' masked-LM head at
+            the first position; if they have no such head, the first hidden state times the words'
+            embeddings. Words are such as stand after a space.
         dtype: The dtype of the parameters, in which the model also computes; None for that of the
             files.
         key: Random key of a head that the files do not have; without it that is an error.
         revision: Branch, tag or commit on the hub.
+        base: For what `save_masks` wrote: the model that it was made of, if it is not where it was.
 
     Returns:
         The model: a Flax NNX module with the attributes ``config`` and ``origin``.
@@ -78,7 +86,15 @@ def load(
     Example:
         >>> model = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
     """
-    opened = open_checkpoint(name, head=head, num_labels=num_labels, dtype=dtype, revision=revision)
+    opened = open_checkpoint(
+        name,
+        head=head,
+        num_labels=num_labels,
+        label_words=label_words,
+        dtype=dtype,
+        revision=revision,
+        base=base,
+    )
     return opened.read(key)
 
 
@@ -87,8 +103,10 @@ def open_checkpoint(
     *,
     head: Head | None = None,
     num_labels: int | None = None,
+    label_words: Sequence[str] | Sequence[int] | None = None,
     dtype: Any = None,
     revision: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Opens a model's files without reading the weights; the arguments are those of `load`.
 
@@ -96,8 +114,10 @@ def open_checkpoint(
         name: A hub id or a folder.
         head: The head, or None.
         num_labels: Classes of the classification head.
+        label_words: A word or token id for each class.
         dtype: The dtype of the parameters.
         revision: Branch, tag or commit on the hub.
+        base: For what `save_masks` wrote: the model that it was made of.
 
     Returns:
         The opened checkpoint, whose ``abstract`` is the model with shapes for arrays.
@@ -113,7 +133,7 @@ def open_checkpoint(
         if artefact.get("format", FORMAT + 1) > FORMAT:
             raise InputError(f"{folder} was written by a newer fusion-jax; update to read it")
         head = artefact["head"] if head is None else head
-        if num_labels is None:
+        if num_labels is None and head == artefact["head"]:
             num_labels = artefact.get("num_labels")
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
@@ -128,15 +148,59 @@ def open_checkpoint(
         if num_labels < 1:
             raise InputError(f"num_labels must be at least 1; got {num_labels}")
         fields = {**fields, "num_labels": num_labels}
+    if label_words is None and head == "classification":
+        label_words = (artefact or {}).get("label_ids") or fields.get("label_ids")
+    if label_words is not None:
+        fields = {**fields, "label_ids": _label_ids(folder, label_words, head, num_labels)}
     try:
         config = family.config(fields)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    base = Origin(os.fspath(name), str(folder.absolute()), text, head)
+    origin = Origin(os.fspath(name), str(folder.absolute()), text, head)
     if artefact is not None:
         history = tuple(json.dumps(step) for step in artefact["history"])
-        base = Origin(artefact["base"], base.folder, text, head, history)
-    return Checkpoint(family, config, base, files.TensorFiles(folder), dtype, artefact)
+        origin = Origin(artefact["base"], origin.folder, text, head, history)
+    if artefact is not None and "masks" in artefact:
+        from fusion_jax.masks import MaskFiles
+
+        tensors = MaskFiles(folder, artefact, base)
+    elif base is not None:
+        raise InputError(f"base is for what fusion_jax.save_masks wrote; {folder} is none of it")
+    else:
+        tensors = files.TensorFiles(folder)
+    opened = Checkpoint(family, config, origin, tensors, dtype, artefact)
+    if label_words is None:
+        return opened
+    if not hasattr(config, "label_ids"):
+        raise InputError(f"{folder}: only BERT and RoBERTa take label words, not {model_type}")
+    # A model that was made without the head's layers stays so.
+    if not opened.find("head.dense.kernel").names:
+        opened = replace(opened, config=replace(config, label_transform=False))
+    return opened
+
+
+def _label_ids(
+    folder: Path, words: Sequence[str] | Sequence[int], head: str | None, num_labels: int | None
+) -> list[int]:
+    """The token ids of label words; raises `InputError` if a word is not one token."""
+    if head != "classification":
+        raise InputError("label_words is for head='classification'")
+    if num_labels not in (None, len(words)):
+        raise InputError(f"num_labels is {num_labels}, but label_words are {len(words)}")
+    ids = []
+    tokenizer = None
+    for word in words:
+        if isinstance(word, str):
+            tokenizer = load_tokenizer(str(folder)) if tokenizer is None else tokenizer
+            # As inside a text: RoBERTa's tokens of words hold the space before them.
+            found = tokenizer.encode(f" {word}", add_special_tokens=False)
+            if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+                raise InputError(f"label word {word!r} is not one token of {folder}; use another")
+            word = found[0]
+        ids.append(word)
+    if not ids or len(set(ids)) < len(ids):
+        raise InputError(f"label words must be different from each other; got {list(words)}")
+    return ids
 
 
 class Found(NamedTuple):
@@ -276,11 +340,12 @@ class Checkpoint:
         new = self._check(flat, found, key)
         fresh = self._initial(new, key) if new else {}
         for path, variable in flat.items():
-            value = fresh[path] if path in fresh else self._value(found[path], variable)
+            value = fresh[path] if path in fresh else self.value(found[path], variable)
             flat[path] = variable.replace(value)
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def _value(self, found: Found, variable: Any) -> Array:
+    def value(self, found: Found, variable: Any) -> Array:
+        """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
         if not found.source.stacked:
             return _laid_out(self.tensors.read(found.names[0]), found.source, want.dtype)
@@ -365,24 +430,50 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
     Example:
         >>> save(model, "minilm-fused")  # doctest: +SKIP
     """
-    origin = _origin(model)
+    tensors = (
+        (_join(path), np.asarray(variable.get_value()))
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    )
+    return write_artefact(model, folder, tensors, report=report)
+
+
+def write_artefact(
+    model: Model,
+    folder: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    fields: Mapping[str, Any] | None = None,
+    *,
+    report: Report | None = None,
+) -> Path:
+    """Writes an artefact with given tensors; the other arguments are those of `save`.
+
+    Args:
+        model: The model.
+        folder: Where.
+        tensors: What to write, by name.
+        fields: Further fields of ``fusion.json``.
+        report: The report of the compression.
+
+    Returns:
+        The folder.
+    """
+    origin = origin_of(model)
     config = model.config
+    num_labels, label_ids = labels_of(model)
     fields = {
         "format": FORMAT,
         "base": origin.name,
         "model_type": config.model_type,
         "head": origin.head,
-        "num_labels": config.num_labels if origin.head == "classification" else None,
-        "dtype": _dtype(model),
+        "num_labels": num_labels,
+        "label_ids": label_ids,
+        "dtype": dtype_name(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "forms": {path: form.spec() for path, form in forms(model).items()},
         "history": [json.loads(step) for step in origin.history],
         "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},
+        **(fields or {}),
     }
-    tensors = (
-        (_join(path), np.asarray(variable.get_value()))
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-    )
     with files.new_folder(folder) as new:
         files.write_tensors(new, tensors)
         (new / files.CONFIG).write_text(origin.config, encoding="utf-8")
@@ -400,7 +491,9 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     models are written in shards, tensor by tensor. Hugging Face configurations have one width for
     the MLPs of all layers, or of one kind: where widths differ, units that are all zero fill up to
     the widest, which changes no output. They also fill experts up to a multiple of 16 bytes,
-    without which PyTorch's product of groups does not run.
+    without which PyTorch's product of groups does not run. A head of label words becomes the
+    masked-LM head that it is part of: the logits of the classes are
+    ``logits[:, 0, config.label_ids]``.
 
     Args:
         model: A model that came from `load`, compressed or not.
@@ -410,13 +503,14 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        InputError: The folder is not empty, or the model did not come from `load`.
+        InputError: The folder is not empty, the model did not come from `load`, or its label words
+            are multiplied without a masked-LM head, which `transformers` cannot do.
         OSError: Writing failed; nothing is left behind.
 
     Example:
         >>> export_hf(model, "minilm-hf")  # doctest: +SKIP
     """
-    origin = _origin(model)
+    origin = origin_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
     named = {
@@ -435,12 +529,20 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         made = replaced(made, site.path, site.mlp.padded(widths[named[site.path]]))
     head: Any = origin.head
     fields = {**json.loads(origin.config), **widths}
+    _, label_ids = labels_of(model)
+    if label_ids is not None:
+        if not config.label_transform:
+            raise InputError(
+                "transformers has no head that multiplies hidden states with label words; export "
+                "is for label words of a masked-LM head"
+            )
+        head, fields["label_ids"] = "masked-lm", label_ids
     fields["architectures"] = [family.architectures[head]]
     if head == "classification" and len(fields.get("id2label", ())) != config.num_labels:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     fields.pop("torch_dtype", None)
-    fields["dtype"] = _dtype(made)
+    fields["dtype"] = dtype_name(made)
     with files.new_folder(folder) as new:
         files.write_tensors(new, _exported(made, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
@@ -478,11 +580,21 @@ def _laid_out(value: np.ndarray, source: Source, dtype: Any) -> Array:
     return jnp.asarray(value.T if source.transposed else value).astype(dtype)
 
 
-def _dtype(model: Model) -> str:
-    return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
+def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
+    """The classes of a model's classification head, and its label words if it has such."""
+    if origin_of(model).head != "classification":
+        return None, None
+    ids = getattr(model.config, "label_ids", None)
+    return model.config.num_labels, None if ids is None else list(ids)
 
 
-def _origin(model: nnx.Module) -> Origin:
+def dtype_name(model: Model) -> str:
+    """The name of the dtype of a model's parameters."""
+    return str(params_dtype(model))
+
+
+def origin_of(model: nnx.Module) -> Origin:
+    """Where a model came from; raises `InputError` if it did not come from `load`."""
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin):
         raise InputError("only models that came from fusion_jax.load can be saved and exported")

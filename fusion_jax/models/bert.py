@@ -41,6 +41,10 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     num_labels: int = 2
+    label_ids: tuple[int, ...] | None = None
+    """Token ids of label words: the classification head is then `LabelWordHead`."""
+    label_transform: bool = True
+    """Whether that head has the layers of the masked-language-model head."""
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> BertConfig:
@@ -65,7 +69,11 @@ class BertConfig:
         defaults: dict[str, Any] = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
         if "id2label" in config:
             defaults["num_labels"] = len(config["id2label"])
+        if config.get("label_ids"):
+            config = {**config, "num_labels": len(config["label_ids"])}
         result = read_fields(cls, {**defaults, **config})
+        if any(not 0 <= i < result.vocab_size for i in result.label_ids or ()):
+            raise InputError(f"label_ids are not all below vocab_size {result.vocab_size}")
         activation(result.hidden_act)
         if result.hidden_size % result.num_attention_heads:
             raise InputError(
@@ -210,10 +218,48 @@ class MaskedLmHead(nnx.Module):
         self.norm = parts.norm()
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, parts.param_dtype))
 
+    def transformed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Hidden states as they are multiplied with the word embeddings."""
+        return self.norm(activation(self.act)(self.dense(x)))
+
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b t vocab"]:
         """The logits of hidden states."""
-        x = self.norm(activation(self.act)(self.dense(x)))
-        return word.attend(x) + self.bias[...][None, None]
+        return word.attend(self.transformed(x)) + self.bias[...][None, None]
+
+
+class LabelWordHead(MaskedLmHead):
+    """Logits of classes: those of their label words in the masked-LM head, at the first position.
+
+    References:
+        The code of Jiang et al. (ACL 2023); their text multiplies without the head's layers and
+        bias.
+    """
+
+    def __init__(self, config: BertConfig, parts: _Parts):
+        super().__init__(config, parts)
+        assert config.label_ids is not None
+        self.ids = config.label_ids
+
+    def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b classes"]:
+        """The logits of hidden states."""
+        ids = jnp.array(self.ids, jnp.int32)
+        return self.transformed(x[:, 0]) @ word(ids).mT + self.bias[...][ids][None]
+
+
+class BareLabelWordHead(nnx.Module):
+    """The first hidden state times the embeddings of label words; without a masked-LM head.
+
+    References:
+        Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning.
+    """
+
+    def __init__(self, config: BertConfig, parts: _Parts):
+        assert config.label_ids is not None
+        self.ids = config.label_ids
+
+    def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b classes"]:
+        """The logits of hidden states."""
+        return x[:, 0] @ word(jnp.array(self.ids, jnp.int32)).mT
 
 
 class Bert(Model):
@@ -247,12 +293,17 @@ class Bert(Model):
         self.config = config
         self.embeddings = Embeddings(config, parts)
         self.layers = nnx.List([Layer(config, parts) for _ in range(config.num_hidden_layers)])
-        if head == "classification":
-            pooler = not config.is_roberta
-        elif head == "masked-lm":
+        words = head == "classification" and config.label_ids is not None
+        if words or head == "masked-lm":
             pooler = False
+        elif head == "classification":
+            pooler = not config.is_roberta
         self.pooler = parts.linear(config.hidden_size, config.hidden_size) if pooler else None
-        heads = {"classification": ClassificationHead, "masked-lm": MaskedLmHead}
+        by_words = LabelWordHead if config.label_transform else BareLabelWordHead
+        heads: dict[Head, Any] = {
+            "classification": by_words if words else ClassificationHead,
+            "masked-lm": MaskedLmHead,
+        }
         self.head = None if head is None else heads[head](config, parts)
 
     def __call__(
@@ -295,7 +346,7 @@ class Bert(Model):
         logits = None
         if isinstance(self.head, ClassificationHead):
             logits = self.head(x[:, 0] if pooled is None else pooled, keys[n + 1])
-        elif isinstance(self.head, MaskedLmHead):
+        elif self.head is not None:
             logits = self.head(x, self.embeddings.word)
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
 
@@ -356,6 +407,8 @@ _IGNORED_HEADS: dict[Head, tuple[str, ...]] = {
 def _rules(config: BertConfig, head: Head | None) -> KeyRules:
     model_type = config.model_type
     others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
+    if head == "classification" and config.label_ids is not None:
+        head, others = "masked-lm", [*others, *_IGNORED_HEADS[head]]
     return KeyRules(
         rules=ENCODER_RULES if head is None else (*ENCODER_RULES, *_HEADS[model_type][head]),
         prefix=f"{model_type}.",
