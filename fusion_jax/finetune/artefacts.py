@@ -15,14 +15,24 @@ BEST = "best"
 LAST = "last"
 
 
+Write = Callable[[Model, Path], Any]
+"""Writes a model into a folder that does not exist yet, as `fusion_jax.save` does."""
+
+
 def best_keeper(
-    folder: Path | None, *, lowest: bool = False
+    folder: Path | None,
+    *,
+    lowest: bool = False,
+    best_from: int = 0,
+    write: Write | None = None,
 ) -> Callable[[Model, list[dict[str, Any]]], None] | None:
     """For `fit`: saves the model under ``best`` whenever the first metric is better than ever.
 
     Args:
         folder: The folder of the run; None keeps nothing.
         lowest: Whether low values are better.
+        best_from: Evaluations after fewer steps do not count.
+        write: What writes an artefact; None for `fusion_jax.save`.
 
     Returns:
         What `fit` calls after an evaluation.
@@ -32,21 +42,25 @@ def best_keeper(
     sign = -1 if lowest else 1
 
     def keep(model: Model, history: list[dict[str, Any]]) -> None:
-        main = next(name for name in history[-1] if name != "step")
-        if all(sign * history[-1][main] > sign * earlier[main] for earlier in history[:-1]):
-            replace(model, folder / BEST)
+        *before, now = history
+        if now["step"] < best_from:
+            return
+        main = next(name for name in now if name != "step")
+        before = [earlier for earlier in before if earlier["step"] >= best_from]
+        if all(sign * now[main] > sign * earlier[main] for earlier in before):
+            replace(model, folder / BEST, write)
 
     return keep
 
 
-def replace(model: Model, folder: Path) -> None:
-    """Saves an artefact in the place of an earlier one."""
+def replace(model: Model, folder: Path, write: Write | None = None) -> None:
+    """Saves an artefact in the place of an earlier one, by `fusion_jax.save` or as told."""
     from fusion_jax.checkpoint import save
 
     if jax.process_index():
         return
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    save(model, new)
+    (save if write is None else write)(model, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
+from fusion_jax.finetune.artefacts import LAST, Write, best_keeper, replace
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
 from fusion_jax.finetune.losses import Loss
@@ -40,6 +40,9 @@ def finetune(
     on_step: OnStep | None = None,
     rule: Rule | None = None,
     growth: Growth | None = None,
+    save: Write | None = None,
+    best_from: int = 0,
+    about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Fine-tunes a model on a task; the model itself is not changed.
@@ -60,6 +63,10 @@ def finetune(
         on_step: Called after each step with the steps done and the state; may return another.
         rule: What variables that do not train are in each step, see `fit`.
         growth: What changes the model's structure now and then, see `fit`.
+        save: What writes the artefacts; None for `fusion_jax.save`.
+        best_from: Evaluations after fewer steps do not count for ``best``, such as those while a
+            schedule still changes the model.
+        about: What else the run is about, see `fit`.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -101,14 +108,15 @@ def finetune(
         multipliers=multipliers,
         folder=folder,
         evaluate=evaluate if dev else None,
-        on_evaluation=best_keeper(folder),
+        on_evaluation=best_keeper(folder, best_from=best_from, write=save),
         on_step=on_step,
         rule=rule,
         growth=growth,
+        about=about,
         progress=progress,
     )
     if folder is not None and result.finished:
-        replace(result.model, folder / LAST)
+        replace(result.model, folder / LAST, save)
     return result
 
 

@@ -118,6 +118,11 @@ class TrainConfig:
         if getattr(self, name) < 1:
             raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
+    def steps(self, per_epoch: int) -> int:
+        """The steps of a run with so many batches in an epoch."""
+        steps = self.epochs * per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON values."""
         fields = dataclasses.asdict(self)

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.models.moe import load_balancing_loss, router_z_loss
+from fusion_jax.errors import InputError
 from fusion_jax.submlps import wide
 
 Batch = Mapping[str, Any]
@@ -192,6 +194,62 @@ def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | 
 
 def _has_encoder(model: Any) -> bool:
     return not getattr(model, "reads_prompts", True)
+
+
+def distilled(
+    teacher: Any, loss: Loss, weight: float = 0.5, temperature: float = 2.0
+) -> jax.tree_util.Partial:
+    """A loss of logits, and how far the logits are from a teacher's.
+
+    ``(1 - weight) loss + weight T^2 KL(p_teacher || p_student)`` at temperature T. The model runs
+    once, and so ``loss`` sees only what it returns: penalties on its parameters go around this.
+
+    Args:
+        teacher: A model with the same classes; it runs without dropout and does not change.
+        loss: The loss besides, such as `classification`.
+        weight: The share of the teacher, in [0, 1].
+        temperature: T, by which logits are divided.
+
+    Returns:
+        The loss. As `fusion_jax.finetune` takes it: ``loss=partial(losses.distilled, teacher)``.
+
+    Raises:
+        InputError: A number is out of range.
+
+    References:
+        Hinton et al. (2015), Distilling the Knowledge in a Neural Network. The defaults are those
+        of the code of Jiang et al. (ACL 2023), whose text has KL(p_student || p_teacher) instead:
+        there, a student loses nothing by leaving out what the teacher says.
+
+    Example:
+        >>> teach = partial(losses.distilled, teacher)  # doctest: +SKIP
+        >>> fit = finetune(student, data, key=key, loss=teach)  # doctest: +SKIP
+    """
+    if not 0 <= weight <= 1:
+        raise InputError(f"the weight of a teacher must be in [0, 1]; got {weight}")
+    if not temperature > 0:
+        raise InputError(f"temperature must be above 0; got {temperature}")
+    bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
+    numbers = jnp.array([weight, temperature], jnp.float32)
+    return jax.tree_util.Partial(_distilled, teacher, bound, numbers)
+
+
+def _distilled(
+    teacher: Any, loss: Loss, numbers: Array, model: Any, batch: Batch, key: Any
+) -> Total:
+    out = run(model, batch, key)
+    own = loss(lambda **_: out, batch, key)
+    ours, theirs = wide(out.logits), wide(run(teacher, batch).logits)
+    if ours.shape != theirs.shape or ours.ndim != 2 or ours.shape[1] < 2:
+        raise InputError(
+            "a teacher needs the same two or more classes as the model; logits are "
+            f"{theirs.shape} and {ours.shape}"
+        )
+    weight, temperature = numbers.astype(ours.dtype)
+    known = jax.nn.log_softmax(theirs / temperature)
+    far = (jnp.exp(known) * (known - jax.nn.log_softmax(ours / temperature))).sum(-1)
+    taught = _weighted(jnp.square(temperature) * far, batch)
+    return Total((1 - weight) * own.total + weight * taught.total, own.count)
 
 
 def _tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:

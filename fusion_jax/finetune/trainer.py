@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,6 +25,7 @@ from fusion_jax.finetune.optimiser import Multipliers, check_multipliers, optimi
 from fusion_jax.finetune.parts import Parts, Trains
 from fusion_jax.finetune.preemption import listening
 from fusion_jax.finetune.sharding import Layout
+from fusion_jax.forms import params_dtype
 from fusion_jax.progress import progress as show_progress
 
 CHECKPOINTS = "checkpoints"
@@ -123,6 +124,7 @@ def fit(
     on_step: OnStep | None = None,
     rule: Rule | None = None,
     growth: Growth | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains a model; the model itself is not changed.
@@ -145,6 +147,8 @@ def fit(
         on_step: Called after each step and may change the state.
         rule: What variables that do not train are in each step, such as a schedule's.
         growth: What changes the model's structure now and then.
+        about: What else the run is about, as JSON values by name: a run that is gone on with must
+            have had the same.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -154,9 +158,7 @@ def fit(
         InputError: The arguments do not fit together, or the folder holds another run.
         FloatingPointError: The loss or the gradient was NaN or infinite.
     """
-    steps = config.epochs * len(batches)
-    if config.max_steps is not None:
-        steps = min(steps, config.max_steps)
+    steps = config.steps(len(batches))
 
     def made(model: Any) -> _Loop:
         return _Loop(model, trains, loss, config, steps, multipliers, rule, key)
@@ -169,6 +171,7 @@ def fit(
         "batches per epoch": len(batches),
         "key": jax.random.key_data(key).tolist(),
         "what trains": sorted(params),
+        **(about or {}),
     }
     with loop.layout.active(), listening() as stop:
         saved, done, history, changes = None, 0, [], []
@@ -246,9 +249,7 @@ def fit(
 def _compute_dtype(model: Any, config: TrainConfig) -> Any:
     if config.compute_dtype is not None:
         return jnp.dtype(config.compute_dtype)
-    from flax import nnx
-
-    return next(iter(jax.tree.leaves(nnx.state(model, nnx.Param)))).dtype
+    return params_dtype(model)
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
