@@ -10,6 +10,8 @@ from fusion_jax.checkpoint import save as save
 from fusion_jax.compress import compress as compress
 from fusion_jax.compress import compress_mlp as compress_mlp
 from fusion_jax.errors import InputError as InputError
+from fusion_jax.finetune import LABEL_WORDS as LABEL_WORDS
+from fusion_jax.finetune import StaticPruning as StaticPruning
 from fusion_jax.finetune import TrainConfig as TrainConfig
 from fusion_jax.finetune import finetune as finetune
 from fusion_jax.finetune import finetune_language as finetune_language
@@ -21,6 +23,7 @@ from fusion_jax.finetune import mean_gradients as mean_gradients
 from fusion_jax.finetune import measure_texts as measure_texts
 from fusion_jax.finetune import read_pairs as read_pairs
 from fusion_jax.finetune import read_task as read_task
+from fusion_jax.finetune import static_prune as static_prune
 from fusion_jax.finetune import tune as tune
 from fusion_jax.generate import Beams as Beams
 from fusion_jax.generate import Sampling as Sampling
@@ -28,6 +31,8 @@ from fusion_jax.generate import generate as generate
 from fusion_jax.geometry import Calibration as Calibration
 from fusion_jax.kmeans import KMeansResult as KMeansResult
 from fusion_jax.kmeans import kmeans as kmeans
+from fusion_jax.masks import rebase as rebase
+from fusion_jax.masks import save_masks as save_masks
 from fusion_jax.matrices import compress_matrices as compress_matrices
 from fusion_jax.methods import METHODS as METHODS
 from fusion_jax.methods import MPO as MPO

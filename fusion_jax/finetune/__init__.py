@@ -26,6 +26,11 @@ from fusion_jax.finetune.pairs import TextData as TextData
 from fusion_jax.finetune.pairs import TextTask as TextTask
 from fusion_jax.finetune.pairs import load_pairs as load_pairs
 from fusion_jax.finetune.pairs import read_pairs as read_pairs
+from fusion_jax.finetune.smp import LABEL_WORDS as LABEL_WORDS
+from fusion_jax.finetune.smp import StaticPruning as StaticPruning
+from fusion_jax.finetune.smp import finished as finished
+from fusion_jax.finetune.smp import scored as scored
+from fusion_jax.finetune.smp import static_prune as static_prune
 from fusion_jax.finetune.squeeze import lightweight as lightweight
 from fusion_jax.finetune.squeeze import squeeze as squeeze
 from fusion_jax.finetune.tasks import GLUE as GLUE
