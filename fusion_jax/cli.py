@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from fusion_jax.errors import InputError
-from fusion_jax.finetune import commands
+from fusion_jax.finetune import commands, smp_commands
 from fusion_jax.methods import METHODS, Method
 
 
@@ -310,6 +310,7 @@ COMMANDS = {
     "compress": compress,
     "generate": generate,
     **commands.COMMANDS,
+    **smp_commands.COMMANDS,
     "verify-ntk": verify_ntk,
     "export": export,
     "report": report,
