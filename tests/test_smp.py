@@ -254,6 +254,32 @@ def test_stopping_and_going_on_changes_no_bit(model, data, key, whole, tmp_path)
     )
 
 
+def test_masks_alone_learn_a_task(model, data, key):
+    """With six tenths of random weights, none of which changes, and a head that does not train."""
+    config = dataclasses.replace(
+        CONFIG, max_steps=120, epochs=99, batch_size=16, learning_rate=5e-2, eval_every=120,
+        dropout=False, clip_norm=None,
+    )  # fmt: skip
+    smp = fj.StaticPruning(keep=0.6, penalty=40.0)
+    before = measure(data.task, predict(model, data.train), data.train)["accuracy"]
+    after = run(model, data, key, smp=smp, config=config).model
+    assert before < 0.75
+    assert measure(data.task, predict(after, data.train), data.train)["accuracy"] > 0.9
+
+
+def test_on_a_mesh(model, data, key, whole):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"))
+    with jax.set_mesh(mesh):
+        result = run(model, data, key)
+    same = []
+    for path, form in forms(whole[0].model).items():
+        other = forms(result.model)[path].mask[...]
+        assert abs(int(other.sum()) - int(form.mask[...].sum())) <= 2
+        same.append(float((other == form.mask[...]).mean()))
+    # Scores differ by rounding, which may swap weights at the limit.
+    assert np.mean(same) > 0.99
+
+
 def rule_of(smp, model, steps):
     """The rule with scores drawn at random, as one function of the step."""
     flat = arrays(model)

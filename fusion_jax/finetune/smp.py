@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
@@ -61,8 +63,8 @@ LABEL_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The label words of GLUE's tasks, in the order of their classes.
 
-MNLI's are for entailment, neutral, contradiction, as the paper says. The published code reorders
-the classes and not the words, and so has "Maybe" for entailment and "Yes" for contradiction.
+MNLI's are for entailment, neutral, contradiction. The published code orders the classes anew and
+not the words, and so has "Maybe" for entailment, "No" for neutral and "Yes" for contradiction.
 
 References:
     Jiang et al. (ACL 2023), and its code.
@@ -263,12 +265,25 @@ def finished(model: ModelT) -> ModelT:
     """
     new: Any = nnx.clone(model)
     for path, form in _scored(model).items():
-        mask, kernel = form.mask(), form.kernel[...]
+        mask, kernel = _mask(form), np.asarray(form.kernel[...])
         masked = Masked.abstract(form)
-        kept = jnp.where(mask, kernel, jnp.zeros((), kernel.dtype))
-        masked.load([kept, mask], None if form.bias is None else form.bias[...])
+        kept = np.where(mask, kernel, np.zeros((), kernel.dtype))
+        arrays = [jnp.asarray(kept), jnp.asarray(mask)]
+        masked.load(arrays, None if form.bias is None else form.bias[...])
         new = replaced(new, path, masked)
     return new
+
+
+def _mask(form: Scored) -> np.ndarray:
+    """The mask, computed on one device, since on a mesh one process alone writes artefacts."""
+    one = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=jax.local_devices()[:1])
+    with jax.set_mesh(one):
+        return np.asarray(_jitted_mask(jax.tree.map(np.asarray, form)))
+
+
+@jax.jit
+def _jitted_mask(form: Scored) -> Array:
+    return form.mask()
 
 
 def penalised(loss: Loss) -> jax.tree_util.Partial:
