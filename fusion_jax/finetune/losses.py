@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.models.moe import load_balancing_loss, router_z_loss
 from fusion_jax.errors import InputError
+from fusion_jax.models.moe import load_balancing_loss, router_z_loss
 from fusion_jax.submlps import wide
 
 Batch = Mapping[str, Any]
