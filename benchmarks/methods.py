@@ -56,6 +56,7 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
+from fusion_jax.finetune.smp import SCORES, StaticPruning, static_prune
 from fusion_jax.forms import Masked, forms
 from fusion_jax.report import num_params
 from fusion_jax.text import batches, load_tokenizer
@@ -111,18 +112,18 @@ class Run:
         """Training batches and the loss."""
         return task_source(model, self.data, self.config, key=self.key)
 
-    def train(self, model: Any, *, steps: int | None = None, name: str = "run", **options: Any):
+    def watch(self, step: int, state: Any) -> None:
+        """Stops when the budget ends; for ``on_step``."""
+        if time.perf_counter() > self.end:
+            raise OutOfTimeError
+
+    def train(self, model: Any, *, steps: int | None = None, **options: Any) -> Any:
         """The model after fine-tuning, and its last dev metrics."""
-
-        def watch(step: int, state: Any) -> None:
-            if time.perf_counter() > self.end:
-                raise OutOfTimeError
-
         config = self.config if steps is None else replace(self.config, max_steps=steps)
         # Only the last step is evaluated.
         config = replace(config, eval_every=10**9)
         return fj.finetune(
-            model, self.data, config, key=self.key, on_step=watch, progress=False, **options
+            model, self.data, config, key=self.key, on_step=self.watch, progress=False, **options
         )
 
 
@@ -229,6 +230,28 @@ def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
     return fj.plain(fit.model), fit.history[-1]
 
 
+def _static(run: Run, keep: float) -> tuple[Any, Any]:
+    """Static pruning of all layers; MiniLM has no head of label words, so that a plain one trains.
+
+    That head has the learning rate of the other methods.
+    """
+    head = run.config.learning_rate / SCORES.learning_rate
+    config = replace(
+        SCORES,
+        max_steps=run.config.max_steps,
+        batch_size=run.config.batch_size,
+        max_length=run.config.max_length,
+        truncate=True,
+        eval_every=10**9,
+        multipliers=((r"(head|pooler)\..*", head),),
+    )
+    how = StaticPruning(keep=keep, temperature=4.0 if keep >= 0.7 else 1.0, train_head=True)
+    fit = static_prune(
+        run.model, run.data, config, how, key=run.key, on_step=run.watch, progress=False
+    )
+    return fit.model, fit.history[-1]
+
+
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
     "dense": _fit(lambda run: run.model),
     **{name: _fit(make) for name, make in COMPRESSED.items()},
@@ -239,6 +262,7 @@ TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
     "mpo, squeezed": _squeezed,
     "overparam, static": partial(_overparameterised, dynamic=False),
     "overparam, dynamic": partial(_overparameterised, dynamic=True),
+    **{f"static, {keep:.0%} kept": partial(_static, keep=keep) for keep in (0.8, 0.5, 0.1)},
 }
 """What is fine-tuned, by name."""
 
