@@ -96,7 +96,7 @@ class StaticPruning:
     layers among matrices of one type."""
     ramp: int | float = 0.6
     """Steps N until the share is reached, or their part of the run. The paper's text has 3500 steps
-    to keep little and 7 of 12 epochs to keep 0.7 and more; its scripts and tables the opposite."""
+    to keep little and 7 of 12 epochs to keep 0.7 and more; its scripts the opposite."""
     temperature: float = 1.0
     """S compares sigmoid(scores / temperature): above 1, layers are more alike. The published
     scripts have 4 to keep 0.7 and more: else shares of S reach 1, and less is kept in all."""
