@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -89,7 +91,7 @@ class Factored(Method):
         calibration: Calibration | None = None,
     ) -> Solution:
         """Puts the matrices of one MLP into their form."""
-        return self.factor(matrices_of(subs))
+        return _factor(self, matrices_of(subs))
 
     def formed(self, linear: AnyLinear, arrays: tuple[Array, ...]) -> Any:
         """The layer in its form.
@@ -134,6 +136,11 @@ class Factored(Method):
     def _sized(self, share: float) -> Factored:
         """The method that keeps this share of the parameters of matrices."""
         raise NotImplementedError
+
+
+@partial(jax.jit, static_argnames="method")
+def _factor(method: Factored, matrices: dict[str, Array]) -> Solution:
+    return method.factor(matrices)
 
 
 def _shapes(subs: SubMLPs) -> list[tuple[int, int]]:
