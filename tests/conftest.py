@@ -1,6 +1,9 @@
 """Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
 
 import itertools
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,6 +19,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_configure(config):
+    """Lets tests and their processes share what they compile, as long as the session lasts."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+        os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="fusion-jax-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ[_PROGRAMS], ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+_PROGRAMS = "FUSION_JAX_TEST_PROGRAMS"
 _MAPS = Path("/proc/self/maps")
 _count = itertools.count()
 

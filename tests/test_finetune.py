@@ -32,27 +32,6 @@ CONFIG = fj.TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Programs that are equal are compiled once for all tests here."""
-    old = {name: getattr(jax.config, name) for name in _CACHE}
-    for name, value in {
-        **_CACHE,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jit")),
-    }.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-
-
-_CACHE = {
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return glue.checkpoint(tmp_path_factory.mktemp("tiny") / "model")

@@ -24,7 +24,6 @@ from fusion_jax.forms import Frozen, Masked, Scored, forms
 from fusion_jax.mlp import Mlp, experts
 from fusion_jax.models.bert import Bert, BertConfig
 from tests import glue, tiny
-from tests.test_finetune import compile_once as compile_once
 
 
 def layer(dtype=jnp.float32, seed=0, d=6, o=5, keep=0.5, bias=True):
