@@ -396,7 +396,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     plt = pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
     figure, every = plt.subplots(1, len(tasks), figsize=(9, 3.6), layout="constrained")
-    steps = {row["method"]: row["step_seconds"] for row in rows if not row["task"]}
+    steps = {row["method"]: row["step_seconds"] for row in rows if "step_seconds" in row}
     for axes, task in zip(np.atleast_1d(every), tasks, strict=True):
         for name, seconds in steps.items():
             scores = [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
