@@ -4,7 +4,9 @@ all-MiniLM-L6-v2 with a quarter of the parameters of its last 4 of 6 MLPs, by ev
 them, matrix product operators at full size, over-parameterised fine-tuning and static pruning,
 which have sizes of their own. First what compressing changes: outputs of single MLPs and the kernel
 of the whole model at held-out sentences, the time it takes, the artefact, and the time of a
-training step. Then the dev scores after fine-tuning for a few steps, the same for all.
+training step. Then the dev scores after fine-tuning for a few steps: the same for all, but that
+lottery tickets and static over-parameterisation train as long once more before, squeezing in short
+rounds after, and that static pruning has its own loss and settings.
 
     python -m benchmarks.methods --data GLUE [--runs DIR] [--only NAME ...] [--seeds 3]
         [--steps 150] [--budget SECONDS] [--quick] [--json FILE] [--figure FILE]

@@ -35,9 +35,13 @@ from fusion_jax.masks import rebase as rebase
 from fusion_jax.masks import save_masks as save_masks
 from fusion_jax.matrices import compress_matrices as compress_matrices
 from fusion_jax.methods import METHODS as METHODS
+from fusion_jax.methods import MMD as MMD
 from fusion_jax.methods import MPO as MPO
+from fusion_jax.methods import Clustering as Clustering
 from fusion_jax.methods import Fusion as Fusion
 from fusion_jax.methods import MaskPrune as MaskPrune
+from fusion_jax.methods import Prune as Prune
+from fusion_jax.methods import Sketch as Sketch
 from fusion_jax.methods import Svd as Svd
 from fusion_jax.mlp import Frozen as Frozen
 from fusion_jax.mlp import FusedGatedMlp as FusedGatedMlp

@@ -174,7 +174,7 @@ def open_checkpoint(
     if not hasattr(config, "label_ids"):
         raise InputError(f"{folder}: only BERT and RoBERTa take label words, not {model_type}")
     # A model that was made without the head's layers stays so.
-    if not opened.find("head.dense.kernel").names:
+    if not opened.has("head.dense"):
         opened = replace(opened, config=replace(config, label_transform=False))
     return opened
 
@@ -264,11 +264,16 @@ class Checkpoint:
         names = next((n for n in sets if n[0] in self.tensors.shapes), [])
         return Found(names, source)
 
+    def has(self, layer: str) -> bool:
+        """Whether a linear layer is in the files, plain or in another form."""
+        formed = (self.artefact or {}).get("forms", {})
+        return layer in formed or bool(self.find(f"{layer}.kernel").names)
+
     @cached_property
     def abstract(self) -> Model:
         """The model with shapes in place of arrays."""
         dtype = self._param_dtype()
-        optional = {part: bool(self.find(f"{part}.kernel").names) for part in self.family.optional}
+        optional = {part: self.has(part) for part in self.family.optional}
         model = nnx.eval_shape(
             lambda: self.family.model(
                 self.config,

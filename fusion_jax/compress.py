@@ -118,6 +118,10 @@ def compress(
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
         raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
+    if gradients is not None:
+        slopes = [gradients_of(site, gradients) for site in chosen]
+        if not _all_finite(slopes):
+            raise InputError("NaN or infinite gradients")
 
     compressed: Any = nnx.clone(model)
     rows = []

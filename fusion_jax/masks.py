@@ -71,7 +71,12 @@ def save_masks(
             continue
         theirs = opened.read(name)
         mask = flat[f"{layer}.mask"] if layer in masked and leaf == "kernel" else None
-        if theirs is not None and _print(_under(mask, theirs)) == _print(_under(mask, value)):
+        fits = theirs is not None and theirs.shape == value.shape
+        if (
+            theirs is not None
+            and fits
+            and _print(_under(mask, theirs)) == _print(_under(mask, value))
+        ):
             prints[name] = _print(theirs)
         else:
             own[name] = value

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -106,6 +107,8 @@ def compress_matrices(
         >>> report.rows[0].params_after < report.rows[0].params_before
         True
     """
+    if not isinstance(method, Factored):
+        raise InputError(f"{type(method).__name__} is for MLPs; see fusion_jax.compress")
     picked = select_matrices(model, matrices)
     for path, layer in picked.items():
         try:
@@ -118,6 +121,9 @@ def compress_matrices(
                 method.spec(layer.in_features, layer.out_features)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+    bad = [path for path, layer in picked.items() if not _finite(layer)]
+    if bad:
+        raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
     new: Any = nnx.clone(model)
     rows = []
     with show_progress("Factorising", len(picked), progress) as advance:
@@ -148,6 +154,10 @@ def compress_matrices(
         after=size_of(new, (site.mlp for site in sites(new))),
     )
     return new, report
+
+
+def _finite(layer: Any) -> bool:
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(nnx.state(layer, nnx.Param)))
 
 
 def _factor(method: Factored, layer: Any) -> Solution:

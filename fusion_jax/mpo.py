@@ -160,7 +160,7 @@ def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layo
         return full
     limit = share * d * o
     most = bisect.bisect_right(
-        range(1, max(full.bonds) + 1), limit, key=lambda bond: full.capped(bond).params
+        range(1, max(full.bonds, default=1) + 1), limit, key=lambda bond: full.capped(bond).params
     )
     if not most:
         raise InputError(
@@ -598,7 +598,8 @@ class MpoEmbed(Mpo):
         """The rows of tokens, each core looked up at its digit of the token's number."""
         flat = ids.reshape(-1)
         digits = jnp.unravel_index(flat, self.layout.inputs)
-        cores = self._values()
+        trained = [core.dtype for core in self.cores if isinstance(core, nnx.Param)]
+        cores = [core.astype((trained or [self.dtype])[0]) for core in self._values()]
         rows = cores[0][0][digits[0]]  # (n, j, b)
         for core, digit in zip(cores[1:], digits[1:], strict=True):
             rows = jnp.einsum("nja,ankb->njkb", rows, core[:, digit])

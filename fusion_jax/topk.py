@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*n"]:
-    """Where the largest entries are; of equal ones, the first.
+    """Where the largest entries are; of equal ones, the first. What is below 1e-38 may count as 0.
 
     By bisection over the bits of the numbers: 32 passes that count (64 in float64), and the number
     kept may change from step to step without compiling again.
@@ -29,7 +29,8 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
     width = jnp.iinfo(bits).bits
     flat = flat if flat.dtype == jnp.float64 else flat.astype(jnp.float32)
     # Unsigned integers in the order of the numbers: of negative ones, all bits are flipped.
-    raw = lax.bitcast_convert_type(flat + 0.0, bits)  # -0 and 0 are equal
+    flat = jnp.where(flat == 0, jnp.zeros((), flat.dtype), flat)  # -0 and 0 are equal
+    raw = lax.bitcast_convert_type(flat, bits)
     top = jnp.asarray(1, bits) << (width - 1)
     ordered = jnp.where(raw & top != 0, ~raw, raw | top)
 

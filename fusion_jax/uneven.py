@@ -164,7 +164,7 @@ def by_use(
     groups = np.array_split(order, min(GROUPS, len(order)))
     counts = np.array([len(group) for group in groups])
     wanted = np.array([(shares[group] ** power).mean() for group in groups])
-    least = min(most, max(1, round_to, int(LEAST * width)))
+    least = min(most, max(1, round_to, int(LEAST * width) // round_to * round_to))
     budget = width * len(shares)
 
     def widths(factor: float) -> np.ndarray:

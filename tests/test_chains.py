@@ -302,3 +302,46 @@ def test_lottery_prunes_what_training_leaves_small(model, data, key):
         np.testing.assert_array_equal(
             at(ticket, f"layers.1.mlp.{name}").kernel, at(model, f"layers.1.mlp.{name}").kernel
         )
+
+
+def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
+    folder = glue.checkpoint(tmp_path / "model")
+    options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}
+    model = fj.load(folder, dtype=jnp.bfloat16, **options)
+    config = dataclasses.replace(CONFIG, max_steps=3, warmup=0.0, learning_rate=1e-5)
+    seen = {}
+
+    class Same:
+        every = 2
+
+        def choose(self, model, step):
+            return []
+
+        def apply(self, model, change):
+            return model
+
+    def watch(name):
+        return lambda step, state: seen.update({(name, step): jax.tree.map(np.asarray, state)})
+
+    fj.finetune(model, data, config, key=key, on_step=watch("plain"))
+    fj.finetune(model, data, config, key=key, on_step=watch("grown"), growth=Same())
+    for path, x in seen["plain", 3].params.items():
+        np.testing.assert_array_equal(x, seen["grown", 3].params[path])
+
+
+def test_chains_under_remat(model, data, key):
+    chained = overparameterise(model, ["layers.0.mlp.up"], cores=3)
+    config = dataclasses.replace(CONFIG, max_steps=1, warmup=0.0)
+    plain = fj.finetune(chained, data, config, key=key).model
+    remat = fj.finetune(chained, data, dataclasses.replace(config, remat=True), key=key).model
+    for path, (_, x) in flat(plain).items():
+        if not path.endswith("attention.key.bias"):
+            np.testing.assert_allclose(x, flat(remat)[path][1], atol=1e-5)
+
+
+def test_factored_students_are_tuned(model, data, key):
+    smaller, _ = fj.compress(model, fj.Svd(rank=6), layers=-1, key=key)
+    config = dataclasses.replace(CONFIG, max_steps=1, warmup=0.0, epochs=1)
+    fit = fj.tune(smaller, model, data.train, config, key=key)
+    paths = moved(smaller, fit.model)
+    assert paths and all(path.startswith("layers.1.mlp.") for path in paths)

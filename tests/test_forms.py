@@ -10,6 +10,7 @@ import fusion_jax as fj
 import ntk
 from fusion_jax import mpo
 from fusion_jax.demo import bit_equal
+from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.squeeze import lightweight
 from fusion_jax.forms import forms, linears
 from fusion_jax.matrices import matrices
@@ -172,3 +173,28 @@ def test_kernels_are_by_a_forms_own_parameters(method, key):
     assert flat.shape[-1] == sum(v.size for v in jax.tree.leaves(nnx.state(mlp, nnx.Param)))
     expected = np.einsum("iou,jpu->ijop", flat, flat)
     np.testing.assert_allclose(ntk.kernel(f, params, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_factored_pooler_loads_back(tmp_path):
+    model = fj.load(tiny.checkpoint(tmp_path / "bert"))
+    smaller, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices=r"layers\..*|pooler")
+    again = fj.load(fj.save(smaller, tmp_path / "artefact"))
+    assert bit_equal(smaller, again) and "pooler" in forms(again)
+
+
+def test_nan_in_a_matrix_names_it(tmp_path):
+    model = load(tmp_path, "bert")
+    kernel = model.layers[1].mlp.up.kernel
+    kernel.set_value(kernel[...].at[0, 0].set(jnp.nan))
+    with pytest.raises(fj.InputError, match=r"NaN or infinite weights in layers\.1\.mlp\.up$"):
+        fj.compress_matrices(model, EXACT, matrices=".*")
+
+
+def test_embedding_with_frozen_cores_in_bfloat16():
+    embed = nnx.Embed(23, 10, rngs=nnx.Rngs(0))
+    embeds, _ = fj.compress_matrices(
+        nnx.List([embed]), fj.MPO(bond=None, cores=3), matrices="0", progress=False
+    )
+    parts = Parts(lightweight(embeds), compute_dtype=jnp.bfloat16)
+    computed = parts.compute(*parts.split(lightweight(embeds)))
+    assert computed[0](jnp.array([[1, 2]])).dtype == jnp.bfloat16

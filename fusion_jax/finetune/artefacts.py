@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,10 @@ def best_keeper(
         if now["step"] < best_from:
             return
         main = next(name for name in now if name != "step")
-        before = [earlier for earlier in before if earlier["step"] >= best_from]
-        if all(sign * now[main] > sign * earlier[main] for earlier in before):
+        before = [earlier[main] for earlier in before if earlier["step"] >= best_from]
+        numbers = [x for x in before if not math.isnan(x)]
+        better = not math.isnan(now[main]) and all(sign * now[main] > sign * x for x in numbers)
+        if better or not before:
             replace(model, folder / BEST, write)
 
     return keep

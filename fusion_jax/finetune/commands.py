@@ -23,6 +23,7 @@ from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.generation import generate_texts
 from fusion_jax.finetune.jobs import Given, Kind, evaluate_language, evaluate_pairs, load_generative
 from fusion_jax.finetune.tasks import Task, load_task, texts_of
+from fusion_jax.finetune.trainer import CHECKPOINTS
 from fusion_jax.generate import Beams
 from fusion_jax.report import table
 
@@ -340,6 +341,8 @@ def predict(
     if out.exists():
         raise InputError(f"{out} exists; choose another or remove it")
     about, folder = _about(model)
+    if _kind(about) == "text":
+        raise InputError(f"{model} was trained on plain text; see fusion-jax generate")
     texts = texts_of(tables.read(file), text, None)
     if _kind(about) == "pairs":
         if len(text) > 1:
@@ -400,7 +403,7 @@ def _describe(out: Path, fields: dict[str, Any]) -> Any:
             raise InputError(
                 f"{out} holds a run with another {' and '.join(different)}; choose another folder"
             )
-    elif jax.process_count() == 1:
+    elif jax.process_count() == 1 and not _unbegun(out):
         check_new_folder(out)
 
     def write(step: int, state: Any) -> None:
@@ -408,6 +411,16 @@ def _describe(out: Path, fields: dict[str, Any]) -> Any:
             path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     return write
+
+
+def _unbegun(out: Path) -> bool:
+    """Whether a run was stopped here before its first step was done."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return (
+        bool(names)
+        and names <= {CHECKPOINTS, "metrics.jsonl"}
+        and not any((out / CHECKPOINTS).glob("*"))
+    )
 
 
 def _about(name: str) -> tuple[dict[str, Any] | None, str]:

@@ -188,6 +188,7 @@ class LanguageJob:
 
     def texts(self, student: Any, config: TrainConfig, key: Key[Array, ""]) -> Any:
         """Windows of the text."""
+        language.check_context(student, self.context)
         seed = int(jax.random.bits(key))
         ids = ids_of(student, self.train)
         return language.Windows(ids, self.context, config.batch_size, seed=seed)

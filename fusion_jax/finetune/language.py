@@ -89,6 +89,15 @@ class Windows:
         return {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool), "weights": weights}
 
 
+def check_context(model: Any, context: int) -> None:
+    """Raises `InputError` if a model cannot read windows of so many tokens."""
+    if not getattr(model, "reads_prompts", True):
+        raise InputError("plain text is for decoder-only models; an encoder-decoder takes pairs")
+    most = getattr(model, "max_length", None)
+    if most is not None and context > most:
+        raise InputError(f"context {context} is above the model's {most} positions")
+
+
 def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32) -> float:
     """The mean of minus the log-probability of each token after those before it in its window.
 
@@ -102,8 +111,10 @@ def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32
         Nats; the exponential is the perplexity.
 
     Raises:
-        InputError: The text is shorter than a window.
+        InputError: The model is no language model, has fewer positions than a window, or the text
+            is shorter than one.
     """
+    check_context(model, context)
     windows = Windows(ids, context, batch_size)
     totals = [_total(model, windows(step)) for step in range(len(windows))]
     total, count = np.asarray(jax.device_get(totals), np.float64).sum(axis=0).tolist()
@@ -160,10 +171,9 @@ def finetune_language(
     config = TrainConfig() if config is None else config
     origin = getattr(model, "origin", None)
     if origin is not None and origin.head != "causal-lm":
+        check_context(model, context)
         raise InputError("the model has no language head; load it with head='causal-lm'")
-    most = getattr(model, "max_length", None)
-    if most is not None and context > most:
-        raise InputError(f"context {context} is above the model's {most} positions")
+    check_context(model, context)
     order, dropout = jax.random.split(key)
     windows = Windows(ids, context, config.batch_size, seed=int(jax.random.bits(order)))
     held_out = None if dev is None else np.asarray(dev, np.int32)

@@ -118,7 +118,11 @@ class Chains:
 
     def choose(self, model: Any, step: int) -> list[str] | None:
         """The paths of the matrices that grow now, or None if all have."""
-        found = select_matrices(model, self.matrices)
+        found = {
+            path: layer
+            for path, layer in select_matrices(model, self.matrices).items()
+            if isinstance(layer, nnx.Linear | mpo.Mpo)
+        }
         grown: dict[str, int] = {}
         for path, layer in found.items():
             if isinstance(layer, Form):

@@ -172,8 +172,10 @@ class _Remat(nnx.Module):
 def _remat(model: Any) -> Any:
     modules = [m for _, m in nnx.iter_modules(model)]
     inner = {id(m.groups) for m in modules if isinstance(m, UnevenExperts)}
-    lists = [m for m in modules if isinstance(m, nnx.List) and id(m) not in inner]
-    for layers in lists:
+    for layers in modules:
+        if not isinstance(layers, nnx.List) or id(layers) in inner:
+            continue
         for i, layer in enumerate(layers):
-            layers[i] = _Remat(layer)
+            if isinstance(layer, nnx.Module):  # and not the tensors of a chain
+                layers[i] = _Remat(layer)
     return model

@@ -363,7 +363,10 @@ def static_prune(
             raise InputError(f"{data.task.name} has no classes, which a teacher is for")
     steps = config.steps(-(-len(data.train.texts) // config.batch_size))
     student = scored(model, matrices=smp.matrices)
-    about = {**dataclasses.asdict(smp), "teacher": None if teacher is None else teacher.origin.name}
+    about = {
+        **dataclasses.asdict(smp),
+        "teacher": None if teacher is None else teacher.origin.folder,
+    }
     origin = getattr(student, "origin", None)
     if isinstance(origin, Origin):
         student.origin = origin.after({"static pruning": about})

@@ -89,6 +89,7 @@ def smp(
     started = checkpoint.load(model, head="classification", **more)
     learnt = None if teacher is None else _teacher(teacher)
     about = {"model": model, "seed": seed, "task": loaded.task.to_json(), "words": words}
+    about["teacher"] = teacher
     describe = commands._describe(out, about)
     with commands._mesh(mesh):
         result = static_prune(

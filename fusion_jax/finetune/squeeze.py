@@ -26,9 +26,9 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 def lightweight(model: ModelT) -> ModelT:
-    """The model with the central tensor of every chain Frozen: only the auxiliary ones train.
+    """The model with the largest tensor of every chain Frozen: only the auxiliary ones train.
 
-    The central tensor of a balanced chain has nine tenths of its parameters.
+    In a balanced chain it is the central one; at full bonds it has nine tenths of the numbers.
 
     Args:
         model: A model with `Mpo` layers; not changed.
@@ -49,7 +49,13 @@ def lightweight(model: ModelT) -> ModelT:
         >>> type(lightweight(chains).up.cores[1]).__name__
         'Frozen'
     """
-    return _with_frozen(model, lambda form: (len(form.layout.inputs) // 2,))
+    return _with_frozen(model, lambda form: (_largest(form.layout),))
+
+
+def _largest(layout: Layout) -> int:
+    sizes = [math.prod(shape) for shape in layout.shapes]
+    middle = len(sizes) // 2
+    return max(range(len(sizes)), key=lambda k: (sizes[k], -abs(k - middle)))
 
 
 def all_train(model: ModelT) -> ModelT:

@@ -182,7 +182,8 @@ def fit(
                 _check_same(folder, meta["run"], json.loads(json.dumps(run)))
                 history, done, changes = meta["history"], saved.latest, meta.get("changes", [])
         if changes:
-            assert growth is not None
+            if growth is None:
+                raise InputError(f"{folder} holds a run that grew; give its growth")
             for change in changes:
                 model = growth.apply(model, change)
             loop = made(model)
@@ -192,7 +193,8 @@ def fit(
             state = saved.restore(state)
 
         def meta_of() -> dict[str, Any]:
-            return {"run": run, "history": history, "changes": changes}
+            # Copies, as Orbax writes in the background.
+            return {"run": run, "history": list(history), "changes": list(changes)}
 
         first = jax.process_index() == 0
         log = Log(folder if first else None, tensorboard=config.tensorboard, after=done)
@@ -268,12 +270,13 @@ def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _carried(old: TrainState, new: TrainState) -> TrainState:
     """A new state in which whatever was in the old one, in the same shape, goes on from there."""
-    known = dict(jax.tree_util.tree_leaves_with_path(old.opt_state))
+    known = dict(jax.tree_util.tree_leaves_with_path(old))
 
     def leaf(path: Any, x: Array) -> Array:
+        # Weights too: the model between the two has them in its own dtype, perhaps rounded.
         return known[path] if path in known and known[path].shape == x.shape else x
 
-    return new._replace(opt_state=jax.tree_util.tree_map_with_path(leaf, new.opt_state))
+    return jax.tree_util.tree_map_with_path(leaf, new)
 
 
 class _Loop:

@@ -23,6 +23,8 @@ from fusion_jax.finetune.pairs import Pairs
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.tasks import Texts
 from fusion_jax.finetune.trainer import Fit, Source, fit
+from fusion_jax.forms import forms
+from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import Model
 from fusion_jax.sites import sites
 
@@ -111,9 +113,7 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
     if [s.path for s in ours] != [s.path for s in theirs]:
         raise InputError("student and teacher have their MLPs at different places")
     places = tuple(
-        f"{a.path}."
-        for a, b in zip(ours, theirs, strict=True)
-        if (type(a.mlp), a.mlp.width) != (type(b.mlp), b.mlp.width)
+        f"{a.path}." for a, b in zip(ours, theirs, strict=True) if _what(a.mlp) != _what(b.mlp)
     )
     if not places:
         raise InputError(
@@ -121,6 +121,11 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
             "compression"
         )
     return places
+
+
+def _what(mlp: Mlp) -> tuple[Any, ...]:
+    """What kind of MLP it is, matrices in other forms included."""
+    return mlp.spec(), {path: form.spec() for path, form in forms(mlp).items()}
 
 
 def _in_dtype(teacher: Model, config: TrainConfig) -> Any:

@@ -6,7 +6,7 @@ from fusion_jax.forms import Form, Scored
 from fusion_jax.methods.base import Method as Method
 from fusion_jax.methods.base import Solution as Solution
 from fusion_jax.methods.base import method_from_json as method_from_json
-from fusion_jax.methods.clustering import Clustering
+from fusion_jax.methods.clustering import Clustering as Clustering
 from fusion_jax.methods.factored import Factored
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.methods.mask_prune import MaskPrune

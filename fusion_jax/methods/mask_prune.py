@@ -147,15 +147,23 @@ def globally(
         >>> round(sum(m.keep for m in chosen.values()) / 2, 3)
         0.25
     """
+    if method.needs_gradients and gradients is None:
+        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
     scores = {}
     for site in select(sites(model), layers):
+        if site.mlp.stack:
+            raise InputError(f"{site.path}: experts have no limit in common; give keep to each")
         slopes = None if gradients is None else gradients_of(site, gradients)
         found = method.scores(site.mlp.sub_mlps(), slopes)
         scores[site.path] = np.concatenate([np.asarray(x).reshape(-1) for x in found.values()])
     whole = np.concatenate(list(scores.values()))
     keep = max(1, int(method.keep * len(whole)))
-    limit = np.partition(whole, len(whole) - keep)[len(whole) - keep]
+    # Of equal scores the first, so that no more are kept than asked for.
+    top = np.zeros(len(whole), bool)
+    top[np.argsort(-whole, kind="stable")[:keep]] = True
+    ends = np.cumsum([len(x) for x in scores.values()])
+    kept = np.split(top, ends[:-1])
     return {
-        path: dataclasses.replace(method, keep=max(1, int((x >= limit).sum())) / len(x))
-        for path, x in scores.items()
+        path: dataclasses.replace(method, keep=max(1, int(mask.sum())) / len(mask))
+        for path, mask in zip(scores, kept, strict=True)
     }

@@ -90,7 +90,7 @@ class MPO(Factored):
     def verify(self, solution: Solution) -> None:
         """Raises `ArithmeticError` if an error is above its bound by more than rounding."""
         facts: MpoFacts = solution.facts
-        if (facts.error > facts.bound * 1.001 + 1e-5).any():
+        if not (facts.error <= facts.bound * 1.001 + 1e-5).all():
             raise ArithmeticError(
                 f"the error of a decomposition, {facts.error.max()}, is above its bound, "
                 f"{facts.bound.max()}"

@@ -159,7 +159,8 @@ def load_balancing_loss(
     # A sequence of padding alone has no shares.
     some = jnp.maximum(count, 1)
     share, probability = (total(x * weight[..., None]) / some for x in (used, probabilities))
-    return e * (share * probability).sum() / (count > 0).sum(dtype=count.dtype)
+    filled = (count > 0).sum(dtype=count.dtype)  # 0 in a part of a batch that only fills up
+    return e * (share * probability).sum() / jnp.maximum(filled, 1)
 
 
 def router_z_loss(
@@ -186,4 +187,4 @@ def router_z_loss(
     if real is None:
         return squares.mean()
     weight = jnp.tile(real.astype(logits.dtype), (1, len(router_logits)))
-    return (squares * weight).sum() / weight.sum()
+    return (squares * weight).sum() / jnp.maximum(weight.sum(), 1)
