@@ -58,6 +58,14 @@ class UnevenExperts(Mlp):
         order = np.argsort(np.concatenate(self.members))
         return jnp.concatenate(parts)[order]
 
+    def linears(self) -> dict[str, Any]:
+        """The linear layers of all groups by name."""
+        return {
+            f"groups.{i}.{name}": linear
+            for i, group in enumerate(self.groups)
+            for name, linear in group.linears().items()
+        }
+
     @property
     def widths(self) -> tuple[int, ...]:
         """The width of each expert."""

@@ -156,7 +156,7 @@ def test_all_groups_train(compressed):
         assert (g != 0).any()
 
 
-def test_what_does_not_tell_the_use(mixtral, compressed, key):
+def test_what_is_and_is_not_done_with_them(mixtral, compressed, key):
     with pytest.raises(fj.InputError, match="by_use needs calibration"):
         fj.compress(mixtral, METHOD, key=key)
     seen = fj.calibrate(mixtral, [tiny.batch("mixtral")], key=key)
@@ -165,5 +165,11 @@ def test_what_does_not_tell_the_use(mixtral, compressed, key):
     with pytest.raises(fj.InputError, match="by_use must be at least 0"):
         fj.Fusion(by_use=-1.0)
     smaller, _ = compressed
-    with pytest.raises(fj.InputError, match="is a UnevenExperts already"):
-        fj.compress(smaller, fj.Fusion(width=4), key=key)
+    for method in (fj.Fusion(width=4), fj.METHODS["svd"]()):
+        with pytest.raises(fj.InputError, match="is a UnevenExperts already"):
+            fj.compress(smaller, method, key=key)
+    plain = fj.plain(smaller)
+    assert {type(site.mlp) for site in fj.sites(plain)} == {fj.GatedMlp}
+    batch = tiny.batch("mixtral")
+    logits = [jax.jit(lambda m: m(**batch).logits)(m) for m in (plain, smaller)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
