@@ -153,3 +153,10 @@ def test_hidden_states_of_encoder_decoders(tmp_path, key):
             want += (np.square(np.asarray(a - b)).mean(-1) * mask).sum()
     np.testing.assert_allclose(total, want, rtol=1e-4)
     assert jnp.isfinite(total) and total > 0
+
+
+def test_a_part_of_a_batch_that_only_fills_up_is_finite(tmp_path):
+    model = fj.load(tiny.checkpoint(tmp_path / "m", "mixtral", "causal-lm"), head="causal-lm")
+    batch = {**tiny.batch("mixtral"), "weights": np.zeros(3, np.float32)}
+    total = losses.next_token(model, batch, None, balance=0.01, router_z=0.01)
+    assert total.total == 0 and total.count == 0

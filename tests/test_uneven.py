@@ -173,3 +173,8 @@ def test_what_is_and_is_not_done_with_them(mixtral, compressed, key):
     batch = tiny.batch("mixtral")
     logits = [jax.jit(lambda m: m(**batch).logits)(m) for m in (plain, smaller)]
     np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_rounded_widths_are_multiples():
+    plan = by_use([0.97, 0.01, 0.01, 0.01], 96, 1.0, most=384, round_to=16)
+    assert all(width % 16 == 0 for width in plan) and sum(map(len, plan.values())) == 4
