@@ -88,6 +88,7 @@ def inspect(model: Positional[Name]) -> None:
         model: Hub id, Hugging Face folder, or artefact.
     """
     from fusion_jax.checkpoint import open_checkpoint
+    from fusion_jax.forms import forms
     from fusion_jax.report import num_params, size_of, table
     from fusion_jax.sites import sites
 
@@ -97,7 +98,8 @@ def inspect(model: Positional[Name]) -> None:
     rows = [["site", "index", "kind", "width", "parameters", "share"]]
     for site in found:
         n = num_params(site.mlp)
-        kind, width = type(site.mlp).__name__, str(site.mlp.width)
+        kinds = sorted({form.kind for form in forms(site.mlp).values()})
+        kind, width = ", ".join([type(site.mlp).__name__, *kinds]), str(site.mlp.width)
         kind = f"{site.mlp.stack[0]} x {kind}" if site.mlp.stack else kind
         rows.append([site.path, str(site.index), kind, width, f"{n:,}", f"{n / size.params:.1%}"])
     share = size.mlp_params / size.params

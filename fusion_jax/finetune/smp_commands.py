@@ -11,8 +11,8 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fusion_jax import checkpoint, masks
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import commands
+from fusion_jax.finetune.jobs import Given, LabelsJob
 from fusion_jax.finetune.smp import LABEL_WORDS, SCORES, StaticPruning, static_prune
-from fusion_jax.finetune.tasks import TaskData, load_task, read_task
 
 Words = Annotated[
     tuple[str, ...],
@@ -73,7 +73,14 @@ def smp(
     """
     if distributed:
         jax.distributed.initialize()
-    loaded = _data(task, data, train_file, dev_file, text, label)
+    given = Given(
+        task=task, data=data, train_file=train_file, dev_file=dev_file, text=text, label=label
+    )
+    if given.kind != "labels":
+        raise InputError(f"task {task!r} has no classes, which static pruning is for")
+    job = given.job()
+    assert isinstance(job, LabelsJob)
+    loaded = job.data
     words = words or (() if smp.train_head else LABEL_WORDS.get(task or "", ()))
     if smp.train_head == bool(words):
         raise InputError(
@@ -125,21 +132,6 @@ def rebase(
     """
     masks.rebase(folder, base)
     print(f"{folder} takes its weights from {base} now.")
-
-
-def _data(
-    task: str | None,
-    data: str | None,
-    train: Path | None,
-    dev: Path | None,
-    text: tuple[str, ...],
-    label: str,
-) -> TaskData:
-    if task is not None and data is not None and train is None and dev is None:
-        return load_task(task, data)
-    if train is not None and task is None and data is None:
-        return read_task(train, dev, text=text, label=label)
-    raise InputError("give either --task and --data, or --train-file (and --dev-file)")
 
 
 def _teacher(name: str) -> Any:
