@@ -120,7 +120,7 @@ def test_plain_text(places, tmp_path, capsys):
         (["finetune", "GPT2", "--train-file", "OWN", "--target", "targt"], "did you mean 'target'"),
         (["finetune", "GPT2", "--task", "text"], "wants --data FILE.txt"),
         (["finetune", "GPT2", "--task", "text", "--data", "PLAIN"], "context 512 is above"),
-        (["finetune", "T5", "--task", "text", "--data", "PLAIN"], "head='causal-lm'"),
+        (["finetune", "T5", "--task", "text", "--data", "PLAIN"], "decoder-only"),
         (["finetune", "GPT2", "--task", "e2e", "--data", "E2E", "--max-length", "9"], "train.txt:"),
         (["finetune", "BERT", "--task", "e2e", "--data", "E2E"], "no model that generates text"),
         (["tune", "GPT2", "--teacher", "GPT2", "--task", "e2e", "--data", "E2E"], "differs from"),
