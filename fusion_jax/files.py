@@ -21,6 +21,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FUSION = "fusion.json"
+FORMAT = 1
+"""The version of ``fusion.json`` that is written; older ones are read."""
 SHARD_BYTES = 5_000_000_000
 """The most bytes in one file of weights, unless one tensor alone has more."""
 TOKENIZER = (
@@ -151,6 +153,11 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         return self._open[name].get_tensor(name)
+
+
+def name_of(path: tuple) -> str:
+    """The name of a variable in our files: its path in the model, with dots."""
+    return ".".join(map(str, path))
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> Path:

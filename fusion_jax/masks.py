@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from fusion_jax import files
-from fusion_jax.checkpoint import dtype_name, labels_of, open_checkpoint, origin_of, write_artefact
+from fusion_jax.checkpoint.opening import open_checkpoint
+from fusion_jax.checkpoint.writing import dtype_name, labels_of, origin_of, write_artefact
 from fusion_jax.errors import InputError
 from fusion_jax.forms import Masked, forms
 from fusion_jax.models.base import Model
@@ -60,7 +61,7 @@ def save_masks(
     where = _reference(origin) if base is None else _place(base)
     opened = _Base(where, origin.head, *labels_of(model), dtype_name(model))
     flat = {
-        ".".join(map(str, path)): np.asarray(variable.get_value())
+        files.name_of(path): np.asarray(variable.get_value())
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
     shapes, prints, own = {}, {}, {}
@@ -190,7 +191,7 @@ class _Base:
             revision=where["revision"],
         )
         flat = nnx.to_flat_state(nnx.state(self._opened.abstract))
-        self._variables = {".".join(map(str, path)): variable for path, variable in flat}
+        self._variables = {files.name_of(path): variable for path, variable in flat}
 
     def about(self, name: str) -> tuple[tuple[int, ...], str] | None:
         """The shape and dtype of a variable; None if the files do not have it."""
