@@ -18,7 +18,7 @@ from flax import nnx
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.artefacts import replace
-from fusion_jax.forms import forms, replaced
+from fusion_jax.forms import Frozen, forms, replaced
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.progress import progress as show_progress
 
@@ -84,7 +84,7 @@ def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Any) -> 
     new: Any = nnx.clone(form)
     new.layout, new.frozen = layout, frozen
     dtype = form.dtype
-    kinds = [mpo.Frozen if k in frozen else nnx.Param for k in range(len(cores))]
+    kinds = [Frozen if k in frozen else nnx.Param for k in range(len(cores))]
     new.cores = nnx.List(
         [kind(core.astype(dtype)) for kind, core in zip(kinds, cores, strict=True)]
     )

@@ -14,7 +14,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.forms import LowRank
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.factored import Factored, FactoredFacts, relative_error
-from fusion_jax.mpo import signed_svd
+from fusion_jax.mpo.cores import signed_svd
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,128 @@
+"""Layers whose matrix is a chain of cores.
+
+Axis letters in shapes: d inputs, o outputs, n positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.forms import Form, Frozen, dtype_of
+from fusion_jax.mpo.cores import contract
+from fusion_jax.mpo.layouts import Layout
+from fusion_jax.mpo.products import plan, product
+
+
+class Mpo(Form):
+    """A linear layer whose matrix is made of cores.
+
+    Args:
+        *args: As for `Form`.
+        inputs: See `Layout`.
+        outputs: See `Layout`.
+        bonds: See `Layout`.
+        frozen: Numbers of the cores that do not train.
+        **kwargs: As for `Form`.
+
+    Example:
+        >>> sizes = dict(inputs=(2, 3), outputs=(2, 2), bonds=(2,))
+        >>> layer = Mpo(6, 4, use_bias=True, param_dtype=jnp.float32, **sizes)
+        >>> layer(jnp.ones((3, 6))).shape
+        (3, 4)
+    """
+
+    kind = "mpo"
+    _axes = 4
+
+    def __init__(
+        self,
+        *args: Any,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        bonds: Sequence[int],
+        frozen: Sequence[int] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.layout = Layout(tuple(inputs), tuple(outputs), tuple(bonds))
+        self.frozen = tuple(frozen)
+        self.cores = nnx.List(
+            [
+                (Frozen if k in self.frozen else nnx.Param)(jnp.zeros(shape, kwargs["param_dtype"]))
+                for k, shape in enumerate(self.layout.shapes)
+            ]
+        )
+
+    def arrays(self) -> list[nnx.Variable]:
+        """The cores."""
+        return list(self.cores)
+
+    def _values(self) -> list[Array]:
+        return [core[...] for core in self.cores]
+
+    def _matrix(self) -> Array:
+        return contract(self._values(), (self.in_features, self.out_features))
+
+    def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """``x W``, in the cheapest order for as many positions as there are."""
+        y = product(x.reshape(-1, x.shape[-1]), self._values(), self.out_features)
+        return y.reshape(*x.shape[:-1], -1)
+
+    @property
+    def flops(self) -> int:
+        """Operations (two a multiply-add) for one position, in batches of 1,024."""
+        return round(plan(1024, self.layout).flops / 1024)
+
+    def spec(self) -> dict[str, Any]:
+        """The form and its layout."""
+        fields = {name: list(sizes) for name, sizes in self.layout._asdict().items()}
+        return {"form": self.kind, **fields, "frozen": list(self.frozen)}
+
+
+class MpoEmbed(Mpo):
+    """An embedding whose matrix, a row per token, is made of cores.
+
+    The arguments are those of `Mpo`; inputs are the tokens, outputs the features.
+    """
+
+    kind = "mpo-embedding"
+
+    def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n o"]:  # type: ignore[override]
+        """The rows of tokens, each core looked up at its digit of the token's number."""
+        flat = ids.reshape(-1)
+        digits = jnp.unravel_index(flat, self.layout.inputs)
+        trained = [core.dtype for core in self.cores if isinstance(core, nnx.Param)]
+        cores = [core.astype((trained or [self.dtype])[0]) for core in self._values()]
+        rows = cores[0][0][digits[0]]  # (n, j, b)
+        for core, digit in zip(cores[1:], digits[1:], strict=True):
+            rows = jnp.einsum("nja,ankb->njkb", rows, core[:, digit])
+            rows = rows.reshape(len(flat), -1, core.shape[-1])
+        return rows.reshape(len(flat), -1)[:, : self.out_features].reshape(*ids.shape, -1)
+
+    def attend(self, x: Float[Array, "*n o"]) -> Float[Array, "*n d"]:
+        """Products of states with all rows, the logits of a tied head."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = product(flat, self._values(), self.in_features, transposed=True)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def plain(self) -> nnx.Embed:
+        """The same function as a plain embedding."""
+        make = partial(nnx.Embed, self.in_features, self.out_features, param_dtype=self.dtype)
+        new = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        new.embedding.set_value(self.matrix())
+        return new
+
+    @classmethod
+    def abstract(cls, linear: Any, **spec: Any) -> Any:
+        """The form of an embedding, with shapes in place of arrays."""
+        d, o, dtype = linear.num_embeddings, linear.features, dtype_of(linear)
+        return nnx.eval_shape(lambda: cls(d, o, use_bias=False, param_dtype=dtype, **spec))
+
+
+AnyEmbed = nnx.Embed | MpoEmbed

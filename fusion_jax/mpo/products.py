@@ -1,0 +1,178 @@
+"""Products with a matrix that is a chain of cores, in the cheapest order.
+
+Axis letters in shapes: d inputs, o outputs, n positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import opt_einsum
+from jaxtyping import Array, Float
+
+from fusion_jax.mpo.cores import contract
+from fusion_jax.mpo.layouts import Layout
+
+WRITE = 128
+"""What writing a number of an intermediate result costs, in multiply-adds: operations alone favour
+orders with many small products, which are slow."""
+
+
+class Plan(NamedTuple):
+    """In which order a product is computed.
+
+    Args:
+        subscripts: For ``einsum``: the input split into factors, and the cores.
+        path: Which two operands are multiplied, one step after the other.
+        flops: Operations (two a multiply-add) of this order.
+        rebuild_flops: Operations of making the matrix first and multiplying then.
+        rebuilds: Whether making the matrix first is this order.
+        cost: What this order costs by the measure it was chosen by, see `plan`.
+    """
+
+    subscripts: str
+    path: tuple[tuple[int, ...], ...]
+    flops: int
+    rebuild_flops: int
+    rebuilds: bool
+    cost: int
+
+
+@lru_cache(maxsize=4096)
+def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
+    """The cheapest order of a product of n rows with a matrix made of cores.
+
+    Args:
+        n: Rows of the input.
+        layout: The cores.
+        transposed: Whether the product is with the transposed matrix.
+
+    Returns:
+        The order of least cost, by dynamic programming over all orders: multiply-adds, and `WRITE`
+        for each number of a result.
+
+    Example:
+        >>> small = Layout((32, 24), (64, 48), (8,))
+        >>> plan(1, small).rebuilds, plan(1, small).flops < plan(1, small).rebuild_flops
+        (False, True)
+    """
+    m = len(layout.inputs)
+    symbol = opt_einsum.get_symbol
+    rows, columns = [symbol(k) for k in range(m)], [symbol(m + k) for k in range(m)]
+    bonds = [symbol(2 * m + k) for k in range(m + 1)]
+    batch = symbol(3 * m + 1)
+    cores = [f"{bonds[k]}{rows[k]}{columns[k]}{bonds[k + 1]}" for k in range(m)]
+    # Ends of the chain and factors of 1 are left out, as the input has no axes for them.
+    drop = {bonds[0], bonds[m]}
+    drop |= {s for s, size in zip(rows, layout.inputs, strict=True) if size == 1}
+    drop |= {s for s, size in zip(columns, layout.outputs, strict=True) if size == 1}
+    cores = ["".join(s for s in core if s not in drop) for core in cores]
+    ins, outs = (columns, rows) if transposed else (rows, columns)
+    source = batch + "".join(s for s in ins if s not in drop)
+    target = batch + "".join(s for s in outs if s not in drop)
+    subscripts = f"{source},{','.join(cores)}->{target}"
+    sizes = {batch: n}
+    sizes |= dict(zip(rows, layout.inputs, strict=True))
+    sizes |= dict(zip(columns, layout.outputs, strict=True))
+    sizes |= dict(zip(bonds, (1, *layout.bonds, 1), strict=True))
+    shapes = [tuple(sizes[s] for s in term) for term in (source, *cores)]
+    search = opt_einsum.DynamicProgramming(minimize=f"combo-{WRITE}")
+    found, _ = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize=search)
+    path = tuple(tuple(pair) for pair in found)
+    # The matrix is made from the left, as `contract` does.
+    rebuild = _cost([set(core) for core in cores], sizes)
+    entries = math.prod(layout.inputs) * math.prod(layout.outputs)
+    last = n * (entries + WRITE * (math.prod(layout.inputs if transposed else layout.outputs)))
+    direct = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
+    rebuilds = m > 1 and (_input_comes_last(path) or rebuild.cost + last <= direct.cost)
+    rebuild_flops = 2 * (rebuild.multiplies + n * entries)
+    return Plan(
+        subscripts,
+        path,
+        rebuild_flops if rebuilds else 2 * direct.multiplies,
+        rebuild_flops,
+        rebuilds,
+        rebuild.cost + last if rebuilds else direct.cost,
+    )
+
+
+class _Cost(NamedTuple):
+    multiplies: int
+    cost: int
+
+
+def _path_cost(
+    terms: list[set[str]],
+    path: Sequence[tuple[int, ...]],
+    target: set[str],
+    sizes: Mapping[str, int],
+) -> _Cost:
+    """What an order costs."""
+    terms, multiplies, written = list(terms), 0, 0
+    for pair in path:
+        both: set[str] = set().union(*(terms.pop(i) for i in sorted(pair, reverse=True)))
+        left = both & target.union(*terms)
+        multiplies += math.prod(sizes[s] for s in both)
+        written += math.prod(sizes[s] for s in left)
+        terms.append(left)
+    return _Cost(multiplies, multiplies + WRITE * written)
+
+
+def _cost(cores: list[set[str]], sizes: Mapping[str, int]) -> _Cost:
+    """What making the matrix from the left costs."""
+    every = set().union(*cores)
+    inner = {s for s in every if sum(s in core for core in cores) > 1}
+    path = [(0, len(cores) - 1 - k) if k else (0, 1) for k in range(len(cores) - 1)]
+    # The result of a step comes last in the list of operands.
+    return _path_cost(cores, path, every - inner, sizes)
+
+
+def _input_comes_last(path: Sequence[tuple[int, ...]]) -> bool:
+    """Whether operand 0 takes part in no step but the last."""
+    where = 0
+    for pair in path[:-1]:
+        if where in pair:
+            return False
+        where -= sum(i < where for i in pair)
+    return True
+
+
+def product(
+    x: Float[Array, "n d"], cores: Sequence[Array], columns: int, *, transposed: bool = False
+) -> Float[Array, "n o"]:
+    """``x W`` for a matrix W made of cores, in the cheapest order for these sizes.
+
+    Args:
+        x: The rows.
+        cores: T_1 ... T_m.
+        columns: How many columns of the result count; the rest was filled up.
+        transposed: For ``x W^T``.
+
+    Returns:
+        The product, in the dtype of x.
+    """
+    shapes = [core.shape for core in cores]
+    layout = Layout(
+        tuple(s[1] for s in shapes), tuple(s[2] for s in shapes), tuple(s[3] for s in shapes[:-1])
+    )
+    found = plan(len(x), layout, transposed=transposed)
+    if found.rebuilds:
+        whole = contract(
+            [core.astype(x.dtype) for core in cores],
+            (columns, x.shape[1]) if transposed else (x.shape[1], columns),
+        )
+        return x @ (whole.T if transposed else whole)
+    ins, outs = (layout.outputs, layout.inputs) if transposed else (layout.inputs, layout.outputs)
+    x = jnp.pad(x, ((0, 0), (0, math.prod(ins) - x.shape[1])))
+    operands = [x.reshape(len(x), *(i for i in ins if i > 1))]
+    last = len(cores) - 1
+    for k, core in enumerate(cores):
+        b, i, j, c = core.shape
+        kept = [*([b] if k else []), *(s for s in (i, j) if s > 1), *([c] if k < last else [])]
+        operands.append(core.astype(x.dtype).reshape(kept))
+    y = jnp.einsum(found.subscripts, *operands, optimize=list(found.path))
+    return y.reshape(len(x), math.prod(outs))[:, :columns]
