@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 
+from fusion_jax.finetune.trainer import Fit, fit
 from fusion_jax.models.base import Model
 
 BEST = "best"
@@ -20,26 +22,30 @@ Write = Callable[[Model, Path], Any]
 """Writes a model into a folder that does not exist yet, as `fusion_jax.save` does."""
 
 
-def best_keeper(
-    folder: Path | None,
-    *,
+def fit_and_keep(
+    *arguments: Any,
+    folder: str | os.PathLike[str] | None,
     lowest: bool = False,
     best_from: int = 0,
     write: Write | None = None,
-) -> Callable[[Model, list[dict[str, Any]]], None] | None:
-    """For `fit`: saves the model under ``best`` whenever the first metric is better than ever.
+    **options: Any,
+) -> Fit:
+    """Trains by `fit`, and saves artefacts: ``best`` by the first metric, and ``last``.
 
     Args:
+        *arguments: As for `fit`.
         folder: The folder of the run; None keeps nothing.
         lowest: Whether low values are better.
         best_from: Evaluations after fewer steps do not count.
         write: What writes an artefact; None for `fusion_jax.save`.
+        **options: As for `fit`.
 
     Returns:
-        What `fit` calls after an evaluation.
+        What `fit` returns.
     """
     if folder is None:
-        return None
+        return fit(*arguments, **options)
+    folder = Path(folder)
     sign = -1 if lowest else 1
 
     def keep(model: Model, history: list[dict[str, Any]]) -> None:
@@ -53,7 +59,10 @@ def best_keeper(
         if better or not before:
             replace(model, folder / BEST, write)
 
-    return keep
+    result = fit(*arguments, folder=folder, on_evaluation=keep, **options)
+    if result.finished:
+        replace(result.model, folder / LAST, write)
+    return result
 
 
 def replace(model: Model, folder: Path, write: Write | None = None) -> None:

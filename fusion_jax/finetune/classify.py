@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import LAST, Write, best_keeper, replace
+from fusion_jax.finetune.artefacts import Write, fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
 from fusion_jax.finetune.losses import Loss
@@ -22,7 +21,7 @@ from fusion_jax.finetune.optimiser import Multipliers
 from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
-from fusion_jax.finetune.trainer import Fit, Growth, OnStep, Rule, fit
+from fusion_jax.finetune.trainer import Fit, Growth, OnStep, Rule
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.text import load_tokenizer
 
@@ -88,7 +87,6 @@ def finetune(
     _, dropout = jax.random.split(key)
     train, own = task_source(model, data, config, key=key)
     dev = {name: encoder(texts) for name, texts in data.dev.items()}
-    folder = None if folder is None else Path(folder)
 
     def evaluate(model: Any) -> dict[str, float]:
         results = {}
@@ -98,7 +96,7 @@ def finetune(
             results |= {f"{prefix}{k}": v for k, v in measure(task, logits, examples).items()}
         return results
 
-    result = fit(
+    return fit_and_keep(
         model,
         train,
         own if loss is None else loss(own),
@@ -108,16 +106,14 @@ def finetune(
         multipliers=multipliers,
         folder=folder,
         evaluate=evaluate if dev else None,
-        on_evaluation=best_keeper(folder, best_from=best_from, write=save),
+        best_from=best_from,
+        write=save,
         on_step=on_step,
         rule=rule,
         growth=growth,
         about=about,
         progress=progress,
     )
-    if folder is not None and result.finished:
-        replace(result.model, folder / LAST, save)
-    return result
 
 
 def task_source(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,14 +13,14 @@ from jaxtyping import Array, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
+from fusion_jax.finetune.artefacts import fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples, round_up
 from fusion_jax.finetune.optimiser import Multipliers
 from fusion_jax.finetune.pairs import Pairs, TextData
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.text_metrics import TEXT_METRICS, sacrebleu
-from fusion_jax.finetune.trainer import Fit, OnStep, fit
+from fusion_jax.finetune.trainer import Fit, OnStep
 from fusion_jax.generate import Beams, Sampling, generate
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.progress import progress as show_progress
@@ -259,13 +258,12 @@ def finetune_pairs(
     seed = int(jax.random.bits(order))
     train = encoder.batches(data.train, size, shapes=shapes, seed=seed)
     dev = None if data.dev is None else encoder.batches(data.dev, size, shapes=shapes)
-    folder = None if folder is None else Path(folder)
 
     def evaluate(model: Any) -> dict[str, float]:
         assert dev is not None
         return _nats(model, dev, encoder.loss())
 
-    result = fit(
+    return fit_and_keep(
         model,
         train,
         encoder.loss(),
@@ -274,13 +272,10 @@ def finetune_pairs(
         multipliers=multipliers,
         folder=folder,
         evaluate=None if dev is None else evaluate,
-        on_evaluation=best_keeper(folder, lowest=True),
+        lowest=True,
         on_step=on_step,
         progress=progress,
     )
-    if folder is not None and result.finished:
-        replace(result.model, folder / LAST)
-    return result
 
 
 def _with_head(model: Model, max_length: int | None, truncate: bool) -> PairEncoder:

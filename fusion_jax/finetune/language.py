@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ from jaxtyping import Array, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import LAST, best_keeper, replace
+from fusion_jax.finetune.artefacts import fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.optimiser import Multipliers
-from fusion_jax.finetune.trainer import Fit, OnStep, fit
+from fusion_jax.finetune.trainer import Fit, OnStep
 from fusion_jax.models.base import Model
 
 Ids = Int[np.ndarray, " _"] | Int[Array, " _"]
@@ -184,8 +183,7 @@ def finetune_language(
         assert held_out is not None
         return {"nats": nats_per_token(model, held_out, context, batch_size=config.batch_size)}
 
-    folder = None if folder is None else Path(folder)
-    result = fit(
+    return fit_and_keep(
         model,
         windows,
         losses.next_token,
@@ -194,10 +192,7 @@ def finetune_language(
         multipliers=multipliers,
         folder=folder,
         evaluate=None if dev is None else evaluate,
-        on_evaluation=best_keeper(folder, lowest=True),
+        lowest=True,
         on_step=on_step,
         progress=progress,
     )
-    if folder is not None and result.finished:
-        replace(result.model, folder / LAST)
-    return result
