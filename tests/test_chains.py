@@ -160,6 +160,13 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
         fj.finetune(
             model, data, config, key=key, growth=growing(source), folder=folder, on_step=stop
         )
+    for name in ("every", "per_round", "total", "cores"):
+        other = dataclasses.replace(growing(source), **{name: 4})
+        message = rf"other settings \(growth's {name} [123], now 4\); give those, or another folder"
+        with pytest.raises(fj.InputError, match=message):
+            fj.finetune(model, data, config, key=key, growth=other, folder=folder)
+    with pytest.raises(fj.InputError, match="growth 'Chains', now None"):
+        fj.finetune(model, data, config, key=key, folder=folder)
     again = fj.finetune(model, data, config, key=key, growth=growing(source), folder=folder)
     assert again.step == 6
     for path, (_, x) in flat(whole.model).items():
@@ -177,6 +184,9 @@ def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, k
 
         def apply(self, model, change):
             return model
+
+        def to_json(self):
+            return {}
 
     config = dataclasses.replace(CONFIG, warmup=0.0)
     with_a_change = fj.finetune(model, data, config, key=key, growth=Never()).model
@@ -243,6 +253,18 @@ def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
     with pytest.raises(Stopped):
         squeeze(chained, fails, measure, tolerance=0.075, step=2, folder=run)
     assert len(json.loads((run / "squeeze.json").read_text())["cuts"]) == 2
+    bond = r"bonds of layers\.1\.mlp\.up"
+    fewer = cut(chained, Cut("layers.1.mlp.up", 0, 3, 0.0))
+    for begun, changed, message in (
+        (chained, {"tolerance": 0.08}, r"\(tolerance 0.075, now 0.08\); give those, or another"),
+        (chained, {"step": 3}, r"\(step 2, now 3\)"),
+        (chained, {"rounds": 1}, "holds 2 cuts, more than rounds=1; give at least as many"),
+        (fewer, {}, rf"\({bond} .*, now \[3, "),
+        (all_train(chained), {}, r"Frozen cores of layers\..* \[1\], now \[\]"),
+    ):
+        options = {"tolerance": 0.075, "step": 2, **changed}
+        with pytest.raises(fj.InputError, match=message):
+            squeeze(begun, train, measure, folder=run, **options)
     again = squeeze(chained, train, measure, tolerance=0.075, step=2, folder=run)
     assert again.cuts == whole.cuts and again.stopped
     assert sorted(p.name for p in run.iterdir()) == ["squeeze.json", "squeezed-3"]
@@ -319,6 +341,9 @@ def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
 
         def apply(self, model, change):
             return model
+
+        def to_json(self):
+            return {}
 
     def watch(name):
         return lambda step, state: seen.update({(name, step): jax.tree.map(np.asarray, state)})

@@ -152,6 +152,12 @@ class Chains:
         """The model with these matrices as chains."""
         return overparameterise(model, change, cores=self.cores)
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings that can be compared: ``matrices`` only if it is no function."""
+        names = ("every", "per_round", "total", "cores", "batches")
+        given = {} if callable(self.matrices) else {"matrices": self.matrices}
+        return {**{name: getattr(self, name) for name in names}, **given}
+
 
 def added_params(d: int, o: int, cores: int) -> int:
     """The parameters that a chain has more than its matrix.

@@ -18,6 +18,7 @@ from flax import nnx
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.artefacts import replace
+from fusion_jax.finetune.trainer import check_same
 from fusion_jax.forms import Frozen, forms, replaced
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.progress import progress as show_progress
@@ -195,7 +196,7 @@ def squeeze(
         measure: The loss of a model, such as `mean_loss` on some batches.
         tolerance: Stop when the loss is further than this from what it was before the first cut;
             the cut that did it is undone.
-        rounds: Most cuts.
+        rounds: Most cuts; a call that goes on may ask for more.
         step: By how much a bond gets smaller in a cut.
         folder: Where rounds are kept, so that the same call goes on; None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
@@ -204,7 +205,8 @@ def squeeze(
         The squeezed model and its history.
 
     Raises:
-        InputError: The model has no chain, or a number is out of range.
+        InputError: The model has no chain, a number is out of range, or the folder was begun with
+            other settings.
 
     References:
         MPOP (Liu et al., ACL 2021), algorithm 2: stop when the gap is above the tolerance, as its
@@ -218,18 +220,28 @@ def squeeze(
             raise InputError(f"{name} must be at least 1; got {value}")
     if not tolerance > 0:
         raise InputError(f"tolerance must be above 0; got {tolerance}")
-    chains(model)
+    found = chains(model)
+    settings: dict[str, Any] = {"tolerance": tolerance, "step": step, "chains": len(found)}
+    for path, form in found.items():
+        settings[f"bonds of {path}"] = list(form.layout.bonds)
+        settings[f"Frozen cores of {path}"] = list(form.frozen)
     folder = None if folder is None else Path(folder)
     notes = None if folder is None else folder / "squeeze.json"
     kept: list[tuple[Cut, float]] = []
     if notes is not None and notes.is_file():
         read = json.loads(notes.read_text())
+        assert folder is not None
+        check_same(folder, read.get("settings", {}), settings)
         first, stopped = read["first_loss"], read["stopped"]
         kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in read["cuts"]]
+        if len(kept) > rounds:
+            raise InputError(
+                f"{folder} holds {len(kept)} cuts, more than rounds={rounds}; give at least as "
+                "many, or another folder"
+            )
         if kept:
             from fusion_jax.checkpoint import load
 
-            assert folder is not None
             model = load(folder / f"squeezed-{len(kept)}")
     else:
         first, stopped = measure(model), False
@@ -240,7 +252,8 @@ def squeeze(
             return
         folder.mkdir(parents=True, exist_ok=True)
         entries = [{"cut": vars(c), "loss": value} for c, value in kept]
-        text = json.dumps({"first_loss": first, "cuts": entries, "stopped": stopped}, indent=1)
+        fields = {"first_loss": first, "cuts": entries, "stopped": stopped, "settings": settings}
+        text = json.dumps(fields, indent=1)
         new = notes.with_suffix(".new")
         new.write_text(text + "\n", encoding="utf-8")
         new.rename(notes)

@@ -91,6 +91,10 @@ class Growth(Protocol):
         """The model with a change made: the same, however often it is asked."""
         ...
 
+    def to_json(self) -> dict[str, Any]:
+        """What a run that is gone on with must have had the same, as JSON values by name."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
@@ -171,6 +175,8 @@ def fit(
         "batches per epoch": len(batches),
         "key": jax.random.key_data(key).tolist(),
         "what trains": sorted(params),
+        "growth": None if growth is None else type(growth).__name__,
+        **({} if growth is None else {f"growth's {k}": v for k, v in growth.to_json().items()}),
         **(about or {}),
     }
     with loop.layout.active(), listening() as stop:
@@ -179,11 +185,10 @@ def fit(
             saved = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
             if saved.latest is not None:
                 meta = saved.meta()
-                _check_same(folder, meta["run"], json.loads(json.dumps(run)))
+                check_same(folder, meta["run"], json.loads(json.dumps(run)))
                 history, done, changes = meta["history"], saved.latest, meta.get("changes", [])
         if changes:
-            if growth is None:
-                raise InputError(f"{folder} holds a run that grew; give its growth")
+            assert growth is not None
             for change in changes:
                 model = growth.apply(model, change)
             loop = made(model)
@@ -254,8 +259,15 @@ def _compute_dtype(model: Any, config: TrainConfig) -> Any:
     return params_dtype(model)
 
 
-def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    fields = {**old["config"], **old}, {**new["config"], **new}
+def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises `InputError` if what a folder was begun with is not what it is gone on with.
+
+    Args:
+        folder: The folder.
+        old: JSON values by name; those under ``config`` count one by one.
+        new: The same of now.
+    """
+    fields = {**old.get("config", {}), **old}, {**new.get("config", {}), **new}
     different = [
         f"{name} {fields[0].get(name)!r}, now {fields[1].get(name)!r}"
         for name in fields[1]
