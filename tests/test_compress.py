@@ -246,6 +246,19 @@ def test_a_fraction_is_rounded_up(model, key):
     assert {site.mlp.width for site in fj.sites(smaller)} == {16}
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if "round_to" in METHODS[n]().to_json()])
+def test_a_budget_is_rounded_down(name):
+    subs = jax.eval_shape(make(fj.Mlp, width=48).sub_mlps)
+
+    def within(share, round_to):
+        return METHODS[name](round_to=round_to).within(subs, share).width
+
+    assert [within(0.5, 8), within(0.49, 8), within(0.99, 32), within(0.5, 1)] == [24, 16, 32, 24]
+    assert within(1.0, 32) == 48
+    with pytest.raises(fj.InputError, match="none of 48 hidden units in steps of 32"):
+        within(0.5, 32)
+
+
 def test_report_tells_what_changed(model, key):
     smaller, report = fj.compress(model, fj.Fusion(width=12), layers=[1, 2], key=key)
     lost = 2 * (48 - 12) * (32 + 1 + 32)

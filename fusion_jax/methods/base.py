@@ -150,22 +150,26 @@ def check_width(width: int | float) -> None:
         raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
 
 
-def width_within(subs: SubMLPs, share: float) -> int:
+def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
     """The most hidden units that have at most this share of an MLP's parameters.
 
     Args:
         subs: The MLP's sub-MLPs, perhaps abstract.
         share: The share, in (0, 1].
+        round_to: The width is a multiple of this, or the MLP's own.
 
     Returns:
         The width.
 
     Raises:
-        InputError: Not even one unit is within it.
+        InputError: Not even the smallest width is within it.
     """
     width = int(share * subs.width + 1e-9)
+    if width < subs.width:
+        width -= width % round_to
     if width < 1:
-        raise InputError(f"a budget of {share:g} leaves none of {subs.width} hidden units")
+        steps = "" if round_to == 1 else f" in steps of {round_to}"
+        raise InputError(f"a budget of {share:g} leaves none of {subs.width} hidden units{steps}")
     return width
 
 

@@ -177,7 +177,7 @@ class Fusion(Method):
 
     def within(self, subs: SubMLPs, share: float) -> Fusion:
         """The method with the largest width in a budget; Frozen sizes do not count."""
-        return dataclasses.replace(self, width=width_within(subs, share))
+        return dataclasses.replace(self, width=width_within(subs, share, self.round_to))
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""

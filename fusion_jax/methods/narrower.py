@@ -36,7 +36,7 @@ class Narrower(Method):
 
     def within(self, subs: SubMLPs, share: float) -> Narrower:
         """The method with the largest width in a budget."""
-        return dataclasses.replace(self, width=width_within(subs, share))
+        return dataclasses.replace(self, width=width_within(subs, share, self.round_to))
 
     def build(self, mlp: Mlp, solution: Solution) -> Any:
         """The narrower MLP, in the dtype of the original."""
