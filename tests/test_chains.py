@@ -310,6 +310,8 @@ def test_lottery_prunes_what_training_leaves_small(model, data, key):
         return trained[-1]
 
     ticket = lottery(model, train, keep=0.25, rounds=2, layers=-1)
+    about = {"lottery": {"keep": 0.25, "rounds": 2}, "sites": ["layers.1.mlp"]}
+    assert [json.loads(step) for step in ticket.origin.history] == [about]
     assert not [p for p in forms(ticket) if not p.startswith("layers.1.mlp")]
     kept = np.ones(2 * 32 * 48, bool)
     for round_, model_after in enumerate(trained):

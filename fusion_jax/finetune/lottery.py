@@ -14,6 +14,7 @@ from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
 from fusion_jax.forms import Frozen, Masked
 from fusion_jax.methods.mask_prune import MaskPrune
+from fusion_jax.origin import Origin
 from fusion_jax.sites import Layers, select, sites
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -59,8 +60,13 @@ def lottery(
     if rounds < 1:
         raise InputError(f"rounds must be at least 1; got {rounds}")
     MaskPrune(keep=keep)
+    ticket: Any
     ticket, _ = compress(model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0))
     chosen = [site.path for site in select(sites(model), layers)]
+    origin = getattr(model, "origin", None)
+    if isinstance(origin, Origin):
+        # In place of what `compress` wrote, which kept all.
+        ticket.origin = origin.after({"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen})
     for i in range(rounds):
         trained = train(ticket)
         places = _masked(ticket, chosen)
