@@ -65,6 +65,26 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "data=3"], "the 8 devices"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--batch-size", "9"], "no multiple of 8"),
         (["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "TASK"], "before compression"),
+        (
+            ["finetune", "MODEL", "--out", "OUT", "TASK", "--text", "x"],
+            "--text does not apply to a published task; leave it out",
+        ),
+        (
+            ["finetune", "MODEL", "--out", "OUT", "--train-file", "x.csv", "--source", "x"],
+            "--source does not apply to labelled texts",
+        ),
+        (
+            ["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "COLUMN", "--context", "9"],
+            "--context does not apply to a column of texts",
+        ),
+        (
+            ["evaluate", "MODEL", "TASK", "--file", "x.csv"],
+            "--task does not apply to a file with labels",
+        ),
+        (
+            ["evaluate", "MODEL", "TASK", "--label", "x"],
+            "--label does not apply to a published task",
+        ),
         (["evaluate", "MODEL", "--file", "x.csv"], "have no classification head"),
         (["predict", "MODEL", "--file", "x.csv", "--out", "MODEL"], "exists; choose another"),
     ],
@@ -72,6 +92,7 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
 def test_errors(arguments, message, places, tmp_path, capsys):
     names = {"MODEL": [places[0]], "OUT": [str(tmp_path / "out")]}
     names["TASK"] = ["--task", "sst2", "--data", places[1]]
+    names["COLUMN"] = ["--train-file", "x.csv"]
     assert main([a for name in arguments for a in names.get(name, [name])]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -126,6 +126,26 @@ def test_plain_text(places, tmp_path, capsys):
         (["tune", "GPT2", "--teacher", "GPT2", "--task", "e2e", "--data", "E2E"], "differs from"),
         (["evaluate", "GPT2", "--task", "e2e"], "give either --task and --data, or --file"),
         (["evaluate", "GPT2", "--task", "e2e", "--data", "E2E", "--out", "OWN"], "exists; choose"),
+        (
+            ["finetune", "GPT2", "--task", "text", "--data", "PLAIN", "--target", "x"],
+            "--target does not apply to plain text; leave it out",
+        ),
+        (
+            ["finetune", "GPT2", "--train-file", "OWN", "--target", "target", "--regression"],
+            "--regression does not apply to sources and targets",
+        ),
+        (
+            ["evaluate", "GPT2", "--task", "e2e", "--data", "E2E", "--source", "x"],
+            "--source does not apply to a published task",
+        ),
+        (
+            ["evaluate", "GPT2", "--task", "e2e", "--file", "OWN"],
+            "--task does not apply to a file of sources and targets",
+        ),
+        (
+            ["evaluate", "GPT2", "--task", "text", "--data", "PLAIN", "--label", "x"],
+            "--label does not apply to plain text",
+        ),
         (["evaluate", "GPT2", "--task", "text"], "wants --data FILE.txt"),
     ],
 )

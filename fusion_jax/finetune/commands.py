@@ -213,6 +213,7 @@ def tune(
     key = jax.random.key(seed)
     small = checkpoint.load(student)
     if given.kind == "labels" and train_file is not None and task is None:
+        given.only("a column of texts", "train_file", "text")
         texts: Any = texts_of(tables.read(train_file), text, None)
     else:
         texts = given.job().texts(small, config, key)
@@ -276,8 +277,24 @@ def evaluate(
         truncate: Cut texts off that are too long; of pairs, the sources.
     """
     about, folder = _about(model)
-    given = Given(task=task, data=data, source=source, target=target, context=context)
+    given = Given(
+        task=task,
+        data=data,
+        text=text,
+        label=label,
+        source=source,
+        target=target,
+        context=context,
+    )
     kind = given.kind if task is not None else _kind(about) or given.kind
+    if kind == "text":
+        given.only("plain text", "task", "data", "context")
+    elif file is None:
+        given.only("a published task", "task", "data")
+    elif kind == "pairs":
+        given.only("a file of sources and targets", "source", "target")
+    else:
+        given.only("a file with labels", "text", "label")
     results: dict[str, float] = {}
     if kind == "labels":
         loaded = checkpoint.load(folder, head="classification")

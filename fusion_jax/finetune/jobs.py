@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -61,27 +61,39 @@ class Given:
         own = self.task is None and self.target is not None
         return "pairs" if own or self.task in TEXT_TASKS else "labels"
 
+    def only(self, what: str, *names: str) -> None:
+        """Raises `InputError` if another option than these is given, which would change nothing."""
+        for option in fields(self):
+            if option.name not in names and getattr(self, option.name) != option.default:
+                flag = option.name.replace("_", "-")
+                raise InputError(f"--{flag} does not apply to {what}; leave it out")
+
     def job(self) -> Job:
         """What to train on.
 
         Raises:
-            InputError: The options do not fit together, or the data is missing or wrong.
+            InputError: The options do not fit together, one does not apply, or the data is missing
+                or wrong.
         """
         if self.kind == "text":
             if self.data is None or self.train_file is not None:
                 raise InputError(f"--task {PLAIN} wants --data FILE.txt (and --dev-file FILE.txt)")
+            self.only("plain text", "task", "data", "dev_file", "context")
             return LanguageJob(Path(self.data), self.dev_file, self.context or CONTEXT)
         named = self.task is not None and self.data is not None
         if named and self.train_file is None and self.dev_file is None:
             assert self.task is not None and self.data is not None
+            self.only("a published task", "task", "data")
             if self.kind == "pairs":
                 return PairsJob(load_pairs(self.task, self.data))
             return LabelsJob(load_task(self.task, self.data))
         if self.train_file is None or self.task is not None or self.data is not None:
             raise InputError("give either --task and --data, or --train-file (and --dev-file)")
         if self.target is not None:
+            self.only("sources and targets", "train_file", "dev_file", "source", "target")
             files = self.train_file, self.dev_file
             return PairsJob(read_pairs(*files, source=self.source, target=self.target))
+        self.only("labelled texts", "train_file", "dev_file", "text", "label", "regression")
         return LabelsJob(
             read_task(
                 self.train_file,
