@@ -1,10 +1,12 @@
-"""What fusing does to small real language models: nats per token, before and after training.
+"""What fusing does to small real language models: errors and kernels of MLPs, nats per token.
 
 tinygpt-shakespeare on the last tenth of its text, calibrated on the rest; stories260K on stories
 that it tells itself (sampled from the dense model, whose entropy is then its own nats), calibrated
 on others of these. Every MLP is fused to a half, a quarter and an eighth of its width: the paper's
-method, ours without calibration, and ours. Then the paper's and ours are tuned layer by layer
-towards the dense model, and fine-tuned, on the text that calibration came from; the dense model is
+method, ours without calibration, and ours. Relative Frobenius errors of outputs and of the SGD and
+Adam kernels, as in ``benchmarks.quality``, are means over MLPs, each at the inputs that it has in
+the dense model on text to evaluate on. Then the paper's and ours are tuned layer by layer towards
+the dense model, and fine-tuned, on the text that calibration came from; the dense model is
 fine-tuned as long. The last evaluation counts.
 
     python -m benchmarks.language --data DIR [--quick] [--json FILE]
@@ -25,6 +27,7 @@ from jaxtyping import Array, Int
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser
+from benchmarks.quality import POSITIONS, errors
 from benchmarks.small_models import hf_folder, shakespeare_ids
 from fusion_jax.finetune import Windows, nats_per_token
 from fusion_jax.generate import Sampling, generate
@@ -88,10 +91,21 @@ def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dic
     windows = text[: len(text) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
     chosen = np.random.default_rng(0).permutation(len(windows))[:WINDOWS]
     calibration = [{"input_ids": windows[np.sort(chosen)]}]
+    unseen = held_out[: WINDOWS * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
+    inputs = fj.calibrate(
+        model, [{"input_ids": unseen}], key=jax.random.key(1), max_positions=POSITIONS
+    )
     rows = []
 
-    def add(method: str, width: float, made: Any, teacher: Any = None, train: bool = True) -> None:
-        row = {"model": name, "method": method, "width": width}
+    def add(
+        method: str,
+        width: float,
+        made: Any,
+        teacher: Any = None,
+        train: bool = True,
+        **more: float,
+    ) -> None:
+        row = {"model": name, "method": method, "width": width, **more}
         row["nats"] = nats_per_token(made, held_out, CONTEXT)
         if train:
             for stage, after in trained(made, teacher, text, quick).items():
@@ -107,9 +121,22 @@ def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dic
             ("ours, no text", fj.Fusion(width=share), None),
             ("ours", fj.Fusion(width=share), calibration),
         ):
-            key = jax.random.key(0)
-            smaller, _ = fj.compress(model, method, key=key, calibration=seen, progress=False)
-            add(label, share, smaller, model, train=label != "ours, no text")
+            sgd, smaller = (
+                fj.compress(
+                    model,
+                    replace(method, scaling=scaling),
+                    key=jax.random.key(0),
+                    calibration=seen,
+                    progress=False,
+                )[0]
+                for scaling in ("sgd", "adam")
+            )
+            triples = zip(*map(fj.sites, (model, sgd, smaller)), strict=True)
+            found = [
+                errors(old, a.mlp, b.mlp, jnp.asarray(inputs[old.path])) for old, a, b in triples
+            ]
+            means = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+            add(label, share, smaller, model, train=label != "ours, no text", **means)
     return rows
 
 

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import fusion_jax as fj
 from fusion_jax.cli import main
 from fusion_jax.demo import bit_equal
+from fusion_jax.finetune import predict
 from tests import glue
 
 OPTIONS = ["--max-steps", "4", "--batch-size", "8", "--shapes", "1", "--no-dropout"]
@@ -56,6 +58,34 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
 
 
+def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
+    model, data = places
+    run, task = str(tmp_path / "run"), ["--task", "sst2", "--data", data]
+    assert main(["finetune", model, "--out", run, *task, *OPTIONS, "--max-length", "4"]) == 1
+    assert "tokens" in capsys.readouterr().err  # too long; a run that did not begin
+    short = ["--max-length", "4", "--truncate"]
+    assert main(["finetune", model, "--out", run, *task, *OPTIONS, *short]) == 0
+    loaded = fj.load(tmp_path / "run" / "best")
+    texts = fj.load_task("sst2", data).dev["dev"]
+    want = predict(loaded, texts, max_length=4, truncate=True)
+    files = ["--file", f"{data}/dev.tsv", "--text", "sentence"]
+    found = {}
+    for length in ([], ["--max-length", "6"]):
+        out = tmp_path / f"{len(length)}.jsonl"
+        assert main(["predict", run, *files, "--out", str(out), "--truncate", *length]) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        found[len(length)] = [row["probabilities"]["1"] for row in rows]
+    logits = want.astype(np.float64)
+    share = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
+    np.testing.assert_allclose(found[0], share, rtol=1e-5)
+    assert np.abs(np.array(found[2]) - found[0]).max() > 1e-4
+    capsys.readouterr()
+    assert main(["evaluate", run, *task]) == 1
+    assert "above 4" in capsys.readouterr().err
+    assert main(["finetune", model, "--out", run, *task, *OPTIONS, "--truncate"]) == 1
+    assert "another max_length" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +94,7 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "date=8"], "mean 'data'"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "data=3"], "the 8 devices"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--batch-size", "9"], "no multiple of 8"),
+        (["finetune", "MODEL", "--out", "OUT", "TASK", "--router-z", "1"], "models with experts"),
         (["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "TASK"], "before compression"),
         (
             ["finetune", "MODEL", "--out", "OUT", "TASK", "--text", "x"],

@@ -236,9 +236,9 @@ def test_few_shapes_hold_all_pairs(models, seed):
 def test_too_long(models, tmp_path):
     pairs = pairs_of([(5, 4), (25, 4), (5, 31)])  # the model has 32 positions
     encoder = PairEncoder(models["gpt2"])
-    with pytest.raises(fj.InputError, match="row 1: a source of 25 tokens and 6 more, above 30"):
+    with pytest.raises(fj.InputError, match=r"row 1: a source of 25.* a target of 5, above 30"):
         PairEncoder(models["gpt2"], 30).batches(pairs, 2)
-    with pytest.raises(fj.InputError, match="row 2: a source of 5 tokens and 33 more, above 32"):
+    with pytest.raises(fj.InputError, match=r"row 2: a source of 5.* of 32, above 32; allow"):
         encoder.batches(pairs, 2)
     with pytest.raises(fj.InputError, match=r"row 2.* no place for any source"):
         PairEncoder(models["gpt2"], truncate=True).batches(pairs, 2)
@@ -252,7 +252,9 @@ def test_too_long(models, tmp_path):
         PairEncoder(models["t5"], 20).batches(pairs, 2)
     cut = PairEncoder(models["t5"], 20, truncate=True).batches(pairs_of([(25, 4)]), 1)(0)
     assert cut["input_ids"][0][:20].tolist() == [*numbers("0:" + "a" * 17), 1]
-    with pytest.raises(fj.InputError, match=r"sources\[1\]: a source of 9 tokens and 25 more"):
+    with pytest.raises(
+        fj.InputError, match=r"sources\[1\]: a source of 9.* max_new_tokens 24, above"
+    ):
         fj.generate_texts(models["gpt2"], ["a", "a" * 9], max_new_tokens=24)
 
 

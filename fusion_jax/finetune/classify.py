@@ -142,7 +142,8 @@ def task_source(
         shapes=config.shapes,
         seed=int(jax.random.bits(order)),
     )
-    return batches, losses.regression if data.task.labels is None else losses.classification
+    loss = losses.regression if data.task.labels is None else losses.classification
+    return batches, losses.with_routers(loss, model, config)
 
 
 def check_head(model: Model, task: Task) -> None:
@@ -226,13 +227,19 @@ def _logits(
 
 
 def predict(
-    model: Model, texts: Texts, *, batch_size: int = 64, truncate: bool = False
+    model: Model,
+    texts: Texts,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    truncate: bool = False,
 ) -> Float[np.ndarray, "n classes"]:
     """The logits of texts.
 
     Args:
         model: A model with a classification head.
         texts: The texts; labels are not looked at.
+        max_length: Most tokens of a text; None for what the model has positions for.
         batch_size: Rows per batch.
         truncate: Whether texts that are too long are cut off.
 
@@ -242,7 +249,7 @@ def predict(
     Raises:
         InputError: A text is too long.
     """
-    encoder = Encoder(model, truncate=truncate)
+    encoder = Encoder(model, max_length, truncate)
     return _logits(model, encoder, encoder(texts), batch_size)
 
 

@@ -80,6 +80,14 @@ Columns = Annotated[
         help_behavior_hint="(default: text)",
     ),
 ]
+Length = Annotated[
+    int | None,
+    arg(
+        metavar="N",
+        help="Longest text in tokens; of a pair, with its target.",
+        help_behavior_hint="(default: as the run was trained)",
+    ),
+]
 MeshText = Annotated[
     str | None,
     arg(
@@ -151,7 +159,8 @@ def finetune(
     ).job()
     key = jax.random.key(seed)
     started = job.load(model, key)
-    describe = _describe(out, {"model": model, "seed": seed, "task": job.to_json()})
+    about = {"model": model, "seed": seed, "task": job.to_json(), "max_length": config.max_length}
+    describe = _describe(out, about)
     with _mesh(mesh):
         result = job.fit(started, config, key=key, folder=out, on_step=describe, progress=True)
     if not result.finished:
@@ -250,6 +259,7 @@ def evaluate(
     beams: int = 1,
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     batch_size: int = 64,
+    max_length: Length = None,
     truncate: bool = False,
 ) -> None:
     """Measure a fine-tuned model on a task, or on a file.
@@ -274,9 +284,11 @@ def evaluate(
         beams: Beams of the search; 1 for greedy.
         out: A jsonl file to write the generated texts to; must not exist.
         batch_size: Texts at a time.
+        max_length: Longest text in tokens.
         truncate: Cut texts off that are too long; of pairs, the sources.
     """
-    about, folder = _about(model)
+    about, folder, trained = _about(model)
+    max_length = trained if max_length is None else max_length
     given = Given(
         task=task,
         data=data,
@@ -309,7 +321,9 @@ def evaluate(
             sets = {file.name: texts_of(tables.read(file), text, label, labels=measured.labels)}
         classify.check_head(loaded, measured)
         for name, texts in sets.items():
-            logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
+            logits = classify.predict(
+                loaded, texts, max_length=max_length, batch_size=batch_size, truncate=truncate
+            )
             found = classify.measure(measured, logits, texts)
             results |= {f"{name} {metric}": value for metric, value in found.items()}
     elif kind == "pairs":
@@ -322,6 +336,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             beams=None if beams == 1 else Beams(beams),
             batch_size=batch_size,
+            max_length=max_length,
             truncate=truncate,
         )
     else:
@@ -340,6 +355,7 @@ def predict(
     max_new_tokens: int = 128,
     beams: int = 1,
     batch_size: int = 64,
+    max_length: Length = None,
     truncate: bool = False,
 ) -> None:
     """Label the texts of a file, or generate texts from them, one JSON object a line.
@@ -353,11 +369,14 @@ def predict(
         max_new_tokens: Tokens to generate at most for each text.
         beams: Beams of the search; 1 for greedy.
         batch_size: Texts at a time.
+        max_length: Longest text in tokens; texts to generate from may be as long as the model has
+            positions for.
         truncate: Cut texts off that are too long.
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another or remove it")
-    about, folder = _about(model)
+    about, folder, trained = _about(model)
+    max_length = trained if max_length is None else max_length
     if _kind(about) == "text":
         raise InputError(f"{model} was trained on plain text; see fusion-jax generate")
     texts = texts_of(tables.read(file), text, None)
@@ -377,7 +396,9 @@ def predict(
     else:
         task = None if about is None else Task.from_json(about)
         loaded = checkpoint.load(folder, head="classification")
-        logits = classify.predict(loaded, texts, batch_size=batch_size, truncate=truncate)
+        logits = classify.predict(
+            loaded, texts, max_length=max_length, batch_size=batch_size, truncate=truncate
+        )
         rows = [_said(row, task) for row in logits]
     new = out.with_name(f".{out.name}.new")
     with new.open("w", encoding="utf-8") as lines:
@@ -440,16 +461,19 @@ def _unbegun(out: Path) -> bool:
     )
 
 
-def _about(name: str) -> tuple[dict[str, Any] | None, str]:
-    """What ``run.json`` says of a run's task, and the run's best model; else None and the name."""
+def _about(name: str) -> tuple[dict[str, Any] | None, str, int | None]:
+    """What ``run.json`` says of a run's task, the run's best model, and the longest text.
+
+    None, the name, and None, if the name is not that of a run.
+    """
     run = Path(name).expanduser()
     if not (run / RUN).is_file():
-        return None, name
+        return None, name, None
     _, fields = read_json(run / RUN)
     best = next((run / n for n in ("best", "last") if (run / n).is_dir()), None)
     if best is None:
         raise InputError(f"{run} has no model yet; let the run go on")
-    return fields["task"], str(best)
+    return fields["task"], str(best), fields.get("max_length")
 
 
 def _kind(about: dict[str, Any] | None) -> Kind | None:

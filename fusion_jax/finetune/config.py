@@ -65,6 +65,12 @@ class TrainConfig:
     """Dtype of forward and backward; weights and moments stay float32. None for the model's own."""
     remat: bool = False
     """Compute layers' activations again in the backward pass instead of keeping them."""
+    router_balance: float | None = None
+    """Coefficient of the routers' load-balancing loss, for language models with experts, such as
+    0.01; None leaves it out."""
+    router_z: float | None = None
+    """Coefficient of the routers' z-loss, for language models with experts, such as 0.001; None
+    leaves it out."""
     dropout: bool = True
     """Whether the model's dropout is on."""
     shapes: int = 4
@@ -99,6 +105,9 @@ class TrainConfig:
                 raise InputError(f"{name} must be in [0, 1); got {getattr(self, name)}")
         if self.weight_decay < 0:
             raise InputError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        for name in ("router_balance", "router_z"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must be at least 0, or None; got {getattr(self, name)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm must be above 0, or None; got {self.clip_norm}")
         if self.batch_size % self.accumulate:

@@ -28,6 +28,7 @@ from fusion_jax.text import load_tokenizer
 
 SEPARATOR = "\n"
 """What decoder-only models read between source and target."""
+_MORE = "allow more with max_length if the model has positions for them"
 Tokens = Int[np.ndarray, " _"]
 
 
@@ -127,13 +128,14 @@ class PairEncoder:
         out = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
         return out["input_ids"]
 
-    def sources(self, texts: Sequence[str], names: Sequence[str], room: int = 0) -> list[Tokens]:
+    def sources(self, texts: Sequence[str], names: Sequence[str], room: int) -> list[Tokens]:
         """The tokens to generate from.
 
         Args:
             texts: The sources.
             names: Where they come from.
-            room: How many tokens a decoder-only model must have positions left for.
+            room: How many tokens are to be generated, which a decoder-only model must have
+                positions left for.
 
         Returns:
             The tokens of each.
@@ -141,25 +143,26 @@ class PairEncoder:
         Raises:
             InputError: One is too long; names it.
         """
+        what = f"max_new_tokens {room}"
+        way = "generate fewer with max_new_tokens" if self.prompts else _MORE
         return [
-            self._source(ids, room, name) for ids, name in zip(self._ids(texts), names, strict=True)
+            self._source(ids, room, name, what, way)
+            for ids, name in zip(self._ids(texts), names, strict=True)
         ]
 
-    def _source(self, ids: list[int], room: int, name: str) -> Tokens:
-        most, what = self.max_length, ""
+    def _source(self, ids: list[int], room: int, name: str, what: str, way: str) -> Tokens:
+        most = self.max_length
         if most is not None:
+            long = f"{name}: a source of {len(ids)} tokens"
             if self.prompts:
                 most -= len(self._separator) + room
-                what = f" and {room + len(self._separator)} more"
+                long = f"{long}, the line break and {what}"
             if len(ids) > most:
-                long = f"{name}: a source of {len(ids)} tokens{what}, above {self.max_length}"
+                long = f"{long}, above {self.max_length}"
                 if not self.truncate:
-                    raise InputError(
-                        f"{long}; allow more with max_length if the model has positions for them, "
-                        "or have sources cut off with truncate"
-                    )
+                    raise InputError(f"{long}; {way}, or have sources cut off with truncate")
                 if most < 1:
-                    raise InputError(f"{long}; that leaves no place for any source")
+                    raise InputError(f"{long}, which leaves no place for any source; {way}")
                 # An encoder's end token stays.
                 end = [] if self.prompts or ids[-1] != self.ends[0] else ids[-1:]
                 ids = ids[: most - len(end)] + end
@@ -193,7 +196,8 @@ class PairEncoder:
                     target = [*target, self.ends[0]]
                 if not self.prompts and self.max_length and len(target) > self.max_length:
                     raise InputError(f"{name}: {len(target)} tokens, above {self.max_length}")
-                ids = self._source(source, len(target) if self.prompts else 0, name)
+                what = f"a target of {len(target)}"
+                ids = self._source(source, len(target), name, what, _MORE)
                 said = np.array(target, np.int32)
                 if self.prompts:
                     labels.append(np.concatenate([np.full_like(ids, -100), said]))
@@ -266,7 +270,7 @@ def finetune_pairs(
     return fit_and_keep(
         model,
         train,
-        encoder.loss(),
+        losses.with_routers(encoder.loss(), model, config),
         config,
         key=dropout,
         multipliers=multipliers,
@@ -305,13 +309,19 @@ def _nats(model: Any, batches: PairBatches, loss: losses.Loss) -> dict[str, floa
 
 
 def measure_pairs(
-    model: Model, pairs: Pairs, *, batch_size: int = 32, truncate: bool = False
+    model: Model,
+    pairs: Pairs,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    truncate: bool = False,
 ) -> dict[str, float]:
     """How likely the references are, without generating anything.
 
     Args:
         model: A model with a language-model head.
         pairs: The pairs.
+        max_length: Most tokens as in `finetune_pairs`; None for what the model has positions for.
         batch_size: Pairs at a time.
         truncate: Whether the ends of sources that are too long are cut off.
 
@@ -321,7 +331,7 @@ def measure_pairs(
     Raises:
         InputError: A pair is too long.
     """
-    encoder = _with_head(model, None, truncate)
+    encoder = _with_head(model, max_length, truncate)
     return _nats(model, encoder.batches(pairs, batch_size), encoder.loss())
 
 

@@ -186,7 +186,7 @@ def finetune_language(
     return fit_and_keep(
         model,
         windows,
-        losses.next_token,
+        losses.with_routers(losses.next_token, model, config),
         config,
         key=dropout,
         multipliers=multipliers,

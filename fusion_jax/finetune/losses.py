@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.moe import load_balancing_loss, router_z_loss
+from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.submlps import wide
 
 Batch = Mapping[str, Any]
@@ -115,8 +117,8 @@ def router_losses(
 ) -> Float[Array, ""]:
     """The auxiliary losses of a model's routers, weighted; 0 for a model without experts.
 
-    Training a mixture of experts without them lets its routers collapse. Give the coefficients to a
-    loss by ``jax.tree_util.Partial(next_token, balance=0.01)``.
+    Training a mixture of experts without them lets its routers collapse. `with_routers` binds the
+    coefficients of a `TrainConfig` to a loss.
 
     Args:
         model: The model.
@@ -152,6 +154,31 @@ def router_losses(
             total += balance * shares.astype(total.dtype)
             total += router_z * router_z_loss(logits, real).astype(total.dtype)
     return total
+
+
+def with_routers(loss: Loss, model: Any, config: TrainConfig) -> Loss:
+    """A loss with the auxiliary losses of routers that a configuration asks for.
+
+    Args:
+        loss: `next_token` or `sequence_to_sequence`; any other where none are asked for.
+        model: The model to train.
+        config: Its ``router_balance`` and ``router_z`` are the coefficients.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InputError: Some are asked for, and the loss or the model has no routers.
+    """
+    asked = [n for n in ("router_balance", "router_z") if getattr(config, n) is not None]
+    if not asked:
+        return loss
+    experts = any(isinstance(module, Moe) for _, module in nnx.iter_modules(model))
+    if loss not in (next_token, sequence_to_sequence) or not experts:
+        raise InputError(f"{asked[0]} is for training language models with experts; leave it out")
+    return jax.tree_util.Partial(
+        loss, balance=config.router_balance or 0.0, router_z=config.router_z or 0.0
+    )
 
 
 def _with(result: Total, auxiliary: Array) -> Total:

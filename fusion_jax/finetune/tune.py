@@ -49,8 +49,8 @@ def tune(
         teacher: The model that it was compressed from.
         texts: The inputs of a task, such as ``data.train``, plain strings, or batches, such as the
             `Windows` of a language model's text. An encoder-decoder needs pairs.
-        config: How to train; None for one epoch with the paper's settings. ``train`` and
-            ``dropout`` do not apply.
+        config: How to train; None for one epoch with the paper's settings. ``train``,
+            ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
         folder: Where checkpoints and ``metrics.jsonl`` go; None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
