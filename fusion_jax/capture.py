@@ -57,7 +57,7 @@ class _RouterTap(Moe):
 
 
 def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
-    """Runs a model and returns what each of its MLPs got as input.
+    """Runs a model and returns what each of its MLPs got as input, but for the experts of a `Moe`.
 
     Args:
         model: Any NNX module that holds its MLPs as `Mlp` or `GatedMlp`; not changed.
@@ -87,7 +87,7 @@ def routed_inputs(
         **kwargs: Likewise.
 
     Returns:
-        By site path the inputs, or for the experts of a `Moe` what it saw and chose.
+        By site path the inputs, and for the experts of a `Moe` what it saw and chose.
     """
     inputs, routed = _seen(model, args, kwargs)
     return {**inputs, **routed}
@@ -95,19 +95,17 @@ def routed_inputs(
 
 def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], dict[str, Routed]]:
     tapped: Any = nnx.clone(model)
-    taps = {site.path: _Tap(site.mlp) for site in sites(tapped)}
     routers = {
         ".".join(map(str, path)): _RouterTap(module)
         for path, module in nnx.iter_modules(tapped)
         if isinstance(module, Moe)
     }
+    experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
+    taps = {site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in experts}
     # First what is inside the mixtures, as long as it is found under its path.
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
     tapped(*args, **kwargs)
     inputs = {path: tap.seen[...] for path, tap in taps.items()}
-    routed = {
-        f"{path}.experts".lstrip("."): Routed(tap.inputs[...], tap.chosen[...])
-        for path, tap in routers.items()
-    }
+    routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
     return inputs, routed

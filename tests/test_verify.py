@@ -56,6 +56,18 @@ def test_bounds_hold_and_engines_agree(found):
     assert json.loads(json.dumps(found.to_json()))["failures"] == []
 
 
+def test_experts_have_no_certificates(tmp_path, key):
+    folder = tiny.checkpoint(tmp_path / "model", "mixtral", "causal-lm")
+    model = fj.load(folder)
+    smaller, _ = fj.compress(model, fj.Fusion(width=8), key=key)
+    drawn = tiny.batch("mixtral")
+    ids, mask = (jax.numpy.asarray(drawn[name]) for name in ("input_ids", "attention_mask"))
+    batch = Batch(ids.astype("int32"), mask.astype(bool))
+    found = verify(model, smaller, batch, key=key, cross_check=False)
+    assert found.certificates == {} and found.failures() == []
+    assert 0 < found.comparisons["adam"].frobenius < 10
+
+
 def test_a_violated_bound_and_a_wrong_engine_are_failures(found):
     certificate = found.certificates["layers.2.mlp"]
     line = certificate.lines[0]._replace(measured=1e9)

@@ -15,14 +15,18 @@ from fusion_jax.forms import matrix_of
 from fusion_jax.mlp import Mlp, experts
 from fusion_jax.submlps import wide
 
+MANY = 256
+"""Positions from which on the number of slots follows their use."""
+
 
 class Moe(nnx.Module):
     """A router and its experts, in place of an MLP.
 
-    The router computes in float32. Experts compute on slots: without a capacity each has one for
-    every position, which drops none and whose empty ones cost as much as full ones; with a
-    capacity, a sequence's positions beyond it are dropped, first come first served, and the
-    layer gives zero for them.
+    The router computes in float32. Experts compute on slots, as many for each, of which empty ones
+    cost as much as full ones. Without a capacity no position is dropped: there are twice as many
+    slots as a router that uses all experts alike would fill, or, where that is too few for some
+    expert, four times as many, and so on. With a capacity, a sequence's positions beyond it are
+    dropped, first come first served, and the layer gives zero for them.
 
     Args:
         make: Makes one expert; see `fusion_jax.experts`.
@@ -74,20 +78,43 @@ class Moe(nnx.Module):
         """The weighted sum of the chosen experts' outputs, and the router's logits in float32."""
         logits = self.router_logits(x, key)
         weights, chosen = self.routes(logits)
-        b, t, d = x.shape
-        slots = b * (t if self.capacity is None else min(t, self.capacity))
-        rows, flat = (a.reshape(b * t, -1).T for a in (chosen, weights))
+        rows, flat = (a.reshape(-1, a.shape[-1]).T for a in (chosen, weights))
         # Chosen positions first; a sort of booleans that keeps their order.
-        order = jnp.argsort(~rows, axis=1, stable=True)[:, :slots]
+        order = jnp.argsort(~rows, axis=1, stable=True)
         flat = jnp.where(rows, flat, 0)
-        taken = jnp.take_along_axis(rows, order, axis=1)[..., None]
-        inputs = jnp.where(taken, x.reshape(b * t, d)[order], 0)
-        outputs = wide(self.experts(inputs)) * jnp.take_along_axis(flat, order, axis=1)[..., None]
-        total = jnp.zeros((b * t, d), outputs.dtype).at[order].add(outputs)
-        y = total.reshape(b, t, d).astype(x.dtype)
+
+        def with_slots(count: int) -> Callable[[Array], Array]:
+            def run(x: Array) -> Array:
+                first = order[:, :count]
+                taken = jnp.take_along_axis(rows, first, axis=1)[..., None]
+                outputs = wide(self.experts(jnp.where(taken, x[first], 0)))
+                outputs = outputs * jnp.take_along_axis(flat, first, axis=1)[..., None]
+                return jnp.zeros(x.shape, outputs.dtype).at[first].add(outputs)
+
+            return run
+
+        slots = self.slots(*x.shape[:2])
+        # For the backward pass, a conditional keeps what any branch would; so none keeps anything.
+        branches = [jax.checkpoint(with_slots(count)) for count in slots]
+        most = rows.sum(axis=1, dtype=jnp.int32).max()
+        too_few = most > jnp.array(slots[:-1], jnp.int32)
+        total = jax.lax.switch(too_few.sum(dtype=jnp.int32), branches, x.reshape(-1, x.shape[-1]))
+        y = total.reshape(x.shape).astype(x.dtype)
         if self.shared is not None and self.shared_gate is not None:
             y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
         return y, logits
+
+    def slots(self, b: int, t: int) -> list[int]:
+        """The numbers of slots of an expert, of which the smallest that is enough is computed."""
+        if self.capacity is not None:
+            return [b * min(t, self.capacity)]
+        size = -(-2 * b * t * self.top_k // self.router.out_features)
+        found = []
+        # Of a few positions, the programs' number would cost more than empty slots.
+        while b * t >= MANY and size < b * t:
+            found.append(size)
+            size *= 2
+        return [*found, b * t]
 
     def router_logits(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None

@@ -1,0 +1,70 @@
+"""Experts compute on as few slots as their use allows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fusion_jax.mlp import GatedMlp
+from fusion_jax.models import moe
+
+EXPERTS, TOP_K, D = 8, 2, 6
+
+
+def layer(**options):
+    rngs = nnx.Rngs(0)
+    make = partial(GatedMlp, D, 5, D, act="silu", use_bias=False)
+    init = nnx.initializers.normal(1.0)
+    return moe.Moe(
+        make, D, EXPERTS, top_k=TOP_K, normalised=True, kernel_init=init,
+        param_dtype=jnp.float32, rngs=rngs, router_bias=True, **options,
+    )  # fmt: skip
+
+
+def by_hand(made, x):
+    """Every expert at every position, weighted."""
+    weights, _ = made.routes(made.router_logits(x, None))
+    rows = jnp.broadcast_to(x.reshape(-1, D), (EXPERTS, x.size // D, D))
+    return jnp.einsum("end,ne->nd", made.experts(rows), weights.reshape(-1, EXPERTS))
+
+
+@pytest.mark.parametrize(("favoured", "slots"), [(0.0, 32), (2.0, 64)])
+def test_equals_all_experts_everywhere_however_they_are_used(favoured, slots, key, monkeypatch):
+    monkeypatch.setattr(moe, "MANY", 16)
+    made, x = layer(), jax.random.normal(key, (2, 32, D))
+    made.router.bias[...] = jnp.zeros(EXPERTS).at[3].set(favoured * 10)
+    assert made.slots(2, 32) == [32, 64]
+    _, chosen = made.routes(made.router_logits(x, None))
+    most = int(chosen.sum((0, 1)).max())
+    assert slots / 2 < most <= slots
+
+    def total(run, made):
+        return jnp.square(run(made, x)).sum()
+
+    runs = (lambda made, x: made(x, None)[0].reshape(-1, D)), by_hand
+    for ours, want in zip(*(jax.tree.leaves(run(made, x)) for run in runs), strict=True):
+        np.testing.assert_allclose(ours, want, atol=1e-5)
+    found = [jax.jit(jax.grad(partial(total, run), allow_int=True))(made) for run in runs]
+    for ours, want in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-4)
+
+
+def test_few_positions_or_a_capacity_have_one_program():
+    assert layer().slots(1, 1) == [1]
+    assert layer().slots(1, moe.MANY - 1) == [moe.MANY - 1]
+    assert layer().slots(4, moe.MANY) == [2 * moe.MANY, 4 * moe.MANY]
+    assert layer(capacity=7).slots(4, moe.MANY) == [28]
+
+
+def test_a_batch_over_devices(key, monkeypatch):
+    monkeypatch.setattr(moe, "MANY", 16)
+    made, x = layer(), jax.random.normal(key, (8, 8, D))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    run = jax.jit(jax.grad(lambda made, x: jnp.square(made(x, None)[0]).sum(), allow_int=True))
+    for ours, want in zip(*(jax.tree.leaves(run(made, y)) for y in (spread, x)), strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-4)
