@@ -146,6 +146,11 @@ def test_plain_text(places, tmp_path, capsys):
             ["evaluate", "GPT2", "--task", "text", "--data", "PLAIN", "--label", "x"],
             "--label does not apply to plain text",
         ),
+        (
+            ["evaluate", "GPT2", "--task", "text", "--file", "OWN"],
+            "--task text --data FILE.txt, not",
+        ),
+        (["evaluate", "GPT2", "--task", "sst2", "--beams", "2"], "for texts to generate"),
         (["evaluate", "GPT2", "--task", "text"], "wants --data FILE.txt"),
     ],
 )

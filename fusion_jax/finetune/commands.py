@@ -299,7 +299,11 @@ def evaluate(
         context=context,
     )
     kind = given.kind if task is not None else _kind(about) or given.kind
+    if kind != "pairs" and (out is not None or beams != 1):
+        raise InputError("--out and --beams are for texts to generate; leave them out")
     if kind == "text":
+        if file is not None:
+            raise InputError("plain text is given by --task text --data FILE.txt, not by --file")
         given.only("plain text", "task", "data", "context")
     elif file is None:
         given.only("a published task", "task", "data")
