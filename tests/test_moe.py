@@ -60,6 +60,13 @@ def test_few_positions_or_a_capacity_have_one_program():
     assert layer(capacity=7).slots(4, moe.MANY) == [28]
 
 
+def test_one_program_keeps_what_its_backward_pass_needs(key):
+    grad = jax.grad(lambda made, x: made(x, None)[0].sum(), allow_int=True)
+    for made, again in ((layer(), True), (layer(capacity=7), False)):
+        x = jax.random.normal(key, (4, moe.MANY, D))
+        assert ("remat" in str(jax.make_jaxpr(grad)(made, x))) == again
+
+
 def test_a_batch_over_devices(key, monkeypatch):
     monkeypatch.setattr(moe, "MANY", 16)
     made, x = layer(), jax.random.normal(key, (8, 8, D))

@@ -94,8 +94,10 @@ class Moe(nnx.Module):
             return run
 
         slots = self.slots(*x.shape[:2])
-        # For the backward pass, a conditional keeps what any branch would; so none keeps anything.
-        branches = [jax.checkpoint(with_slots(count)) for count in slots]
+        branches = [with_slots(count) for count in slots]
+        if len(slots) > 1:
+            # For the backward pass, a conditional keeps what any branch would; so none keeps any.
+            branches = [jax.checkpoint(run) for run in branches]
         most = rows.sum(axis=1, dtype=jnp.int32).max()
         too_few = most > jnp.array(slots[:-1], jnp.int32)
         total = jax.lax.switch(too_few.sum(dtype=jnp.int32), branches, x.reshape(-1, x.shape[-1]))
