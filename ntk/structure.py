@@ -158,11 +158,26 @@ class Program:
                 outs = self._inline(
                     getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins
                 )
+            elif eqn.primitive.name == "cond":
+                outs = self._select(eqn, ins)
             else:
                 outs = [self._new() for _ in eqn.outvars]
                 self.ops.append(Op(eqn, ins, tuple(outs)))
             numbers.update(zip(eqn.outvars, outs, strict=True))
         return [number(atom) for atom in jaxpr.outvars]
+
+    def _select(self, eqn: Any, ins: Sequence[int]) -> list[int]:
+        """All branches and a choice, which is what a batch of examples runs anyway."""
+        index, *operands = ins
+        branches = [
+            self._inline(branch.jaxpr, branch.consts, operands) for branch in eqn.params["branches"]
+        ]
+        outs = []
+        for var, *cases in zip(eqn.outvars, *branches, strict=True):
+            avals = [eqn.invars[0].aval, *(var.aval for _ in cases)]
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+            outs += self._inline(jax.make_jaxpr(lax.select_n)(*shapes).jaxpr, (), [index, *cases])
+        return outs
 
     def _drop_dead(self) -> None:
         live, kept = {self._out}, []

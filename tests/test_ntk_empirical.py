@@ -156,6 +156,19 @@ def test_gradients_stay_factors():
     assert names == ["table", "w.0", "w.1"]
 
 
+@pytest.mark.parametrize("engine", ["jacobian", "vector-product", "neural-tangents"])
+def test_gradients_stay_factors_in_branches(engine, key, x64):
+    def f(w, x):
+        branches = [lambda x, s=s: jnp.tanh((s * x) @ w / s) for s in (1.0, 2.0, 4.0)]
+        return jax.lax.switch(((x > 0).sum() % 3).astype(jnp.int32), branches, x)
+
+    w, x = jax.random.normal(key, (40, 30)) / 6, jax.random.normal(key, (5, 40))
+    made, *_ = task(f, w, x)
+    assert [type(term) for term in JacobianEngine(made).terms] == [Factored]
+    j = jacobian(f, w, x)
+    assert relative(ntk.kernel(f, w, x, engine=engine), contracted(j, j)) < 1e-12
+
+
 def test_parameter_that_does_not_matter():
     np.testing.assert_array_equal(ntk.kernel(lambda p, x: x, W, X), np.zeros((4, 4, 2, 2)))
 
