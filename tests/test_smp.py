@@ -695,6 +695,8 @@ def test_command_line(places, tmp_path, capsys):
         total.setdefault(path.split(".", 2)[2], []).append(float(form.mask[...].mean()))
     assert all(abs(np.mean(shares) - 0.5) < 2e-3 for shares in total.values())
     assert main(["evaluate", out, *task]) == 0
+    assert main([*command, "--max-length", "30"]) == 1
+    assert "another max_length" in capsys.readouterr().err
     assert main(["export", f"{out}/best", str(tmp_path / "hf")]) == 0
     exported = fj.load(tmp_path / "hf", head="classification")
     x = tiny.batch("bert")

@@ -96,7 +96,7 @@ def smp(
     started = checkpoint.load(model, head="classification", **more)
     learnt = None if teacher is None else _teacher(teacher)
     about = {"model": model, "seed": seed, "task": loaded.task.to_json(), "words": words}
-    about["teacher"] = teacher
+    about |= {"teacher": teacher, "max_length": config.max_length}
     describe = commands._describe(out, about)
     with commands._mesh(mesh):
         result = static_prune(
