@@ -26,10 +26,10 @@ class UnevenExperts(Mlp):
     """The experts of a mixture in groups, each group one module of experts of one width.
 
     No unit is there to fill up: there are as many parameters as in experts of the mean width, and
-    as many operations where experts compute on slots for every position, as `Moe` has them without
-    a capacity. Per position that is really routed there are more, as the experts that are used most
-    are the wide ones. A Hugging Face checkpoint has one width for all, so that exporting fills up
-    to the widest with zeros, and loses what was saved.
+    as many operations where each expert computes on as many slots, as in `Moe`. Per position that
+    is really routed there are more, as the experts that are used most are the wide ones. A Hugging
+    Face checkpoint has one width for all, so that exporting fills up to the widest with zeros, and
+    loses what was saved.
 
     Args:
         groups: The modules, each of which has stacked experts.

@@ -80,6 +80,8 @@ def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
     np.testing.assert_allclose(found[0], share, rtol=1e-5)
     assert np.abs(np.array(found[2]) - found[0]).max() > 1e-4
     capsys.readouterr()
+    assert main(["predict", run, *files, "--out", str(tmp_path / "new"), "--beams", "2"]) == 1
+    assert "--beams is for texts to generate" in capsys.readouterr().err
     assert main(["evaluate", run, *task]) == 1
     assert "above 4" in capsys.readouterr().err
     assert main(["finetune", model, "--out", run, *task, *OPTIONS, "--truncate"]) == 1

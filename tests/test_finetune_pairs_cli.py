@@ -85,6 +85,8 @@ def test_own_table_with_an_encoder_decoder(places, tmp_path, capsys):
         f"own.csv {name}" for name in ("nats", "perplexity", "bleu", "chrf", "chrf++", "ter")
     }
     arguments = ["predict", run, "--file", table, "--text", "source", "--out", out]
+    assert main([*arguments, "--max-length", "9"]) == 1
+    assert "--max-length is for texts to label" in capsys.readouterr().err
     assert main([*arguments, *short]) == 0
     texts = [json.loads(line)["text"] for line in Path(out).read_text().splitlines()]
     sources = [source for source, _ in nlg.pairs(12)]
@@ -151,6 +153,14 @@ def test_plain_text(places, tmp_path, capsys):
             "--task text --data FILE.txt, not",
         ),
         (["evaluate", "GPT2", "--task", "sst2", "--beams", "2"], "for texts to generate"),
+        (
+            ["finetune", "GPT2", "--task", "text", "--data", "PLAIN", "--max-length", "9"],
+            "max_length and truncate do not apply to plain text; see context",
+        ),
+        (
+            ["evaluate", "GPT2", "--task", "text", "--data", "PLAIN", "--truncate"],
+            "--truncate are not for plain text",
+        ),
         (["evaluate", "GPT2", "--task", "text"], "wants --data FILE.txt"),
     ],
 )

@@ -195,7 +195,7 @@ def tune(
         student: Artefact of the compressed model.
         teacher: Hub id or folder of the model before compression.
         out: Folder for the tuned artefact; its run is kept beside it until it is done.
-        config: How to train; train and dropout do not apply.
+        config: How to train; train, dropout and the routers' losses do not apply.
         task: Task whose training texts are taken.
         data: Where its files are.
         train_file: A csv, tsv or jsonl file with a column of texts.
@@ -288,7 +288,6 @@ def evaluate(
         truncate: Cut texts off that are too long; of pairs, the sources.
     """
     about, folder, trained = _about(model)
-    max_length = trained if max_length is None else max_length
     given = Given(
         task=task,
         data=data,
@@ -305,12 +304,15 @@ def evaluate(
         if file is not None:
             raise InputError("plain text is given by --task text --data FILE.txt, not by --file")
         given.only("plain text", "task", "data", "context")
+        if max_length is not None or truncate:
+            raise InputError("--max-length and --truncate are not for plain text; leave them out")
     elif file is None:
         given.only("a published task", "task", "data")
     elif kind == "pairs":
         given.only("a file of sources and targets", "source", "target")
     else:
         given.only("a file with labels", "text", "label")
+    max_length = trained if max_length is None else max_length
     results: dict[str, float] = {}
     if kind == "labels":
         loaded = checkpoint.load(folder, head="classification")
@@ -373,20 +375,21 @@ def predict(
         max_new_tokens: Tokens to generate at most for each text.
         beams: Beams of the search; 1 for greedy.
         batch_size: Texts at a time.
-        max_length: Longest text in tokens; texts to generate from may be as long as the model has
-            positions for.
+        max_length: Longest text in tokens, to label; those to generate from may be as long as the
+            model has positions for.
         truncate: Cut texts off that are too long.
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another or remove it")
     about, folder, trained = _about(model)
-    max_length = trained if max_length is None else max_length
     if _kind(about) == "text":
         raise InputError(f"{model} was trained on plain text; see fusion-jax generate")
     texts = texts_of(tables.read(file), text, None)
     if _kind(about) == "pairs":
         if len(text) > 1:
             raise InputError("texts are generated from one column; give one to --text")
+        if max_length is not None:
+            raise InputError("--max-length is for texts to label; leave it out")
         said = generate_texts(
             load_generative(folder),
             [first for first, *_ in texts.texts],
@@ -398,6 +401,9 @@ def predict(
         )
         rows: list[dict[str, Any]] = [{"text": each} for each in said]
     else:
+        if beams != 1:
+            raise InputError("--beams is for texts to generate; leave it out")
+        max_length = trained if max_length is None else max_length
         task = None if about is None else Task.from_json(about)
         loaded = checkpoint.load(folder, head="classification")
         logits = classify.predict(

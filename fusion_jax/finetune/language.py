@@ -168,6 +168,8 @@ def finetune_language(
         >>> fit = finetune_language(model, ids, key=key, context=512)  # doctest: +SKIP
     """
     config = TrainConfig() if config is None else config
+    if config.max_length is not None or config.truncate:
+        raise InputError("max_length and truncate do not apply to plain text; see context")
     origin = getattr(model, "origin", None)
     if origin is not None and origin.head != "causal-lm":
         check_context(model, context)

@@ -118,7 +118,8 @@ def router_losses(
     """The auxiliary losses of a model's routers, weighted; 0 for a model without experts.
 
     Training a mixture of experts without them lets its routers collapse. `with_routers` binds the
-    coefficients of a `TrainConfig` to a loss.
+    coefficients of a `TrainConfig` to a loss. Shares are no sums over positions: of a batch in
+    accumulated parts, each part has its own.
 
     Args:
         model: The model.

@@ -139,7 +139,7 @@ def fit(
         model: Any NNX module that the loss can run.
         batches: The batches.
         loss: What is minimised, see `fusion_jax.finetune.losses`.
-        config: How.
+        config: How; the loss itself brings those of routers, see `losses.with_routers`.
         key: Random key of dropout. The same key gives the same bits on the same devices.
         trains: What trains, if not what ``config.train`` says.
         multipliers: What multiplies the learning rate of some parameters: by path, a number or an
