@@ -33,7 +33,7 @@ class Routed(NamedTuple):
 
     Args:
         inputs: At every position, padding included.
-        chosen: Which experts computed there.
+        chosen: Which experts computed there, or would but for the padding.
     """
 
     inputs: Float[Array, "b t d"]
@@ -49,9 +49,12 @@ class _RouterTap(Moe):
         self.chosen: Any = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b t d"],
+        key: Key[Array, ""] | None,
+        real: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
-        y, logits = self.moe(x, key)
+        y, logits = self.moe(x, key, real)
         self.inputs, self.chosen = _Seen(x), _Seen(self.moe.routes(logits)[1])
         return y, logits
 

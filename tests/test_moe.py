@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fusion_jax.mlp import GatedMlp
 from fusion_jax.models import moe
+from fusion_jax.models.llama import Llama, LlamaConfig
 
 EXPERTS, TOP_K, D = 8, 2, 6
 
@@ -75,3 +76,25 @@ def test_a_batch_over_devices(key, monkeypatch):
     run = jax.jit(jax.grad(lambda made, x: jnp.square(made(x, None)[0]).sum(), allow_int=True))
     for ours, want in zip(*(jax.tree.leaves(run(made, y)) for y in (spread, x)), strict=True):
         np.testing.assert_allclose(ours, want, atol=2e-4)
+
+
+def test_padding_crowds_no_expert(key, monkeypatch):
+    monkeypatch.setattr(moe, "MANY", 16)
+    used, switch = [], jax.lax.switch
+    monkeypatch.setattr(jax.lax, "switch", lambda i, *rest: used.append(int(i)) or switch(i, *rest))
+    made, real = layer(), jnp.tile(jnp.arange(32)[None] < 12, (2, 1))
+    x = jnp.where(real[..., None], jax.random.normal(key, (2, 32, D)), 1.0)
+    y, logits = made(x, None, real)
+    np.testing.assert_allclose(y[real], by_hand(made, x).reshape(x.shape)[real], atol=1e-5)
+    assert not y[~real].any()
+    assert logits.shape == (2, 32, EXPERTS)
+    made(x, None)
+    assert used == [0, 1]
+    config = LlamaConfig.from_json(
+        {"model_type": "qwen3_moe", "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 4,
+         "moe_intermediate_size": 5, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
+         "num_hidden_layers": 2}
+    )  # fmt: skip
+    model = Llama(config, rngs=nnx.Rngs(0))
+    model(jnp.where(real, jax.random.randint(key, (2, 32), 1, 50), 0), real)
+    assert used[2:] == [0, 0]

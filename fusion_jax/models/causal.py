@@ -18,7 +18,7 @@ from fusion_jax.mpo import AnyEmbed
 class CausalLm(Generative):
     """A decoder-only language model.
 
-    Each layer is called as ``layer(x, visible, memory, context, key)`` and gives the new x and the
+    Each layer is called as ``layer(x, seen, memory, context, key)`` and gives the new x and the
     logits of its router or None.
 
     Args:
@@ -118,7 +118,7 @@ class CausalLm(Generative):
         x = self.embed(ids, positions, keys[n])
         states, routers = [x], []
         for layer, reach, layer_key in zip(self.layers, self.reaches, keys[:n], strict=True):
-            x, router = layer(x, seen[reach].visible, memory, context, layer_key)
+            x, router = layer(x, seen[reach], memory, context, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
         states[-1] = self.norm(x)  # type: ignore[operator]

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import Family, Head, read_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import LayerNorm, Memory, attention
+from fusion_jax.models.layers import LayerNorm, Memory, Window, attention
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRules, Rule
 from fusion_jax.submlps import activation
 
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        visible: Bool[Array, "b 1 t s"],
+        seen: Window,
         memory: Memory,
         context: None,
         key: Key[Array, ""] | None,
@@ -107,7 +107,7 @@ class Layer(nnx.Module):
         y = attention(
             q,
             *memory.extended(k, v),
-            visible,
+            seen.visible,
             self.attention_dropout,
             keys[0],
             scale=self.scale,

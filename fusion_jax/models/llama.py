@@ -16,7 +16,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.mlp import GatedMlp
 from fusion_jax.models.base import Family, Head, read_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import Memory, RmsNorm, attention
+from fusion_jax.models.layers import Memory, RmsNorm, Window, attention
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
@@ -238,17 +238,17 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        visible: Bool[Array, "b 1 t s"],
+        seen: Window,
         memory: Memory,
         context: Float[Array, "b t half"],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
         """The input of the next layer, and the logits of the router, if there is one."""
         keys = (None,) * 2 if key is None else tuple(jax.random.split(key))
-        x = x + self.attention(self.attention_norm(x), visible, memory, context, keys[0])
+        x = x + self.attention(self.attention_norm(x), seen.visible, memory, context, keys[0])
         y, router = self.mlp_norm(x), None
         if isinstance(self.mlp, Moe):
-            y, router = self.mlp(y, keys[1])
+            y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
         else:
             y = self.mlp(y)
         return x + y, router

@@ -73,11 +73,19 @@ class Moe(nnx.Module):
         self.shared_gate = None if shared is None else linear(d, 1, use_bias=False)
 
     def __call__(
-        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b t d"],
+        key: Key[Array, ""] | None,
+        real: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
-        """The weighted sum of the chosen experts' outputs, and the router's logits in float32."""
+        """The weighted sum of the chosen experts' outputs, and the router's logits in float32.
+
+        Where ``real`` is False no expert computes: padding is alike, and would crowd a few.
+        """
         logits = self.router_logits(x, key)
         weights, chosen = self.routes(logits)
+        if real is not None:
+            chosen &= real[..., None]
         rows, flat = (a.reshape(-1, a.shape[-1]).T for a in (chosen, weights))
         # Chosen positions first; a sort of booleans that keeps their order.
         order = jnp.argsort(~rows, axis=1, stable=True)
