@@ -32,7 +32,7 @@ from benchmarks.small_models import hf_folder, shakespeare_ids
 from fusion_jax.finetune import Windows, nats_per_token
 from fusion_jax.generate import Sampling, generate
 
-CONTEXT = 129
+CONTEXT = 128
 WINDOWS = 128
 BATCH = 16
 TUNING = 150
