@@ -26,6 +26,8 @@ BLOCK = 1024
 """Positions whose activations are in memory at a time."""
 KERNEL_POSITIONS = 2048
 """Positions that factors are fitted at: c or 2 c unknowns, and every pair of positions counts."""
+PAIRED_POSITIONS = 128
+"""Positions whose pairs the second factors for Adam are fitted at, one by one."""
 RIDGE_OF_FACTORS = 1e-2
 LEAST = 1e-2
 """Of what a squared factor starts at: no kernel term vanishes."""
@@ -119,12 +121,14 @@ def matched(
 
     linear in the squares, which therefore are two least-squares solutions: over all pairs of
     positions, against the original's ``sum_i h_i(x) h_i(z)`` and ``sum_i |v_i|^2 s_i(x) s_i(z)``.
-    The Adam kernel is linear in the factors themselves. Its first term is fitted likewise; its
-    second depends on the gradient that comes from above, so that there the mean of
-    ``|s_i| |v_i|`` over positions is kept for each cluster. A gated MLP has a second term for each
-    of its two slopes.
+    The Adam kernel is linear in the factors themselves. Its first term is fitted likewise. Its
+    second, ``(x^ . sign z^) sum_c inner_c a_c(x) sign a_c(z)`` with ``a_c = s~_c V_c . G``, depends
+    on the gradient G that comes from above, for which Gaussian numbers stand in; and as its first
+    factor is by far the largest where x is z, each pair of positions counts as that factor's
+    square. A gated MLP has a second term for each of its two slopes.
 
-    All solutions are shrunk towards what keeps the mean square of the cluster, and kept positive.
+    All solutions are shrunk towards what keeps the cluster's mean square, for Adam its mean
+    absolute value, and kept positive.
 
     Args:
         effective: The c units left, with the sizes of clusters in their output weights.
@@ -164,11 +168,38 @@ def matched(
         mean = (root**2 * jnp.abs(b) ** power).sum(0)
         return total / jnp.where(mean > 0, mean, 1)
 
+    few = sample.inputs[:PAIRED_POSITIONS]
+    above = jax.random.normal(jax.random.key(0), (few.shape[0], subs.down.shape[1]), root.dtype)
+    up, new_up = (_product(above, wide(m.down).T) for m in (subs, effective))
+
+    def paired(s: Array, z: Array, bias: Array | None, start: Array) -> Array:
+        """Coefficients of the Adam kernel's second term, given the slopes."""
+        a, b = s[: up.shape[0]] * up, z[: up.shape[0]] * new_up
+        signs_a, signs_b = jnp.sign(a), jnp.sign(b)
+        inputs = _product(wide(few), jnp.sign(wide(few)).T) + int(bias is not None)
+        weights = inputs * root[: up.shape[0]] * root[: up.shape[0]].T
+
+        def add(total: tuple[Array, Array], row: tuple[Array, Array, Array]) -> Any:
+            old, new, weight = row
+            terms = weight[:, None] * new[None] * signs_b
+            left = weight * _product(signs_a, old) - _product(terms, start)
+            gram, right = _product(terms.T, terms), _product(terms.T, left)
+            return (total[0] + gram, total[1] + right), None
+
+        zero = jnp.zeros_like(start)
+        (gram, right), _ = lax.scan(add, (zero[None] * zero[:, None], zero), (a, b, weights))
+        change = _ridge(gram, right[:, None], RIDGE_OF_FACTORS)[:, 0]
+        return jnp.maximum(start + change, LEAST * start)
+
     outer = fitted(old.hidden, new.hidden, sizes)
     inner = []
-    for s, z in zip(old.slopes, new.slopes, strict=True):
-        s, z = s * size, z * new_size
-        inner.append(kept(s, z, 1) if scaling == "adam" else fitted(s, z, kept(s, z, 2)))
+    biases = [subs.up_bias] if subs.gate is None else [subs.gate_bias, subs.up_bias]
+    for s, z, bias in zip(old.slopes, new.slopes, biases, strict=True):
+        start = kept(s * size, z * new_size, 1 if scaling == "adam" else 2)
+        if scaling == "adam":
+            inner.append(paired(s, z, bias, start))
+        else:
+            inner.append(fitted(s * size, z * new_size, start))
     if scaling == "sgd":
         outer, *inner = (jnp.sqrt(x) for x in (outer, *inner))
     outer, *inner = (positive(x) for x in (outer, *inner))

@@ -11,7 +11,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax import allocation, calibration
 from fusion_jax.capture import mlp_inputs
-from fusion_jax.fitting import matched, refitted
+from fusion_jax.fitting import RIDGE_OF_FACTORS, matched, refitted
 from fusion_jax.geometry import points
 from fusion_jax.mlp import Factors, experts
 from fusion_jax.models.moe import Moe
@@ -92,8 +92,7 @@ def test_matching_brings_the_kernel_nearer_and_keeps_the_function(kind, scaling,
         weights = mlp_weights(module)
         if scaling == "sgd":
             return traced_kernel(weights, new)
-        # The Adam kernel's second term is matched in size: what shows is each position's own.
-        return jnp.diag(upstream_kernel(weights, new, up, kind="adam"))
+        return upstream_kernel(weights, new, up, kind="adam")
 
     errors = [relative(kernel(mlp), kernel(m)) for m in (plain, fitted)]
     assert errors[1] < 0.95 * errors[0], errors
@@ -122,6 +121,31 @@ def test_matching_gives_the_best_coefficients(kind, scaling, x64):
         assert least < error(got.outer.at[i].multiply(0.5))
     assert isinstance(got, Factors)
     assert all((f > 0).all() for f in got)
+
+
+@kinds
+def test_second_factors_for_adam_are_the_best_at_their_pairs(kind, x64):
+    """Against a ridge regression of every pair of positions, written out."""
+    mlp, x = make(kind), inputs()[:40]
+    subs, labels = mlp.sub_mlps(), jnp.tile(jnp.arange(C, dtype=jnp.int32), P // C)
+    few = jax.tree.map(lambda a: a[:C] + 0.1, subs)
+    got = matched(few, subs, labels, jnp.full(C, P / C), fj.Calibration(x), "gelu", "adam")
+    above = np.asarray(jax.random.normal(jax.random.key(0), (40, subs.down.shape[1]), x.dtype))
+    slopes = zip(responses(subs, x, "gelu").slopes, responses(few, x, "gelu").slopes, strict=True)
+    for (s, z), inner in zip(slopes, got[1:], strict=False):
+        a, b = (np.asarray(u) * (above @ np.asarray(m.down).T) for u, m in ((s, subs), (z, few)))
+        pair = (np.asarray(x) @ np.sign(x).T + 1)[..., None]
+        terms = (pair * b[:, None] * np.sign(b)[None]).reshape(-1, C)
+        want = (pair * a[:, None] * np.sign(a)[None]).sum(-1).reshape(-1)
+        sizes = (np.abs(u) * np.linalg.norm(m.down, axis=1) for u, m in ((s, subs), (z, few)))
+        old, new = (each.sum(0) for each in sizes)
+        start = old.reshape(-1, C).sum(0) / new
+        level = RIDGE_OF_FACTORS * np.trace(terms.T @ terms) / C
+        rows = np.concatenate([terms, np.sqrt(level) * np.eye(C)])
+        right = np.concatenate([want - terms @ start, np.zeros(C)])
+        best = start + np.linalg.lstsq(rows, right, rcond=None)[0]
+        assert (best > 0.02 * start).all()
+        np.testing.assert_allclose(inner, best, rtol=1e-8)
 
 
 @kinds
