@@ -9,13 +9,14 @@ the dense model on text to evaluate on. Then the paper's and ours are tuned laye
 the dense model, and fine-tuned, on the text that calibration came from; the dense model is
 fine-tuned as long. The last evaluation counts.
 
-    python -m benchmarks.language --data DIR [--quick] [--json FILE]
+    python -m benchmarks.language --data DIR [--models NAME ...] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from fusion_jax.generate import Sampling, generate
 
 CONTEXT = 128
 WINDOWS = 128
+STORIES = 16
+"""Times as many windows of told stories to train on."""
 BATCH = 16
 TUNING = 150
 """Steps of layer-wise tuning."""
@@ -41,24 +44,28 @@ TRAINING = 200
 """Steps of fine-tuning."""
 
 
-def stories(model: Any, seed: int) -> Int[Array, " n"]:
-    """Stories that the model tells, one after the other."""
+def stories(model: Any, seeds: Iterable[int]) -> Int[Array, " n"]:
+    """Stories that the model tells, one after the other: as many windows for each seed."""
     starts = np.ones((WINDOWS, 1), np.int32)
-    told = generate(
-        model,
-        starts,
-        max_new_tokens=CONTEXT - 2,
-        sampling=Sampling(),
-        eos=(),
-        key=jax.random.key(seed),
-    )
-    return jnp.concatenate([jnp.asarray(starts), told], axis=1).reshape(-1)
+    told = [
+        generate(
+            model,
+            starts,
+            max_new_tokens=CONTEXT - 2,
+            sampling=Sampling(),
+            eos=(),
+            key=jax.random.key(seed),
+        )
+        for seed in seeds
+    ]
+    rows = [jnp.concatenate([jnp.asarray(starts), each], axis=1) for each in told]
+    return jnp.concatenate(rows).reshape(-1)
 
 
 def texts(name: str, model: Any, data: Path) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """Text to calibrate on, and to evaluate on."""
     if name == "stories260K":
-        return stories(model, 0), stories(model, 1)
+        return stories(model, range(1, 1 + STORIES)), stories(model, [0])
     whole, last = shakespeare_ids(data, 1.0), shakespeare_ids(data)
     return whole[: len(whole) - len(last)], last
 
@@ -143,8 +150,10 @@ def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dic
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, required=True, help="folder with models/ and lm/")
+    both = ["tinygpt-shakespeare", "stories260K"]
+    arguments.add_argument("--models", nargs="+", choices=both, default=both)
     arguments = arguments.parse_args()
-    names = ["stories260K"] if arguments.quick else ["tinygpt-shakespeare", "stories260K"]
+    names = ["stories260K"] if arguments.quick else arguments.models
     shares = [0.25] if arguments.quick else [0.5, 0.25, 0.125]
     rows = [row for name in names for row in measure(name, arguments.data, shares, arguments.quick)]
     finish(arguments, rows, {})
