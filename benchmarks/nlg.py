@@ -95,6 +95,7 @@ def pretrained(
         "n_embd": arguments.features,
         "n_layer": arguments.layers,
         "n_head": max(1, arguments.features // 32),
+        "bos_token_id": reader.eos_token_id,
         "eos_token_id": reader.eos_token_id,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
