@@ -128,6 +128,12 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, en
     }
 
 
+def mean_seconds(runs: list[dict[str, Any]], name: str) -> float:
+    """The mean time of runs; those that ran beside other work have none."""
+    times = [run[name] for run in runs if name in run]
+    return statistics.mean(times) if times else float("nan")
+
+
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, one row per method and task."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -148,7 +154,7 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "spread": f"{spread:.2f}",
                 "seeds": len(values),
                 "steps": runs[0]["steps"],
-                "seconds": statistics.mean(run["seconds"] for run in runs),
+                "seconds": mean_seconds(runs, "seconds"),
                 "peak_gib": max(run["peak_gib"] for run in runs),
             }
         )

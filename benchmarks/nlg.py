@@ -36,7 +36,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser
-from benchmarks.finetune import CALIBRATION, Cell, OutOfTimeError, cells, method
+from benchmarks.finetune import CALIBRATION, Cell, OutOfTimeError, cells, mean_seconds, method
 from fusion_jax.finetune import TextData, measure_pairs
 from fusion_jax.models.gpt2 import Gpt2, Gpt2Config
 from fusion_jax.origin import Origin
@@ -200,7 +200,7 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         bleu = [run["all bleu"] for run in runs]
         row["bleu's spread"] = f"{statistics.stdev(bleu):.2f}" if len(bleu) > 1 else "-"
         row |= {name: statistics.mean(run[name] for run in runs) for name in ("test_nats",)}
-        row |= {"seeds": len(runs), "seconds": statistics.mean(r["training_seconds"] for r in runs)}
+        row |= {"seeds": len(runs), "seconds": mean_seconds(runs, "training_seconds")}
         rows.append(row)
     return rows
 
