@@ -168,16 +168,16 @@ def matched(
         mean = (root**2 * jnp.abs(b) ** power).sum(0)
         return total / jnp.where(mean > 0, mean, 1)
 
-    few = sample.inputs[:PAIRED_POSITIONS]
-    above = jax.random.normal(jax.random.key(0), (few.shape[0], subs.down.shape[1]), root.dtype)
-    up, new_up = (_product(above, wide(m.down).T) for m in (subs, effective))
-
     def paired(s: Array, z: Array, bias: Array | None, start: Array) -> Array:
         """Coefficients of the Adam kernel's second term, given the slopes."""
-        a, b = s[: up.shape[0]] * up, z[: up.shape[0]] * new_up
+        x, r, s, z = (u[:PAIRED_POSITIONS] for u in (wide(sample.inputs), root, s, z))
+        above = jax.random.normal(jax.random.key(0), (x.shape[0], subs.down.shape[1]), r.dtype)
+        a, b = (
+            slopes * _product(above, wide(units.down).T)
+            for slopes, units in ((s, subs), (z, effective))
+        )
         signs_a, signs_b = jnp.sign(a), jnp.sign(b)
-        inputs = _product(wide(few), jnp.sign(wide(few)).T) + int(bias is not None)
-        weights = inputs * root[: up.shape[0]] * root[: up.shape[0]].T
+        weights = (_product(x, jnp.sign(x).T) + int(bias is not None)) * r * r.T
 
         def add(total: tuple[Array, Array], row: tuple[Array, Array, Array]) -> Any:
             old, new, weight = row

@@ -175,21 +175,25 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
     np.testing.assert_array_equal(logits(loaded), logits(again.model))
 
 
+@dataclasses.dataclass
+class Unchanged:
+    """A growth that changes nothing now and then."""
+
+    every: int
+
+    def choose(self, model, step):
+        return []
+
+    def apply(self, model, change):
+        return model
+
+    def to_json(self):
+        return {}
+
+
 def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, key):
-    class Never:
-        every = 3
-
-        def choose(self, model, step):
-            return []
-
-        def apply(self, model, change):
-            return model
-
-        def to_json(self):
-            return {}
-
     config = dataclasses.replace(CONFIG, warmup=0.0)
-    with_a_change = fj.finetune(model, data, config, key=key, growth=Never()).model
+    with_a_change = fj.finetune(model, data, config, key=key, growth=Unchanged(3)).model
     assert not moved(fj.finetune(model, data, config, key=key).model, with_a_change)
 
 
@@ -335,23 +339,11 @@ def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
     config = dataclasses.replace(CONFIG, max_steps=3, warmup=0.0, learning_rate=1e-5)
     seen = {}
 
-    class Same:
-        every = 2
-
-        def choose(self, model, step):
-            return []
-
-        def apply(self, model, change):
-            return model
-
-        def to_json(self):
-            return {}
-
     def watch(name):
         return lambda step, state: seen.update({(name, step): jax.tree.map(np.asarray, state)})
 
     fj.finetune(model, data, config, key=key, on_step=watch("plain"))
-    fj.finetune(model, data, config, key=key, on_step=watch("grown"), growth=Same())
+    fj.finetune(model, data, config, key=key, on_step=watch("grown"), growth=Unchanged(2))
     for path, x in seen["plain", 3].params.items():
         np.testing.assert_array_equal(x, seen["grown", 3].params[path])
 

@@ -70,13 +70,7 @@ def decompose(matrix: Float[Array, "d o"], layout: Layout) -> Train:
         spectra.append(values)
         rest, before = values[:, None] * right, len(values)
     cores.append(rest.reshape(before, inputs[-1], outputs[-1], 1))
-    bound = jnp.zeros((), rest.dtype)
-    for values, bond in zip(spectra, bonds, strict=True):
-        bound += jnp.square(values[bond:]).sum()
-    values = spectra
-    if any(b < len(s) for b, s in zip(bonds, spectra, strict=True)):
-        cores, values = _truncated(cores, bonds)
-    return Train(_balanced_gauge(cores, values), tuple(spectra), jnp.sqrt(bound))
+    return _cut(cores, spectra, bonds)
 
 
 def _split(matrix: Array, layout: Layout) -> Array:
@@ -141,13 +135,18 @@ def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> Train:
         left[k] = q.reshape(b, i, j, -1)
         left[k + 1] = jnp.tensordot(r, left[k + 1], 1, precision="highest")
     whole, spectra = _truncated(left, [core.shape[-1] for core in left[:-1]])
-    bound = jnp.zeros((), left[0].dtype)
+    return _cut(whole, spectra, bonds)
+
+
+def _cut(cores: list[Array], spectra: Sequence[Array], bonds: Sequence[int]) -> Train:
+    """Cores whose bonds have these singular values, cut to bonds."""
+    bound = jnp.zeros((), cores[0].dtype)
     for values, bond in zip(spectra, bonds, strict=True):
         bound += jnp.square(values[bond:]).sum()
-    values = spectra
+    kept = spectra
     if any(b < len(s) for b, s in zip(bonds, spectra, strict=True)):
-        whole, values = _truncated(whole, bonds)
-    return Train(_balanced_gauge(whole, values), tuple(spectra), jnp.sqrt(bound))
+        cores, kept = _truncated(cores, bonds)
+    return Train(_balanced_gauge(cores, kept), tuple(spectra), jnp.sqrt(bound))
 
 
 def _balanced_gauge(cores: list[Array], spectra: Sequence[Array]) -> tuple[Array, ...]:
