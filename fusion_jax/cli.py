@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from fusion_jax.errors import InputError
-from fusion_jax.finetune import commands, smp_commands
+from fusion_jax.finetune import commands, smp_commands, use_commands
 from fusion_jax.methods import METHODS, Method
 
 
@@ -312,6 +312,7 @@ COMMANDS = {
     "compress": compress,
     "generate": generate,
     **commands.COMMANDS,
+    **use_commands.COMMANDS,
     **smp_commands.COMMANDS,
     "verify-ntk": verify_ntk,
     "export": export,

@@ -256,6 +256,20 @@ def test_too_long(models, tmp_path):
         fj.InputError, match=r"sources\[1\]: a source of 9.* max_new_tokens 24, above"
     ):
         fj.generate_texts(models["gpt2"], ["a", "a" * 9], max_new_tokens=24)
+    with pytest.raises(fj.InputError, match=r"sources\[1\]: a source of 9 tokens and .*, above 9"):
+        fj.generate_texts(models["gpt2"], ["a", "a" * 9], max_new_tokens=4, max_length=9)
+
+
+@pytest.mark.parametrize("family", nlg.FAMILIES)
+def test_sources_are_cut_to_the_length_that_training_had(family, models):
+    model = models[family]
+    kept = 9 - 1  # the line break, or the end token
+    cut = PairEncoder(model, 9, truncate=True).sources(["a" * 20], ["x"], 8)[0]
+    whole = PairEncoder(model).sources(["a" * kept], ["x"], 8)[0]
+    np.testing.assert_array_equal(cut, whole)
+    if model.reads_prompts and model.max_length is not None:
+        few = PairEncoder(model, 9, truncate=True).sources(["a" * 20], ["x"], model.max_length - 4)
+        assert len(few[0]) == 4
 
 
 def test_models_that_do_not_fit(models, data, key, tmp_path):

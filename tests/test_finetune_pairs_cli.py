@@ -76,7 +76,8 @@ def test_own_table_with_an_encoder_decoder(places, tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.jsonl")
     table = str(places / "own.csv")
     files = ["--train-file", table, "--dev-file", table, "--target", "target"]
-    assert main(["finetune", str(places / "t5"), "--out", run, *files, *OPTIONS]) == 0
+    length = ["--max-length", "3"]
+    assert main(["finetune", str(places / "t5"), "--out", run, *files, *OPTIONS, *length]) == 0
     capsys.readouterr()
     short = ["--max-new-tokens", "5"]
     assert main(["evaluate", run, "--file", table, *short]) == 0
@@ -85,13 +86,20 @@ def test_own_table_with_an_encoder_decoder(places, tmp_path, capsys):
         f"own.csv {name}" for name in ("nats", "perplexity", "bleu", "chrf", "chrf++", "ter")
     }
     arguments = ["predict", run, "--file", table, "--text", "source", "--out", out]
-    assert main([*arguments, "--max-length", "9"]) == 1
-    assert "--max-length is for texts to label" in capsys.readouterr().err
+    assert main([*arguments, "--max-length", "2"]) == 1
+    assert "above 2; allow more with max_length" in capsys.readouterr().err
     assert main([*arguments, *short]) == 0
     texts = [json.loads(line)["text"] for line in Path(out).read_text().splitlines()]
     sources = [source for source, _ in nlg.pairs(12)]
     best = fj.load(tmp_path / "run" / "best")
     assert texts == fj.generate_texts(best, sources, max_new_tokens=5, batch_size=64)
+    table = str(nlg.csv(tmp_path / "long.csv", [("abcabc", "")]))
+    arguments = ["predict", run, "--file", table, "--text", "source", "--out", f"{out}-cut", *short]
+    assert main(arguments) == 1
+    assert "above 3; allow more with max_length" in capsys.readouterr().err  # as the run's
+    assert main([*arguments, "--truncate"]) == 0
+    (text,) = fj.generate_texts(best, ["ab"], max_new_tokens=5)
+    assert json.loads(Path(f"{out}-cut").read_text())["text"] == text
 
 
 def test_plain_text(places, tmp_path, capsys):

@@ -102,6 +102,7 @@ class PairEncoder:
         most = model.max_length
         if max_length is not None and most is not None and max_length > most:
             raise InputError(f"max_length {max_length} is above the model's {most} positions")
+        self.positions = most
         self.max_length = most if max_length is None else max_length
         self.truncate = truncate
         self.prompts = model.reads_prompts
@@ -132,10 +133,10 @@ class PairEncoder:
         """The tokens to generate from.
 
         Args:
-            texts: The sources.
+            texts: The sources, of ``max_length`` tokens at most.
             names: Where they come from.
             room: How many tokens are to be generated, which a decoder-only model must have
-                positions left for.
+                positions left for, behind ``max_length`` too.
 
         Returns:
             The tokens of each.
@@ -143,30 +144,35 @@ class PairEncoder:
         Raises:
             InputError: One is too long; names it.
         """
-        what = f"max_new_tokens {room}"
-        way = "generate fewer with max_new_tokens" if self.prompts else _MORE
-        return [
-            self._source(ids, room, name, what, way)
-            for ids, name in zip(self._ids(texts), names, strict=True)
-        ]
-
-    def _source(self, ids: list[int], room: int, name: str, what: str, way: str) -> Tokens:
-        most = self.max_length
-        if most is not None:
-            long = f"{name}: a source of {len(ids)} tokens"
+        found, what = [], f", the line break and max_new_tokens {room}"
+        for ids, name in zip(self._ids(texts), names, strict=True):
+            ids = self._cut(ids, self.max_length, 0, name, " and the line break", _MORE)
             if self.prompts:
-                most -= len(self._separator) + room
-                long = f"{long}, the line break and {what}"
-            if len(ids) > most:
-                long = f"{long}, above {self.max_length}"
-                if not self.truncate:
-                    raise InputError(f"{long}; {way}, or have sources cut off with truncate")
-                if most < 1:
-                    raise InputError(f"{long}, which leaves no place for any source; {way}")
-                # An encoder's end token stays.
-                end = [] if self.prompts or ids[-1] != self.ends[0] else ids[-1:]
-                ids = ids[: most - len(end)] + end
-        return np.array(ids + self._separator, np.int32)
+                way = "generate fewer with max_new_tokens"
+                ids = self._cut(ids, self.positions, room, name, what, way)
+            found.append(np.array(ids + self._separator, np.int32))
+        return found
+
+    def _cut(
+        self, ids: list[int], length: int | None, room: int, name: str, what: str, way: str
+    ) -> list[int]:
+        """A source that leaves this room within the length."""
+        if length is None:
+            return ids
+        most, long = length, f"{name}: a source of {len(ids)} tokens"
+        if self.prompts:
+            most -= len(self._separator) + room
+            long = f"{long}{what}"
+        if len(ids) > most:
+            long = f"{long}, above {length}"
+            if not self.truncate:
+                raise InputError(f"{long}; {way}, or have sources cut off with truncate")
+            if most < 1:
+                raise InputError(f"{long}, which leaves no place for any source; {way}")
+            # An encoder's end token stays.
+            end = [] if self.prompts or ids[-1] != self.ends[0] else ids[-1:]
+            ids = ids[: most - len(end)] + end
+        return ids
 
     def batches(
         self, pairs: Pairs, batch_size: int, *, shapes: int = 4, seed: int | None = None
@@ -196,8 +202,9 @@ class PairEncoder:
                     target = [*target, self.ends[0]]
                 if not self.prompts and self.max_length and len(target) > self.max_length:
                     raise InputError(f"{name}: {len(target)} tokens, above {self.max_length}")
-                what = f"a target of {len(target)}"
-                ids = self._source(source, len(target), name, what, _MORE)
+                what = f", the line break and a target of {len(target)}"
+                ids = self._cut(source, self.max_length, len(target), name, what, _MORE)
+                ids = np.array(ids + self._separator, np.int32)
                 said = np.array(target, np.int32)
                 if self.prompts:
                     labels.append(np.concatenate([np.full_like(ids, -100), said]))
@@ -340,6 +347,7 @@ def generate_texts(
     sources: Sequence[str] | Pairs,
     *,
     max_new_tokens: int = 128,
+    max_length: int | None = None,
     beams: Beams | None = None,
     sampling: Sampling | None = None,
     batch_size: int = 32,
@@ -356,6 +364,8 @@ def generate_texts(
         model: A model with a language-model head.
         sources: What to generate from.
         max_new_tokens: How many tokens to generate at most.
+        max_length: Most tokens of a source, with its line break; None for what the model has
+            positions for.
         beams: Search with beams; None for greedy search, unless ``sampling`` is given.
         sampling: Draw tokens.
         batch_size: Sources at a time.
@@ -373,7 +383,7 @@ def generate_texts(
     Example:
         >>> texts = generate_texts(fit.model, data.test, beams=Beams(5))  # doctest: +SKIP
     """
-    encoder = _with_head(model, None, truncate)
+    encoder = _with_head(model, max_length, truncate)
     if isinstance(sources, Pairs):
         names = [each[0] for each in sources.names]
         sources = sources.sources

@@ -40,7 +40,7 @@ Kind = Literal["labels", "pairs", "text"]
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The options that say what a command works on; see `fusion_jax.finetune.commands`."""
+    """The options that say what a command works on; see `fusion_jax.finetune.options`."""
 
     task: str | None = None
     data: str | None = None
@@ -240,7 +240,6 @@ def evaluate_pairs(
     file: Path | None,
     split: Literal["dev", "test"],
     out: Path | None,
-    max_length: int | None,
     **options: Any,
 ) -> dict[str, float]:
     """The metrics of a model's texts, and how likely the references are.
@@ -251,7 +250,6 @@ def evaluate_pairs(
         file: A table of one's own in place of the task.
         split: Which part of the task.
         out: A jsonl file to write with every source, its text and its references, or None.
-        max_length: Most tokens of what is read; a decoder-only model may generate behind them.
         **options: Those of `generate_texts`.
 
     Returns:
@@ -273,10 +271,8 @@ def evaluate_pairs(
     else:
         name, pairs = file.name, pairs_of(file, given.source, given.target or "target")
         task = TextTask(name=file.stem)
-    size, truncate = options["batch_size"], options["truncate"]
-    likely = generation.measure_pairs(
-        model, pairs, max_length=max_length, batch_size=size, truncate=truncate
-    )
+    both = {name: options[name] for name in ("batch_size", "max_length", "truncate")}
+    likely = generation.measure_pairs(model, pairs, **both)
     texts = generation.generate_texts(model, pairs, progress=True, **options)
     if out is not None:
         _write(out, pairs, texts)

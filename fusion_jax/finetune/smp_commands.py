@@ -10,8 +10,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fusion_jax import checkpoint, masks
 from fusion_jax.errors import InputError
-from fusion_jax.finetune import commands
 from fusion_jax.finetune.jobs import Given, LabelsJob
+from fusion_jax.finetune.options import Columns, Data, File, MeshText, Name, Settings, TaskName
+from fusion_jax.finetune.runs import described, history_table, mesh_of
 from fusion_jax.finetune.smp import LABEL_WORDS, SCORES, StaticPruning, static_prune
 
 Words = Annotated[
@@ -33,20 +34,20 @@ Teacher = Annotated[
 
 
 def smp(
-    model: Positional[commands.Name],
+    model: Positional[Name],
     out: Annotated[Path, arg(metavar="RUN")],
     smp: OmitArgPrefixes[StaticPruning] = StaticPruning(),  # noqa: B008 - frozen
-    config: commands.Settings = SCORES,
-    task: commands.TaskName = None,
-    data: commands.Data = None,
-    train_file: commands.File = None,
-    dev_file: commands.File = None,
-    text: commands.Columns = ("text",),
+    config: Settings = SCORES,
+    task: TaskName = None,
+    data: Data = None,
+    train_file: File = None,
+    dev_file: File = None,
+    text: Columns = ("text",),
     label: str = "label",
     words: Words = (),
     teacher: Teacher = None,
     seed: int = 0,
-    mesh: commands.MeshText = None,
+    mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
     """Prune a pre-trained model for a task by learning which weights count; they stay as they are.
@@ -97,8 +98,8 @@ def smp(
     learnt = None if teacher is None else _teacher(teacher)
     about = {"model": model, "seed": seed, "task": loaded.task.to_json(), "words": words}
     about |= {"teacher": teacher, "max_length": config.max_length}
-    describe = commands._describe(out, about)
-    with commands._mesh(mesh):
+    on_step = described(out, about)
+    with mesh_of(mesh):
         result = static_prune(
             started,
             loaded,
@@ -107,7 +108,7 @@ def smp(
             key=key,
             teacher=learnt,
             folder=out,
-            on_step=describe,
+            on_step=on_step,
             progress=True,
         )
     if not result.finished:
@@ -115,7 +116,7 @@ def smp(
         return
     names = ["last"]
     if result.history:
-        print(commands._table(result.history) + "\n")
+        print(history_table(result.history) + "\n")
         names = ["best", "last"]
     print(f"Saved {' and '.join(str(out / name) for name in names)}: masks, for {model}.")
 
