@@ -9,14 +9,15 @@ lottery tickets and static over-parameterisation train as long once more before,
 rounds after, and that static pruning has its own loss and settings.
 
     python -m benchmarks.methods --data GLUE [--runs DIR] [--only NAME ...] [--seeds 3]
-        [--steps 150] [--budget SECONDS] [--quick] [--json FILE] [--figure FILE]
+        [--steps N] [--budget SECONDS] [--quick] [--json FILE] [--figure FILE]
 
 Runs are added to FILE as they end, each in a process of its own; the same command does the rest.
 
 Kernels are by each model's own parameters in these MLPs: of chains and products of two matrices
 these are the factors, so that training them is another thing than training the matrix, and their
 kernels are no measure of the method. Masked weights do not count as parameters, here and in the
-artefact, where a mask and the weights that are left would do.
+artefact, where a mask and the weights that are left would do. Of methods that fine-tune in ways of
+their own only the cost is measured.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ from fusion_jax.finetune import (
 )
 from fusion_jax.finetune.smp import SCORES, StaticPruning, static_prune
 from fusion_jax.forms import Masked, forms
+from fusion_jax.masks import save_masks
+from fusion_jax.matrices import select_matrices
 from fusion_jax.report import num_params
 from fusion_jax.text import batches, load_tokenizer
-from fusion_jax.verify import _Probability
+from fusion_jax.verify import Probability
 
 LAYERS = slice(-4, None)
 BUDGET = 0.25
 CALIBRATION = 1024
 """Training texts that methods with calibration see."""
+STEPS = {"": 150, "sst2": 150, "cola": 400}
+"""Steps of fine-tuning; before about 300, CoLA's scores of all methods are 0."""
 KERNEL_TEXTS = 48
 """Dev sentences that kernels are compared on."""
 MATRICES = r"layers\.[2-5]\.mlp\..*"
@@ -95,15 +100,12 @@ class Run:
         data: The task.
         config: How it is fine-tuned.
         key: Random key.
-        folder: For what is kept while it runs.
         end: When the budget ends.
     """
 
-    def __init__(
-        self, model: Any, data: TaskData, config: fj.TrainConfig, key: Any, folder: Path, end: float
-    ):
+    def __init__(self, model: Any, data: TaskData, config: fj.TrainConfig, key: Any, end: float):
         self.model, self.data, self.config, self.key = model, data, config, key
-        self.folder, self.end = folder, end
+        self.end = end
 
     @property
     def texts(self) -> list[str]:
@@ -127,6 +129,25 @@ class Run:
         return fj.finetune(
             model, self.data, config, key=self.key, on_step=self.watch, progress=False, **options
         )
+
+
+class Timed(Run):
+    """A few steps on batches of one shape, each timed, in place of another run's."""
+
+    def __init__(self, run: Run):
+        config = replace(run.config, max_steps=8, shapes=1, max_length=64, dropout=False)
+        super().__init__(run.model, run.data._replace(dev={}), config, run.key, math.inf)
+        self.times: list[float] = []
+
+    def watch(self, step: int, state: Any) -> None:
+        """Notes the time."""
+        jax.block_until_ready(state.params)
+        self.times.append(time.perf_counter())
+
+    @property
+    def step_seconds(self) -> float:
+        """The median time of a training step, compilation left out."""
+        return statistics.median(np.diff(self.times[2:]).tolist())
 
 
 def _compressed(method: Any, *, calibrated: bool = False, graded: bool = False) -> Callable:
@@ -232,7 +253,7 @@ def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
     return fj.plain(fit.model), fit.history[-1]
 
 
-def _static(run: Run, keep: float) -> tuple[Any, Any]:
+def _masks(run: Run, keep: float) -> Any:
     """Static pruning of all layers; MiniLM has no head of label words, so that a plain one trains.
 
     That head has the learning rate of the other methods.
@@ -244,14 +265,46 @@ def _static(run: Run, keep: float) -> tuple[Any, Any]:
         batch_size=run.config.batch_size,
         max_length=run.config.max_length,
         truncate=True,
+        shapes=run.config.shapes,
+        dropout=run.config.dropout,
         eval_every=10**9,
         multipliers=((r"(head|pooler)\..*", head),),
     )
     how = StaticPruning(keep=keep, temperature=4.0 if keep >= 0.7 else 1.0, train_head=True)
-    fit = static_prune(
+    return static_prune(
         run.model, run.data, config, how, key=run.key, on_step=run.watch, progress=False
     )
+
+
+def _static(run: Run, keep: float) -> tuple[Any, Any]:
+    fit = _masks(run, keep)
     return fit.model, fit.history[-1]
+
+
+def _widened(run: Run) -> Any:
+    """Two matrices of each type as chains; which ones changes no cost."""
+    found = {path: float(k) for k, path in enumerate(select_matrices(run.model, r"layers\..*"))}
+    return overparameterise(run.model, top_of_each_type(found, 2), cores=4)
+
+
+BEGUN: dict[str, Callable[[Run], Any]] = {
+    "dense": lambda run: run.model,
+    **COMPRESSED,
+    "mpo, full": _chains,
+    "mpo, full, lightweight": lambda run: lightweight(_chains(run)),
+    "mpo, lightweight": lambda run: lightweight(COMPRESSED["mpo"](run)),
+    "overparam, static": _widened,
+    "static, 50% kept": lambda run: run.model,
+}
+"""Models as fine-tuning begins with them, by method."""
+COSTS_AS = {
+    "lottery ticket": "masks, magnitude",
+    "mpo, squeezed": "mpo, full, lightweight",
+    "overparam, dynamic": "overparam, static",
+    "static, 80% kept": "static, 50% kept",
+    "static, 10% kept": "static, 50% kept",
+}
+"""Methods whose steps are those of another one, at their dearest."""
 
 
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
@@ -286,23 +339,42 @@ def counted(model: Any) -> tuple[int, int]:
 
 
 def facts(cell: Cell, run: Run) -> dict[str, Any]:
-    """What compressing changes."""
+    """What compressing changes, and what training costs then."""
     start = time.perf_counter()
-    made = run.model if cell.method == "dense" else COMPRESSED[cell.method](run)
+    made = BEGUN[cell.method](run)
     jax.block_until_ready(nnx.state(made))
-    seconds = time.perf_counter() - start
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    timed, kept, save = Timed(run), made, fj.save
+    if cell.method.startswith("static"):
+        kept, save = _masks(timed, keep=0.5).model, save_masks
+    else:
+        timed.train(made)
+        if cell.method.startswith("overparam"):
+            kept = fj.plain(made)
+    row |= {"step_seconds": timed.step_seconds, "peak_gib": peak_gib()}
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(save(kept, Path(folder) / "artefact"))
+        row["artefact_mb"] = sum(file.stat().st_size for file in saved.iterdir()) / 1e6
+    row["mlp_params"], row["trains"] = counted(made)
+    if cell.method == "dense" or cell.method in COMPRESSED:
+        row |= errors(cell, run, made)
+    return row
+
+
+def errors(cell: Cell, run: Run, made: Any) -> dict[str, float]:
+    """Relative errors of outputs and kernels."""
     tokenizer = load_tokenizer(run.model.origin.folder)
     text = [text for text, *_ in next(iter(run.data.dev.values())).texts]
     inputs = fj.calibrate(
         run.model, batches(tokenizer, text[:300]), key=jax.random.key(1), max_positions=300
     )
-    errors = []
+    outputs = []
     for old, new in zip(fj.sites(run.model)[LAYERS], fj.sites(made)[LAYERS], strict=True):
         x = jnp.asarray(inputs[old.path])
         bias = old.mlp.out_bias()
         assert bias is not None
-        errors.append(relative(old.mlp(x) - bias[None], new.mlp(x) - bias[None]))
-    row: dict[str, Any] = {"output": statistics.mean(errors)}
+        outputs.append(relative(old.mlp(x) - bias[None], new.mlp(x) - bias[None]))
+    row = {"output": statistics.mean(outputs)}
     (batch,) = batches(tokenizer, text[:KERNEL_TEXTS], max_length=32)
     head = jax.random.normal(jax.random.key(3), (run.model.config.hidden_size, 2))
     for kind in ("sgd", "adam"):
@@ -310,46 +382,20 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
         for_sgd = kind == "sgd" and cell.method in BY_SGD
         for model in (run.model, BY_SGD[cell.method](run) if for_sgd else made):
             wrt = r"model\.layers\.[2-5]\.mlp\..*"
-            f, params = ntk.functional(_Probability(model, head), wrt=wrt)
+            f, params = ntk.functional(Probability(model, head), wrt=wrt)
             kernels.append(np.asarray(ntk.kernel(f, params, tuple(batch), kind=kind)))
         row[f"{kind}_kernel"] = relative(*kernels)
-    with tempfile.TemporaryDirectory() as folder:
-        saved = fj.save(made, Path(folder) / "artefact")
-        size = sum(file.stat().st_size for file in saved.iterdir())
-    params, trains = counted(made)
-    row |= {"mlp_params": params, "trains": trains, "artefact_mb": size / 1e6, "seconds": seconds}
-    row["step_seconds"] = step_seconds(run, made)
     return row
 
 
-def step_seconds(run: Run, model: Any) -> float:
-    """The median time of a training step, compilation left out."""
-    times: list[float] = []
-    config = replace(run.config, max_steps=8, shapes=1, max_length=64, dropout=False)
-
-    def watch(step: int, state: Any) -> None:
-        jax.block_until_ready(state.params)
-        times.append(time.perf_counter())
-
-    fj.finetune(
-        model,
-        run.data._replace(dev={}),
-        config,
-        key=run.key,
-        on_step=watch,
-        progress=False,
-    )
-    return statistics.median(np.diff(times[2:]).tolist())
-
-
-def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, end: float) -> dict:
+def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: float) -> dict:
     """Does a run."""
     key = jax.random.key(cell.seed)
     labels = data.task.num_labels
     model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
-    run = Run(model, data, config, key, folder, end)
+    run = Run(model, data, config, key, end)
     if not cell.task:
-        return {**asdict(cell), **facts(cell, run), "peak_gib": peak_gib()}
+        return {**asdict(cell), **facts(cell, run)}
     start = time.perf_counter()
     made, last = TRAINED[cell.method](run)
     metric = data.task.metrics[0]
@@ -357,6 +403,7 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, en
     return {
         **asdict(cell),
         "score": 100 * score,
+        "steps": run.config.max_steps,
         "mlp_params": counted(made)[0],
         "seconds": time.perf_counter() - start,
         "peak_gib": peak_gib(),
@@ -366,7 +413,7 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, en
 def cells(options: Any) -> list[Cell]:
     """All runs: first what compressing changes, then seeds outermost."""
     names = options.only or list(TRAINED)
-    found = [Cell(method=name) for name in ("dense", *COMPRESSED) if name in names]
+    found = [Cell(method=name) for name in BEGUN if name in names]
     for seed in range(options.seeds):
         found += [Cell(method=m, task=t, seed=seed) for t in options.tasks for m in names]
     return found
@@ -379,11 +426,10 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if row["method"] == name]
         what = next((row for row in own if not row["task"]), {})
         line: dict[str, Any] = {"method": name}
-        for key in ("output", "sgd_kernel", "adam_kernel", "seconds", "step_seconds"):
+        for key in ("output", "sgd_kernel", "adam_kernel", "seconds", "step_seconds", "peak_gib"):
             line[key] = what.get(key, math.nan)
         line["artefact_mb"] = what.get("artefact_mb", math.nan)
-        params = [row["mlp_params"] for row in own]
-        line["mlp_params"] = params[-1]
+        line["mlp_params"] = own[-1]["mlp_params"]
         for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
             scores = [row["score"] for row in own if row["task"] == task]
             if scores:
@@ -397,21 +443,39 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Dev scores against the time of a training step."""
     plt = pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
-    figure, every = plt.subplots(1, len(tasks), figsize=(9, 3.6), layout="constrained")
+    figure, every = plt.subplots(1, len(tasks), figsize=(9, 4.6), layout="constrained")
     steps = {row["method"]: row["step_seconds"] for row in rows if "step_seconds" in row}
+    steps |= {name: steps[like] for name, like in COSTS_AS.items() if like in steps}
+    names = [name for name in TRAINED if name in steps]
+    kinds = list(dict.fromkeys(name.partition(",")[0] for name in names))
+    tab = plt.colormaps["tab10"].colors  # without its grey
+    colours = ["0.2", *tab[:7], *tab[8:], "navy", "gold"]
     for axes, task in zip(np.atleast_1d(every), tasks, strict=True):
-        for name, seconds in steps.items():
+        seen: list[str] = []
+        for name in names:
+            kind = name.partition(",")[0]
+            marker = "os^Dv"[seen.count(kind)]
+            seen.append(kind)
             scores = [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
-            if not scores:
-                continue
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0
-            colour = {"dense": "0.4", "fusion": "tab:blue"}.get(name, "tab:orange")
-            axes.errorbar(seconds, statistics.mean(scores), spread, fmt="o", color=colour)
-            at = (seconds, statistics.mean(scores))
-            axes.annotate(name, at, (4, 3), textcoords="offset points", fontsize=7)
+            if scores:
+                axes.errorbar(
+                    steps[name],
+                    statistics.mean(scores),
+                    statistics.stdev(scores) if len(scores) > 1 else 0,
+                    fmt=marker,
+                    color=colours[kinds.index(kind)],
+                    markersize=5,
+                    linewidth=0.8,
+                    label=name,
+                )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("seconds of a training step")
         axes.set_title(f"{task}: {GLUE[task].metrics[0]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = np.atleast_1d(every)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     plt.close(figure)
@@ -420,15 +484,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> int:
     arguments = parser(__doc__)
     add_options(arguments)
-    arguments.add_argument("--tasks", nargs="+", choices=sorted(GLUE), default=["sst2", "cola"])
+    arguments.add_argument("--tasks", nargs="+", choices=["sst2", "cola"], default=["sst2", "cola"])
     arguments.add_argument("--only", nargs="+", choices=list(TRAINED), help="only these methods")
     arguments.add_argument("--figure", type=Path, help="draw score against cost here")
     options = arguments.parse_args()
     if options.data is None:
         print("give --data, a folder with GLUE's folders; nothing was measured")
         return 0 if options.quick else 2
-    if options.steps is None:
-        options.steps = 150
     if options.quick:
         options.seeds, options.steps, options.tasks = 1, 4, options.tasks[-1:]
     config = fj.TrainConfig(
@@ -436,6 +498,7 @@ def main() -> int:
     )
     if options.cell is not None:
         cell = Cell(**json.loads(options.cell))
+        config = replace(config, max_steps=options.steps or STEPS[cell.task])
         data = fj.load_task(cell.task or "sst2", options.data)
         return run_one(cell, partial(measure, cell, data, config), options)
     settings = {name: value for name, value in config.to_json().items() if value is not None}

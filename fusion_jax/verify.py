@@ -106,7 +106,7 @@ class Verification:
         return "\n\n".join(parts)
 
 
-class _Probability(nnx.Module):
+class Probability(nnx.Module):
     """The softmax probability of class 0, with a random head where the model has none."""
 
     def __init__(self, model: Model, head: Float[Array, "d 2"]):
@@ -239,7 +239,7 @@ def verify(
         raise InputError("the two models have their MLPs in different places")
     width = sites(original)[0].mlp.d_in
     head = jax.random.normal(key, (width, 2)) / width**0.5
-    models = [_Probability(model, head) for model in (original, smaller)]
+    models = [Probability(model, head) for model in (original, smaller)]
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
