@@ -349,13 +349,14 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
         kept, save = _masks(timed, keep=0.5).model, save_masks
     else:
         timed.train(made)
+        row["trains"] = counted(made)[1]
         if cell.method.startswith("overparam"):
             kept = fj.plain(made)
     row |= {"step_seconds": timed.step_seconds, "peak_gib": peak_gib()}
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(save(kept, Path(folder) / "artefact"))
         row["artefact_mb"] = sum(file.stat().st_size for file in saved.iterdir()) / 1e6
-    row["mlp_params"], row["trains"] = counted(made)
+    row["mlp_params"] = counted(kept)[0]
     if cell.method == "dense" or cell.method in COMPRESSED:
         row |= errors(cell, run, made)
     return row
