@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import jax
@@ -241,6 +242,11 @@ def _stack(trees: list[TreeT]) -> TreeT:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
+def _unstacked(tree: TreeT, count: int) -> Iterator[TreeT]:
+    """The parts of stacked trees, each made when it is asked for."""
+    return (jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
+
+
 def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
     """The random key of a site, or of each of its experts."""
     key = jax.random.fold_in(key, site.index)
@@ -255,15 +261,16 @@ def _even(
     slopes: list[SubMLPs] | None = None,
 ) -> list[tuple[Mlp, dict[str, Array]]]:
     """Modules of one shape compressed in one call, and the facts of each."""
-    subs = _stack([mlp.sub_mlps() for mlp in mlps])
+    lone = len(mlps) == 1  # whose experts stacking would only copy
+    join: Any = itemgetter(0) if lone else _stack
     problems = (
-        subs,
-        jnp.stack(keys),
-        None if seen is None else _stack(seen),
-        None if slopes is None else _stack(slopes),
+        join([mlp.sub_mlps() for mlp in mlps]),
+        join(keys),
+        None if seen is None else join(seen),
+        None if slopes is None else join(slopes),
     )
     solutions = jax.block_until_ready(_solve(method, mlps[0].act, problems))
-    each = [jax.tree.map(lambda x, i=i: x[i], solutions) for i in range(len(mlps))]
+    each = [solutions] if lone else _unstacked(solutions, len(mlps))
     pairs = zip(mlps, each, strict=True)
     return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
 
@@ -331,8 +338,7 @@ def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution
         return _solve_batch(method, act, problems)
     # One after the other on a CPU, as batching gains nothing and the slowest would decide; and in
     # the programs that a method is made of, many of which other methods share: less to compile.
-    count = problems[1].shape[0]
-    each = [jax.tree.map(lambda x, i=i: x[i], problems) for i in range(count)]
+    each = _unstacked(problems, problems[1].shape[0])
     return _stack([_solve_one(method, act, problem) for problem in each])
 
 

@@ -114,6 +114,7 @@ class Probability(nnx.Module):
         self.random = Frozen(head)
 
     def __call__(self, *batch: Array) -> Float[Array, " n"]:
+        """The probability for each text of a batch: token ids, mask, and what else it has."""
         result = self.model(*batch)
         logits = getattr(result, "logits", None)
         if logits is None or logits.ndim != 2:
