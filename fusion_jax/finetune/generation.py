@@ -146,7 +146,8 @@ class PairEncoder:
         """
         found, what = [], f", the line break and max_new_tokens {room}"
         for ids, name in zip(self._ids(texts), names, strict=True):
-            ids = self._cut(ids, self.max_length, 0, name, " and the line break", _MORE)
+            if not self.prompts or self.max_length != self.positions:
+                ids = self._cut(ids, self.max_length, 0, name, " and the line break", _MORE)
             if self.prompts:
                 way = "generate fewer with max_new_tokens"
                 ids = self._cut(ids, self.positions, room, name, what, way)
