@@ -30,7 +30,7 @@ import fusion_jax as fj
 from benchmarks.common import finish, parser, pyplot
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.demo import find_model
-from fusion_jax.mlp import factors, stored_rows
+from fusion_jax.fused import factors, stored_rows
 from fusion_jax.text import load_tokenizer, sentences, tokenize
 from ntk import apriori
 from ntk.bounds import fit_sketch, kernel_change, output_change, uniform_bound

@@ -25,6 +25,9 @@ from fusion_jax.finetune import read_pairs as read_pairs
 from fusion_jax.finetune import read_task as read_task
 from fusion_jax.finetune import static_prune as static_prune
 from fusion_jax.finetune import tune as tune
+from fusion_jax.forms import Frozen as Frozen
+from fusion_jax.fused import FusedGatedMlp as FusedGatedMlp
+from fusion_jax.fused import FusedMlp as FusedMlp
 from fusion_jax.generate import Beams as Beams
 from fusion_jax.generate import Sampling as Sampling
 from fusion_jax.generate import generate as generate
@@ -43,9 +46,6 @@ from fusion_jax.methods import MaskPrune as MaskPrune
 from fusion_jax.methods import Prune as Prune
 from fusion_jax.methods import Sketch as Sketch
 from fusion_jax.methods import Svd as Svd
-from fusion_jax.mlp import Frozen as Frozen
-from fusion_jax.mlp import FusedGatedMlp as FusedGatedMlp
-from fusion_jax.mlp import FusedMlp as FusedMlp
 from fusion_jax.mlp import GatedMlp as GatedMlp
 from fusion_jax.mlp import Mlp as Mlp
 from fusion_jax.mlp import experts as experts

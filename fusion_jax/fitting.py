@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.clusters import sum_by_label
+from fusion_jax.fused import Factors, Scaling, factors
 from fusion_jax.geometry import Calibration
-from fusion_jax.mlp import Factors, Scaling, factors
 from fusion_jax.submlps import SubMLPs, responses, wide
 
 BLOCK = 1024

@@ -17,7 +17,7 @@ import ntk
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.checkpoint import load
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import Frozen
+from fusion_jax.forms import Frozen
 from fusion_jax.models.base import Model
 from fusion_jax.report import num_params, table
 from fusion_jax.sites import sites

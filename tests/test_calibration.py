@@ -12,8 +12,9 @@ import fusion_jax as fj
 from fusion_jax import allocation, calibration
 from fusion_jax.capture import mlp_inputs
 from fusion_jax.fitting import RIDGE_OF_FACTORS, matched, refitted
+from fusion_jax.fused import Factors
 from fusion_jax.geometry import points
-from fusion_jax.mlp import Factors, experts
+from fusion_jax.mlp import experts
 from fusion_jax.models.moe import Moe
 from fusion_jax.submlps import responses
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel

@@ -18,7 +18,7 @@ from fusion_jax.finetune import fit, losses, measure, predict
 from fusion_jax.finetune.data import Batches, Examples
 from fusion_jax.finetune.optimiser import optimiser
 from fusion_jax.finetune.parts import Parts
-from fusion_jax.mlp import Frozen
+from fusion_jax.forms import Frozen
 from tests import glue
 
 CONFIG = fj.TrainConfig(

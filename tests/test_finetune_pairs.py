@@ -16,7 +16,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.demo import bit_equal
 from fusion_jax.finetune import Pairs, losses, measure_pairs, text_metrics
-from fusion_jax.finetune.generation import PairEncoder
+from fusion_jax.finetune.pair_encoder import PairEncoder
 from fusion_jax.generate import Beams, Sampling, generate
 from fusion_jax.text import load_tokenizer, tokenize
 from tests import nlg, tiny

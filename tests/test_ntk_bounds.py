@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusion_jax.mlp import factors
+from fusion_jax.fused import factors
 from ntk import activations, apriori
 from ntk.balls import EVALUATION, ball_units
 from ntk.bounds import fit_sketch, kernel_change, output_change, pair, uniform_bound

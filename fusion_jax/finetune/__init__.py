@@ -5,7 +5,6 @@ from fusion_jax.finetune.classify import measure as measure
 from fusion_jax.finetune.classify import predict as predict
 from fusion_jax.finetune.classify import task_source as task_source
 from fusion_jax.finetune.config import TrainConfig as TrainConfig
-from fusion_jax.finetune.generation import PairBatches as PairBatches
 from fusion_jax.finetune.generation import finetune_pairs as finetune_pairs
 from fusion_jax.finetune.generation import generate_texts as generate_texts
 from fusion_jax.finetune.generation import measure_pairs as measure_pairs
@@ -18,9 +17,11 @@ from fusion_jax.finetune.importance import top_of_each_type as top_of_each_type
 from fusion_jax.finetune.language import Windows as Windows
 from fusion_jax.finetune.language import finetune_language as finetune_language
 from fusion_jax.finetune.language import nats_per_token as nats_per_token
+from fusion_jax.finetune.loop import TrainState as TrainState
 from fusion_jax.finetune.lottery import lottery as lottery
 from fusion_jax.finetune.overparam import Chains as Chains
 from fusion_jax.finetune.overparam import overparameterise as overparameterise
+from fusion_jax.finetune.pair_encoder import PairBatches as PairBatches
 from fusion_jax.finetune.pairs import Pairs as Pairs
 from fusion_jax.finetune.pairs import TextData as TextData
 from fusion_jax.finetune.pairs import TextTask as TextTask
@@ -40,6 +41,5 @@ from fusion_jax.finetune.tasks import Texts as Texts
 from fusion_jax.finetune.tasks import load_task as load_task
 from fusion_jax.finetune.tasks import read_task as read_task
 from fusion_jax.finetune.trainer import Fit as Fit
-from fusion_jax.finetune.trainer import TrainState as TrainState
 from fusion_jax.finetune.trainer import fit as fit
 from fusion_jax.finetune.tune import tune as tune

@@ -15,13 +15,14 @@ from fusion_jax.finetune import losses
 from fusion_jax.finetune.artefacts import Write, fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.finetune.loop import Rule
 from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.metrics import METRICS
 from fusion_jax.finetune.optimiser import Multipliers
 from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
-from fusion_jax.finetune.trainer import Fit, Growth, OnStep, Rule
+from fusion_jax.finetune.trainer import Fit, Growth, OnStep
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.text import load_tokenizer
 

@@ -13,7 +13,8 @@ from jaxtyping import Array
 
 from fusion_jax.errors import InputError
 from fusion_jax.forms import Precise
-from fusion_jax.mlp import FusedGatedMlp, FusedMlp, Mlp
+from fusion_jax.fused import FusedGatedMlp, FusedMlp
+from fusion_jax.mlp import Mlp
 from fusion_jax.sites import sites
 from fusion_jax.submlps import wide
 from fusion_jax.uneven import UnevenExperts

@@ -20,9 +20,10 @@ from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
 from fusion_jax.finetune.classify import check_head, finetune
 from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.loop import Rule
 from fusion_jax.finetune.losses import Batch, Loss, Total
 from fusion_jax.finetune.tasks import TaskData
-from fusion_jax.finetune.trainer import Fit, Rule
+from fusion_jax.finetune.trainer import Fit
 from fusion_jax.forms import Masked, Scored, check_plain, forms, replaced
 from fusion_jax.masks import save_masks
 from fusion_jax.matrices import Matrices, select_matrices

@@ -18,7 +18,7 @@ from fusion_jax.finetune import losses
 from fusion_jax.finetune.classify import Encoder
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches
-from fusion_jax.finetune.generation import PairEncoder
+from fusion_jax.finetune.pair_encoder import PairEncoder
 from fusion_jax.finetune.pairs import Pairs
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.tasks import Texts

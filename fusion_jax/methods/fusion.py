@@ -13,19 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fusion_jax.clusters import sum_by_label
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.fitting import matched, refitted
+from fusion_jax.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
 from fusion_jax.geometry import Calibration, Metric, points
 from fusion_jax.kmeans import Init, Refine, kmeans
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
-from fusion_jax.mlp import (
-    Factors,
-    FusedGatedMlp,
-    FusedMlp,
-    GatedMlp,
-    Mlp,
-    Scaling,
-    factors,
-    stored_rows,
-)
+from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.submlps import SubMLPs
 
 
