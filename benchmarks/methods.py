@@ -324,18 +324,20 @@ TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
 
 def counted(model: Any) -> tuple[int, int]:
     """Parameters of the MLPs, and those of the whole model that train, masked ones left out."""
-    lost = sum(
-        int((~np.asarray(form.mask[...])).sum())
-        for form in forms(model).values()
+    chosen = fj.sites(model)[LAYERS]
+    lost = {
+        path: int((~np.asarray(form.mask[...])).sum())
+        for path, form in forms(model).items()
         if isinstance(form, Masked)
-    )
-    mlps = sum(num_params(site.mlp) for site in fj.sites(model)[LAYERS])
+    }
+    inside = sum(n for path, n in lost.items() if path.startswith(tuple(s.path for s in chosen)))
+    mlps = sum(num_params(site.mlp) for site in chosen)
     frozen = sum(
         variable.get_value().size
         for path, variable in nnx.to_flat_state(nnx.state(model))
         if "cores" in path and not isinstance(variable, nnx.Param)
     )
-    return mlps + frozen - lost, num_params(model) - lost
+    return mlps + frozen - inside, num_params(model) - sum(lost.values())
 
 
 def facts(cell: Cell, run: Run) -> dict[str, Any]:
@@ -430,7 +432,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("output", "sgd_kernel", "adam_kernel", "seconds", "step_seconds", "peak_gib"):
             line[key] = what.get(key, math.nan)
         line["artefact_mb"] = what.get("artefact_mb", math.nan)
-        line["mlp_params"] = own[-1]["mlp_params"]
+        line["mlp_params"] = own[-1].get("mlp_params", math.nan)
         for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
             scores = [row["score"] for row in own if row["task"] == task]
             if scores:
