@@ -198,6 +198,7 @@ class FusedMlp(_Fused):
         MLP Fusion (arXiv 2307.08941), section 4.2 and equation 5.
 
     Example:
+        >>> from flax import nnx
         >>> mlp = FusedMlp(4, 8, act="gelu", original_width=32, scaling="adam", rngs=nnx.Rngs(0))
         >>> mlp(jnp.ones((2, 4))).shape, mlp.sizes.shape, mlp.labels.shape
         ((2, 4), (8,), (32,))
