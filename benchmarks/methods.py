@@ -41,7 +41,7 @@ from flax import nnx
 
 import fusion_jax as fj
 import ntk
-from benchmarks.common import parser, peak_gib, pyplot
+from benchmarks.common import parser, peak_gib, pyplot, show
 from benchmarks.quality import relative
 from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
 from fusion_jax.demo import find_model
@@ -442,6 +442,35 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
+def agreement(rows: list[dict[str, Any]], *, but: str = "") -> list[dict[str, Any]]:
+    """Rank correlations of mean dev scores with errors, over methods at the budget.
+
+    Args:
+        rows: All rows.
+        but: Methods whose names begin so are left out.
+
+    Returns:
+        A row for each task of which all methods have scores.
+    """
+    errors = {r["method"]: r for r in rows if not r["task"] and r["method"] in COMPRESSED}
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
+        scores = {
+            name: [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
+            for name in errors
+            if not (but and name.startswith(but))
+        }
+        if len(scores) < 3 or not all(scores.values()):
+            continue
+        line: dict[str, Any] = {"task": task, "methods": len(scores)}
+        for kind in ("output", "sgd_kernel", "adam_kernel"):
+            pairs = [(statistics.mean(own), errors[n][kind]) for n, own in scores.items()]
+            ranks = [np.argsort(np.argsort(values)) for values in zip(*pairs, strict=True)]
+            line[kind] = float(np.corrcoef(*ranks)[0, 1])  # type: ignore[call-overload]
+        found.append(line)
+    return found
+
+
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Dev scores against the time of a training step."""
     plt = pyplot()
@@ -454,22 +483,39 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     tab = plt.colormaps["tab10"].colors  # without its grey
     colours = ["0.2", *tab[:7], *tab[8:], "navy", "gold"]
     for axes, task in zip(np.atleast_1d(every), tasks, strict=True):
+        scores = {
+            name: [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
+            for name in names
+        }
+        means = {name: statistics.mean(own) for name, own in scores.items() if own}
+        low, high = np.quantile(list(means.values()), (0.25, 0.75))
+        shown = [name for name in means if means[name] >= low - 3 * (high - low)]
+        least = min(means[name] for name in shown) - (high - low)
         seen: list[str] = []
         for name in names:
             kind = name.partition(",")[0]
             marker = "os^Dv"[seen.count(kind)]
             seen.append(kind)
-            scores = [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
-            if scores:
+            if name in means:
                 axes.errorbar(
                     steps[name],
-                    statistics.mean(scores),
-                    statistics.stdev(scores) if len(scores) > 1 else 0,
+                    means[name] if name in shown else least,
+                    statistics.stdev(scores[name]) if name in shown and scores[name][1:] else 0,
                     fmt=marker,
                     color=colours[kinds.index(kind)],
                     markersize=5,
                     linewidth=0.8,
                     label=name,
+                )
+            if name in means and name not in shown:  # far below: at the edge, with its score
+                axes.annotate(
+                    f"↓ {means[name]:.0f}",
+                    (steps[name], least),
+                    (-6, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    fontsize=8,
                 )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -507,6 +553,10 @@ def main() -> int:
     settings = {name: value for name, value in config.to_json().items() if value is not None}
     with run_folder(options):
         rows = run_all(cells(options), settings, table, options)
+    for title, but in (("", ""), (" without fusion", "fusion")):
+        if lines := agreement(rows, but=but):
+            print(f"\nRank correlation of scores and errors{title}")
+            show(lines, {})
     if options.figure is not None:
         draw(rows, options.figure)
     return 0
