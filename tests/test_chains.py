@@ -277,6 +277,15 @@ def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
     assert len(more.cuts) == 2 and not more.stopped
 
 
+def test_a_better_loss_ends_squeezing_only_if_asked_for(chained):
+    falling, options = iter([1.0, 0.5, 0.4, float("nan")]), {"tolerance": 0.03, "rounds": 3}
+    found = squeeze(chained, lambda m, f: m, lambda m: next(falling), **options)
+    assert [loss for _, loss in found.cuts] == [0.5, 0.4] and found.stopped
+    falling = iter([1.0, 0.5])
+    found = squeeze(chained, lambda m, f: m, lambda m: next(falling), two_sided=True, **options)
+    assert not found.cuts and found.stopped and found.loss == 1.0
+
+
 @pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"rounds": 0}, {"step": 0}])
 def test_squeezing_with_wrong_numbers(options, chained):
     with pytest.raises(fj.InputError, match=f"{next(iter(options))} must be"):
