@@ -232,7 +232,7 @@ def _squeezed(run: Run) -> tuple[Any, Any]:
 
     found = squeeze(fit.model, train, measure, rounds=5, step=64, progress=False)
     last = run.train(found.model, steps=steps)
-    return last.model, last.history[-1]
+    return last.model, {**last.history[-1], "cuts": len(found.cuts)}
 
 
 def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
@@ -408,6 +408,8 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: fl
         "score": 100 * score,
         "steps": run.config.max_steps,
         "mlp_params": counted(made)[0],
+        # So that squeezing of which nothing was kept shows.
+        **({"cuts": last["cuts"]} if "cuts" in last else {}),
         "seconds": time.perf_counter() - start,
         "peak_gib": peak_gib(),
     }
