@@ -213,10 +213,10 @@ def _chains(run: Run) -> Any:
 def _lottery(run: Run) -> Any:
     steps = max(1, (run.config.max_steps or 150) // 3)
 
-    def train(model: Any) -> Any:
-        return run.train(model, steps=steps).model
+    def train(model: Any, folder: Path | None) -> Any:
+        return run.train(model, steps=steps)
 
-    return lottery(run.model, train, keep=BUDGET, rounds=3, layers=LAYERS)
+    return lottery(run.model, train, keep=BUDGET, rounds=3, layers=LAYERS, progress=False).model
 
 
 def _squeezed(run: Run) -> tuple[Any, Any]:
@@ -225,7 +225,7 @@ def _squeezed(run: Run) -> tuple[Any, Any]:
     steps = max(1, (run.config.max_steps or 150) // 15)
 
     def train(model: Any, folder: Path | None) -> Any:
-        return run.train(model, steps=steps).model
+        return run.train(model, steps=steps)
 
     def measure(model: Any) -> float:
         return mean_loss(model, source, loss, batches=20)

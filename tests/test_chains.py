@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +258,7 @@ def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Stopped):
         squeeze(chained, fails, measure, tolerance=0.075, step=2, folder=run)
-    assert len(json.loads((run / "squeeze.json").read_text())["cuts"]) == 2
+    assert len(json.loads((run / "squeezed.json").read_text())["cuts"]) == 2
     bond = r"bonds of layers\.1\.mlp\.up"
     fewer = cut(chained, Cut("layers.1.mlp.up", 0, 3, 0.0))
     for begun, changed, message in (
@@ -271,7 +273,7 @@ def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
             squeeze(begun, train, measure, folder=run, **options)
     again = squeeze(chained, train, measure, tolerance=0.075, step=2, folder=run)
     assert again.cuts == whole.cuts and again.stopped
-    assert sorted(p.name for p in run.iterdir()) == ["squeeze.json", "squeezed-3"]
+    assert sorted(p.name for p in run.iterdir()) == ["squeezed-3", "squeezed.json"]
     np.testing.assert_array_equal(logits(again.model), logits(whole.model))
     more = squeeze(chained, train, measure, tolerance=0.075, step=2, rounds=2)
     assert len(more.cuts) == 2 and not more.stopped
@@ -302,7 +304,7 @@ def test_squeezing_with_the_trainer(chained, data, source, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=2)
 
     def train(model, folder):
-        return fj.finetune(model, data, config, key=key, folder=folder, progress=False).model
+        return fj.finetune(model, data, config, key=key, folder=folder, progress=False)
 
     def measure(model):
         return mean_loss(model, batches, loss, batches=2)
@@ -314,15 +316,73 @@ def test_squeezing_with_the_trainer(chained, data, source, key, tmp_path):
             np.testing.assert_array_equal(form.cores[1], at(chained, path).cores[1])
 
 
+def told_to_stop(data, key, round_, calls):
+    """Training of two steps, which is told to stop after one in a round, the first time."""
+    config = dataclasses.replace(CONFIG, max_steps=2, warmup=0.0)
+
+    def train(model, folder):
+        calls.append(folder and folder.name)
+
+        def tell(step, state):
+            if step == 1 and calls == [f"round-{k}" for k in range(round_ + 1)]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return fj.finetune(
+            model, data, config, key=key, folder=folder, on_step=tell, progress=False
+        )
+
+    return train
+
+
+def test_squeezing_that_is_told_to_stop_goes_on_in_its_round(chained, data, source, key, tmp_path):
+    batches, loss = source
+    options = {"tolerance": 10.0, "rounds": 3, "step": 2}
+
+    def measure(model):
+        return mean_loss(model, batches, loss, batches=2)
+
+    whole = squeeze(chained, told_to_stop(data, key, 9, []), measure, **options)
+    calls = []
+    train = told_to_stop(data, key, 1, calls)
+    part = squeeze(chained, train, measure, folder=tmp_path, **options)
+    assert not part.finished and not part.stopped
+    assert part.cuts == whole.cuts[:1] and whole.finished
+    assert (tmp_path / "round-1" / "checkpoints" / "1").is_dir()
+    assert part.loss == part.cuts[-1][1]
+    again = squeeze(chained, train, measure, folder=tmp_path, **options)
+    assert calls == ["round-0", "round-1", "round-1", "round-2"]
+    assert again.finished and again.cuts == whole.cuts
+    np.testing.assert_array_equal(logits(again.model), logits(whole.model))
+
+
+def test_a_lottery_that_is_told_to_stop_goes_on_in_its_round(model, data, key, tmp_path):
+    options = {"keep": 0.25, "rounds": 3, "layers": -1}
+    whole = lottery(model, told_to_stop(data, key, 9, []), **options)
+    calls = []
+    train = told_to_stop(data, key, 1, calls)
+    part = lottery(model, train, folder=tmp_path, **options)
+    assert not part.finished and part.rounds == 1 and whole.finished and whole.rounds == 3
+    again = lottery(model, train, folder=tmp_path, **options)
+    assert calls == ["round-0", "round-1", "round-1", "round-2"]
+    assert again.finished and sorted(p.name for p in tmp_path.iterdir()) == [
+        "ticket-3",
+        "ticket.json",
+    ]
+    for path, (_, x) in flat(whole.model).items():
+        np.testing.assert_array_equal(x, flat(again.model)[path][1], err_msg=path)
+    with pytest.raises(fj.InputError, match=r"\(keep 0.25, now 0.5\)"):
+        lottery(model, train, folder=tmp_path, **{**options, "keep": 0.5})
+
+
 def test_lottery_prunes_what_training_leaves_small(model, data, key):
     config = dataclasses.replace(CONFIG, max_steps=2, warmup=0.0)
     trained = []
 
-    def train(ticket):
+    def train(ticket, folder):
         trained.append(fj.finetune(ticket, data, config, key=key, progress=False).model)
         return trained[-1]
 
-    ticket = lottery(model, train, keep=0.25, rounds=2, layers=-1)
+    ticket = lottery(model, train, keep=0.25, rounds=2, layers=-1).model
     about = {"lottery": {"keep": 0.25, "rounds": 2}, "sites": ["layers.1.mlp"]}
     assert [json.loads(step) for step in ticket.origin.history] == [about]
     assert not [p for p in forms(ticket) if not p.startswith("layers.1.mlp")]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +15,39 @@ from flax import nnx
 
 from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
+from fusion_jax.finetune.rounds import Rounds, outcome
 from fusion_jax.forms import Frozen, Masked
 from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.origin import Origin
+from fusion_jax.progress import progress as show_progress
 from fusion_jax.sites import Layers, select, sites
 
-ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """What rounds of pruning and rewinding gave.
+
+    Args:
+        model: The model with its first weights, masked: train it as usual.
+        rounds: The rounds done.
+        finished: False if training was told to stop; the same call with a folder goes on.
+    """
+
+    model: Any
+    rounds: int
+    finished: bool
 
 
 def lottery(
-    model: ModelT,
-    train: Callable[[Any], Any],
+    model: Any,
+    train: Callable[[Any, Path | None], Any],
     *,
     keep: float = 0.25,
     rounds: int = 3,
     layers: Layers = None,
-) -> ModelT:
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Ticket:
     """Trains, prunes the smallest weights of the MLPs, rewinds the others, and so on.
 
     Every round keeps the same share of what was left, by one limit over all MLPs. The weights that
@@ -35,16 +55,21 @@ def lottery(
 
     Args:
         model: The model; not changed.
-        train: Trains a model for a while, such as an epoch, and gives the trained one.
+        train: Trains a model for a while, such as an epoch; takes the model and a folder for its
+            run, or None, and gives its `Fit`, or the model. A `Fit` that is not finished ends the
+            call without pruning by it.
         keep: The share of the MLPs' weights that is left after all rounds.
         rounds: How many.
         layers: Which MLPs, see `fusion_jax.compress`.
+        folder: Where rounds are kept, so that the same call goes on; None keeps nothing.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
-        The model with its first weights, masked: train it as usual.
+        The model with its first weights, masked, and how far it got.
 
     Raises:
-        InputError: ``keep`` or ``rounds`` is out of range, or ``layers`` matches nothing.
+        InputError: ``keep`` or ``rounds`` is out of range, ``layers`` matches nothing, or the
+            folder was begun with other settings.
 
     References:
         Frankle and Carbin (2019), The Lottery Ticket Hypothesis; the baseline LTH of MLP Fusion
@@ -53,7 +78,7 @@ def lottery(
     Example:
         >>> from fusion_jax import Mlp
         >>> mlp = Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
-        >>> ticket = lottery(mlp, lambda model: model, keep=0.25, rounds=2)
+        >>> ticket = lottery(mlp, lambda model, folder: model, keep=0.25, rounds=2).model
         >>> round(float(ticket.up.mask[...].mean() + ticket.down.mask[...].mean()) / 2, 2)
         0.25
     """
@@ -61,25 +86,41 @@ def lottery(
         raise InputError(f"rounds must be at least 1; got {rounds}")
     MaskPrune(keep=keep)
     ticket: Any
-    ticket, _ = compress(model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0))
+    ticket, _ = compress(
+        model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0), progress=False
+    )
     chosen = [site.path for site in select(sites(model), layers)]
     origin = getattr(model, "origin", None)
     if isinstance(origin, Origin):
         # In place of what `compress` wrote, which kept all.
         ticket.origin = origin.after({"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen})
-    for i in range(rounds):
-        trained = train(ticket)
-        places = _masked(ticket, chosen)
-        scores = [np.abs(np.asarray(m.matrix(), np.float32)) for m in _masked(trained, chosen)]
-        flat = np.concatenate([x.reshape(-1) for x in scores])
-        left = max(1, int(keep ** ((i + 1) / rounds) * flat.size + 1e-6))
-        # Of equal weights the first; those already masked are 0 and come last.
-        top = np.zeros(flat.size, bool)
-        top[np.argsort(-flat, kind="stable")[:left]] = True
-        ends = np.cumsum([x.size for x in scores])
-        for place, mask in zip(places, np.split(top, ends[:-1]), strict=True):
-            place.mask = Frozen(jnp.asarray(mask.reshape(place.mask.shape)))
-    return ticket
+    kept = Rounds(folder, "ticket", {"keep": keep, "rounds": rounds, "sites": chosen})
+    read, finished = kept.notes(), True
+    done = 0 if read is None else read["done"]
+    if done:
+        ticket = kept.model(done, model)
+    with show_progress("Pruning", rounds, progress) as advance:
+        if done:
+            advance("resumed", done)
+        while done < rounds:
+            trained, finished = outcome(train(ticket, kept.run(done)))
+            if not finished:
+                break
+            scores = [np.abs(np.asarray(m.matrix(), np.float32)) for m in _masked(trained, chosen)]
+            flat = np.concatenate([x.reshape(-1) for x in scores])
+            left = max(1, int(keep ** ((done + 1) / rounds) * flat.size + 1e-6))
+            # Of equal weights the first; those already masked are 0 and come last.
+            top = np.zeros(flat.size, bool)
+            top[np.argsort(-flat, kind="stable")[:left]] = True
+            ends = np.cumsum([x.size for x in scores])
+            ticket = nnx.clone(ticket)
+            for place, mask in zip(_masked(ticket, chosen), np.split(top, ends[:-1]), strict=True):
+                place.mask = Frozen(jnp.asarray(mask.reshape(place.mask.shape)))
+            done += 1
+            kept.note({"done": done}, model=ticket, count=done)
+            kept.trained(done - 1)
+            advance(f"round {done} of {rounds}, {left:,} of {flat.size:,} weights left")
+    return Ticket(model=ticket, rounds=done, finished=finished)
 
 
 def _masked(model: nnx.Module, chosen: list[str]) -> list[Masked]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,7 @@ from flax import nnx
 
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
-from fusion_jax.finetune.artefacts import replace
-from fusion_jax.finetune.trainer import check_same
+from fusion_jax.finetune.rounds import Rounds, outcome
 from fusion_jax.forms import Frozen, forms, replaced
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.progress import progress as show_progress
@@ -168,6 +165,7 @@ class Squeezed:
         first_loss: The loss before the first cut.
         cuts: The cuts that were kept, with the loss after each.
         stopped: Whether a cut was above the tolerance; else the rounds ended, or all bonds are 1.
+        finished: False if training was told to stop; the same call with a folder goes on.
     """
 
     model: Any
@@ -175,6 +173,7 @@ class Squeezed:
     first_loss: float
     cuts: list[tuple[Cut, float]]
     stopped: bool
+    finished: bool = True
 
 
 def squeeze(
@@ -193,7 +192,9 @@ def squeeze(
 
     Args:
         model: A model with `Mpo` layers, fine-tuned (`lightweight`).
-        train: Fine-tunes a model after a cut; takes the model and a folder for its run, or None.
+        train: Fine-tunes a model after a cut; takes the model and a folder for its run, or None,
+            and gives its `Fit`, or the model. A `Fit` that is not finished ends the call, without
+            a cut: only then can a run be told to stop in the middle of a round.
         measure: The loss of a model, such as `mean_loss` on some batches.
         tolerance: Stop when the loss is higher by more than this than before the first cut; the
             cut that did it is undone.
@@ -229,13 +230,12 @@ def squeeze(
     for path, form in found.items():
         settings[f"bonds of {path}"] = list(form.layout.bonds)
         settings[f"Frozen cores of {path}"] = list(form.frozen)
-    folder = None if folder is None else Path(folder)
-    notes = None if folder is None else folder / "squeeze.json"
+    kept_rounds = Rounds(folder, "squeezed", settings)
     kept: list[tuple[Cut, float]] = []
-    if notes is not None and notes.is_file():
-        read = json.loads(notes.read_text())
-        assert folder is not None
-        check_same(folder, read.get("settings", {}), settings)
+    read = kept_rounds.notes()
+    if read is None:
+        first, stopped = measure(model), False
+    else:
         first, stopped = read["first_loss"], read["stopped"]
         kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in read["cuts"]]
         if len(kept) > rounds:
@@ -244,23 +244,13 @@ def squeeze(
                 "many, or another folder"
             )
         if kept:
-            from fusion_jax.checkpoint import load
+            model = kept_rounds.model(len(kept), model)
+    best, loss, finished = model, kept[-1][1] if kept else first, True
 
-            model = load(folder / f"squeezed-{len(kept)}")
-    else:
-        first, stopped = measure(model), False
-    best, loss = model, kept[-1][1] if kept else first
-
-    def note() -> None:
-        if notes is None or folder is None or jax.process_index():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+    def note(new: Any = None) -> None:
         entries = [{"cut": vars(c), "loss": value} for c, value in kept]
-        fields = {"first_loss": first, "cuts": entries, "stopped": stopped, "settings": settings}
-        text = json.dumps(fields, indent=1)
-        new = notes.with_suffix(".new")
-        new.write_text(text + "\n", encoding="utf-8")
-        new.rename(notes)
+        fields = {"first_loss": first, "cuts": entries, "stopped": stopped}
+        kept_rounds.note(fields, model=new, count=len(kept))
 
     note()
     with show_progress("Squeezing", rounds, progress) as advance:
@@ -270,22 +260,23 @@ def squeeze(
             chosen = cheapest_cut(best, step=step)
             if chosen is None:
                 break
-            run = None if folder is None else folder / f"round-{len(kept)}"
-            tried = train(cut(best, chosen), run)
+            count = len(kept)
+            tried, finished = outcome(train(cut(best, chosen), kept_rounds.run(count)))
+            if not finished:
+                break
             value = measure(tried)
             rise = value - first
             # Negated, so that NaN stops too.
             stopped = not (abs(rise) if two_sided else rise) <= tolerance
-            if not stopped:
+            if stopped:
+                note()
+            else:
                 best, loss = tried, value
                 kept.append((chosen, value))
-                if folder is not None:
-                    replace(best, folder / f"squeezed-{len(kept)}")
-            note()
-            if folder is not None and run is not None:
-                # Only now, so that stopping at any moment loses nothing.
-                shutil.rmtree(run, ignore_errors=True)
-                if not stopped:
-                    shutil.rmtree(folder / f"squeezed-{len(kept) - 1}", ignore_errors=True)
+                note(best)
+            # Only now, so that stopping at any moment loses nothing.
+            kept_rounds.trained(count)
             advance(f"{chosen.path} bond {chosen.bond} to {chosen.size}, loss {value:.4f}")
-    return Squeezed(model=best, loss=loss, first_loss=first, cuts=kept, stopped=stopped)
+    return Squeezed(
+        model=best, loss=loss, first_loss=first, cuts=kept, stopped=stopped, finished=finished
+    )
