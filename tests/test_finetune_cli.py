@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
+from fusion_jax import checkpoint
 from fusion_jax.cli import main
 from fusion_jax.demo import bit_equal
 from fusion_jax.finetune import predict
@@ -56,6 +58,41 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     right = [row["label"] == label for row, label in zip(rows, labels, strict=True)]
     assert f"{sum(right) / 16:.4f}" == value
     assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
+
+
+def test_tuning_goes_on_only_with_the_same_models_and_texts(places, tmp_path, monkeypatch, capsys):
+    model, data = places
+    fused, other = str(tmp_path / "fused"), str(tmp_path / "other")
+    for out, seed in ((fused, "0"), (other, "1")):
+        assert main(["compress", "sketch", model, out, "--seed", seed]) == 0
+    third = tmp_path / "third"
+    fj.export_hf(fj.load(model, dtype="float16"), third)
+    lines = Path(data, "train.tsv").read_text().splitlines()
+    moved = tmp_path / "SST-2"
+    shutil.copytree(data, moved)
+    (moved / "train.tsv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
+    tuned = str(tmp_path / "tuned")
+
+    def command(student, teacher, texts):
+        rest = ["--teacher", str(teacher), "--out", tuned, "--task", "sst2", "--data", str(texts)]
+        return main(["tune", student, *rest, *OPTIONS])
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stopped)
+        assert command(fused, model, data) == 130
+    assert (tmp_path / "tuned.run").is_dir()
+    capsys.readouterr()
+    for arguments, what in (
+        ((other, model, data), "student"),
+        ((fused, third, data), "teacher"),
+        ((fused, model, moved), "first batch"),
+    ):
+        assert command(*arguments) == 1
+        assert f"other settings ({what} " in capsys.readouterr().err
+    assert command(fused, model, data) == 0
 
 
 def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):

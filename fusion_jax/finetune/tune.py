@@ -18,6 +18,7 @@ from fusion_jax.finetune import losses
 from fusion_jax.finetune.classify import Encoder
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches
+from fusion_jax.finetune.fingerprints import fingerprint_of_batch, fingerprint_of_model
 from fusion_jax.finetune.pair_encoder import PairEncoder
 from fusion_jax.finetune.pairs import Pairs
 from fusion_jax.finetune.parts import Parts
@@ -52,14 +53,16 @@ def tune(
         config: How to train; None for one epoch with the paper's settings. ``train``,
             ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
-        folder: Where checkpoints and ``metrics.jsonl`` go; None keeps nothing.
+        folder: Where checkpoints and ``metrics.jsonl`` go; a run found there is gone on with, if it
+            has the same models and texts. None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
         The tuned model.
 
     Raises:
-        InputError: No MLP of the student is compressed, or the models do not fit together.
+        InputError: No MLP of the student is compressed, the models do not fit together, or the
+            folder holds another run.
         FloatingPointError: The loss or the gradient was NaN or infinite.
 
     References:
@@ -68,16 +71,28 @@ def tune(
     Example:
         >>> fit = tune(smaller, model, data.train, key=key)  # doctest: +SKIP
     """
-    config = replace(TrainConfig(epochs=1) if config is None else config, dropout=False)
+    config = TrainConfig(epochs=1) if config is None else config
+    if config.train != "all":
+        raise InputError("train does not apply: the compressed MLPs train")
+    config = replace(config, dropout=False)
     places = compressed(student, teacher)
+    source = texts if isinstance(texts, Source) else _batches(student, texts, config, key)
+    about = {}
+    if folder is not None:
+        about = {
+            "student": fingerprint_of_model(student),
+            "teacher": fingerprint_of_model(teacher),
+            "first batch": fingerprint_of_batch(source(0)),
+        }
     return fit(
         student,
-        texts if isinstance(texts, Source) else _batches(student, texts, config, key),
+        source,
         jax.tree_util.Partial(losses.hidden_states, _in_dtype(teacher, config)),
         config,
         key=key,
         trains=lambda path: path.startswith(places),
         folder=None if folder is None else Path(folder),
+        about=about,
         progress=progress,
     )
 
