@@ -1,0 +1,118 @@
+"""Methods on experts, and one after the other: what is saved, loaded, trained and exported."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import fusion_jax as fj
+from fusion_jax.demo import bit_equal
+from fusion_jax.finetune import lightweight
+from fusion_jax.forms import forms
+from tests import tiny
+from tests.test_compress import method, methods
+from tests.test_finetune import flat, moved
+from tests.test_smp import CONFIG
+from tests.test_smp import data as data
+from tests.test_smp import places as places
+
+MIXTURES = {"mixtral": r"layers\.0\..*", "switch": r"encoder\..*experts"}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    def made(family):
+        head = dict(tiny.GENERATIVE)[family]
+        return fj.load(
+            tiny.checkpoint(tmp_path_factory.mktemp("mixture") / family, family, head), head=head
+        )
+
+    return {family: made(family) for family in MIXTURES}
+
+
+def on_rows(mlp, rows=5):
+    """What experts make of a few rows each."""
+    x = jax.random.normal(jax.random.key(1), (*mlp.stack, rows, mlp.d_in), jnp.float32)
+    return np.asarray(mlp(x))
+
+
+@methods
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_method_takes_experts(name, family, mixtures, key, tmp_path):
+    model = mixtures[family]
+    layers = MIXTURES[family]
+    smaller, report = fj.compress(model, method(name), layers=layers, key=key, budget=0.5)
+    (row,) = report.rows
+    place = [site.path for site in fj.sites(model)].index(row.site)
+    before, after = (fj.sites(m)[place].mlp for m in (model, smaller))
+    assert after.stack == before.stack != ()
+    again = fj.load(fj.save(smaller, tmp_path / "artefact", report=report))
+    assert bit_equal(smaller, again)
+    head = dict(tiny.GENERATIVE)[family]
+    exported = fj.load(fj.export_hf(smaller, tmp_path / "hf"), head=head)
+    dense = fj.sites(exported)[place].mlp
+    assert type(dense) is type(before)
+    want = on_rows(after)
+    assert np.abs(want - on_rows(before)).max() > 1e-3
+    np.testing.assert_allclose(on_rows(dense), want, atol=1e-4)
+    for path, (_, x) in flat(exported).items():
+        if not path.startswith(row.site):
+            np.testing.assert_array_equal(x, flat(model)[path][1], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def fused(places, tmp_path_factory):
+    """A fused model with label words, loaded from where it was saved."""
+    model = fj.load(places[0], head="classification", label_words=("w3", "w50"))
+    smaller, _ = fj.compress(model, fj.Fusion(width=16), key=jax.random.key(0))
+    return fj.load(fj.save(smaller, tmp_path_factory.mktemp("fused") / "artefact"))
+
+
+@partial(jax.jit)
+def logits(model):
+    return model(**tiny.batch("bert")).logits
+
+
+def test_a_fused_model_is_pruned_statically(fused, data, key, tmp_path):
+    smp = fj.StaticPruning(keep=0.5, allocation="L", ramp=6)
+    folder = tmp_path / "run"
+    fit = fj.static_prune(fused, data, CONFIG, smp, key=key, folder=folder, progress=False)
+    masked = forms(fit.model)
+    rows = [path for path in masked if ".mlp." in path]
+    assert rows and all(tuple(masked[p].kernel.shape) in {(32, 16), (16, 32)} for p in rows)
+    for path in rows:
+        mask, kernel = np.asarray(masked[path].mask[...]), np.asarray(masked[path].kernel[...])
+        assert abs(mask.mean() - 0.5) <= 1 / mask.size
+        name = f"{path}.kernel"
+        np.testing.assert_array_equal(kernel, np.where(mask, flat(fused)[name][1], 0))
+    again = fj.load(folder / "last")
+    assert bit_equal(fit.model, again)
+    # One bit a weight, as the fused model is where it can be referred to.
+    stored = safetensors.numpy.load_file(folder / "last" / "model.safetensors")
+    assert all(name.endswith(".mask") for name in stored)
+    bits = sum(form.mask[...].size for form in masked.values())
+    assert sum(x.nbytes for x in stored.values()) == bits / 8
+    exported = fj.load(fj.export_hf(again, tmp_path / "hf"), head="classification")
+    np.testing.assert_allclose(logits(exported), logits(fit.model), atol=1e-4)
+
+
+def test_a_fused_model_is_tuned_lightly(fused, data, key, tmp_path):
+    chained, _ = fj.compress(fused, fj.MPO(bond=None, cores=3), key=key)
+    np.testing.assert_allclose(logits(chained), logits(fused), atol=1e-4)
+    light = lightweight(chained)
+    config = dataclasses.replace(CONFIG, max_steps=2, learning_rate=1e-3)
+    fit = fj.finetune(light, data, config, key=key, folder=tmp_path / "run", progress=False)
+    changed = moved(light, fit.model)
+    frozen = {f"{path}.cores.{form.frozen[0]}" for path, form in forms(light).items()}
+    cores = {path for path in changed if ".cores." in path}
+    assert len(frozen) == 4 and len(cores) == 8 and not cores & frozen
+    assert not any("sizes" in path for path in changed)
+    again = fj.load(tmp_path / "run" / "last")
+    assert bit_equal(fit.model, again)
+    exported = fj.load(fj.export_hf(again, tmp_path / "hf"), head="classification")
+    assert not forms(exported)
+    np.testing.assert_allclose(logits(exported), logits(fit.model), atol=1e-4)
