@@ -371,6 +371,11 @@ def test_the_penalty_in_the_loss(model):
     np.testing.assert_allclose(
         total.total / 2, float(own.total) / 2 + 11 * np.mean(means), rtol=1e-5
     )
+    sizes = [form.scores[...].size for form in forms(new).values()]
+    total = penalised(losses.classification, of="sum")(new, batch, None)
+    np.testing.assert_allclose(
+        total.total / 2, float(own.total) / 2 + 11 * np.dot(means, sizes), rtol=1e-5
+    )
 
 
 def test_learning_from_a_teacher(model, places):
@@ -390,6 +395,10 @@ def test_learning_from_a_teacher(model, places):
     kl = (p * np.log(p / q)).sum(-1)
     np.testing.assert_allclose(found.total, (0.7 * ce + 0.3 * 9 * kl).sum(), rtol=1e-4)
     assert found.count == 2
+    reverse = losses.distilled(other, losses.classification, 0.3, 3.0, reverse=True)
+    found = jax.jit(lambda loss, m: loss(m, batch, None))(reverse, model)
+    kl = (q * np.log(q / p)).sum(-1)
+    np.testing.assert_allclose(found.total, (0.7 * ce + 0.3 * 9 * kl).sum(), rtol=1e-4)
     with pytest.raises(fj.InputError, match=r"weight of a teacher must be in \[0, 1\]; got 2"):
         losses.distilled(other, losses.classification, 2.0)
     with pytest.raises(fj.InputError, match="temperature must be above 0"):
@@ -397,6 +406,33 @@ def test_learning_from_a_teacher(model, places):
     three = fj.load(places[0], head="classification", num_labels=3, key=jax.random.key(0))
     with pytest.raises(fj.InputError, match=r"same two or more classes.*\(3, 3\) and \(3, 2\)"):
         losses.distilled(three, losses.classification)(model, batch, None)
+
+
+def test_scores_learn_from_a_teacher_in_either_way(model, places, data, key):
+    teacher = fj.load(places[0], head="classification", label_words=("w7", "w8"))
+    config = dataclasses.replace(CONFIG, max_steps=2, eval_every=9)
+    options = {"smp": dataclasses.replace(SMP, ramp=1), "config": config}
+
+    def given(**more):
+        seen = []
+        run(
+            model,
+            data,
+            key,
+            on_step=lambda step, state: seen.append(jax.tree.map(np.asarray, state.params)),
+            **options,
+            **more,
+        )
+        return seen[0]
+
+    plain = given(teacher=teacher)
+    same = given(loss=partial(losses.distilled, teacher))
+    other = given(loss=partial(losses.distilled, teacher, reverse=True))
+    for path, x in plain.items():
+        np.testing.assert_array_equal(x, same[path], err_msg=path)
+    assert any((x != other[path]).any() for path, x in plain.items())
+    with pytest.raises(fj.InputError, match="give a teacher, or a loss that has one; not both"):
+        run(model, data, key, teacher=teacher, loss=partial(losses.distilled, teacher))
 
 
 def test_a_taught_student_agrees_with_its_teacher(places, data, key):

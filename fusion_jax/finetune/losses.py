@@ -9,6 +9,7 @@ mean over one whole batch. Arrays that a loss needs besides, such as a teacher, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -225,7 +226,12 @@ def _has_encoder(model: Any) -> bool:
 
 
 def distilled(
-    teacher: Any, loss: Loss, weight: float = 0.5, temperature: float = 2.0
+    teacher: Any,
+    loss: Loss,
+    weight: float = 0.5,
+    temperature: float = 2.0,
+    *,
+    reverse: bool = False,
 ) -> jax.tree_util.Partial:
     """A loss of logits, and how far the logits are from a teacher's.
 
@@ -237,6 +243,8 @@ def distilled(
         loss: The loss besides, such as `classification`.
         weight: The share of the teacher, in [0, 1].
         temperature: T, by which logits are divided.
+        reverse: KL(p_student || p_teacher) instead: a student then loses nothing by leaving out
+            what the teacher says.
 
     Returns:
         The loss. As `fusion_jax.finetune` takes it: ``loss=partial(losses.distilled, teacher)``.
@@ -246,8 +254,7 @@ def distilled(
 
     References:
         Hinton et al. (2015), Distilling the Knowledge in a Neural Network. The defaults are those
-        of the code of Jiang et al. (ACL 2023), whose text has KL(p_student || p_teacher) instead:
-        there, a student loses nothing by leaving out what the teacher says.
+        of the code of Jiang et al. (ACL 2023); its text has the reverse divergence.
 
     Example:
         >>> teach = partial(losses.distilled, teacher)  # doctest: +SKIP
@@ -259,11 +266,12 @@ def distilled(
         raise InputError(f"temperature must be above 0; got {temperature}")
     bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
     numbers = jnp.array([weight, temperature], jnp.float32)
-    return jax.tree_util.Partial(_distilled, teacher, bound, numbers)
+    made = partial(_distilled, reverse=reverse)
+    return jax.tree_util.Partial(made, teacher, bound, numbers)
 
 
 def _distilled(
-    teacher: Any, loss: Loss, numbers: Array, model: Any, batch: Batch, key: Any
+    teacher: Any, loss: Loss, numbers: Array, model: Any, batch: Batch, key: Any, *, reverse: bool
 ) -> Total:
     out = run(model, batch, key)
     own = loss(lambda **_: out, batch, key)
@@ -274,8 +282,10 @@ def _distilled(
             f"{theirs.shape} and {ours.shape}"
         )
     weight, temperature = numbers.astype(ours.dtype)
-    known = jax.nn.log_softmax(theirs / temperature)
-    far = (jnp.exp(known) * (known - jax.nn.log_softmax(ours / temperature))).sum(-1)
+    p, q = (jax.nn.log_softmax(x / temperature) for x in (theirs, ours))
+    if reverse:
+        p, q = q, p
+    far = (jnp.exp(p) * (p - q)).sum(-1)
     taught = _weighted(jnp.square(temperature) * far, batch)
     return Total((1 - weight) * own.total + weight * taught.total, own.count)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -81,8 +82,9 @@ class StaticPruning:
 
     References:
         Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning, and its
-        code. Text and code differ: in the text R is a sum, with which a lambda of 400 would
-        outweigh any loss, and lambda rises with the pruning (``penalty_steps`` equal to ``ramp``).
+        code. Text and code differ: in the text R is a sum (``penalty_of``), with which a lambda of
+        400 would outweigh any loss, and lambda rises with the pruning (``penalty_steps`` equal to
+        ``ramp``).
 
     Example:
         >>> smp = StaticPruning(keep=0.5, ramp=4)
@@ -103,6 +105,9 @@ class StaticPruning:
     scripts have 4 to keep 0.7 and more: else shares of S reach 1, and less is kept in all."""
     penalty: float = 400.0
     """Factor of the mean sigmoid of the scores in the loss, in the end."""
+    penalty_of: Literal["mean", "sum"] = "mean"
+    """What the factor is of: "sum" is R as the paper prints it, the sigmoids of all scores added
+    up: of BERT-base some 43 million at first, so that it wants another penalty than 400."""
     penalty_steps: int | float = 1.0
     """Steps until the penalty is whole, or their part of the run."""
     matrices: str = LAYERS
@@ -117,6 +122,8 @@ class StaticPruning:
             raise InputError(f"allocation must be S or L; got {self.allocation!r}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be above 0; got {self.temperature}")
+        if self.penalty_of not in ("mean", "sum"):
+            raise InputError(f"penalty_of must be mean or sum; got {self.penalty_of!r}")
         if self.penalty < 0:
             raise InputError(f"penalty must be at least 0; got {self.penalty}")
         for name in ("ramp", "penalty_steps"):
@@ -287,27 +294,29 @@ def _jitted_mask(form: Scored) -> Array:
     return form.mask()
 
 
-def penalised(loss: Loss) -> jax.tree_util.Partial:
+def penalised(loss: Loss, *, of: Literal["mean", "sum"] = "mean") -> jax.tree_util.Partial:
     """A loss, and the mean over matrices of the mean sigmoid of their scores, times its factor.
 
     Args:
         loss: The loss besides.
+        of: "sum" has the sum of all sigmoids instead.
 
     Returns:
         The loss; the factor is the variable ``penalty`` of `Scored` layers, which `StaticPruning`
         sets.
     """
     bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
-    return jax.tree_util.Partial(_penalised, bound)
+    return jax.tree_util.Partial(partial(_penalised, of), bound)
 
 
-def _penalised(loss: Loss, model: Any, batch: Batch, key: Any) -> Total:
+def _penalised(of: str, loss: Loss, model: Any, batch: Batch, key: Any) -> Total:
     own = loss(model, batch, key)
-    means = []
+    add = jnp.sum if of == "sum" else jnp.mean
+    parts = []
     for form in _scored(model).values():
-        scores = jax.nn.sigmoid(form.scores[...]).mean((-1, -2)).astype(own.total.dtype)
-        means.append(jnp.ravel(form.penalty[...].astype(scores.dtype) * scores))
-    return Total(own.total + jnp.concatenate(means).mean() * own.count, own.count)
+        scores = add(jax.nn.sigmoid(form.scores[...]), (-1, -2)).astype(own.total.dtype)
+        parts.append(jnp.ravel(form.penalty[...].astype(scores.dtype) * scores))
+    return Total(own.total + add(jnp.concatenate(parts)) * own.count, own.count)
 
 
 def static_prune(
@@ -318,6 +327,7 @@ def static_prune(
     *,
     key: Key[Array, ""],
     teacher: Model | None = None,
+    loss: Callable[[Loss], Loss] | None = None,
     folder: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Fit:
@@ -334,6 +344,8 @@ def static_prune(
         smp: How weights are chosen.
         key: Random key of dropout and of the order of the examples.
         teacher: A model fine-tuned on the task, for distillation with `losses.distilled`.
+        loss: What is minimised besides the penalty, made of the task's loss, in place of that: for
+            a teacher in another way, ``partial(losses.distilled, teacher, reverse=True)``.
         folder: Where the run is kept, as in `finetune`. The artefacts ``best`` and ``last`` are
             masks beside a reference to the model (`save_masks`); only models with the share that
             was asked for are taken for the best.
@@ -358,6 +370,8 @@ def static_prune(
     """
     if config.train != "all":
         raise InputError("train does not apply: scores train, and the head with train_head")
+    if teacher is not None and loss is not None:
+        raise InputError("give a teacher, or a loss that has one; not both")
     if teacher is not None:
         check_head(teacher, data.task)
         if data.task.labels is None:
@@ -373,7 +387,11 @@ def static_prune(
         student.origin = origin.after({"static pruning": about})
 
     def made(own: Loss) -> Loss:
-        return penalised(own if teacher is None else losses.distilled(teacher, own))
+        if teacher is not None:
+            own = losses.distilled(teacher, own)
+        elif loss is not None:
+            own = loss(own)
+        return penalised(own, of=smp.penalty_of)
 
     beginnings = ("head.", "pooler.") if smp.train_head else ()
     result = finetune(
