@@ -9,9 +9,11 @@ lottery tickets and static over-parameterisation train as long once more before,
 rounds after, and that static pruning has its own loss and settings.
 
     python -m benchmarks.methods --data GLUE [--runs DIR] [--only NAME ...] [--seeds 3]
-        [--steps N] [--budget SECONDS] [--quick] [--json FILE] [--figure FILE]
+        [--tasks facts sst2 cola] [--steps N] [--budget SECONDS] [--workers N] [--quick]
+        [--json FILE] [--figure FILE]
 
 Runs are added to FILE as they end, each in a process of its own; the same command does the rest.
+With several workers, times are those of a shared machine.
 
 Kernels are by each model's own parameters in these MLPs: of chains and products of two matrices
 these are the factors, so that training them is another thing than training the matrix, and their
@@ -62,7 +64,6 @@ from fusion_jax.finetune import (
 from fusion_jax.finetune.smp import SCORES, StaticPruning, static_prune
 from fusion_jax.forms import Masked, forms
 from fusion_jax.masks import save_masks
-from fusion_jax.matrices import select_matrices
 from fusion_jax.report import num_params
 from fusion_jax.text import batches, load_tokenizer
 from fusion_jax.verify import Probability
@@ -219,7 +220,7 @@ def _lottery(run: Run) -> Any:
     return lottery(run.model, train, keep=BUDGET, rounds=3, layers=LAYERS, progress=False).model
 
 
-def _squeezed(run: Run) -> tuple[Any, Any]:
+def _squeezing(run: Run) -> Any:
     fit = run.train(lightweight(_chains(run)))
     source, loss = run.source(run.model)
     steps = max(1, (run.config.max_steps or 150) // 15)
@@ -230,12 +231,16 @@ def _squeezed(run: Run) -> tuple[Any, Any]:
     def measure(model: Any) -> float:
         return mean_loss(model, source, loss, batches=20)
 
-    found = squeeze(fit.model, train, measure, rounds=5, step=64, progress=False)
-    last = run.train(found.model, steps=steps)
+    return squeeze(fit.model, train, measure, rounds=5, step=64, progress=False)
+
+
+def _squeezed(run: Run) -> tuple[Any, Any]:
+    found = _squeezing(run)
+    last = run.train(found.model, steps=max(1, (run.config.max_steps or 150) // 15))
     return last.model, {**last.history[-1], "cuts": len(found.cuts)}
 
 
-def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
+def _overparameterised(run: Run, dynamic: bool) -> Any:
     cores, count = 4, 2
     if dynamic:
         source, loss = run.source(run.model)
@@ -243,13 +248,16 @@ def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
         growth = Chains(
             source=source, loss=loss, every=every, per_round=1, total=count, cores=cores
         )
-        fit = run.train(run.model, growth=growth)
-    else:
-        trained = run.train(run.model).model
-        source, loss = run.source(trained)
-        scores = importance_by_removal(trained, source, loss, matrices=r"layers\..*", batches=8)
-        chosen = top_of_each_type(scores, count)
-        fit = run.train(overparameterise(run.model, chosen, cores=cores))
+        return run.train(run.model, growth=growth)
+    trained = run.train(run.model).model
+    source, loss = run.source(trained)
+    scores = importance_by_removal(trained, source, loss, matrices=r"layers\..*", batches=8)
+    chosen = top_of_each_type(scores, count)
+    return run.train(overparameterise(run.model, chosen, cores=cores))
+
+
+def _contracted(run: Run, dynamic: bool) -> tuple[Any, Any]:
+    fit = _overparameterised(run, dynamic)
     return fj.plain(fit.model), fit.history[-1]
 
 
@@ -281,30 +289,22 @@ def _static(run: Run, keep: float) -> tuple[Any, Any]:
     return fit.model, fit.history[-1]
 
 
-def _widened(run: Run) -> Any:
-    """Two matrices of each type as chains; which ones changes no cost."""
-    found = {path: float(k) for k, path in enumerate(select_matrices(run.model, r"layers\..*"))}
-    return overparameterise(run.model, top_of_each_type(found, 2), cores=4)
-
-
+KEPT = {f"static, {keep:.0%} kept": keep for keep in (0.8, 0.5, 0.1)}
+"""Shares of weights that static pruning keeps, by name."""
 BEGUN: dict[str, Callable[[Run], Any]] = {
     "dense": lambda run: run.model,
     **COMPRESSED,
+    "lottery ticket": _lottery,
     "mpo, full": _chains,
     "mpo, full, lightweight": lambda run: lightweight(_chains(run)),
     "mpo, lightweight": lambda run: lightweight(COMPRESSED["mpo"](run)),
-    "overparam, static": _widened,
-    "static, 50% kept": lambda run: run.model,
+    "mpo, squeezed": lambda run: _squeezing(run).model,
+    "overparam, static": lambda run: _overparameterised(run, dynamic=False).model,
+    "overparam, dynamic": lambda run: _overparameterised(run, dynamic=True).model,
+    **dict.fromkeys(KEPT, lambda run: run.model),
 }
-"""Models as fine-tuning begins with them, by method."""
-COSTS_AS = {
-    "lottery ticket": "masks, magnitude",
-    "mpo, squeezed": "mpo, full, lightweight",
-    "overparam, dynamic": "overparam, static",
-    "static, 80% kept": "static, 50% kept",
-    "static, 10% kept": "static, 50% kept",
-}
-"""Methods whose steps are those of another one, at their dearest."""
+"""Models whose training steps are timed, at their dearest, by method: as fine-tuning begins with
+them, and chains that grow in training as they are after it."""
 
 
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
@@ -315,9 +315,9 @@ TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
     "mpo, full, lightweight": _fit(lambda run: lightweight(_chains(run))),
     "mpo, lightweight": _fit(lambda run: lightweight(COMPRESSED["mpo"](run))),
     "mpo, squeezed": _squeezed,
-    "overparam, static": partial(_overparameterised, dynamic=False),
-    "overparam, dynamic": partial(_overparameterised, dynamic=True),
-    **{f"static, {keep:.0%} kept": partial(_static, keep=keep) for keep in (0.8, 0.5, 0.1)},
+    "overparam, static": partial(_contracted, dynamic=False),
+    "overparam, dynamic": partial(_contracted, dynamic=True),
+    **{name: partial(_static, keep=keep) for name, keep in KEPT.items()},
 }
 """What is fine-tuned, by name."""
 
@@ -347,8 +347,8 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
     jax.block_until_ready(nnx.state(made))
     row: dict[str, Any] = {"seconds": time.perf_counter() - start}
     timed, kept, save = Timed(run), made, fj.save
-    if cell.method.startswith("static"):
-        kept, save = _masks(timed, keep=0.5).model, save_masks
+    if cell.method in KEPT:
+        kept, save = _masks(timed, keep=KEPT[cell.method]).model, save_masks
     else:
         timed.train(made)
         row["trains"] = counted(made)[1]
@@ -418,9 +418,10 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: fl
 def cells(options: Any) -> list[Cell]:
     """All runs: first what compressing changes, then seeds outermost."""
     names = options.only or list(TRAINED)
-    found = [Cell(method=name) for name in BEGUN if name in names]
+    found = [Cell(method=name) for name in BEGUN if name in names and "facts" in options.tasks]
+    tasks = [task for task in options.tasks if task != "facts"]
     for seed in range(options.seeds):
-        found += [Cell(method=m, task=t, seed=seed) for t in options.tasks for m in names]
+        found += [Cell(method=m, task=t, seed=seed) for t in tasks for m in names]
     return found
 
 
@@ -479,7 +480,6 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
     figure, every = plt.subplots(1, len(tasks), figsize=(9, 4.6), layout="constrained")
     steps = {row["method"]: row["step_seconds"] for row in rows if "step_seconds" in row}
-    steps |= {name: steps[like] for name, like in COSTS_AS.items() if like in steps}
     names = [name for name in TRAINED if name in steps]
     kinds = list(dict.fromkeys(name.partition(",")[0] for name in names))
     tab = plt.colormaps["tab10"].colors  # without its grey
@@ -535,7 +535,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> int:
     arguments = parser(__doc__)
     add_options(arguments)
-    arguments.add_argument("--tasks", nargs="+", choices=["sst2", "cola"], default=["sst2", "cola"])
+    tasks = ["facts", "sst2", "cola"]
+    arguments.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="facts: errors")
+    arguments.add_argument("--shapes", type=int, default=4, help="lengths that batches have")
     arguments.add_argument("--only", nargs="+", choices=list(TRAINED), help="only these methods")
     arguments.add_argument("--figure", type=Path, help="draw score against cost here")
     options = arguments.parse_args()
@@ -545,8 +547,14 @@ def main() -> int:
     if options.quick:
         options.seeds, options.steps, options.tasks = 1, 4, options.tasks[-1:]
     config = fj.TrainConfig(
-        max_steps=options.steps, learning_rate=8e-5, max_length=128, truncate=True
+        max_steps=options.steps,
+        learning_rate=8e-5,
+        max_length=128,
+        truncate=True,
+        shapes=options.shapes,
     )
+    if options.steps is not None:
+        config = replace(config, epochs=100)
     if options.cell is not None:
         cell = Cell(**json.loads(options.cell))
         config = replace(config, max_steps=options.steps or STEPS[cell.task])

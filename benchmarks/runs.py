@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def add_options(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--steps", type=int, help="at most so many steps per run")
     arguments.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    arguments.add_argument("--workers", type=int, default=1, help="runs side by side")
     arguments.add_argument("--cell", help=argparse.SUPPRESS)
 
 
@@ -93,21 +95,33 @@ def run_all(
         summary = {"runs": len(rows), "runs_left": len(left)}
         finish(options, rows, summary, "optax", shown=shown(rows))
 
-    while left and time.perf_counter() < end:
+    def started(cell: Any) -> subprocess.CompletedProcess[bytes] | None:
         # In a process of its own, whose peak memory is the run's.
+        seconds = end - time.perf_counter()
+        if seconds <= 0:
+            return None
         command = [sys.executable, "-m", module, *sys.argv[1:]]
-        command += ["--runs", str(options.runs), "--cell", json.dumps(asdict(left[0]))]
-        command += ["--budget", str(end - time.perf_counter())]
-        child = subprocess.run(command, stdout=subprocess.PIPE)
-        if child.returncode == OUT_OF_TIME:
-            break
-        child.check_returncode()
-        result = json.loads(child.stdout.splitlines()[-1])
-        cell = left.pop(0)
-        rows.append({"name": cell.name, **result, "config": settings})
-        shutil.rmtree(options.runs / cell.name, ignore_errors=True)
-        print(f"{cell.name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-        report()
+        command += ["--runs", str(options.runs), "--cell", json.dumps(asdict(cell))]
+        command += ["--budget", str(seconds)]
+        return subprocess.run(command, stdout=subprocess.PIPE)
+
+    with ThreadPoolExecutor(options.workers) as workers:
+        started_cells = {workers.submit(started, cell): cell for cell in left}
+        try:
+            for future in as_completed(started_cells):
+                cell, child = started_cells[future], future.result()
+                if child is None or child.returncode == OUT_OF_TIME:
+                    continue
+                child.check_returncode()
+                result = json.loads(child.stdout.splitlines()[-1])
+                left.remove(cell)
+                rows.append({"name": cell.name, **result, "config": settings})
+                shutil.rmtree(options.runs / cell.name, ignore_errors=True)
+                print(f"{cell.name}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+                report()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
     if not done and not rows:
         report()
     return rows
