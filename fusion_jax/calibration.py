@@ -131,6 +131,11 @@ class Calibrator:
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))
 
+    def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a site's inputs."""
+        inputs = self._inputs[site.path]
+        return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+
     def use(self, site: Site) -> tuple[float, ...] | None:
         """The share of the routed positions that each expert of a site gets on the text.
 

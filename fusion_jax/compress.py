@@ -7,15 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration import Calibrator, Source
@@ -28,6 +25,7 @@ from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
 from fusion_jax.sites import Layers, Site, gradients_of, replaced, select, sites
+from fusion_jax.solving import solve, unstacked
 from fusion_jax.submlps import SubMLPs, activation
 from fusion_jax.uneven import UnevenExperts, by_use, some
 
@@ -139,8 +137,7 @@ def compress(
                         f"{site.path}: by_use needs calibration text or tokens; inputs of experts "
                         "do not tell how often the router uses each"
                     )
-        singly = calibrator is not None and calibrator.sequential
-        for batch in _batches(chosen, methods, singly):
+        for batch in _batches(chosen, methods, calibrator):
             method = methods[batch[0].path]
             start = time.perf_counter()
             keys = [_keys(key, site) for site in batch]
@@ -235,16 +232,11 @@ def compress_mlp(
         raise InputError(
             f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
         )
-    return _solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
+    return solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
 
 
 def _stack(trees: list[TreeT]) -> TreeT:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def _unstacked(tree: TreeT, count: int) -> Iterator[TreeT]:
-    """The parts of stacked trees, each made when it is asked for."""
-    return (jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
 def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
@@ -269,8 +261,8 @@ def _even(
         None if seen is None else join(seen),
         None if slopes is None else join(slopes),
     )
-    solutions = jax.block_until_ready(_solve(method, mlps[0].act, problems))
-    each = [solutions] if lone else _unstacked(solutions, len(mlps))
+    solutions = jax.block_until_ready(solve(method, mlps[0].act, problems))
+    each = [solutions] if lone else unstacked(solutions, len(mlps))
     pairs = zip(mlps, each, strict=True)
     return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
 
@@ -316,53 +308,6 @@ def _check_graded(method: Method, given: bool) -> None:
         raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
 
 
-Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None, SubMLPs | None]
-
-
-def _solve(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves problems that are stacked along the axes of the keys, in one call."""
-    stack = problems[1].shape
-    flat: Problems = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
-    solutions = _solve_flat(method, act, flat)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
-
-
-def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves stacked problems; where the stack is sharded over a mesh, each device its own."""
-    sharding = problems[0].up.sharding
-    if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
-        spec = PartitionSpec(sharding.spec[0])
-        problems = jax.device_put(problems, NamedSharding(sharding.mesh, spec))
-        return _solve_on_mesh(method, act, sharding.mesh, spec, problems)
-    if jax.default_backend() != "cpu":
-        return _solve_batch(method, act, problems)
-    # One after the other on a CPU, as batching gains nothing and the slowest would decide; and in
-    # the programs that a method is made of, many of which other methods share: less to compile.
-    each = _unstacked(problems, problems[1].shape[0])
-    return _stack([_solve_one(method, act, problem) for problem in each])
-
-
-def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
-    subs, key, calibration, gradients = problem
-    more: Any = {"gradients": gradients} if method.graded else {}
-    return method.solve(subs, key=key, act=act, calibration=calibration, **more)
-
-
-@partial(jax.jit, static_argnames=("method", "act"))
-def _solve_batch(method: Method, act: str | None, problems: Problems) -> Solution:
-    batch = None if jax.default_backend() == "cpu" else problems[1].shape[0]
-    return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
-
-
-@partial(jax.jit, static_argnames=("method", "act", "mesh", "spec"))
-def _solve_on_mesh(
-    method: Method, act: str | None, mesh: Any, spec: PartitionSpec, problems: Problems
-) -> Solution:
-    local = partial(_solve_batch, method, act)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
-    return mapped(problems)
-
-
 @jax.jit
 def _all_finite(tree: object) -> Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -370,25 +315,30 @@ def _all_finite(tree: object) -> Array:
 
 
 def _batches(
-    chosen: Sequence[Site], methods: Mapping[str, Method], singly: bool
+    chosen: Sequence[Site], methods: Mapping[str, Method], calibrator: Calibrator | None
 ) -> Iterator[list[Site]]:
-    """Sites that are solved in one call: of one shape and method.
+    """Sites that are solved in one call: of one shape, of calibration too, and one method.
 
-    On a CPU one by one, to show progress; the experts of a site are one call in any case.
+    The experts of a site are one call in any case.
     """
-    if singly:
+    if calibrator is not None and calibrator.sequential:
         yield from ([site] for site in chosen)
         return
-    most = 1 if jax.default_backend() == "cpu" else 16
     groups: dict[object, list[Site]] = {}
     for site in chosen:
-        kind = methods[site.path], site.mlp.act, str(jax.eval_shape(site.mlp.sub_mlps))
-        groups.setdefault(kind, []).append(site)
+        seen = None if calibrator is None else calibrator.abstract(site)
+        shapes = str(jax.eval_shape(site.mlp.sub_mlps))
+        groups.setdefault((methods[site.path], site.mlp.act, shapes, seen), []).append(site)
     for group in groups.values():
-        limit = max(1, most // math.prod(group[0].mlp.stack))
+        limit = max(1, _most() // math.prod(group[0].mlp.stack))
         limit = 1 if methods[group[0].path].by_use else limit
         for i in range(0, len(group), limit):
             yield group[i : i + limit]
+
+
+def _most() -> int:
+    """MLPs that go into one call; on a CPU one, to show progress."""
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 @contextmanager
