@@ -235,10 +235,13 @@ class _Sample:
         every = generator.permutation(np.concatenate(each))
         # An expert that this text hardly uses is fitted to what the others get.
         rows = [x if len(x) >= _FEWEST else np.concatenate([x, every[:_FEWEST]]) for x in rows]
-        result = np.zeros((len(rows), max(map(len, rows)), every.shape[-1]), every.dtype)
-        for filled, x in zip(result, rows, strict=True):
-            filled[: len(x)] = x
-        return result
+        return padded(rows)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Inputs of several experts as one array (e, t, d), zeros behind those that have fewer."""
+    most = max(map(len, rows))
+    return np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in rows])
 
 
 def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:

@@ -424,3 +424,68 @@ def test_allocation_gives_more_to_the_harder_site(monkeypatch):
         fj.allocate(model, fj.Fusion(round_to=4), total_width=4, calibration=seen, key=KEY)
     with pytest.raises(fj.InputError, match="no site '2'"):
         fj.compress(model, {"2": fj.Fusion()}, key=KEY)
+
+
+def test_allocation_leaves_an_easy_site_what_it_needs(monkeypatch):
+    """Below the widths tried as shares, errors were taken for constant, and it got one unit."""
+    monkeypatch.setattr(allocation, "TRIED", (1 / 4, 1 / 2))
+    easy, hard = make(fj.Mlp, jnp.float32, noise=0.02), make(fj.Mlp, jnp.float32, noise=1.0)
+    seen = {path: inputs(dtype=jnp.float32) for path in ("0", "1")}
+    plan = fj.allocate(
+        nnx.List([easy, hard]), fj.Fusion(), total_width=P, calibration=seen, key=KEY
+    )
+    assert plan["0"].width + plan["1"].width == P
+    assert C / 2 < plan["0"].width <= 2 * C
+
+
+def test_curves_fall_all_the_way():
+    widths, errors = allocation._curve([(1, 0.9), (8, 0.2), (16, 0.3), (64, 0.0)], 64, 1)
+    assert (np.diff(errors) < 0).all() and widths[0] == 1
+    assert errors[widths == 16] == pytest.approx(0.2, abs=1e-5)
+
+
+def test_a_share_of_all_units_is_not_rounded_down():
+    model = nnx.List([make(fj.Mlp, jnp.float32)])
+    seen = {"0": inputs(dtype=jnp.float32)}
+    share = 29 / 32 * (1 - 1e-16)
+    assert int(share * 32) == 28
+    plan = fj.allocate(model, fj.Fusion(round_to=29), total_width=share, calibration=seen, key=KEY)
+    assert plan["0"].width == 29
+
+
+@pytest.mark.parametrize("few", [9, 60])
+def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
+    monkeypatch.setattr(allocation, "TRIED", (1 / 2,))
+    both = experts(lambda **k: make(fj.Mlp, jnp.float32), 2, rngs=nnx.Rngs(0))
+    x = np.asarray(inputs(dtype=jnp.float32))
+    slots = np.stack([x, np.where(np.arange(T)[:, None] < few, x, 0)])
+    seen = fj.Calibration(jnp.asarray(slots), weights=jnp.asarray((slots != 0).any(-1), float))
+    fitted, held_out = allocation._parted(seen, "")
+    for a, b, count in zip(fitted, held_out, (T, few), strict=True):
+        a, b = (part[(part != 0).any(-1)] for part in (a, b))
+        assert len(b) == count // 4
+        np.testing.assert_array_equal(np.sort(np.concatenate([a, b]), 0), np.sort(x[:count], 0))
+    # What is behind an expert's positions has no part in its error.
+    one, other = (jax.tree.map(lambda a: a[:1], both) for _ in range(2))
+    other.down.kernel.set_value(other.down.kernel[...] * 1.5)
+    for scaling in ("adam", "sgd", "folded"):
+        errors = [
+            allocation._error(one, other, jnp.asarray(held_out[1:, :n]), scaling, KEY)
+            for n in (few // 4, None)
+        ]
+        assert errors[0] > 0
+        if scaling != "adam":  # whose upstream gradients are drawn for all rows at once
+            assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+    plan = fj.allocate(
+        both, fj.Fusion(), total_width=10, calibration={"": slots}, key=KEY, progress=False
+    )
+    assert plan[""].width == 10
+
+
+def test_too_few_positions_to_hold_some_out():
+    both = experts(lambda **k: make(fj.Mlp, jnp.float32), 2, rngs=nnx.Rngs(0))
+    model = nnx.List([both])
+    x = np.asarray(inputs(dtype=jnp.float32))
+    slots = np.stack([x, np.where(np.arange(T)[:, None] < 7, x, 0)])
+    with pytest.raises(fj.InputError, match="an expert of 0 has 7 positions of calibration"):
+        fj.allocate(model, fj.Fusion(), total_width=0.5, calibration={"0": slots}, key=KEY)
