@@ -16,6 +16,7 @@ from fusion_jax.forms import Frozen, Masked
 from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.origin import Origin
 from fusion_jax.sites import Layers, select, sites
+from fusion_jax.topk import top_masks
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -71,14 +72,9 @@ def lottery(
         trained = train(ticket)
         places = _masked(ticket, chosen)
         scores = [np.abs(np.asarray(m.matrix(), np.float32)) for m in _masked(trained, chosen)]
-        flat = np.concatenate([x.reshape(-1) for x in scores])
-        left = max(1, int(keep ** ((i + 1) / rounds) * flat.size + 1e-6))
-        # Of equal weights the first; those already masked are 0 and come last.
-        top = np.zeros(flat.size, bool)
-        top[np.argsort(-flat, kind="stable")[:left]] = True
-        ends = np.cumsum([x.size for x in scores])
-        for place, mask in zip(places, np.split(top, ends[:-1]), strict=True):
-            place.mask = Frozen(jnp.asarray(mask.reshape(place.mask.shape)))
+        # Weights already masked are 0 and come last.
+        for place, mask in zip(places, top_masks(scores, keep ** ((i + 1) / rounds)), strict=True):
+            place.mask = Frozen(jnp.asarray(mask))
     return ticket
 
 
