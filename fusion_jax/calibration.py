@@ -81,7 +81,7 @@ class Calibrator:
         model: The model before compression.
         chosen: The sites that will be compressed.
         source: See `fusion_jax.compress`.
-        sequential: Whether sites see what the compressed sites before them lead to.
+        sequential: Whether any site sees what the compressed sites before it lead to.
         key: Random key of the choice of positions.
 
     Raises:
@@ -120,13 +120,21 @@ class Calibrator:
             self._mlps = {site.path: site.mlp for site in sites(self._model)}
             self._replaced = False
 
-    def of(self, site: Site) -> Calibration:
-        """The calibration of a site, with positions in random order."""
+    def of(self, site: Site, sequential: bool = False) -> Calibration:
+        """The calibration of a site, with positions in random order.
+
+        Args:
+            site: The site.
+            sequential: Whether it sees what the compressed sites before it lead to.
+
+        Returns:
+            The calibration.
+        """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:
             # Slots that no position was routed to are zero.
             return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
-        if self._sample is None or not self._replaced:
+        if self._sample is None or not (sequential and self._replaced):
             return Calibration(inputs)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))

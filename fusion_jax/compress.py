@@ -82,6 +82,8 @@ def compress(
     """
     found = sites(model)
     if isinstance(method, Mapping):
+        if not method:
+            raise InputError("no site is given a method: the mapping is empty")
         methods: dict[str, Method] = dict(method)
         unknown = [path for path in methods if path not in {site.path for site in found}]
         if unknown:
@@ -108,11 +110,12 @@ def compress(
             if budget is not None:
                 methods[site.path] = method = method.within(subs, budget)
             method.check(subs, calibrated=calibration is not None)
-            if calibration is not None and not method.calibrated:
-                raise InputError(f"{type(method).__name__} takes no calibration")
-            _check_graded(method, gradients is not None)
+            method.check_given(calibration=calibration is not None, gradients=gradients is not None)
             if gradients is not None:
                 gradients_of(site, gradients)
+    uneven = any(methods[site.path].by_use for site in chosen)
+    if uneven and not any(site.mlp.stack for site in chosen):
+        raise InputError("by_use is for experts, and no chosen site has any")
     finite = jax.device_get([_all_finite(site.mlp) for site in chosen])
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
@@ -131,6 +134,11 @@ def compress(
         if calibration is not None:
             sequential = any(methods[site.path].sequential for site in chosen)
             calibrator = Calibrator(model, chosen, calibration, sequential=sequential, key=text_key)
+            if sequential and not calibrator.sequential:
+                raise InputError(
+                    "sequential needs calibration text or tokens; inputs by site do not follow "
+                    "what is compressed"
+                )
             for site in chosen:
                 if methods[site.path].by_use and site.mlp.stack and calibrator.use(site) is None:
                     raise InputError(
@@ -141,7 +149,11 @@ def compress(
             method = methods[batch[0].path]
             start = time.perf_counter()
             keys = [_keys(key, site) for site in batch]
-            seen = None if calibrator is None else [calibrator.of(site) for site in batch]
+            seen = (
+                None
+                if calibrator is None
+                else [calibrator.of(site, method.sequential) for site in batch]
+            )
             slopes = None
             if gradients is not None:
                 slopes = [gradients_of(site, gradients) for site in batch]
@@ -222,9 +234,11 @@ def compress_mlp(
     method.check(subs, calibrated=calibration is not None)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    if calibration is not None and activation(act or "") and not method.calibrated:
-        raise InputError(f"{type(method).__name__} takes no calibration")
-    _check_graded(method, gradients is not None)
+    method.check_given(calibration=calibration is not None, gradients=gradients is not None)
+    if method.sequential or method.by_use:
+        raise InputError("sequential and by_use are for the sites of a model: see compress")
+    if calibration is not None:
+        activation(act or "")
     if not _all_finite((subs, calibration, gradients)):
         raise InputError("NaN or infinite weights, calibration or gradients")
     stack = subs.up.shape[:-2]
@@ -298,14 +312,6 @@ def _fact(value: Array) -> Any:
     if value.dtype == bool:
         return value.all().item()
     return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
-
-
-def _check_graded(method: Method, given: bool) -> None:
-    """Raises `InputError` if gradients are given without use for them, or missing."""
-    if given and not method.graded:
-        raise InputError(f"{type(method).__name__} takes no gradients")
-    if method.needs_gradients and not given:
-        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
 
 
 @jax.jit

@@ -214,6 +214,28 @@ def test_gradients_are_asked_for_and_refused(method, key):
         fj.compress(mlp, method, key=key, gradients={"up.bias": jnp.zeros(P)})
     with pytest.raises(fj.InputError, match="Svd takes no gradients"):
         fj.compress(mlp, Svd(rank=1), key=key, gradients={})
+    with pytest.raises(fj.InputError, match="with score 'gradient' takes no calibration"):
+        fj.compress(mlp, method, key=key, calibration={"": inputs(D)}, gradients={})
+
+
+@pytest.mark.parametrize("method", [MaskPrune(), Prune(), Prune(score="activation")])
+def test_what_a_score_does_not_look_at_is_refused(method, key):
+    mlp, name = an_mlp(False), type(method).__name__
+    subs, seen = mlp.sub_mlps(), inputs(D)
+    known = seen if method.score == "activation" else None
+    refused = f"{name} with score '{method.score}' takes no "
+    with pytest.raises(fj.InputError, match=refused + "gradients"):
+        fj.compress_mlp(
+            subs, method, key=key, act="gelu", calibration=known, gradients=gradients(subs)
+        )
+    if known is None:
+        with pytest.raises(fj.InputError, match=refused + "calibration"):
+            fj.compress(mlp, method, key=key, calibration={"": seen})
+        with pytest.raises(fj.InputError, match=refused + "calibration"):
+            fj.compress_mlp(subs, method, key=key, act="gelu", calibration=seen)
+    if isinstance(method, MaskPrune):
+        with pytest.raises(fj.InputError, match=refused + "gradients"):
+            globally(nnx.List([mlp]), method, gradients={})
 
 
 def largest(scores, keep):

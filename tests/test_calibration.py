@@ -11,6 +11,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax import allocation, calibration
 from fusion_jax.capture import mlp_inputs
+from fusion_jax.demo import bit_equal
 from fusion_jax.fitting import RIDGE_OF_FACTORS, matched, refitted
 from fusion_jax.fused import Factors
 from fusion_jax.geometry import points
@@ -256,7 +257,8 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     assert first.outputs is None
     fused, _ = fj.compress(bert, method, key=KEY, layers=[0], calibration=token_batches())
     source.compressed(chosen[0], fj.sites(fused)[0].mlp)
-    second = source.of(chosen[1])
+    assert source.of(chosen[1]).outputs is None
+    second = source.of(chosen[1], sequential=True)
     now = fj.calibrate(fused, token_batches(), key=KEY)[chosen[1].path]
     np.testing.assert_allclose(second.inputs, now, atol=1e-5)
     before = fj.calibrate(bert, token_batches(), key=KEY)[chosen[1].path]
@@ -267,6 +269,33 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     both, report = fj.compress(bert, method, key=KEY, calibration=token_batches())
     assert report.calibration == "54 positions of text"
     assert [site.mlp.width for site in fj.sites(both)] == [4] * len(chosen)
+
+
+def test_sequential_is_each_method_s_own(bert):
+    """A site that is not sequential sees the original model, whatever the others are."""
+    paths = [site.path for site in fj.sites(bert)]
+    apart, follows = fj.Fusion(width=4), fj.Fusion(width=4, sequential=True)
+    plan = {paths[0]: apart, paths[1]: apart, paths[2]: follows}
+    mixed, alone, both = (
+        fj.compress(bert, method, key=KEY, calibration=token_batches())[0]
+        for method in (plan, apart, follows)
+    )
+    assert bit_equal(mixed.layers[1].mlp, alone.layers[1].mlp)
+    assert not bit_equal(mixed.layers[1].mlp, both.layers[1].mlp)
+    assert not bit_equal(mixed.layers[2].mlp, alone.layers[2].mlp)
+
+
+def test_options_that_would_do_nothing(bert):
+    follows, mlp = fj.Fusion(width=4, sequential=True), make(fj.Mlp, jnp.float32)
+    seen = {"": inputs(dtype=jnp.float32)}
+    with pytest.raises(fj.InputError, match="sequential needs calibration"):
+        fj.compress(mlp, follows, key=KEY)
+    with pytest.raises(fj.InputError, match="sequential needs calibration text or tokens; inputs"):
+        fj.compress(mlp, follows, key=KEY, calibration=seen)
+    with pytest.raises(fj.InputError, match="for the sites of a model"):
+        fj.compress_mlp(mlp.sub_mlps(), follows, key=KEY, act="gelu", calibration=seen[""])
+    with pytest.raises(fj.InputError, match="no chosen site has any"):
+        fj.compress(bert, fj.Fusion(by_use=0.5), key=KEY, calibration=token_batches())
 
 
 def test_saved_inputs_and_text_files(bert, tmp_path):

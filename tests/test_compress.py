@@ -279,6 +279,11 @@ def test_model_without_mlps(key):
         fj.compress(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fj.Fusion(width=1), key=key)
 
 
+def test_mapping_without_methods(model, key):
+    with pytest.raises(fj.InputError, match="no site is given a method"):
+        fj.compress(model, {}, key=key)
+
+
 def test_fused_mlp_is_not_fused_again(model, key):
     smaller, _ = fj.compress(model, fj.Fusion(width=12), layers=0, key=key)
     with pytest.raises(fj.InputError, match=r"layers\.0\.mlp: is a FusedMlp already"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,6 @@ class MaskPrune(Factored):
     """What makes a weight important; ``"gradient"`` needs a loss's gradients."""
 
     form = Masked
-    graded: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
@@ -71,8 +70,8 @@ class MaskPrune(Factored):
             raise InputError(f"score must be one of {', '.join(choices)}; got {self.score!r}{hint}")
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether weights are scored by them."""
+    def graded(self) -> bool:
+        """Whether weights are scored by a loss's gradients."""
         return self.score == "gradient"
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
@@ -93,7 +92,7 @@ class MaskPrune(Factored):
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
         """The matrices and their masks, by magnitude."""
-        if self.needs_gradients:
+        if self.graded:
             raise InputError("score 'gradient' is for MLPs: see fusion_jax.compress")
         return self._masked(matrices, {name: jnp.abs(m) for name, m in matrices.items()})
 
@@ -156,8 +155,7 @@ def globally(
         >>> round(sum(m.keep for m in chosen.values()) / 2, 3)
         0.25
     """
-    if method.needs_gradients and gradients is None:
-        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
+    method.check_given(calibration=False, gradients=gradients is not None)
     scores = {}
     for site in select(sites(model), layers):
         if site.mlp.stack:
