@@ -11,18 +11,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration import Calibrator, Source
+from fusion_jax.calibration import Calibrator, Source, padded
 from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
+from fusion_jax.geometry import Calibration
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.mlp import Mlp
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.sites import Layers, select, sites
 
 TRIED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Shares of the original width at which a site's error is measured."""
+"""Shares of the original width at which a site's error is measured, besides the smallest."""
 POSITIONS = 512
-"""Positions at which kernels are compared, kept out of what sites are fitted to."""
+"""Most positions at which kernels are compared, kept out of what sites are fitted to."""
+_FEWEST = 8
+"""Positions that a site or an expert needs: of these, two are compared at."""
 
 
 def allocate(
@@ -56,7 +59,8 @@ def allocate(
         method's ``round_to`` or the original width; the sum is at most ``total_width``.
 
     Raises:
-        InputError: The budget is below ``round_to`` for each site or above what the sites have.
+        InputError: The budget is below ``round_to`` for each site or above what the sites have, or
+            a site or one of its experts has too few positions to keep some out.
 
     Example:
         >>> mlps = nnx.List([Mlp(4, 16, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
@@ -69,7 +73,7 @@ def allocate(
     chosen = select(sites(model), layers)
     originals = [site.mlp.width for site in chosen]
     if isinstance(total_width, float):
-        total_width = int(total_width * sum(originals))
+        total_width = int(total_width * sum(originals) + 1e-6)
     unit = method.round_to
     smallest = [min(unit, width) for width in originals]
     if not sum(smallest) <= total_width <= sum(originals):
@@ -77,22 +81,22 @@ def allocate(
             f"total_width must be {sum(smallest)} to {sum(originals)} for {len(chosen)} sites with "
             f"round_to {unit}; got {total_width}"
         )
-    source = Calibrator(model, chosen, calibration, sequential=False, key=key)
+    text_key, fit_key, up_key = jax.random.split(key, 3)
+    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key)
+    tried = [_tried(width, unit) for width in originals]
     errors = []
-    with show_progress("Allocating", len(chosen) * len(TRIED), progress) as advance:
-        for site in chosen:
-            inputs = source.of(site).inputs
-            held_out = min(POSITIONS, inputs.shape[-2] // 4)
-            seen = {"": inputs[..., held_out:, :]}
-            points = []
-            for share in TRIED:
-                width = min(site.mlp.width, max(1, round(share * site.mlp.width / unit)) * unit)
-                made = dataclasses.replace(method, width=width, by_use=0.0)
-                fused, _ = compress(site.mlp, made, key=key, calibration=seen, progress=False)
-                error = _error(site.mlp, fused, inputs[..., :held_out, :], method.scaling)
+    with show_progress("Allocating", sum(map(len, tried)), progress) as advance:
+        for site, widths in zip(chosen, tried, strict=True):
+            fitted, held_out = _parted(source.of(site), site.path)
+            points = [(site.mlp.width, 0.0)]
+            for width in widths:
+                made = dataclasses.replace(method, width=width, by_use=0.0, sequential=False)
+                seen = {"": fitted}
+                fused, _ = compress(site.mlp, made, key=fit_key, calibration=seen, progress=False)
+                error = _error(site.mlp, fused, jnp.asarray(held_out), method.scaling, up_key)
                 points.append((width, error))
                 advance(f"{site.path} at {width}")
-            errors.append(_curve([*points, (site.mlp.width, 0.0)], site.mlp.width, unit))
+            errors.append(_curve(points, site.mlp.width, unit))
     steps = _least([np.asarray(e) for _, e in errors], [w for w, _ in errors], total_width)
     return {
         site.path: dataclasses.replace(method, width=int(widths[i]))
@@ -100,24 +104,62 @@ def allocate(
     }
 
 
-def _error(old: Mlp, new: Mlp, x: Float[Array, "*s t d"], scaling: str) -> float:
-    """The relative change of the kernel that the scaling is for, or of the outputs."""
+def _tried(original: int, unit: int) -> list[int]:
+    """Widths at which a site's error is measured: the smallest, so that none is guessed."""
+    widths = {max(1, round(share * original / unit)) * unit for share in (0, *TRIED)}
+    return sorted(width for width in widths if width < original)
+
+
+def _parted(seen: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs to fit to and inputs held out; of experts each its own, with zeros behind."""
+    inputs = np.asarray(seen.inputs)
+    rows = [inputs]
+    if seen.weights is not None:
+        rows = [x[used > 0] for x, used in zip(inputs, np.asarray(seen.weights), strict=True)]
+    fewest = min(map(len, rows))
+    if fewest < _FEWEST:
+        whose = "an expert of " if seen.weights is not None else ""
+        raise InputError(
+            f"{whose}{path or 'the model'} has {fewest} positions of calibration; widths are "
+            f"compared at some that are held out, of at least {_FEWEST}"
+        )
+    fitted, held_out = [], []
+    for x in rows:
+        step = max(4, -(-len(x) // POSITIONS))
+        out = np.arange(len(x)) % step == step - 1
+        fitted.append(x[~out])
+        held_out.append(x[out])
+    if seen.weights is None:
+        return fitted[0], held_out[0]
+    return padded(fitted), padded(held_out)
+
+
+def _error(
+    old: Mlp, new: Mlp, x: Float[Array, "*s t d"], scaling: str, key: Key[Array, ""]
+) -> float:
+    """The relative change of the kernel that the scaling is for, or of the outputs.
+
+    Positions that are zero do not count: experts have them behind their own.
+    """
     if old.stack:
         each = range(old.stack[0])
         one = [jax.tree.map(lambda a, i=i: a[i], (old, new, x)) for i in each]
-        return float(np.mean([_error(a, b, c, scaling) for a, b, c in one]))
+        return float(np.mean([_error(a, b, c, scaling, key) for a, b, c in one]))
     # Only here, so that importing the library does not import ntk.
     from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 
+    real = (x != 0).any(-1)
+    counts = real[:, None] & real[None]
     if scaling == "folded":
-        results = [mlp(x) for mlp in (old, new)]
+        results, counts = [mlp(x) for mlp in (old, new)], real[:, None]
     elif scaling == "sgd":
         results = [traced_kernel(mlp_weights(mlp), x) for mlp in (old, new)]
     else:
-        up = jax.random.normal(jax.random.key(0), (x.shape[0], old.d_out))
+        up = jax.random.normal(key, (x.shape[0], old.d_out))
         results = [upstream_kernel(mlp_weights(mlp), x, up, kind="adam") for mlp in (old, new)]
     before, after = results
-    return float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before))
+    lost, whole = (jnp.linalg.norm(jnp.where(counts, y, 0)) for y in (after - before, before))
+    return float(lost / jnp.where(whole > 0, whole, 1))
 
 
 def _curve(
@@ -130,10 +172,13 @@ def _curve(
     tried = sorted(known)
     # More units cannot do worse; what is measured otherwise is noise.
     falling = np.minimum.accumulate([known[w] for w in tried])
-    return widths, np.interp(np.log(widths), np.log(tried), falling)
+    errors = np.interp(np.log(widths), np.log(tried), falling)
+    # Where errors are the same, more units are better, if only so that none is left over.
+    return widths, errors + _TIE * (1 - widths / original)
 
 
 _GRID = 512
+_TIE = 1e-6
 
 
 def _least(errors: list[np.ndarray], widths: list[np.ndarray], budget: int) -> list[int]:

@@ -81,7 +81,7 @@ class Calibrator:
         model: The model before compression.
         chosen: The sites that will be compressed.
         source: See `fusion_jax.compress`.
-        sequential: Whether sites see what the compressed sites before them lead to.
+        sequential: Whether any site sees what the compressed sites before it lead to.
         key: Random key of the choice of positions.
 
     Raises:
@@ -120,16 +120,29 @@ class Calibrator:
             self._mlps = {site.path: site.mlp for site in sites(self._model)}
             self._replaced = False
 
-    def of(self, site: Site) -> Calibration:
-        """The calibration of a site, with positions in random order."""
+    def of(self, site: Site, sequential: bool = False) -> Calibration:
+        """The calibration of a site, with positions in random order.
+
+        Args:
+            site: The site.
+            sequential: Whether it sees what the compressed sites before it lead to.
+
+        Returns:
+            The calibration.
+        """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:
             # Slots that no position was routed to are zero.
             return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
-        if self._sample is None or not self._replaced:
+        if self._sample is None or not (sequential and self._replaced):
             return Calibration(inputs)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))
+
+    def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a site's inputs."""
+        inputs = self._inputs[site.path]
+        return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
 
     def use(self, site: Site) -> tuple[float, ...] | None:
         """The share of the routed positions that each expert of a site gets on the text.
@@ -230,10 +243,13 @@ class _Sample:
         every = generator.permutation(np.concatenate(each))
         # An expert that this text hardly uses is fitted to what the others get.
         rows = [x if len(x) >= _FEWEST else np.concatenate([x, every[:_FEWEST]]) for x in rows]
-        result = np.zeros((len(rows), max(map(len, rows)), every.shape[-1]), every.dtype)
-        for filled, x in zip(result, rows, strict=True):
-            filled[: len(x)] = x
-        return result
+        return padded(rows)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Inputs of several experts as one array (e, t, d), zeros behind those that have fewer."""
+    most = max(map(len, rows))
+    return np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in rows])
 
 
 def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:

@@ -7,15 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration import Calibrator, Source
@@ -28,6 +25,7 @@ from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
 from fusion_jax.sites import Layers, Site, gradients_of, replaced, select, sites
+from fusion_jax.solving import solve, unstacked
 from fusion_jax.submlps import SubMLPs, activation
 from fusion_jax.uneven import UnevenExperts, by_use, some
 
@@ -84,6 +82,8 @@ def compress(
     """
     found = sites(model)
     if isinstance(method, Mapping):
+        if not method:
+            raise InputError("no site is given a method: the mapping is empty")
         methods: dict[str, Method] = dict(method)
         unknown = [path for path in methods if path not in {site.path for site in found}]
         if unknown:
@@ -110,11 +110,12 @@ def compress(
             if budget is not None:
                 methods[site.path] = method = method.within(subs, budget)
             method.check(subs, calibrated=calibration is not None)
-            if calibration is not None and not method.calibrated:
-                raise InputError(f"{type(method).__name__} takes no calibration")
-            _check_graded(method, gradients is not None)
+            method.check_given(calibration=calibration is not None, gradients=gradients is not None)
             if gradients is not None:
                 gradients_of(site, gradients)
+    uneven = any(methods[site.path].by_use for site in chosen)
+    if uneven and not any(site.mlp.stack for site in chosen):
+        raise InputError("by_use is for experts, and no chosen site has any")
     finite = jax.device_get([_all_finite(site.mlp) for site in chosen])
     bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
     if bad:
@@ -133,18 +134,26 @@ def compress(
         if calibration is not None:
             sequential = any(methods[site.path].sequential for site in chosen)
             calibrator = Calibrator(model, chosen, calibration, sequential=sequential, key=text_key)
+            if sequential and not calibrator.sequential:
+                raise InputError(
+                    "sequential needs calibration text or tokens; inputs by site do not follow "
+                    "what is compressed"
+                )
             for site in chosen:
                 if methods[site.path].by_use and site.mlp.stack and calibrator.use(site) is None:
                     raise InputError(
                         f"{site.path}: by_use needs calibration text or tokens; inputs of experts "
                         "do not tell how often the router uses each"
                     )
-        singly = calibrator is not None and calibrator.sequential
-        for batch in _batches(chosen, methods, singly):
+        for batch in _batches(chosen, methods, calibrator):
             method = methods[batch[0].path]
             start = time.perf_counter()
             keys = [_keys(key, site) for site in batch]
-            seen = None if calibrator is None else [calibrator.of(site) for site in batch]
+            seen = (
+                None
+                if calibrator is None
+                else [calibrator.of(site, method.sequential) for site in batch]
+            )
             slopes = None
             if gradients is not None:
                 slopes = [gradients_of(site, gradients) for site in batch]
@@ -225,9 +234,11 @@ def compress_mlp(
     method.check(subs, calibrated=calibration is not None)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
-    if calibration is not None and activation(act or "") and not method.calibrated:
-        raise InputError(f"{type(method).__name__} takes no calibration")
-    _check_graded(method, gradients is not None)
+    method.check_given(calibration=calibration is not None, gradients=gradients is not None)
+    if method.sequential or method.by_use:
+        raise InputError("sequential and by_use are for the sites of a model: see compress")
+    if calibration is not None:
+        activation(act or "")
     if not _all_finite((subs, calibration, gradients)):
         raise InputError("NaN or infinite weights, calibration or gradients")
     stack = subs.up.shape[:-2]
@@ -235,16 +246,11 @@ def compress_mlp(
         raise InputError(
             f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
         )
-    return _solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
+    return solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
 
 
 def _stack(trees: list[TreeT]) -> TreeT:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def _unstacked(tree: TreeT, count: int) -> Iterator[TreeT]:
-    """The parts of stacked trees, each made when it is asked for."""
-    return (jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
 def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
@@ -269,8 +275,8 @@ def _even(
         None if seen is None else join(seen),
         None if slopes is None else join(slopes),
     )
-    solutions = jax.block_until_ready(_solve(method, mlps[0].act, problems))
-    each = [solutions] if lone else _unstacked(solutions, len(mlps))
+    solutions = jax.block_until_ready(solve(method, mlps[0].act, problems))
+    each = [solutions] if lone else unstacked(solutions, len(mlps))
     pairs = zip(mlps, each, strict=True)
     return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
 
@@ -308,61 +314,6 @@ def _fact(value: Array) -> Any:
     return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
 
 
-def _check_graded(method: Method, given: bool) -> None:
-    """Raises `InputError` if gradients are given without use for them, or missing."""
-    if given and not method.graded:
-        raise InputError(f"{type(method).__name__} takes no gradients")
-    if method.needs_gradients and not given:
-        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
-
-
-Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None, SubMLPs | None]
-
-
-def _solve(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves problems that are stacked along the axes of the keys, in one call."""
-    stack = problems[1].shape
-    flat: Problems = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
-    solutions = _solve_flat(method, act, flat)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
-
-
-def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves stacked problems; where the stack is sharded over a mesh, each device its own."""
-    sharding = problems[0].up.sharding
-    if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
-        spec = PartitionSpec(sharding.spec[0])
-        problems = jax.device_put(problems, NamedSharding(sharding.mesh, spec))
-        return _solve_on_mesh(method, act, sharding.mesh, spec, problems)
-    if jax.default_backend() != "cpu":
-        return _solve_batch(method, act, problems)
-    # One after the other on a CPU, as batching gains nothing and the slowest would decide; and in
-    # the programs that a method is made of, many of which other methods share: less to compile.
-    each = _unstacked(problems, problems[1].shape[0])
-    return _stack([_solve_one(method, act, problem) for problem in each])
-
-
-def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
-    subs, key, calibration, gradients = problem
-    more: Any = {"gradients": gradients} if method.graded else {}
-    return method.solve(subs, key=key, act=act, calibration=calibration, **more)
-
-
-@partial(jax.jit, static_argnames=("method", "act"))
-def _solve_batch(method: Method, act: str | None, problems: Problems) -> Solution:
-    batch = None if jax.default_backend() == "cpu" else problems[1].shape[0]
-    return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
-
-
-@partial(jax.jit, static_argnames=("method", "act", "mesh", "spec"))
-def _solve_on_mesh(
-    method: Method, act: str | None, mesh: Any, spec: PartitionSpec, problems: Problems
-) -> Solution:
-    local = partial(_solve_batch, method, act)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
-    return mapped(problems)
-
-
 @jax.jit
 def _all_finite(tree: object) -> Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -370,25 +321,30 @@ def _all_finite(tree: object) -> Array:
 
 
 def _batches(
-    chosen: Sequence[Site], methods: Mapping[str, Method], singly: bool
+    chosen: Sequence[Site], methods: Mapping[str, Method], calibrator: Calibrator | None
 ) -> Iterator[list[Site]]:
-    """Sites that are solved in one call: of one shape and method.
+    """Sites that are solved in one call: of one shape, of calibration too, and one method.
 
-    On a CPU one by one, to show progress; the experts of a site are one call in any case.
+    The experts of a site are one call in any case.
     """
-    if singly:
+    if calibrator is not None and calibrator.sequential:
         yield from ([site] for site in chosen)
         return
-    most = 1 if jax.default_backend() == "cpu" else 16
     groups: dict[object, list[Site]] = {}
     for site in chosen:
-        kind = methods[site.path], site.mlp.act, str(jax.eval_shape(site.mlp.sub_mlps))
-        groups.setdefault(kind, []).append(site)
+        seen = None if calibrator is None else calibrator.abstract(site)
+        shapes = str(jax.eval_shape(site.mlp.sub_mlps))
+        groups.setdefault((methods[site.path], site.mlp.act, shapes, seen), []).append(site)
     for group in groups.values():
-        limit = max(1, most // math.prod(group[0].mlp.stack))
+        limit = max(1, _most() // math.prod(group[0].mlp.stack))
         limit = 1 if methods[group[0].path].by_use else limit
         for i in range(0, len(group), limit):
             yield group[i : i + limit]
+
+
+def _most() -> int:
+    """MLPs that go into one call; on a CPU one, to show progress."""
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 @contextmanager

@@ -126,13 +126,13 @@ class MaskFiles(files.TensorFiles):
         self._masks = {name: tuple(shape) for name, shape in about["shapes"].items()}
         self._prints: dict[str, str] = about["prints"]
         where = about["base"] if base is None else _place(base)
-        self._name = where["name"]
+        self.base: str = where["name"]
         given = [artefact[name] for name in ("head", "num_labels", "label_ids", "dtype")]
         try:
             self._base = _Base(where, *given)
         except InputError as error:
             raise InputError(
-                f"{folder} holds masks for {self._name}, which cannot be read ({error}); if it is "
+                f"{folder} holds masks for {self.base}, which cannot be read ({error}); if it is "
                 f"elsewhere now: fusion-jax rebase {folder} BASE, or load(..., base=BASE)"
             ) from None
         self._shapes |= self._masks
@@ -144,7 +144,7 @@ class MaskFiles(files.TensorFiles):
 
     def _refuse(self, name: str) -> NoReturn:
         raise InputError(
-            f"{self._name} is not the model that the masks in {self.folder} are for: {name} differs"
+            f"{self.base} is not the model that the masks in {self.folder} are for: {name} differs"
         )
 
     def read(self, name: str) -> np.ndarray:
@@ -213,6 +213,8 @@ class _Base:
 
 def _reference(origin: Origin) -> dict[str, Any]:
     """Where a model's files are, as far as another program can find them."""
+    if origin.base is not None:
+        return _place(origin.base)
     folder = Path(origin.folder)
     if (folder / files.FUSION).is_file():
         _, fields = files.read_json(folder / files.FUSION)

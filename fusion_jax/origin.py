@@ -17,6 +17,7 @@ class Origin:
         config: The text of its ``config.json``, verbatim.
         head: The head that the model has, or None.
         history: What was done to the model, oldest first: JSON texts.
+        base: Where the base of masks is, if it was said to be elsewhere than their file says.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Origin:
     config: str
     head: str | None
     history: tuple[str, ...] = ()
+    base: str | None = None
 
     def after(self, step: dict[str, Any]) -> Origin:
         """The origin of a model to which one more thing was done."""

@@ -1,8 +1,12 @@
-"""The largest entries of an array as a mask, without sorting it."""
+"""The largest entries of arrays as masks, without sorting them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -10,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*n"]:
     """Where the largest entries are; of equal ones, the first. What is below 1e-38 may count as 0.
 
-    By bisection over the bits of the numbers: 32 passes that count (64 in float64), and the number
-    kept may change from step to step without compiling again.
+    By interpolation and bisection in turns over the bits of the numbers: ten to twenty passes that
+    count where entries differ, at most 64 (128 in float64). The number kept may change from step to
+    step without compiling again.
 
     Args:
         scores: Any array without NaN.
@@ -34,16 +39,81 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
     top = jnp.asarray(1, bits) << (width - 1)
     ordered = jnp.where(raw & top != 0, ~raw, raw | top)
 
-    def narrowed(i: Array, limit: Array) -> Array:
-        candidate = limit | (top >> i.astype(bits))
-        return jnp.where((ordered >= candidate).sum(dtype=jnp.int32) >= keep, candidate, limit)
+    def narrowed(state: _Bracket) -> _Bracket:
+        low, high, reach_low, reach_high, step = state
+        span, over, between = (
+            x.astype(jnp.float32) for x in (high - low, reach_low - keep, reach_low - reach_high)
+        )
+        guess = jnp.where(step % 2 == 1, span / 2, span * over / between)
+        # At least one number further whatever the rounding, so that it ends.
+        guess = low + jnp.clip(guess, 0, 2.0 ** (width - 1)).astype(bits)
+        guess = jnp.clip(guess, low + 1, high - 1)
+        reach = (ordered >= guess).sum(dtype=jnp.int32)
+        enough = reach >= keep
+        return _Bracket(
+            low=jnp.where(enough, guess, low),
+            high=jnp.where(enough, high, guess),
+            reach_low=jnp.where(enough, reach, reach_low),
+            reach_high=jnp.where(enough, reach_high, reach),
+            step=step + 1,
+        )
 
-    # The largest number that at least `keep` entries reach.
-    limit = lax.fori_loop(0, width, narrowed, jnp.asarray(0, bits))
-    above, equal = ordered > limit, ordered == limit
-    left = keep - above.sum(dtype=jnp.int32)
-    mask = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= left))
+    def ties() -> Array:
+        above, equal = ordered > limit, ordered == limit
+        left = keep - above.sum(dtype=jnp.int32)
+        return above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= left))
+
+    count = jnp.int32(flat.size)
+    start = _Bracket(ordered.min(), ordered.max() + 1, count, jnp.int32(0), jnp.int32(0))
+    # The largest number that at least `keep` entries reach, or any that exactly so many do.
+    limit, _, reach, *_ = lax.while_loop(
+        lambda s: (s.high - s.low > 1) & (s.reach_low != keep), narrowed, start
+    )
+    mask = lax.cond(reach == keep, lambda: ordered >= limit, ties)
     return mask.reshape(scores.shape)
+
+
+class _Bracket(NamedTuple):
+    """State of `top_mask`: `low` is reached by at least as many as are kept, `high` by fewer."""
+
+    low: Array
+    high: Array
+    reach_low: Array  # entries of at least `low`
+    reach_high: Array
+    step: Array
+
+
+def top_masks(scores: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
+    """Masks of the largest entries of several arrays taken together; of equal ones, the first.
+
+    Args:
+        scores: The arrays, without NaN.
+        share: The share of all their entries to keep, see `count_of`.
+
+    Returns:
+        A mask for each.
+
+    Example:
+        >>> [m.tolist() for m in top_masks([np.array([3.0, 1.0]), np.array([3.0, 2.0])], 0.5)]
+        [[True, False], [True, False]]
+    """
+    flat = np.concatenate([x.reshape(-1) for x in scores])
+    keep = count_of(share, flat.size)
+    limit = np.partition(flat, -keep)[-keep]
+    mask = flat > limit
+    mask[np.flatnonzero(flat == limit)[: keep - mask.sum()]] = True
+    parts = np.split(mask, np.cumsum([x.size for x in scores])[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, scores, strict=True)]
+
+
+def count_of(share: float, size: int) -> int:
+    """How many of so many a share is: rounded down, but not by rounding errors, and at least 1.
+
+    Example:
+        >>> count_of(0.29, 100), int(0.29 * 100), count_of(0.29, 3)
+        (29, 28, 1)
+    """
+    return max(1, int(share * size + 1e-6))
 
 
 def top_mask_of_share(scores: Float[Array, "*n"], share: float | Float[Array, ""]) -> Array:

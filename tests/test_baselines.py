@@ -12,7 +12,7 @@ from fusion_jax.methods.mmd import MMD
 from fusion_jax.methods.prune import Prune
 from fusion_jax.methods.sketch import Sketch
 from fusion_jax.methods.svd import Svd
-from fusion_jax.topk import top_mask
+from fusion_jax.topk import top_mask, top_masks
 from tests.test_mlp import inputs, make
 
 P, KEPT, D = 32, 12, 40
@@ -214,19 +214,88 @@ def test_gradients_are_asked_for_and_refused(method, key):
         fj.compress(mlp, method, key=key, gradients={"up.bias": jnp.zeros(P)})
     with pytest.raises(fj.InputError, match="Svd takes no gradients"):
         fj.compress(mlp, Svd(rank=1), key=key, gradients={})
+    with pytest.raises(fj.InputError, match="with score 'gradient' takes no calibration"):
+        fj.compress(mlp, method, key=key, calibration={"": inputs(D)}, gradients={})
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_top_mask_equals_sorting(dtype):
+@pytest.mark.parametrize("method", [MaskPrune(), Prune(), Prune(score="activation")])
+def test_what_a_score_does_not_look_at_is_refused(method, key):
+    mlp, name = an_mlp(False), type(method).__name__
+    subs, seen = mlp.sub_mlps(), inputs(D)
+    known = seen if method.score == "activation" else None
+    refused = f"{name} with score '{method.score}' takes no "
+    with pytest.raises(fj.InputError, match=refused + "gradients"):
+        fj.compress_mlp(
+            subs, method, key=key, act="gelu", calibration=known, gradients=gradients(subs)
+        )
+    if known is None:
+        with pytest.raises(fj.InputError, match=refused + "calibration"):
+            fj.compress(mlp, method, key=key, calibration={"": seen})
+        with pytest.raises(fj.InputError, match=refused + "calibration"):
+            fj.compress_mlp(subs, method, key=key, act="gelu", calibration=seen)
+    if isinstance(method, MaskPrune):
+        with pytest.raises(fj.InputError, match=refused + "gradients"):
+            globally(nnx.List([mlp]), method, gradients={})
+
+
+def largest(scores, keep):
+    """The mask by a stable sort."""
+    flat = np.asarray(scores, np.float64).reshape(-1)
+    mask = np.zeros(flat.size, bool)
+    mask[np.argsort(-flat, kind="stable")[:keep]] = True
+    return mask.reshape(scores.shape)
+
+
+def numbers():
+    """Arrays of many kinds: ties, signs, zeros, infinities, and numbers of very many sizes."""
     rng = np.random.default_rng(0)
-    for scores in (
-        rng.normal(size=(7, 30)),
-        rng.integers(-2, 3, size=200),
-        np.zeros(17),
-        np.array([0.0, -0.0, np.inf, -np.inf, 1e-30, -1e-30]),
-    ):
+    ends = np.array([0.0, -0.0, np.inf, -np.inf, 1e-30, -1e-30, 3e38, -3e38])
+    yield from (np.array([1.5]), np.zeros(17), np.full((3, 2), -2.5), np.full(5, np.inf), ends)
+    for size in (2, 7, 210):
+        yield rng.normal(size=size)
+        yield -np.abs(rng.normal(size=size))
+        yield rng.integers(-2, 3, size=size)
+        yield rng.choice(ends, size=size)
+        yield np.sign(rng.normal(size=size)) * np.exp(20 * rng.normal(size=size).clip(-4, 4))
+        yield np.where(rng.random(size) < 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_top_mask_equals_sorting(dtype, x64):
+    found = jax.jit(top_mask)
+    for scores in numbers():
         x = jnp.asarray(scores, dtype)
         for keep in {0, 1, x.size // 3, x.size - 1, x.size}:
-            mask = np.asarray(jax.jit(top_mask)(x, jnp.int32(keep))).reshape(-1)
-            order = np.argsort(-np.asarray(x, np.float32).reshape(-1), kind="stable")
-            np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(order[:keep]))
+            np.testing.assert_array_equal(found(x, jnp.int32(keep)), largest(x, keep))
+
+
+def test_top_mask_under_transformations(key):
+    x = jax.random.normal(key, (8, 40)).round(1)
+    keep = jnp.arange(8, dtype=jnp.int32) * 5
+    want = np.stack([largest(row, k) for row, k in zip(x, keep, strict=True)])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(top_mask))(x, keep), want)
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data")))
+    np.testing.assert_array_equal(jax.jit(top_mask)(sharded, jnp.int32(77)), largest(x, 77))
+    slope = jax.grad(lambda x: jnp.where(top_mask(x, jnp.int32(77)), x, 0).sum())(x)
+    np.testing.assert_array_equal(slope, largest(x, 77))
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.29, 0.5, 1.0])
+def test_top_masks_of_several_arrays(share):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 9, size=s).astype(np.float32) for s in ((5, 8), (20,), (4, 10))]
+    keep = {1e-9: 1, 0.29: 29, 0.5: 50, 1.0: 100}[share]
+    want = largest(np.concatenate([x.reshape(-1) for x in arrays]), keep)
+    got = top_masks(arrays, share)
+    assert [mask.shape for mask in got] == [x.shape for x in arrays]
+    np.testing.assert_array_equal(np.concatenate([mask.reshape(-1) for mask in got]), want)
+
+
+def test_a_share_over_all_mlps_is_not_rounded_down(key):
+    layers = nnx.List([make(fj.Mlp, width=5, d_in=5, d_out=5) for _ in range(2)])
+    chosen = globally(layers, MaskPrune(keep=0.29))
+    assert sum(round(method.keep * 50) for method in chosen.values()) == 29
+    smaller, _ = fj.compress(layers, chosen, key=key)
+    masks = [m.mask[...] for mlp in smaller for m in (mlp.up, mlp.down)]
+    assert sum(int(mask.sum()) for mask in masks) == 29

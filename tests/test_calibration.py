@@ -11,6 +11,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax import allocation, calibration
 from fusion_jax.capture import mlp_inputs
+from fusion_jax.demo import bit_equal
 from fusion_jax.fitting import RIDGE_OF_FACTORS, matched, refitted
 from fusion_jax.fused import Factors
 from fusion_jax.geometry import points
@@ -256,7 +257,8 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     assert first.outputs is None
     fused, _ = fj.compress(bert, method, key=KEY, layers=[0], calibration=token_batches())
     source.compressed(chosen[0], fj.sites(fused)[0].mlp)
-    second = source.of(chosen[1])
+    assert source.of(chosen[1]).outputs is None
+    second = source.of(chosen[1], sequential=True)
     now = fj.calibrate(fused, token_batches(), key=KEY)[chosen[1].path]
     np.testing.assert_allclose(second.inputs, now, atol=1e-5)
     before = fj.calibrate(bert, token_batches(), key=KEY)[chosen[1].path]
@@ -267,6 +269,33 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     both, report = fj.compress(bert, method, key=KEY, calibration=token_batches())
     assert report.calibration == "54 positions of text"
     assert [site.mlp.width for site in fj.sites(both)] == [4] * len(chosen)
+
+
+def test_sequential_is_each_method_s_own(bert):
+    """A site that is not sequential sees the original model, whatever the others are."""
+    paths = [site.path for site in fj.sites(bert)]
+    apart, follows = fj.Fusion(width=4), fj.Fusion(width=4, sequential=True)
+    plan = {paths[0]: apart, paths[1]: apart, paths[2]: follows}
+    mixed, alone, both = (
+        fj.compress(bert, method, key=KEY, calibration=token_batches())[0]
+        for method in (plan, apart, follows)
+    )
+    assert bit_equal(mixed.layers[1].mlp, alone.layers[1].mlp)
+    assert not bit_equal(mixed.layers[1].mlp, both.layers[1].mlp)
+    assert not bit_equal(mixed.layers[2].mlp, alone.layers[2].mlp)
+
+
+def test_options_that_would_do_nothing(bert):
+    follows, mlp = fj.Fusion(width=4, sequential=True), make(fj.Mlp, jnp.float32)
+    seen = {"": inputs(dtype=jnp.float32)}
+    with pytest.raises(fj.InputError, match="sequential needs calibration"):
+        fj.compress(mlp, follows, key=KEY)
+    with pytest.raises(fj.InputError, match="sequential needs calibration text or tokens; inputs"):
+        fj.compress(mlp, follows, key=KEY, calibration=seen)
+    with pytest.raises(fj.InputError, match="for the sites of a model"):
+        fj.compress_mlp(mlp.sub_mlps(), follows, key=KEY, act="gelu", calibration=seen[""])
+    with pytest.raises(fj.InputError, match="no chosen site has any"):
+        fj.compress(bert, fj.Fusion(by_use=0.5), key=KEY, calibration=token_batches())
 
 
 def test_saved_inputs_and_text_files(bert, tmp_path):
@@ -424,3 +453,68 @@ def test_allocation_gives_more_to_the_harder_site(monkeypatch):
         fj.allocate(model, fj.Fusion(round_to=4), total_width=4, calibration=seen, key=KEY)
     with pytest.raises(fj.InputError, match="no site '2'"):
         fj.compress(model, {"2": fj.Fusion()}, key=KEY)
+
+
+def test_allocation_leaves_an_easy_site_what_it_needs(monkeypatch):
+    """Below the widths tried as shares, errors were taken for constant, and it got one unit."""
+    monkeypatch.setattr(allocation, "TRIED", (1 / 4, 1 / 2))
+    easy, hard = make(fj.Mlp, jnp.float32, noise=0.02), make(fj.Mlp, jnp.float32, noise=1.0)
+    seen = {path: inputs(dtype=jnp.float32) for path in ("0", "1")}
+    plan = fj.allocate(
+        nnx.List([easy, hard]), fj.Fusion(), total_width=P, calibration=seen, key=KEY
+    )
+    assert plan["0"].width + plan["1"].width == P
+    assert C / 2 < plan["0"].width <= 2 * C
+
+
+def test_curves_fall_all_the_way():
+    widths, errors = allocation._curve([(1, 0.9), (8, 0.2), (16, 0.3), (64, 0.0)], 64, 1)
+    assert (np.diff(errors) < 0).all() and widths[0] == 1
+    assert errors[widths == 16] == pytest.approx(0.2, abs=1e-5)
+
+
+def test_a_share_of_all_units_is_not_rounded_down():
+    model = nnx.List([make(fj.Mlp, jnp.float32)])
+    seen = {"0": inputs(dtype=jnp.float32)}
+    share = 29 / 32 * (1 - 1e-16)
+    assert int(share * 32) == 28
+    plan = fj.allocate(model, fj.Fusion(round_to=29), total_width=share, calibration=seen, key=KEY)
+    assert plan["0"].width == 29
+
+
+@pytest.mark.parametrize("few", [9, 60])
+def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
+    monkeypatch.setattr(allocation, "TRIED", (1 / 2,))
+    both = experts(lambda **k: make(fj.Mlp, jnp.float32), 2, rngs=nnx.Rngs(0))
+    x = np.asarray(inputs(dtype=jnp.float32))
+    slots = np.stack([x, np.where(np.arange(T)[:, None] < few, x, 0)])
+    seen = fj.Calibration(jnp.asarray(slots), weights=jnp.asarray((slots != 0).any(-1), float))
+    fitted, held_out = allocation._parted(seen, "")
+    for a, b, count in zip(fitted, held_out, (T, few), strict=True):
+        a, b = (part[(part != 0).any(-1)] for part in (a, b))
+        assert len(b) == count // 4
+        np.testing.assert_array_equal(np.sort(np.concatenate([a, b]), 0), np.sort(x[:count], 0))
+    # What is behind an expert's positions has no part in its error.
+    one, other = (jax.tree.map(lambda a: a[:1], both) for _ in range(2))
+    other.down.kernel.set_value(other.down.kernel[...] * 1.5)
+    for scaling in ("adam", "sgd", "folded"):
+        errors = [
+            allocation._error(one, other, jnp.asarray(held_out[1:, :n]), scaling, KEY)
+            for n in (few // 4, None)
+        ]
+        assert errors[0] > 0
+        if scaling != "adam":  # whose upstream gradients are drawn for all rows at once
+            assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+    plan = fj.allocate(
+        both, fj.Fusion(), total_width=10, calibration={"": slots}, key=KEY, progress=False
+    )
+    assert plan[""].width == 10
+
+
+def test_too_few_positions_to_hold_some_out():
+    both = experts(lambda **k: make(fj.Mlp, jnp.float32), 2, rngs=nnx.Rngs(0))
+    model = nnx.List([both])
+    x = np.asarray(inputs(dtype=jnp.float32))
+    slots = np.stack([x, np.where(np.arange(T)[:, None] < 7, x, 0)])
+    with pytest.raises(fj.InputError, match="an expert of 0 has 7 positions of calibration"):
+        fj.allocate(model, fj.Fusion(), total_width=0.5, calibration={"0": slots}, key=KEY)

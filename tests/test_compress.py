@@ -1,5 +1,6 @@
 """compress: choosing sites, what it promises, reports, and every method's conformance."""
 
+import importlib
 import json
 
 import jax
@@ -12,6 +13,7 @@ import fusion_jax as fj
 from fusion_jax.checkpoint import load
 from fusion_jax.demo import bit_equal
 from fusion_jax.methods import METHODS, method_from_json
+from fusion_jax.solving import batch_size, working_bytes
 from tests import tiny
 from tests.test_mlp import inputs, make
 
@@ -194,6 +196,54 @@ def test_sharded_equals_unsharded(name, key):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
+def test_sites_that_go_together(backend, key, monkeypatch):
+    """Those of one shape that saw as many positions: two calls for three MLPs."""
+    model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])
+    d = model[0].d_in
+    seen = {str(i): np.asarray(inputs(d, n)) for i, n in enumerate((20, 30, 20))}
+    alone, _ = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
+    module = importlib.import_module("fusion_jax.compress")
+    calls, solve = [], module.solve
+    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
+    monkeypatch.setattr(module, "_most", lambda: 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    together, report = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
+    assert calls == [(2,), ()]
+    assert [row.site for row in report.rows] == ["0", "2", "1"]
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_allclose(a(inputs(d)), b(inputs(d)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "memory", "size"),
+    [
+        (8, 10, 1000, 8),  # all fit
+        (8, 10, 79, 4),  # 7 would leave 1, and be compiled for both
+        (7, 10, 45, 4),  # a prime number of them: 4 and 3
+        (128, 10, 500, 32),
+        (60, 10, 160, 15),
+        (3, 10, 5, 1),  # one is always tried
+        (1, 10, 5, 1),
+    ],
+)
+def test_as_many_problems_at_once_as_fit(count, each, memory, size):
+    assert batch_size(count, each, memory) == size
+
+
+def test_working_bytes_grow_with_what_is_needed(key):
+    def needed(count=2, width=32, positions=0, **options):
+        subs = [make(fj.Mlp, width=width).sub_mlps()] * count
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *subs)
+        seen = fj.Calibration(jnp.zeros((count, positions, subs[0].up.shape[1])))
+        problems = stacked, jax.random.split(key, count), seen if positions else None, None
+        return working_bytes(fj.Fusion(width=4, **options), problems)
+
+    assert needed() == needed(count=5) < needed(width=64)
+    assert needed(positions=10) < needed(positions=100)
+    assert needed(n_init=30) > 30 * 2 * 4 * 32**2
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
@@ -227,6 +277,11 @@ def test_layers_that_are_no_pattern(model, key):
 def test_model_without_mlps(key):
     with pytest.raises(fj.InputError, match="no MLP"):
         fj.compress(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fj.Fusion(width=1), key=key)
+
+
+def test_mapping_without_methods(model, key):
+    with pytest.raises(fj.InputError, match="no site is given a method"):
+        fj.compress(model, {}, key=key)
 
 
 def test_fused_mlp_is_not_fused_again(model, key):

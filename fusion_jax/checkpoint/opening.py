@@ -139,6 +139,8 @@ def open_checkpoint(
         from fusion_jax.masks import MaskFiles
 
         tensors = MaskFiles(folder, artefact, base)
+        if base is not None:
+            origin = replace(origin, base=tensors.base)
     elif base is not None:
         raise InputError(f"base is for what fusion_jax.save_masks wrote; {folder} is none of it")
     else:

@@ -21,6 +21,7 @@ from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.sites import Layers, select, sites
+from fusion_jax.topk import top_masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +108,16 @@ def lottery(
             if not finished:
                 break
             scores = [np.abs(np.asarray(m.matrix(), np.float32)) for m in _masked(trained, chosen)]
-            flat = np.concatenate([x.reshape(-1) for x in scores])
-            left = max(1, int(keep ** ((done + 1) / rounds) * flat.size + 1e-6))
-            # Of equal weights the first; those already masked are 0 and come last.
-            top = np.zeros(flat.size, bool)
-            top[np.argsort(-flat, kind="stable")[:left]] = True
-            ends = np.cumsum([x.size for x in scores])
+            # Weights already masked are 0 and come last.
+            masks = top_masks(scores, keep ** ((done + 1) / rounds))
             ticket = nnx.clone(ticket)
-            for place, mask in zip(_masked(ticket, chosen), np.split(top, ends[:-1]), strict=True):
-                place.mask = Frozen(jnp.asarray(mask.reshape(place.mask.shape)))
+            for place, mask in zip(_masked(ticket, chosen), masks, strict=True):
+                place.mask = Frozen(jnp.asarray(mask))
             done += 1
             kept.note({"done": done}, model=ticket, count=done)
             kept.trained(done - 1)
-            advance(f"round {done} of {rounds}, {left:,} of {flat.size:,} weights left")
+            left = sum(int(mask.sum()) for mask in masks)
+            advance(f"round {done} of {rounds}, {left:,} weights left")
     return Ticket(model=ticket, rounds=done, finished=finished)
 
 

@@ -42,14 +42,14 @@ class Method:
                 raise InputError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
         return super().__new__(cls)
 
-    calibrated: ClassVar[bool] = False
-    """Whether `solve` takes calibration."""
-    graded: ClassVar[bool] = False
-    """Whether `solve` takes the gradients of a loss, as its argument ``gradients``."""
+    @property
+    def calibrated(self) -> bool:
+        """Whether `solve` takes calibration."""
+        return False
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether `solve` cannot do without them."""
+    def graded(self) -> bool:
+        """Whether `solve` needs the gradients of a loss, as its argument ``gradients``."""
         return False
 
     any_mlp: ClassVar[bool] = False
@@ -81,6 +81,22 @@ class Method:
             subs: Sub-MLPs, perhaps abstract.
             calibrated: Whether there will be calibration.
         """
+
+    def check_given(self, *, calibration: bool, gradients: bool) -> None:
+        """Raises `InputError` for what is given without use, or missing.
+
+        Args:
+            calibration: Whether there is calibration.
+            gradients: Whether there are gradients.
+        """
+        score = getattr(self, "score", None)
+        name = type(self).__name__ + ("" if score is None else f" with score {score!r}")
+        if calibration and not self.calibrated:
+            raise InputError(f"{name} takes no calibration")
+        if gradients and not self.graded:
+            raise InputError(f"{name} takes no gradients")
+        if self.graded and not gradients:
+            raise InputError(f"{name} needs gradients; fusion_jax.mean_gradients gives them")
 
     def solve(
         self,

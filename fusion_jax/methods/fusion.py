@@ -119,7 +119,11 @@ class Fusion(Method):
     """Stop when an iteration gains no more than this fraction of the inertia."""
 
     modules: ClassVar[tuple[type[Mlp], ...]] = (FusedMlp, FusedGatedMlp)
-    calibrated: ClassVar[bool] = True
+
+    @property
+    def calibrated(self) -> bool:
+        """With it, units are near that do alike, and what is left is fitted to it."""
+        return True
 
     def __post_init__(self):
         for name, choices in (
@@ -176,6 +180,8 @@ class Fusion(Method):
         kept_width(self.width, subs.width, self.round_to)
         if not calibrated and self.by_use:
             raise InputError("by_use needs calibration text, which tells the router's use")
+        if not calibrated and self.sequential:
+            raise InputError("sequential needs calibration text or tokens")
         if not calibrated and self.metric not in ("auto", "raw"):
             raise InputError(
                 f"metric {self.metric!r} needs calibration: texts, or 'random' if there are none"

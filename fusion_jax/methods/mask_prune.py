@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.forms import Masked
@@ -19,7 +20,7 @@ from fusion_jax.methods.base import Solution
 from fusion_jax.methods.factored import Factored, matrices_of, relative_error
 from fusion_jax.sites import Layers, gradients_of, select, sites
 from fusion_jax.submlps import SubMLPs
-from fusion_jax.topk import top_mask
+from fusion_jax.topk import count_of, top_mask, top_masks
 
 
 class MaskFacts(NamedTuple):
@@ -59,7 +60,6 @@ class MaskPrune(Factored):
     """What makes a weight important; ``"gradient"`` needs a loss's gradients."""
 
     form = Masked
-    graded: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
@@ -70,8 +70,8 @@ class MaskPrune(Factored):
             raise InputError(f"score must be one of {', '.join(choices)}; got {self.score!r}{hint}")
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether weights are scored by them."""
+    def graded(self) -> bool:
+        """Whether weights are scored by a loss's gradients."""
         return self.score == "gradient"
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class MaskPrune(Factored):
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
         """The matrices and their masks, by magnitude."""
-        if self.needs_gradients:
+        if self.graded:
             raise InputError("score 'gradient' is for MLPs: see fusion_jax.compress")
         return self._masked(matrices, {name: jnp.abs(m) for name, m in matrices.items()})
 
@@ -106,20 +106,28 @@ class MaskPrune(Factored):
         return {name: jnp.abs(matrix * slopes[name]) for name, matrix in found.items()}
 
     def _masked(self, matrices: Mapping[str, Array], scores: Mapping[str, Array]) -> Solution:
-        flat = jnp.concatenate([scores[name].reshape(-1) for name in matrices])
-        keep = jnp.int32(max(1, int(self.keep * flat.size + 1e-6)))
-        mask = top_mask(flat, keep)
-        parts, start = {}, 0
-        for name, matrix in matrices.items():
-            own = mask[start : start + matrix.size].reshape(matrix.shape)
-            parts[name] = jnp.where(own, matrix, 0), own
-            start += matrix.size
-        made = [(matrices[name], kernel) for name, (kernel, _) in parts.items()]
-        facts = MaskFacts(relative_error(made), mask.mean(dtype=flat.dtype))
-        return Solution(parts, facts)
+        names = tuple(matrices)
+        keep = jnp.int32(count_of(self.keep, sum(x.size for x in matrices.values())))
+        made, facts = _masked([matrices[n] for n in names], [scores[n] for n in names], keep)
+        return Solution(dict(zip(names, made, strict=True)), facts)
 
     def _sized(self, share: float) -> MaskPrune:
         return dataclasses.replace(self, keep=share)
+
+
+@jax.jit
+def _masked(
+    matrices: list[Array], scores: list[Array], keep: Int[Array, ""]
+) -> tuple[list[tuple[Array, Array]], MaskFacts]:
+    flat = jnp.concatenate([x.reshape(-1) for x in scores])
+    mask = top_mask(flat, keep)
+    parts, start = [], 0
+    for matrix in matrices:
+        own = mask[start : start + matrix.size].reshape(matrix.shape)
+        parts.append((jnp.where(own, matrix, 0), own))
+        start += matrix.size
+    made = [(matrix, kernel) for matrix, (kernel, _) in zip(matrices, parts, strict=True)]
+    return parts, MaskFacts(relative_error(made), mask.mean(dtype=flat.dtype))
 
 
 def globally(
@@ -147,8 +155,7 @@ def globally(
         >>> round(sum(m.keep for m in chosen.values()) / 2, 3)
         0.25
     """
-    if method.needs_gradients and gradients is None:
-        raise InputError("score 'gradient' needs gradients; fusion_jax.mean_gradients gives them")
+    method.check_given(calibration=False, gradients=gradients is not None)
     scores = {}
     for site in select(sites(model), layers):
         if site.mlp.stack:
@@ -156,14 +163,8 @@ def globally(
         slopes = None if gradients is None else gradients_of(site, gradients)
         found = method.scores(site.mlp.sub_mlps(), slopes)
         scores[site.path] = np.concatenate([np.asarray(x).reshape(-1) for x in found.values()])
-    whole = np.concatenate(list(scores.values()))
-    keep = max(1, int(method.keep * len(whole)))
-    # Of equal scores the first, so that no more are kept than asked for.
-    top = np.zeros(len(whole), bool)
-    top[np.argsort(-whole, kind="stable")[:keep]] = True
-    ends = np.cumsum([len(x) for x in scores.values()])
-    kept = np.split(top, ends[:-1])
+    masks = top_masks(list(scores.values()), method.keep)
     return {
-        path: dataclasses.replace(method, keep=max(1, int(mask.sum())) / len(mask))
-        for path, mask in zip(scores, kept, strict=True)
+        path: dataclasses.replace(method, keep=max(1, int(mask.sum())) / mask.size)
+        for path, mask in zip(scores, masks, strict=True)
     }

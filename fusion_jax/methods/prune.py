@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +58,14 @@ class Prune(Narrower):
     """What makes a unit important; ``"activation"`` needs calibration, ``"gradient"``
     a loss's gradients."""
 
-    calibrated: ClassVar[bool] = True
-    graded: ClassVar[bool] = True
+    @property
+    def calibrated(self) -> bool:
+        """Whether units are scored by what they add to outputs."""
+        return self.score == "activation"
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether units are scored by them."""
+    def graded(self) -> bool:
+        """Whether units are scored by a loss's gradients."""
         return self.score == "gradient"
 
     def __post_init__(self):
