@@ -23,6 +23,7 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
+from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cut
 from fusion_jax.forms import at, forms
 from fusion_jax.matrices import matrices
@@ -175,11 +176,106 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
     np.testing.assert_array_equal(logits(loaded), logits(again.model))
 
 
+@pytest.mark.parametrize(
+    "train", ["all", "mlp", "head", r"layers\.\d\.mlp\.up\.kernel|head\..*", r".*\.cores\..*"]
+)
+def test_cores_train_if_their_matrix_did(train, model, data, source, key):
+    config = dataclasses.replace(CONFIG, warmup=0.0, train=train)
+    if "cores" in train:
+        with pytest.raises(fj.InputError, match="matches no parameter"):
+            fj.finetune(model, data, config, key=key, growth=growing(source))
+        return
+    seen, trains = {}, Parts(model, train).trained
+    fit = fj.finetune(
+        model,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        on_step=lambda step, state: seen.update({step: set(state.params)}),
+    )
+    assert len(forms(fit.model)) == 4 and set(trains) == seen[2]
+    for path, form in forms(fit.model).items():
+        cores = {f"{path}.cores.{i}" for i in range(3)}
+        did = f"{path}.kernel" in trains
+        assert did == (cores <= seen[6]) == (not cores.isdisjoint(seen[6]))
+        if not did:
+            np.testing.assert_allclose(form.matrix(), at(model, path).kernel, atol=1e-5)
+
+
+class One:
+    """A source of one batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __call__(self, step):
+        return self.batch
+
+    def names(self, step):
+        return []
+
+
+def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
+    batches, loss = task_source(model, data, CONFIG, key=key)
+    config = dataclasses.replace(
+        CONFIG,
+        max_steps=3,
+        warmup=0.0,
+        optimiser="sgd",
+        clip_norm=None,
+        weight_decay=0.0,
+        schedule="constant",
+        learning_rate=0.1,
+        multipliers=((r"layers\.\d\.mlp\.up\.kernel", 0.5), (r"layers\..*", 3.0)),
+    )
+    seen = {}
+    fit = fj.finetune(
+        model,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        multipliers={f"layers.{i}.mlp.up.kernel": 0.25 for i in range(2)},
+        on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
+    )
+    paths = sorted(forms(fit.model))
+    assert sorted(path.rpartition(".")[2] for path in paths) == ["query", "up"]
+    before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
+    grads = mean_gradients(before, One(batches(2)), loss)
+    for path in paths:
+        rate = 0.1 * (0.5 * 0.25 if path.endswith("up") else 3.0)
+        for i, core in enumerate(at(before, path).cores):
+            moved_by = at(fit.model, path).cores[i][...] - core[...]
+            want = -rate * grads[f"{path}.cores.{i}"]
+            np.testing.assert_allclose(moved_by, want, atol=1e-7, rtol=1e-3)
+            assert np.abs(want).max() > 1e-5
+
+
+def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, key):
+    rows = {
+        f"layers.0.mlp.{name}.kernel": np.ones((n, 1)) for name, n in (("up", 32), ("down", 48))
+    }
+    config = dataclasses.replace(CONFIG, max_steps=3)
+    options = {"key": key, "growth": growing(source)}
+    with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up\.kernel has an array"):
+        fj.finetune(model, data, config, multipliers=rows, **options)
+    del rows["layers.0.mlp.up.kernel"]
+    rows["layers.0.mlp.up.bias"] = np.ones(48)
+    assert forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
+
+
 @dataclasses.dataclass
 class Unchanged:
     """A growth that changes nothing now and then."""
 
     every: int
+
+    def replaceable(self, model):
+        return []
 
     def choose(self, model, step):
         return []

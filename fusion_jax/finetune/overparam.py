@@ -116,13 +116,24 @@ class Chains:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
-    def choose(self, model: Any, step: int) -> list[str] | None:
-        """The paths of the matrices that grow now, or None if all have."""
-        found = {
+    def replaceable(self, model: Any) -> list[str]:
+        """The matrices that may grow: parameters, in the place of which cores come."""
+        return [
+            f"{path}.kernel"
+            for path, layer in self._found(model).items()
+            if isinstance(layer, nnx.Linear)
+        ]
+
+    def _found(self, model: Any) -> dict[str, Any]:
+        return {
             path: layer
             for path, layer in select_matrices(model, self.matrices).items()
             if isinstance(layer, nnx.Linear | mpo.Mpo)
         }
+
+    def choose(self, model: Any, step: int) -> list[str] | None:
+        """The paths of the matrices that grow now, or None if all have."""
+        found = self._found(model)
         grown: dict[str, int] = {}
         for path, layer in found.items():
             if isinstance(layer, Form):
