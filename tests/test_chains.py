@@ -1,5 +1,6 @@
 """Fine-tuning with chains: over-parameterisation, its selection, and squeezing bonds."""
 
+import collections
 import dataclasses
 import json
 
@@ -15,6 +16,7 @@ from fusion_jax.finetune import (
     importance_by_gradient,
     importance_by_removal,
     lightweight,
+    losses,
     lottery,
     mean_gradients,
     mean_loss,
@@ -23,6 +25,7 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
+from fusion_jax.finetune.importance import type_of
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cut
 from fusion_jax.forms import at, forms
@@ -87,41 +90,92 @@ def test_only_linear_layers_become_chains(path, model):
         overparameterise(model, [path])
 
 
-def test_importance_equals_brute_force(model, source):
-    batches, loss = source
-    paths = [path for path in matrices(model) if path.startswith("layers.")]
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A model of three layers."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("three") / "model")
+    options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}
+    return fj.load(glue.vocabulary(folder), **options)
 
-    def mean(model):
-        totals = [loss(model, batches(i), None) for i in range(3)]
+
+def brute_force(model, source, count):
+    """The mean loss in float64, as a function of a factor on one matrix."""
+    batches, loss = source
+    wide = nnx.clone(model)
+    nnx.update(wide, jax.tree.map(lambda x: np.float64(x), nnx.state(wide, nnx.Param)))
+    for _, module in nnx.iter_modules(wide):
+        if isinstance(module, nnx.Embed):
+            module.dtype = jnp.dtype(np.float64)
+
+    @jax.jit
+    def total(model, batch):
+        return loss(model, batch, None)
+
+    def mean(path, factor):
+        new = nnx.clone(wide)
+        kernel = at(new, path).kernel
+        kernel.set_value(np.float64(factor) * kernel.get_value())
+        with jax.enable_x64(True):
+            batch = [batches(i) for i in range(count)]
+            totals = [total(new, {**b, "weights": np.float64(b["weights"])}) for b in batch]
         return sum(float(t.total) for t in totals) / sum(float(t.count) for t in totals)
 
-    assert abs(mean_loss(model, batches, loss, batches=3) - mean(model)) < 1e-5
-    whole, expected = mean(model), {}
-    for path in paths:
-        without = nnx.clone(model)
-        kernel = at(without, path).kernel
-        kernel.set_value(jnp.zeros_like(kernel[...]))
-        expected[path] = abs(mean(without) - whole)
-    found = importance_by_removal(model, batches, loss, matrices=LAYERS, batches=3)
-    assert found.keys() == expected.keys()
-    for path in paths:
-        assert abs(found[path] - expected[path]) < 1e-5
-    assert top_of_each_type(found, 1) == top_of_each_type(expected, 1)
+    return mean
 
-    grads = mean_gradients(model, batches, loss, batches=3)
-    first = importance_by_gradient(model, batches, loss, matrices=LAYERS, batches=3)
-    for path in paths:
-        # The derivative of the loss by a factor on the matrix.
-        h = 1e-2
-        scaled = []
-        for factor in (1 + h, 1 - h):
-            new = nnx.clone(model)
-            kernel = at(new, path).kernel
-            kernel.set_value(kernel[...] * factor)
-            scaled.append(mean(new))
-        slope = (scaled[0] - scaled[1]) / (2 * h)
-        assert abs(first[path] - abs(slope)) < 1e-3
-        assert grads[f"{path}.kernel"].shape == at(model, path).kernel.shape
+
+def slopes(model, source, count, paths, h=1e-4):
+    mean = brute_force(model, source, count)
+    return {path: abs(mean(path, 1 + h) - mean(path, 1 - h)) / (2 * h) for path in paths}
+
+
+def ranked(scores):
+    """The paths of each type, the most important first."""
+    types = collections.defaultdict(list)
+    for path in sorted(scores, key=scores.get, reverse=True):
+        types[path.partition(".")[2].partition(".")[2]].append(path)
+    return types
+
+
+def test_importance_equals_brute_force(three, data):
+    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    paths = [path for path in matrices(three) if path.startswith("layers.")]
+    mean = brute_force(three, source, 3)
+    whole = mean(paths[0], 1.0)
+    assert abs(mean_loss(three, *source, batches=3) - whole) < 1e-6
+    options = {"matrices": LAYERS, "batches": 3}
+    found = {
+        "removal": importance_by_removal(three, *source, **options),
+        "gradient": importance_by_gradient(three, *source, **options),
+    }
+    expected = {
+        "removal": {path: abs(mean(path, 0.0) - whole) for path in paths},
+        "gradient": slopes(three, source, 3, paths),
+    }
+    for name, want in expected.items():
+        assert list(found[name]) == paths and len(paths) == 18
+        for path in paths:
+            np.testing.assert_allclose(found[name][path], want[path], rtol=1e-3, atol=5e-7)
+        order = ranked(want)
+        assert ranked(found[name]) == order
+        for count in (1, 2):
+            top = {path for each in order.values() for path in each[:count]}
+            assert set(top_of_each_type(found[name], count)) == top
+    # The two are not the same.
+    assert ranked(expected["removal"]) != ranked(expected["gradient"])
+    grads = mean_gradients(three, *source, batches=3)
+    assert all(grads[f"{path}.kernel"].shape == at(three, path).kernel.shape for path in paths)
+
+
+def test_importance_is_of_plain_layers(model, source):
+    made, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices=r"layers\.0\.mlp\.up")
+    for measure in (importance_by_removal, importance_by_gradient):
+        with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up is low-rank already"):
+            measure(made, *source, matrices=LAYERS, batches=1)
+    batches, loss = source
+    for matrices_, message in ((LAYERS, "is low-rank already"), (r".*word", "is an embedding")):
+        growth = Chains(source=batches, loss=loss, every=1, matrices=matrices_)
+        with pytest.raises(fj.InputError, match=message):
+            growth.replaceable(made)
 
 
 class Stopped(Exception):
@@ -266,6 +320,67 @@ def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, k
     del rows["layers.0.mlp.up.kernel"]
     rows["layers.0.mlp.up.bias"] = np.ones(48)
     assert forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
+
+
+def test_each_round_takes_the_most_important_of_its_step(three, data, key):
+    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, learning_rate=5e-3)
+    seen = {}
+    fj.finetune(
+        three,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
+    )
+    made, grown = three, set()
+    for step in (2, 4):
+        now = Parts(made).merge(seen[step].params, seen[step].rest)
+        left = [path.removesuffix(".kernel") for path in growing(source).replaceable(made)]
+        order = ranked(slopes(now, source, 2, left))
+        assert [len(each) for each in order.values()] == [3 - len(grown) // 2] * 2
+        grown |= {each[0] for each in order.values()}
+        assert grown == {p.partition(".cores.")[0] for p in seen[step + 1].params if ".cores." in p}
+        made = overparameterise(now, [each[0] for each in order.values()], cores=3)
+
+
+def test_the_last_of_a_type_to_grow_is_the_most_important(three, data):
+    batches, loss = task_source(three, data, CONFIG, key=jax.random.key(1))
+    growth = Chains(source=batches, loss=loss, every=1, per_round=2, total=2, batches=3,
+                    matrices=r"layers\.\d\.mlp\.up")  # fmt: skip
+    assert growth.choose(three, 1) == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    one = overparameterise(three, ["layers.2.mlp.up"], cores=3)
+    assert growth.choose(one, 1) == ["layers.1.mlp.up"]
+    assert growth.scores[-1]["layers.1.mlp.up"] > growth.scores[-1]["layers.0.mlp.up"]
+    assert growth.choose(overparameterise(one, ["layers.1.mlp.up"], cores=3), 2) is None
+
+
+@pytest.mark.parametrize("family", ["t5", "switch", "qwen2-moe"])
+def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
+    head = "causal-lm" if "moe" in family else "seq2seq-lm"
+    model = fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)
+    rows = tiny.batch(family)
+    batch = {**rows, "weights": np.ones(3, np.float32)}
+    batch["labels"] = batch.pop("decoder_input_ids", rows["input_ids"])
+    loss = losses.next_token if head == "causal-lm" else losses.sequence_to_sequence
+    growth = Chains(source=One(batch), loss=loss, every=1, per_round=1, total=1, cores=3)
+    chosen = growth.choose(model, 1)
+    types = [type_of(path) for path in chosen]
+    every = {type_of(path) for path in matrices(model) if "layers." in path}
+    routers = {kind for kind in every if kind.endswith(".router")}
+    assert sorted(types) == sorted(every - routers) and bool(routers) == (family != "t5")
+    if family == "t5":
+        names = (
+            "encoder.layers.#.attention",
+            "decoder.layers.#.attention",
+            "decoder.layers.#.cross",
+        )
+        assert {f"{name}.query" for name in names} <= set(types)
+    grown = growth.apply(model, chosen)
+    assert sorted(forms(grown)) == sorted(chosen)
+    for after in (grown, fj.plain(grown)):
+        np.testing.assert_allclose(after(**rows).logits, model(**rows).logits, atol=1e-5)
 
 
 @dataclasses.dataclass
