@@ -29,6 +29,9 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 Matrices = str | Callable[[str], bool]
 """Which matrices: a regular expression for whole paths, or a function of a path."""
 
+LAYERS = r"(?!.*\.router$)(.*\.)?layers\..*"
+"""The matrices of all layers: attention and MLPs, but not routers of experts."""
+
 
 def matrices(model: nnx.Module) -> dict[str, Any]:
     """The layers of a model that have a matrix: linear layers and embeddings, by path.

@@ -1,5 +1,6 @@
 """Fine-tuning with chains: over-parameterisation, its selection, and squeezing bonds."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from fusion_jax.finetune import (
     importance_by_gradient,
     importance_by_removal,
     lightweight,
+    losses,
     lottery,
     mean_gradients,
     mean_loss,
@@ -25,6 +27,8 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
+from fusion_jax.finetune.importance import type_of
+from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cut
 from fusion_jax.forms import at, forms
 from fusion_jax.matrices import matrices
@@ -88,41 +92,92 @@ def test_only_linear_layers_become_chains(path, model):
         overparameterise(model, [path])
 
 
-def test_importance_equals_brute_force(model, source):
-    batches, loss = source
-    paths = [path for path in matrices(model) if path.startswith("layers.")]
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A model of three layers."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("three") / "model")
+    options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}
+    return fj.load(glue.vocabulary(folder), **options)
 
-    def mean(model):
-        totals = [loss(model, batches(i), None) for i in range(3)]
+
+def brute_force(model, source, count):
+    """The mean loss in float64, as a function of a factor on one matrix."""
+    batches, loss = source
+    wide = nnx.clone(model)
+    nnx.update(wide, jax.tree.map(lambda x: np.float64(x), nnx.state(wide, nnx.Param)))
+    for _, module in nnx.iter_modules(wide):
+        if isinstance(module, nnx.Embed):
+            module.dtype = jnp.dtype(np.float64)
+
+    @jax.jit
+    def total(model, batch):
+        return loss(model, batch, None)
+
+    def mean(path, factor):
+        new = nnx.clone(wide)
+        kernel = at(new, path).kernel
+        kernel.set_value(np.float64(factor) * kernel.get_value())
+        with jax.enable_x64(True):
+            batch = [batches(i) for i in range(count)]
+            totals = [total(new, {**b, "weights": np.float64(b["weights"])}) for b in batch]
         return sum(float(t.total) for t in totals) / sum(float(t.count) for t in totals)
 
-    assert abs(mean_loss(model, batches, loss, batches=3) - mean(model)) < 1e-5
-    whole, expected = mean(model), {}
-    for path in paths:
-        without = nnx.clone(model)
-        kernel = at(without, path).kernel
-        kernel.set_value(jnp.zeros_like(kernel[...]))
-        expected[path] = abs(mean(without) - whole)
-    found = importance_by_removal(model, batches, loss, matrices=LAYERS, batches=3)
-    assert found.keys() == expected.keys()
-    for path in paths:
-        assert abs(found[path] - expected[path]) < 1e-5
-    assert top_of_each_type(found, 1) == top_of_each_type(expected, 1)
+    return mean
 
-    grads = mean_gradients(model, batches, loss, batches=3)
-    first = importance_by_gradient(model, batches, loss, matrices=LAYERS, batches=3)
-    for path in paths:
-        # The derivative of the loss by a factor on the matrix.
-        h = 1e-2
-        scaled = []
-        for factor in (1 + h, 1 - h):
-            new = nnx.clone(model)
-            kernel = at(new, path).kernel
-            kernel.set_value(kernel[...] * factor)
-            scaled.append(mean(new))
-        slope = (scaled[0] - scaled[1]) / (2 * h)
-        assert abs(first[path] - abs(slope)) < 1e-3
-        assert grads[f"{path}.kernel"].shape == at(model, path).kernel.shape
+
+def slopes(model, source, count, paths, h=1e-4):
+    mean = brute_force(model, source, count)
+    return {path: abs(mean(path, 1 + h) - mean(path, 1 - h)) / (2 * h) for path in paths}
+
+
+def ranked(scores):
+    """The paths of each type, the most important first."""
+    types = collections.defaultdict(list)
+    for path in sorted(scores, key=scores.get, reverse=True):
+        types[path.partition(".")[2].partition(".")[2]].append(path)
+    return types
+
+
+def test_importance_equals_brute_force(three, data):
+    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    paths = [path for path in matrices(three) if path.startswith("layers.")]
+    mean = brute_force(three, source, 3)
+    whole = mean(paths[0], 1.0)
+    assert abs(mean_loss(three, *source, batches=3) - whole) < 1e-6
+    options = {"matrices": LAYERS, "batches": 3}
+    found = {
+        "removal": importance_by_removal(three, *source, **options),
+        "gradient": importance_by_gradient(three, *source, **options),
+    }
+    expected = {
+        "removal": {path: abs(mean(path, 0.0) - whole) for path in paths},
+        "gradient": slopes(three, source, 3, paths),
+    }
+    for name, want in expected.items():
+        assert list(found[name]) == paths and len(paths) == 18
+        for path in paths:
+            np.testing.assert_allclose(found[name][path], want[path], rtol=1e-3, atol=5e-7)
+        order = ranked(want)
+        assert ranked(found[name]) == order
+        for count in (1, 2):
+            top = {path for each in order.values() for path in each[:count]}
+            assert set(top_of_each_type(found[name], count)) == top
+    # The two are not the same.
+    assert ranked(expected["removal"]) != ranked(expected["gradient"])
+    grads = mean_gradients(three, *source, batches=3)
+    assert all(grads[f"{path}.kernel"].shape == at(three, path).kernel.shape for path in paths)
+
+
+def test_importance_is_of_plain_layers(model, source):
+    made, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices=r"layers\.0\.mlp\.up")
+    for measure in (importance_by_removal, importance_by_gradient):
+        with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up is low-rank already"):
+            measure(made, *source, matrices=LAYERS, batches=1)
+    batches, loss = source
+    for matrices_, message in ((LAYERS, "is low-rank already"), (r".*word", "is an embedding")):
+        growth = Chains(source=batches, loss=loss, every=1, matrices=matrices_)
+        with pytest.raises(fj.InputError, match=message):
+            growth.replaceable(made)
 
 
 class Stopped(Exception):
@@ -177,11 +232,167 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
     np.testing.assert_array_equal(logits(loaded), logits(again.model))
 
 
+@pytest.mark.parametrize(
+    "train", ["all", "mlp", "head", r"layers\.\d\.mlp\.up\.kernel|head\..*", r".*\.cores\..*"]
+)
+def test_cores_train_if_their_matrix_did(train, model, data, source, key):
+    config = dataclasses.replace(CONFIG, warmup=0.0, train=train)
+    if "cores" in train:
+        with pytest.raises(fj.InputError, match="matches no parameter"):
+            fj.finetune(model, data, config, key=key, growth=growing(source))
+        return
+    seen, trains = {}, Parts(model, train).trained
+    fit = fj.finetune(
+        model,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        on_step=lambda step, state: seen.update({step: set(state.params)}),
+    )
+    assert len(forms(fit.model)) == 4 and set(trains) == seen[2]
+    for path, form in forms(fit.model).items():
+        cores = {f"{path}.cores.{i}" for i in range(3)}
+        did = f"{path}.kernel" in trains
+        assert did == (cores <= seen[6]) == (not cores.isdisjoint(seen[6]))
+        if not did:
+            np.testing.assert_allclose(form.matrix(), at(model, path).kernel, atol=1e-5)
+
+
+class One:
+    """A source of one batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __call__(self, step):
+        return self.batch
+
+    def names(self, step):
+        return []
+
+
+def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
+    batches, loss = task_source(model, data, CONFIG, key=key)
+    config = dataclasses.replace(
+        CONFIG,
+        max_steps=3,
+        warmup=0.0,
+        optimiser="sgd",
+        clip_norm=None,
+        weight_decay=0.0,
+        schedule="constant",
+        learning_rate=0.1,
+        multipliers=((r"layers\.\d\.mlp\.up\.kernel", 0.5), (r"layers\..*", 3.0)),
+    )
+    seen = {}
+    fit = fj.finetune(
+        model,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        multipliers={f"layers.{i}.mlp.up.kernel": 0.25 for i in range(2)},
+        on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
+    )
+    paths = sorted(forms(fit.model))
+    assert sorted(path.rpartition(".")[2] for path in paths) == ["query", "up"]
+    before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
+    grads = mean_gradients(before, One(batches(2)), loss)
+    for path in paths:
+        rate = 0.1 * (0.5 * 0.25 if path.endswith("up") else 3.0)
+        for i, core in enumerate(at(before, path).cores):
+            moved_by = at(fit.model, path).cores[i][...] - core[...]
+            want = -rate * grads[f"{path}.cores.{i}"]
+            np.testing.assert_allclose(moved_by, want, atol=1e-7, rtol=1e-3)
+            assert np.abs(want).max() > 1e-5
+
+
+def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, key):
+    rows = {
+        f"layers.0.mlp.{name}.kernel": np.ones((n, 1)) for name, n in (("up", 32), ("down", 48))
+    }
+    config = dataclasses.replace(CONFIG, max_steps=3)
+    options = {"key": key, "growth": growing(source)}
+    with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up\.kernel has an array"):
+        fj.finetune(model, data, config, multipliers=rows, **options)
+    del rows["layers.0.mlp.up.kernel"]
+    rows["layers.0.mlp.up.bias"] = np.ones(48)
+    assert forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
+
+
+def test_each_round_takes_the_most_important_of_its_step(three, data, key):
+    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, learning_rate=5e-3)
+    seen = {}
+    fj.finetune(
+        three,
+        data,
+        config,
+        key=key,
+        growth=growing(source),
+        on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
+    )
+    made, grown = three, set()
+    for step in (2, 4):
+        now = Parts(made).merge(seen[step].params, seen[step].rest)
+        left = [path.removesuffix(".kernel") for path in growing(source).replaceable(made)]
+        order = ranked(slopes(now, source, 2, left))
+        assert [len(each) for each in order.values()] == [3 - len(grown) // 2] * 2
+        grown |= {each[0] for each in order.values()}
+        assert grown == {p.partition(".cores.")[0] for p in seen[step + 1].params if ".cores." in p}
+        made = overparameterise(now, [each[0] for each in order.values()], cores=3)
+
+
+def test_the_last_of_a_type_to_grow_is_the_most_important(three, data):
+    batches, loss = task_source(three, data, CONFIG, key=jax.random.key(1))
+    growth = Chains(source=batches, loss=loss, every=1, per_round=2, total=2, batches=3,
+                    matrices=r"layers\.\d\.mlp\.up")  # fmt: skip
+    assert growth.choose(three, 1) == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    one = overparameterise(three, ["layers.2.mlp.up"], cores=3)
+    assert growth.choose(one, 1) == ["layers.1.mlp.up"]
+    assert growth.scores[-1]["layers.1.mlp.up"] > growth.scores[-1]["layers.0.mlp.up"]
+    assert growth.choose(overparameterise(one, ["layers.1.mlp.up"], cores=3), 2) is None
+
+
+@pytest.mark.parametrize("family", ["t5", "switch", "qwen2-moe"])
+def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
+    head = "causal-lm" if "moe" in family else "seq2seq-lm"
+    model = fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)
+    rows = tiny.batch(family)
+    batch = {**rows, "weights": np.ones(3, np.float32)}
+    batch["labels"] = batch.pop("decoder_input_ids", rows["input_ids"])
+    loss = losses.next_token if head == "causal-lm" else losses.sequence_to_sequence
+    growth = Chains(source=One(batch), loss=loss, every=1, per_round=1, total=1, cores=3)
+    chosen = growth.choose(model, 1)
+    types = [type_of(path) for path in chosen]
+    every = {type_of(path) for path in matrices(model) if "layers." in path}
+    routers = {kind for kind in every if kind.endswith(".router")}
+    assert sorted(types) == sorted(every - routers) and bool(routers) == (family != "t5")
+    if family == "t5":
+        names = (
+            "encoder.layers.#.attention",
+            "decoder.layers.#.attention",
+            "decoder.layers.#.cross",
+        )
+        assert {f"{name}.query" for name in names} <= set(types)
+    grown = growth.apply(model, chosen)
+    assert sorted(forms(grown)) == sorted(chosen)
+    for after in (grown, fj.plain(grown)):
+        np.testing.assert_allclose(after(**rows).logits, model(**rows).logits, atol=1e-5)
+
+
 @dataclasses.dataclass
 class Unchanged:
     """A growth that changes nothing now and then."""
 
     every: int
+
+    def replaceable(self, model):
+        return []
 
     def choose(self, model, step):
         return []

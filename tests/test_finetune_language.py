@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.finetune import Windows, losses, nats_per_token
+from fusion_jax.finetune import Chains, Windows, losses, nats_per_token
+from fusion_jax.finetune.importance import type_of
+from fusion_jax.forms import at, forms
 from tests import tiny
 
 CONFIG = fj.TrainConfig(
@@ -119,6 +121,68 @@ def test_learns_and_goes_on(model, text, key, tmp_path):
     for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(again.model), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "run" / "last" / "fusion.json").is_file()
+
+
+def test_hooks_are_those_of_fit(model, text, key, tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, eval_every=2)
+    source = Windows(text, 8, 4, seed=1)
+    growth = Chains(
+        source=source, loss=losses.next_token, every=2, per_round=1, total=1, cores=3, batches=2
+    )
+    seen, saved = {}, []
+
+    def twice(own):
+        def loss(model, batch, key):
+            total, count = own(model, batch, key)
+            return losses.Total(2 * total, count)
+
+        return loss
+
+    def save(model, folder):
+        saved.append(folder.name)
+        fj.save(model, folder)
+
+    result = fj.finetune_language(
+        model,
+        text,
+        config,
+        key=key,
+        context=8,
+        dev=text,
+        folder=tmp_path / "run",
+        trains=r"layers\..*\.kernel",
+        loss=twice,
+        multipliers={f"layers.{i}.mlp.up.kernel": 0.0 for i in range(3)},
+        on_step=lambda step, state: seen.update({step: state}),
+        rule=lambda params, rest, step: {"word.embedding": 2 * rest["word.embedding"]},
+        growth=growth,
+        save=save,
+        best_from=4,
+        about={"why": "a test"},
+        progress=False,
+    )
+    grown = forms(result.model)
+    assert sorted(map(type_of, grown)) == [
+        f"layers.#.{name}" for name in ("mlp.down", "mlp.up", "out", "qkv")
+    ]
+    moved = {
+        path
+        for path, form in grown.items()
+        if not np.allclose(form.matrix(), at(model, path).kernel[...], atol=1e-4)
+    }
+    assert len(moved) == 3 and not [path for path in moved if path.endswith("up")]
+    assert all(path.startswith("layers.") for path in seen[5].params)
+    np.testing.assert_allclose(result.model.word.embedding, 32 * model.word.embedding[...])
+    assert set(saved) == {"best.new", "last.new"}
+    ids = jnp.asarray(text[:24].reshape(3, 8))
+    plain = fj.plain(result.model)
+    assert not forms(plain)
+    np.testing.assert_allclose(plain(ids).logits, result.model(ids).logits, rtol=1e-5, atol=1e-5)
+    options = {"trains": r"layers\..*\.kernel", "growth": growth, "about": {"why": "another"}}
+    with pytest.raises(fj.InputError, match=r"other settings \(why 'a test', now 'another'\)"):
+        fj.finetune_language(
+            model, text, config, key=key, context=8, folder=tmp_path / "run", **options
+        )
 
 
 def test_tuning_brings_hidden_states_nearer(model, text, key):

@@ -15,8 +15,10 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import Pairs, losses, measure_pairs, text_metrics
+from fusion_jax.finetune import Chains, Pairs, losses, measure_pairs, pairs_source, text_metrics
+from fusion_jax.finetune.importance import type_of
 from fusion_jax.finetune.pair_encoder import PairEncoder
+from fusion_jax.forms import forms, linears
 from fusion_jax.generate import Beams, Sampling, generate
 from fusion_jax.text import load_tokenizer, tokenize
 from tests import nlg, tiny
@@ -364,6 +366,39 @@ def test_learns_to_capitalise(family, models, data, key, tmp_path):
     assert np.mean(right) > 0.7
     before = fj.generate_texts(models[family], data.dev, max_new_tokens=6)
     assert not any(text in each for text, each in zip(before, data.dev.references, strict=True))
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_path):
+    model = models[family]
+    config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, eval_every=5)
+    source, loss = pairs_source(model, data, config, key=key)
+    growth = Chains(source=source, loss=loss, every=2, per_round=1, total=1, cores=3, batches=1)
+    last = {}
+    result = fj.finetune_pairs(
+        model,
+        data,
+        config,
+        key=key,
+        folder=tmp_path / "run",
+        growth=growth,
+        loss=lambda own: lambda model, batch, key: own(model, batch, key),
+        about={"why": "a test"},
+        on_step=lambda step, state: last.update(params=sorted(state.params)),
+    )
+    grown = forms(result.model)
+    types = [type_of(path) for path in grown]
+    assert sorted(types) == sorted({type_of(path) for path in linears(model) if "layers" in path})
+    assert all(f"{path}.cores.{i}" in last["params"] for path in grown for i in range(3))
+    for form in grown.values():
+        assert not np.allclose(form.cores[1][:, 0, 0], np.eye(form.cores[1].shape[0]), atol=1e-5)
+    batch = {k: v for k, v in tiny.batch(family).items() if k != "labels"}
+    want = result.model(**batch).logits
+    assert not np.allclose(want, model(**batch).logits, atol=1e-2)
+    plain = fj.plain(result.model)
+    assert not forms(plain)
+    for after in (plain, fj.load(tmp_path / "run" / "last")):
+        np.testing.assert_allclose(after(**batch).logits, want, atol=1e-5)
 
 
 def test_goes_on_with_the_same_bits(models, data, key, tmp_path):

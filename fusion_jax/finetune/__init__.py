@@ -9,6 +9,7 @@ from fusion_jax.finetune.generation import finetune_pairs as finetune_pairs
 from fusion_jax.finetune.generation import generate_texts as generate_texts
 from fusion_jax.finetune.generation import measure_pairs as measure_pairs
 from fusion_jax.finetune.generation import measure_texts as measure_texts
+from fusion_jax.finetune.generation import pairs_source as pairs_source
 from fusion_jax.finetune.importance import importance_by_gradient as importance_by_gradient
 from fusion_jax.finetune.importance import importance_by_removal as importance_by_removal
 from fusion_jax.finetune.importance import mean_gradients as mean_gradients

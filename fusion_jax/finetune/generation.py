@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,18 @@ from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import fit_and_keep
+from fusion_jax.finetune.artefacts import Write, fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.finetune.loop import Rule
+from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.optimiser import Multipliers
 from fusion_jax.finetune.pair_encoder import PairBatches, PairEncoder
 from fusion_jax.finetune.pairs import Pairs, TextData
+from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.text_metrics import TEXT_METRICS, sacrebleu
-from fusion_jax.finetune.trainer import Fit, OnStep
+from fusion_jax.finetune.trainer import Fit, Growth, OnStep
 from fusion_jax.generate import Beams, Sampling, generate
 from fusion_jax.models.base import Model
 from fusion_jax.progress import progress as show_progress
@@ -34,8 +37,15 @@ def finetune_pairs(
     *,
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
+    trains: Trains | None = None,
+    loss: Callable[[Loss], Loss] | None = None,
     multipliers: Multipliers | None = None,
     on_step: OnStep | None = None,
+    rule: Rule | None = None,
+    growth: Growth | None = None,
+    save: Write | None = None,
+    best_from: int = 0,
+    about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains a model to generate the targets of sources; the model itself is not changed.
@@ -50,8 +60,16 @@ def finetune_pairs(
         key: Random key of dropout and of the order of the pairs.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (fewest nats per
             token on dev) and ``last`` go; None keeps nothing.
+        trains: What trains, if not what ``config.train`` says.
+        loss: What is minimised, made of the model's own loss: for teachers and penalties.
         multipliers: What multiplies the learning rate of some parameters, see `fit`.
         on_step: Called after each step with the steps done and the state; may return another.
+        rule: What variables that do not train are in each step, see `fit`.
+        growth: What changes the model's structure now and then, see `fit`.
+        save: What writes the artefacts; None for `fusion_jax.save`.
+        best_from: Evaluations after fewer steps do not count for ``best``, such as those while a
+            schedule still changes the model.
+        about: What else the run is about, see `fit`.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -69,10 +87,9 @@ def finetune_pairs(
     """
     config = TrainConfig() if config is None else config
     encoder = _with_head(model, config.max_length, config.truncate)
-    order, dropout = jax.random.split(key)
+    _, dropout = jax.random.split(key)
+    train, own = pairs_source(model, data, config, key=key)
     size, shapes = config.batch_size, config.shapes
-    seed = int(jax.random.bits(order))
-    train = encoder.batches(data.train, size, shapes=shapes, seed=seed)
     dev = None if data.dev is None else encoder.batches(data.dev, size, shapes=shapes)
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -82,16 +99,50 @@ def finetune_pairs(
     return fit_and_keep(
         model,
         train,
-        losses.with_routers(encoder.loss(), model, config),
+        own if loss is None else loss(own),
         config,
         key=dropout,
+        trains=trains,
         multipliers=multipliers,
         folder=folder,
         evaluate=None if dev is None else evaluate,
         lowest=True,
+        best_from=best_from,
+        write=save,
         on_step=on_step,
+        rule=rule,
+        growth=growth,
+        about=about,
         progress=progress,
     )
+
+
+def pairs_source(
+    model: Model, data: TextData, config: TrainConfig, *, key: Key[Array, ""]
+) -> tuple[PairBatches, Loss]:
+    """The batches that `finetune_pairs` trains on, and the loss that it minimises.
+
+    Args:
+        model: A model with a language-model head.
+        data: The pairs.
+        config: How it trains.
+        key: The key that `finetune_pairs` gets.
+
+    Returns:
+        The batches and the loss.
+
+    Raises:
+        InputError: Model, data and configuration do not fit together.
+    """
+    encoder = _with_head(model, config.max_length, config.truncate)
+    order, _ = jax.random.split(key)
+    batches = encoder.batches(
+        data.train,
+        config.batch_size,
+        shapes=config.shapes,
+        seed=int(jax.random.bits(order)),
+    )
+    return batches, losses.with_routers(encoder.loss(), model, config)
 
 
 def _with_head(model: Model, max_length: int | None, truncate: bool) -> PairEncoder:

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.trainer import Source
+from fusion_jax.forms import check_plain
 from fusion_jax.matrices import Matrices, select_matrices
 
 Score = Callable[[Any, Source, Loss], Mapping[str, float]]
@@ -94,13 +96,12 @@ def mean_gradients(
     return _Passes(model, source, loss, batches).gradients()
 
 
-def _kernels(model: Any, matrices: Matrices, params: Mapping[str, Array]) -> dict[str, str]:
+def _kernels(model: Any, matrices: Matrices) -> dict[str, str]:
     """The parameter that is the matrix of each chosen layer, by path of the layer."""
     names = {}
-    for path in select_matrices(model, matrices):
-        for leaf in ("kernel", "embedding"):
-            if f"{path}.{leaf}" in params:
-                names[path] = f"{path}.{leaf}"
+    for path, layer in select_matrices(model, matrices).items():
+        check_plain(layer, path)
+        names[path] = f"{path}.{'embedding' if isinstance(layer, nnx.Embed) else 'kernel'}"
     return names
 
 
@@ -124,14 +125,18 @@ def importance_by_removal(
     Returns:
         The change by path of the layer.
 
+    Raises:
+        InputError: No layer was chosen, or one is not plain.
+
     References:
         OPF (Gao et al., ACL 2023), equation 5.
     """
+    kernels = _kernels(model, matrices)
     passes = _Passes(model, source, loss, batches)
     whole = passes.loss(passes.params)
     return {
         path: abs(whole - passes.loss({**passes.params, name: jnp.zeros_like(passes.params[name])}))
-        for path, name in _kernels(model, matrices, passes.params).items()
+        for path, name in kernels.items()
     }
 
 
@@ -150,16 +155,27 @@ def importance_by_gradient(
     References:
         OPF (Gao et al., ACL 2023), equation 6.
     """
+    kernels = _kernels(model, matrices)
     passes = _Passes(model, source, loss, batches)
     grads = passes.gradients()
     return {
-        path: abs(float(jnp.vdot(grads[name], passes.params[name])))
-        for path, name in _kernels(model, matrices, passes.params).items()
+        path: abs(float(jnp.vdot(grads[name], passes.params[name], precision="highest")))
+        for path, name in kernels.items()
     }
 
 
+def type_of(path: str) -> str:
+    """The type of a matrix, which it shares with those in the same place of other layers.
+
+    Example:
+        >>> type_of("encoder.layers.11.attention.query")
+        'encoder.layers.#.attention.query'
+    """
+    return ".".join("#" if name.isdigit() else name for name in path.split("."))
+
+
 def top_of_each_type(scores: Mapping[str, float], count: int) -> list[str]:
-    """The most important matrices of each type, which is the last name in a path.
+    """The most important matrices of each type, see `type_of`.
 
     Args:
         scores: Importance by path.
@@ -174,6 +190,6 @@ def top_of_each_type(scores: Mapping[str, float], count: int) -> list[str]:
     """
     types: dict[str, list[str]] = {}
     for path in sorted(scores, key=lambda path: -scores[path]):
-        types.setdefault(path.rpartition(".")[2], []).append(path)
+        types.setdefault(type_of(path), []).append(path)
     chosen = {path for paths in types.values() for path in paths[:count]}
     return [path for path in scores if path in chosen]

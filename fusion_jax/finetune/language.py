@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +13,13 @@ from jaxtyping import Array, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune import losses
-from fusion_jax.finetune.artefacts import fit_and_keep
+from fusion_jax.finetune.artefacts import Write, fit_and_keep
 from fusion_jax.finetune.config import TrainConfig
+from fusion_jax.finetune.loop import Rule
+from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.optimiser import Multipliers
-from fusion_jax.finetune.trainer import Fit, OnStep
+from fusion_jax.finetune.parts import Trains
+from fusion_jax.finetune.trainer import Fit, Growth, OnStep
 from fusion_jax.models.base import Model
 
 Ids = Int[np.ndarray, " _"] | Int[Array, " _"]
@@ -134,8 +138,15 @@ def finetune_language(
     context: int,
     dev: Ids | None = None,
     folder: str | os.PathLike[str] | None = None,
+    trains: Trains | None = None,
+    loss: Callable[[Loss], Loss] | None = None,
     multipliers: Multipliers | None = None,
     on_step: OnStep | None = None,
+    rule: Rule | None = None,
+    growth: Growth | None = None,
+    save: Write | None = None,
+    best_from: int = 0,
+    about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains a decoder-only language model on a text; the model itself is not changed.
@@ -151,8 +162,16 @@ def finetune_language(
         dev: The tokens to measure on, by ``nats`` per token.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (fewest nats) and
             ``last`` go; None keeps nothing.
+        trains: What trains, if not what ``config.train`` says.
+        loss: What is minimised, made of the model's own loss: for teachers and penalties.
         multipliers: What multiplies the learning rate of some parameters, see `fit`.
         on_step: Called after each step with the steps done and the state; may return another.
+        rule: What variables that do not train are in each step, see `fit`.
+        growth: What changes the model's structure now and then, see `fit`.
+        save: What writes the artefacts; None for `fusion_jax.save`.
+        best_from: Evaluations after fewer steps do not count for ``best``, such as those while a
+            schedule still changes the model.
+        about: What else the run is about, see `fit`.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -177,6 +196,7 @@ def finetune_language(
     check_context(model, context)
     order, dropout = jax.random.split(key)
     windows = Windows(ids, context, config.batch_size, seed=int(jax.random.bits(order)))
+    own = losses.with_routers(losses.next_token, model, config)
     held_out = None if dev is None else np.asarray(dev, np.int32)
     if held_out is not None:
         Windows(held_out, context, 1)
@@ -188,13 +208,19 @@ def finetune_language(
     return fit_and_keep(
         model,
         windows,
-        losses.with_routers(losses.next_token, model, config),
+        own if loss is None else loss(own),
         config,
         key=dropout,
+        trains=trains,
         multipliers=multipliers,
         folder=folder,
         evaluate=None if dev is None else evaluate,
         lowest=True,
+        best_from=best_from,
+        write=save,
         on_step=on_step,
+        rule=rule,
+        growth=growth,
+        about=about,
         progress=progress,
     )

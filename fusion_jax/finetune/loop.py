@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from fusion_jax.finetune.config import TrainConfig
 from fusion_jax.finetune.losses import Loss, Total
-from fusion_jax.finetune.optimiser import Multipliers, check_multipliers, optimiser
+from fusion_jax.finetune.optimiser import Multipliers, optimiser, resolved
 from fusion_jax.finetune.parts import Parts, Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.forms import params_dtype
@@ -73,9 +73,9 @@ class Loop:
         )
         self.layout = layout = Layout(self.parts.widths)
         layout.check_batch(config.batch_size, config.accumulate)
-        check_multipliers(config, multipliers, self.parts.split(model)[0])
+        self.factors = resolved(config, multipliers, self.parts.split(model)[0])
         self._config, self._rule = config, rule
-        self._tx = optimiser(config, steps, multipliers)
+        self._tx = optimiser(config, steps, self.factors)
         # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
         bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
         self._loss = layout.everywhere(bound)

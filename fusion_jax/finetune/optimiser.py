@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,14 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def optimiser(
-    config: TrainConfig, steps: int, multipliers: Multipliers | None = None
+    config: TrainConfig, steps: int, factors: Mapping[str, Sequence[Any]] | None = None
 ) -> optax.GradientTransformation:
     """The optimiser of a configuration.
 
     Args:
         config: The configuration.
         steps: All steps of the run.
-        multipliers: What multiplies the learning rate of some parameters, besides
-            ``config.multipliers``.
+        factors: What multiplies the learning rate of some parameters, see `resolved`.
 
     Returns:
         An optax transformation for parameters in a dict by path.
@@ -77,8 +76,8 @@ def optimiser(
         parts.append(optax.trace(config.momentum))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
-    if config.multipliers or multipliers:
-        parts.append(optax.stateless(_scaling(config, multipliers or {})))
+    if factors:
+        parts.append(optax.stateless(_scaling(factors)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
 
@@ -88,30 +87,38 @@ def _decays(params: Params) -> dict[str, bool]:
     return {path: path.rpartition(".")[2] not in ("bias", "scale") for path in params}
 
 
-def _scaling(config: TrainConfig, multipliers: Multipliers) -> Any:
-    patterns = [(re.compile(pattern), factor) for pattern, factor in config.multipliers]
-
+def _scaling(factors: Mapping[str, Sequence[Any]]) -> Any:
     def scale(updates: Params, params: Params | None) -> dict[str, Array]:
         result = dict(updates)
-        for path, update in updates.items():
-            factors = [factor for pattern, factor in patterns if pattern.fullmatch(path)][:1]
-            if path in multipliers:
-                factors.append(multipliers[path])
-            for factor in factors:
-                factor = jnp.asarray(factor, update.dtype)
-                result[path] = result[path] * jnp.broadcast_to(factor, update.shape)
+        for path, each in factors.items():
+            for factor in each:
+                factor = jnp.asarray(factor, result[path].dtype)
+                result[path] = result[path] * jnp.broadcast_to(factor, result[path].shape)
         return result
 
     return scale
 
 
-def check_multipliers(
+def resolved(
     config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, Any]
-) -> None:
-    """Raises `InputError` if a multiplier matches no parameter or does not fit its shape."""
-    for pattern, _ in config.multipliers:
+) -> dict[str, list[Any]]:
+    """What multiplies the learning rate, by parameter.
+
+    Args:
+        config: The configuration, of whose patterns the first that matches counts.
+        multipliers: Further ones, by path.
+        params: What trains, by path.
+
+    Returns:
+        The factors of each parameter that has any.
+
+    Raises:
+        InputError: A multiplier matches no parameter or does not fit its shape.
+    """
+    found: dict[str, list[Any]] = {}
+    for pattern, factor in config.multipliers:
         try:
-            known = any(re.fullmatch(pattern, path) for path in params)
+            known = [path for path in params if re.fullmatch(pattern, path)]
         except re.error as error:
             raise InputError(
                 f"multipliers: {pattern!r} is no regular expression: {error}"
@@ -121,6 +128,8 @@ def check_multipliers(
                 f"multipliers: {pattern!r} matches no parameter that trains (a pattern must match "
                 f"a whole path, such as {next(iter(params))})"
             )
+        for path in known:
+            found.setdefault(path, [factor])
     for path, factor in (multipliers or {}).items():
         if path not in params:
             raise InputError(f"multipliers: {path} is no parameter that trains")
@@ -131,3 +140,5 @@ def check_multipliers(
                 f"multipliers: {path} has shape {params[path].shape}, to which "
                 f"{jnp.shape(factor)} does not broadcast"
             ) from None
+        found.setdefault(path, []).append(factor)
+    return found

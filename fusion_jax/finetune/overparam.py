@@ -13,11 +13,11 @@ from jaxtyping import Array
 
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
-from fusion_jax.finetune.importance import importance_by_gradient, top_of_each_type
+from fusion_jax.finetune.importance import importance_by_gradient, top_of_each_type, type_of
 from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.trainer import Source
 from fusion_jax.forms import Form, at, check_plain, matrix_of, replaced, stack_of
-from fusion_jax.matrices import Matrices, select_matrices
+from fusion_jax.matrices import LAYERS, Matrices, select_matrices
 from fusion_jax.submlps import wide
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -90,9 +90,9 @@ class Chains:
         source: The batches that importance is measured on.
         loss: The loss that it is measured by.
         every: Steps between rounds.
-        per_round: Matrices of each type that grow in a round.
+        per_round: Matrices of each type, see `type_of`, that grow in a round.
         total: Matrices of each type that grow at all.
-        matrices: Which may grow.
+        matrices: Which may grow: linear layers. By default those of all layers, but no routers.
         cores: Cores of a chain.
         batches: How many batches importance is measured on; None for an epoch.
 
@@ -105,7 +105,7 @@ class Chains:
     every: int
     per_round: int = 2
     total: int = 8
-    matrices: Matrices = r"layers\..*"
+    matrices: Matrices = LAYERS
     cores: int = 11
     batches: int | None = 32
     scores: list[dict[str, float]] = field(default_factory=list, init=False)
@@ -116,20 +116,32 @@ class Chains:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
+    def replaceable(self, model: Any) -> list[str]:
+        """The matrices that may grow: parameters, in the place of which cores come."""
+        return [
+            f"{path}.kernel"
+            for path, layer in self._found(model).items()
+            if isinstance(layer, nnx.Linear)
+        ]
+
+    def _found(self, model: Any) -> dict[str, Any]:
+        found = select_matrices(model, self.matrices)
+        for path, layer in found.items():
+            if isinstance(layer, nnx.Embed | mpo.MpoEmbed):
+                raise InputError(f"{path} is an embedding; only linear layers become chains")
+            if not isinstance(layer, mpo.Mpo):
+                check_plain(layer, path)
+        return found
+
     def choose(self, model: Any, step: int) -> list[str] | None:
         """The paths of the matrices that grow now, or None if all have."""
-        found = {
-            path: layer
-            for path, layer in select_matrices(model, self.matrices).items()
-            if isinstance(layer, nnx.Linear | mpo.Mpo)
-        }
+        found = self._found(model)
         grown: dict[str, int] = {}
         for path, layer in found.items():
             if isinstance(layer, Form):
-                kind = path.rpartition(".")[2]
-                grown[kind] = grown.get(kind, 0) + 1
+                grown[type_of(path)] = grown.get(type_of(path), 0) + 1
         plain = {path for path, layer in found.items() if not isinstance(layer, Form)}
-        open_paths = {path for path in plain if grown.get(path.rpartition(".")[2], 0) < self.total}
+        open_paths = {path for path in plain if grown.get(type_of(path), 0) < self.total}
         if not open_paths:
             return None
         scores = importance_by_gradient(
@@ -141,12 +153,11 @@ class Chains:
         )
         self.scores.append(scores)
         chosen = []
-        for path in top_of_each_type(scores, self.per_round):
-            kind = path.rpartition(".")[2]
-            if grown.get(kind, 0) < self.total:
-                grown[kind] = grown.get(kind, 0) + 1
-                chosen.append(path)
-        return chosen or None
+        for kind in sorted({type_of(path) for path in scores}):
+            room = min(self.per_round, self.total - grown.get(kind, 0))
+            each = {path: score for path, score in scores.items() if type_of(path) == kind}
+            chosen += top_of_each_type(each, room)
+        return chosen
 
     def apply(self, model: Any, change: Sequence[str]) -> Any:
         """The model with these matrices as chains."""

@@ -64,10 +64,9 @@ class Parts:
         self._compute_dtype = compute_dtype
         self._remat = remat
         self.widths = _width_axes(abstract)
-        self.trained = _select(abstract, self._params(), trains)
-
-    def _params(self) -> list[str]:
-        return [path for path, (_, v) in self._flat.items() if isinstance(v, nnx.Param)]
+        self.trainable = [p for p, (_, v) in self._flat.items() if isinstance(v, nnx.Param)]
+        """All parameters, whether they train or not."""
+        self.trained = _select(abstract, self.trainable, trains)
 
     def split(self, model: nnx.Module) -> tuple[dict[str, Array], dict[str, Array]]:
         """The arrays of a model with this structure, by path.

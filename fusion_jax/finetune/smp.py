@@ -27,16 +27,13 @@ from fusion_jax.finetune.tasks import TaskData
 from fusion_jax.finetune.trainer import Fit
 from fusion_jax.forms import Masked, Scored, check_plain, forms, replaced
 from fusion_jax.masks import save_masks
-from fusion_jax.matrices import Matrices, select_matrices
+from fusion_jax.matrices import LAYERS, Matrices, select_matrices
 from fusion_jax.models.base import Model
 from fusion_jax.origin import Origin
 from fusion_jax.submlps import wide
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 Allocation = Literal["S", "L"]
-
-LAYERS = r"(?!.*\.router$)(.*\.)?layers\..*"
-"""The matrices of all layers: attention and MLPs, but not routers of experts."""
 
 SCORES = TrainConfig(
     epochs=12,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from fusion_jax.finetune.log import Log
 from fusion_jax.finetune.loop import Loop, Rule, TrainState, carried
 from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.optimiser import Multipliers, schedule
-from fusion_jax.finetune.parts import Trains
+from fusion_jax.finetune.parts import Parts, Trains
 from fusion_jax.finetune.preemption import listening
 from fusion_jax.progress import progress as show_progress
 
@@ -58,11 +59,16 @@ class Growth(Protocol):
     """Changes a model's structure while it trains.
 
     What trained before and still does keeps its place in the optimiser; what is new starts there
-    with nothing. Changes are kept with checkpoints, so that a run can go on.
+    with nothing. Parameters in the place of one of their layer that is gone train if that did, by
+    its learning rate. Changes are kept with checkpoints, so that a run can go on.
     """
 
     every: int
     """Steps between changes."""
+
+    def replaceable(self, model: Any) -> Collection[str]:
+        """The paths of all parameters that changes may replace by others, before training."""
+        ...
 
     def choose(self, model: Any, step: int) -> Any:
         """What to change after so many steps: a JSON value, or None for nothing."""
@@ -145,11 +151,27 @@ def fit(
     """
     steps = config.steps(len(batches))
 
-    def made(model: Any) -> Loop:
-        return Loop(model, trains, loss, config, steps, multipliers, rule, key)
+    loop = Loop(model, trains, loss, config, steps, multipliers, rule, key)
+    factors, params, all_params = loop.factors, loop.parts.trained, loop.parts.trainable
+    if growth is not None:
+        _check_numbers(factors, growth.replaceable(model))
 
-    loop = made(model)
-    params = loop.parts.trained
+    def grown(model: Any) -> Loop:
+        """The loop of a changed model: patterns were for the paths that the first one has."""
+        now = Parts(model).trainable
+        old = _origins(all_params, now)
+        rates = {path: factors[old[path]] for path in now if old.get(path) in factors}
+        return Loop(
+            model,
+            lambda path: path not in old or old[path] in params,
+            loss,
+            dataclasses.replace(config, multipliers=()),
+            steps,
+            {path: math.prod(each) for path, each in rates.items()},
+            rule,
+            key,
+        )
+
     run = {
         "config": {k: v for k, v in config.to_json().items() if k not in _HARMLESS},
         "steps": steps,
@@ -172,7 +194,7 @@ def fit(
             assert growth is not None
             for change in changes:
                 model = growth.apply(model, change)
-            loop = made(model)
+            loop = grown(model)
         state = loop.start(model)
         if done:
             assert saved is not None
@@ -216,7 +238,7 @@ def fit(
                         if change is not None:
                             changes.append(change)
                             model = growth.apply(model, change)
-                            loop = made(model)
+                            loop = grown(model)
                             state = carried(state, loop.start(model))
                         watch.restart()
                     if saves:
@@ -232,6 +254,29 @@ def fit(
             if saved is not None:
                 saved.close()
         return Fit(model=loop.model(state), step=done, finished=done == steps, history=history)
+
+
+def _origins(before: Collection[str], now: Collection[str]) -> dict[str, str]:
+    """In whose place parameters of a changed model are: themselves, or what their layer had."""
+    same = set(before) & set(now)
+    gone = {path.rpartition(".")[0]: path for path in before if path not in same}
+    result = {path: path for path in same}
+    for path in set(now) - same:
+        layer = path.rpartition(".")[0]
+        while layer and layer not in gone:
+            layer = layer.rpartition(".")[0]
+        if layer in gone:
+            result[path] = gone[layer]
+    return result
+
+
+def _check_numbers(factors: Mapping[str, Collection[Any]], replaceable: Collection[str]) -> None:
+    for path, each in factors.items():
+        if path in replaceable and any(np.ndim(factor) for factor in each):
+            raise InputError(
+                f"multipliers: {path} has an array, but growth may replace it by parameters of "
+                "other shapes; give a number"
+            )
 
 
 def check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
