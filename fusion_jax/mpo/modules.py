@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.forms import Form, Frozen, dtype_of
-from fusion_jax.mpo.cores import contract
 from fusion_jax.mpo.layouts import Layout
-from fusion_jax.mpo.products import plan, product
+from fusion_jax.mpo.products import contract, plan, product
 
 
 class Mpo(Form):
