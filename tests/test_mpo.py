@@ -1,5 +1,6 @@
 """Matrix product operators: exactness, bounds, orders of contraction, and published sizes."""
 
+import json
 import math
 from functools import partial
 
@@ -7,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.mpo import Layout, full_bonds
+from fusion_jax.forms import matrix_of
+from fusion_jax.mpo import Layout, full_bonds, products
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
 
@@ -219,6 +223,80 @@ def test_a_long_chain_is_rebuilt_from_its_smaller_end():
     assert found.rebuilds
     steps = 9 * 1152 * 1152 * small + 1152 * small * large
     assert found.flops == 2 * (steps + 2048 * 768 * 3072)
+
+
+def largest(f, *arguments):
+    """The entries of the largest array that a function makes."""
+
+    def most(jaxpr):
+        own = [v.aval.size for step in jaxpr.eqns for v in step.outvars]
+        below = [most(sub) for step in jaxpr.eqns for sub in jaxprs_in_params(step.params)]
+        return max(own + below, default=0)
+
+    return most(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+TOKENS = mpo.layout_of(30522, 384, 5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "looks_up"),
+    [
+        (TOKENS, (32, 64), False),
+        (TOKENS, (1,), True),
+        (TOKENS.capped(8), (16,), True),
+        (TOKENS.capped(4), (32, 512), False),
+    ],
+)
+def test_embeddings_take_the_cheaper_way(layout, shape, looks_up):
+    embed = mpo.MpoEmbed(30522, 384, use_bias=False, param_dtype=jnp.float32, **layout._asdict())
+    n, whole = math.prod(shape), math.prod(layout.inputs) * math.prod(layout.outputs)
+    assert mpo.looks_up(n, layout) == looks_up
+    made = largest(embed, jnp.zeros(shape, int))
+    # Off the matrix, nothing is much larger than it; core by core, nothing is as large.
+    assert made < whole if looks_up else whole <= made < 2 * whole
+
+
+@pytest.mark.parametrize("bond", [3, None])
+def test_both_ways_give_the_same_rows_and_gradients(bond, monkeypatch):
+    layout = mpo.layout_of(50, 12, 3)
+    layout = layout if bond is None else layout.capped(bond)
+    cores = mpo.decompose(matrix(50, 12), layout).cores
+    ids, weights = jnp.array([0, 49, 7, 7, 31]), matrix(5, 12, 1)
+
+    def loss(cores):
+        found = mpo.rows(ids, cores, (50, 12))
+        return (weights * found).sum(), found
+
+    results = []
+    for way in (True, False):
+        monkeypatch.setattr(products, "looks_up", lambda n, layout, way=way: way)
+        results.append(jax.grad(loss, has_aux=True)(cores))
+    (slopes, found), (other_slopes, other) = results
+    np.testing.assert_allclose(found, slow(cores)[ids, :12], atol=1e-5)
+    np.testing.assert_allclose(found, other, atol=1e-5)
+    for a, b in zip(slopes, other_slopes, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_rounded_once():
+    cores = mpo.decompose(matrix(48, 48), mpo.layout_of(48, 48, 5)).cores
+    cores = [core.astype(jnp.bfloat16) for core in cores]
+    w = mpo.contract(cores, (48, 48))
+    assert w.dtype == jnp.bfloat16
+    np.testing.assert_allclose(w.astype(jnp.float32), slow(cores), rtol=1.01 * 2**-9, atol=1e-6)
+
+
+def test_a_zero_matrix_is_compressed_and_reported(key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    mlp.down.kernel.set_value(jnp.zeros((24, 12)))
+    for bond in (None, 2):
+        smaller, report = fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+        np.testing.assert_array_equal(matrix_of(smaller.down), 0)
+        facts = report.rows[0].facts
+        json.dumps(facts, allow_nan=False)
+        up = mpo.decompose(mlp.up.kernel[...], fj.MPO(bond=bond, cores=3).layout(12, 24))
+        np.testing.assert_allclose(facts["entropy"], mpo.entropies(up.spectra).max() / 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from fusion_jax.mpo.modules import Mpo as Mpo
 from fusion_jax.mpo.modules import MpoEmbed as MpoEmbed
 from fusion_jax.mpo.products import WRITE as WRITE
 from fusion_jax.mpo.products import contract as contract
+from fusion_jax.mpo.products import looks_up as looks_up
 from fusion_jax.mpo.products import plan as plan
 from fusion_jax.mpo.products import product as product
 from fusion_jax.mpo.products import rebuilding as rebuilding
+from fusion_jax.mpo.products import rows as rows

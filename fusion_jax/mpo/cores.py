@@ -168,7 +168,7 @@ def entropies(spectra: Sequence[Float[Array, " _"]]) -> Float[Array, " _"]:
         spectra: Its singular values, see `Train`.
 
     Returns:
-        ``- sum_j v_j ln v_j`` with v the values divided by their sum.
+        ``- sum_j v_j ln v_j`` with v the values divided by their sum; 0 if all are 0.
 
     References:
         MPOP (Liu et al., ACL 2021), section 3.2.
@@ -177,5 +177,6 @@ def entropies(spectra: Sequence[Float[Array, " _"]]) -> Float[Array, " _"]:
         >>> bool(jnp.isclose(entropies([jnp.ones(8)])[0], math.log(8)))
         True
     """
-    shares = [values / values.sum() for values in spectra]
+    sums = [values.sum() for values in spectra]
+    shares = [v / jnp.where(total > 0, total, 1) for v, total in zip(spectra, sums, strict=True)]
     return jnp.stack([-(v * jnp.log(jnp.where(v > 0, v, 1))).sum() for v in shares])

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import opt_einsum
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fusion_jax.mpo.layouts import Layout
+from fusion_jax.submlps import wide
 
 WRITE = 128
 """What writing a number of an intermediate result costs, in multiply-adds: operations alone favour
@@ -180,7 +181,7 @@ def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d 
         shape: Its rows and columns; what was filled up is cut off.
 
     Returns:
-        The matrix.
+        The matrix, in the dtype of the cores, to which it is rounded once.
 
     Example:
         >>> contract([jnp.ones((1, 2, 2, 3)), jnp.ones((3, 2, 1, 1))], (4, 2)).tolist()
@@ -189,7 +190,7 @@ def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d 
 
     def made(tree: Any) -> Array:
         if isinstance(tree, int):
-            return cores[tree]
+            return wide(cores[tree])
         return jnp.tensordot(made(tree[0]), made(tree[1]), 1, precision="highest")
 
     layout = _layout_of(cores)
@@ -198,7 +199,7 @@ def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d 
     factors = factors.reshape(factors.shape[1:-1])
     factors = factors.transpose(*range(0, 2 * m, 2), *range(1, 2 * m, 2))
     whole = factors.reshape(math.prod(layout.inputs), math.prod(layout.outputs))
-    return whole[: shape[0], : shape[1]]
+    return whole[: shape[0], : shape[1]].astype(cores[0].dtype)
 
 
 def _layout_of(cores: Sequence[Array]) -> Layout:
@@ -238,3 +239,49 @@ def product(
         operands.append(core.astype(x.dtype).reshape(kept))
     y = jnp.einsum(found.subscripts, *operands, optimize=list(found.path))
     return y.reshape(len(x), math.prod(outs))[:, :columns]
+
+
+def rows(
+    ids: Int[Array, " n"], cores: Sequence[Array], shape: tuple[int, int]
+) -> Float[Array, "n o"]:
+    """Rows of the matrix that cores make, in the cheaper way for as many as there are.
+
+    Args:
+        ids: The numbers of the rows.
+        cores: T_1 ... T_m, of one dtype.
+        shape: Rows and columns of the matrix.
+
+    Returns:
+        The rows.
+
+    Example:
+        >>> rows(jnp.array([1, 1]), [jnp.eye(4).reshape(1, 4, 4, 1)], (4, 3)).tolist()
+        [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    layout = _layout_of(cores)
+    if not looks_up(len(ids), layout):
+        return contract(cores, shape)[ids]
+    digits = jnp.unravel_index(ids, layout.inputs)
+    made = cores[0][0][digits[0]]  # (n, j, b)
+    for core, digit in zip(cores[1:], digits[1:], strict=True):
+        made = jnp.einsum("nja,ankb->njkb", made, core[:, digit])
+        made = made.reshape(len(ids), -1, core.shape[-1])
+    return made.reshape(len(ids), -1)[:, : shape[1]]
+
+
+def looks_up(n: int, layout: Layout) -> bool:
+    """Whether n rows are cheaper core by core, each at its digit of the row, than off the matrix.
+
+    By the measure of `plan`, where what is gathered is written, too.
+
+    Example:
+        >>> layout = Layout((32, 24), (64, 48), (8,))
+        >>> looks_up(1, layout), looks_up(10_000, layout)
+        (True, False)
+    """
+    cost, width = 0, 1
+    for before, _, j, after in layout.shapes:
+        cost += n * before * j * after * (width + WRITE)
+        width *= j
+        cost += WRITE * n * width * after
+    return cost < rebuilding(layout).cost + WRITE * n * width
