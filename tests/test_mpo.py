@@ -1,14 +1,20 @@
 """Matrix product operators: exactness, bounds, orders of contraction, and published sizes."""
 
+import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
+import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.mpo import Layout, full_bonds
+from fusion_jax.forms import matrix_of
+from fusion_jax.mpo import Layout, full_bonds, products
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
 
@@ -120,15 +126,18 @@ def test_the_order_follows_the_batch():
     assert mpo.plan(100_000, small).flops < 0.5 * mpo.plan(100_000, small).rebuild_flops
 
 
-@pytest.mark.parametrize("n", [3, 200, 10_000])
-@pytest.mark.parametrize("bond", [2, 100])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_no_order_costs_less(n, bond, transposed):
-    layout = Layout((4, 3, 2), (2, 3, 4), full_bonds((4, 3, 2), (2, 3, 4))).capped(bond)
-    target = set("nxyz" if transposed else "nXYZ")
+def least(layout, n, transposed):
+    """The least cost of any order in which every step sums over something, by brute force."""
+    m = len(layout.inputs)
+    rows, columns, bonds = ([f"{name}{k}" for k in range(m + 1)] for name in "iob")
+    sizes = dict(zip(bonds, (1, *layout.bonds, 1), strict=True)) | {"n": n}
+    sizes |= dict(zip(rows, layout.inputs, strict=False))
+    sizes |= dict(zip(columns, layout.outputs, strict=False))
+    summed, kept = (columns, rows) if transposed else (rows, columns)
+    target = {"n", *kept[:m]}
+    cores = [frozenset((bonds[k], rows[k], columns[k], bonds[k + 1])) for k in range(m)]
 
     def cost(terms):
-        """The least cost of any order, by brute force."""
         if len(terms) == 1:
             return 0
         best = math.inf
@@ -137,15 +146,157 @@ def test_no_order_costs_less(n, bond, transposed):
                 rest = [t for i, t in enumerate(terms) if i not in (a, b)]
                 both = terms[a] | terms[b]
                 own = both & target.union(*rest)
-                size, written = (math.prod(sizes[s] for s in part) for part in (both, own))
-                best = min(best, size + mpo.WRITE * written + cost([*rest, own]))
+                if terms[a] & terms[b]:
+                    size, written = (math.prod(sizes[s] for s in part) for part in (both, own))
+                    best = min(best, size + mpo.WRITE * written + cost([*rest, own]))
         return best
 
-    p, q = layout.bonds
-    sizes = dict(zip("nxyzXYZpq", (n, 4, 3, 2, 2, 3, 4, p, q), strict=True))
-    source = "nXYZ" if transposed else "nxyz"
-    terms = [frozenset(t) for t in (source, "xXp", "pyYq", "qzZ")]
-    assert mpo.plan(n, layout, transposed=transposed).cost == cost(terms)
+    return cost([frozenset(("n", *summed[:m])), *cores])
+
+
+def executed(f, *arguments):
+    """The operations of all products that a function does."""
+
+    def count(jaxpr):
+        total = 0
+        for step in jaxpr.eqns:
+            if step.primitive.name == "dot_general":
+                ((summed, _), _) = step.params["dimension_numbers"]
+                inside = math.prod(step.invars[0].aval.shape[axis] for axis in summed)
+                total += 2 * inside * step.outvars[0].aval.size
+            total += sum(count(sub) for sub in jaxprs_in_params(step.params))
+        return total
+
+    return count(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+def random_layout(seed):
+    rng = np.random.default_rng(seed)
+    # From 2 on, so that an order without sums, which are not looked for, gains nothing.
+    inputs, outputs = (tuple(rng.integers(2, 5, 5).tolist()) for _ in range(2))
+    bonds = tuple(rng.integers(2, most + 1).item() for most in full_bonds(inputs, outputs))
+    return Layout(inputs, outputs, bonds)
+
+
+@pytest.mark.parametrize("n", [3, 200, 10_000])
+@pytest.mark.parametrize("bond", [2, 100])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_order_costs_less(n, bond, transposed):
+    layout = Layout((4, 3, 2), (2, 3, 4), full_bonds((4, 3, 2), (2, 3, 4))).capped(bond)
+    assert mpo.plan(n, layout, transposed=transposed).cost == least(layout, n, transposed)
+
+
+LAYOUTS = [*map(random_layout, range(10)), mpo.chain(24, 32, 4), mpo.chain(48, 192, 11)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
+def test_what_is_executed_is_the_cheapest_order(layout):
+    d, o = math.prod(layout.inputs), math.prod(layout.outputs)
+    cores = [
+        jax.random.normal(jax.random.key(k), shape) / math.sqrt(shape[-1])
+        for k, shape in enumerate(layout.shapes)
+    ]
+    w = slow(cores)
+    for n, transposed in ((2, False), (50, True), (10_000, False), (10_000, True)):
+        found = mpo.plan(n, layout, transposed=transposed)
+        if len(cores) < 6:
+            assert found.cost == least(layout, n, transposed)
+        x = jax.ShapeDtypeStruct((n, o if transposed else d), jnp.float32)
+        product = partial(mpo.product, columns=d if transposed else o, transposed=transposed)
+        assert executed(product, x, cores) == found.flops
+    order = mpo.rebuilding(layout)
+    assert executed(lambda cores: mpo.contract(cores, (d, o)), cores) == 2 * order.multiplies
+    scale = np.abs(w).max()
+    np.testing.assert_allclose(mpo.contract(cores, (d, o)) / scale, w / scale, atol=1e-5)
+
+
+def test_many_rows_are_worth_the_matrix():
+    # So that the test above sees both kinds of order.
+    assert 6 <= sum(mpo.plan(10_000, layout).rebuilds for layout in LAYOUTS) < len(LAYOUTS)
+
+
+def test_a_long_chain_is_rebuilt_from_its_smaller_end():
+    # From the larger end it would cost 1.6 times as much.
+    layout = mpo.chain(768, 3072, 11)
+    small, large = 24 * 48, 32 * 64
+    found = mpo.plan(2048, layout)
+    assert found.rebuilds
+    steps = 9 * 1152 * 1152 * small + 1152 * small * large
+    assert found.flops == 2 * (steps + 2048 * 768 * 3072)
+
+
+def largest(f, *arguments):
+    """The entries of the largest array that a function makes."""
+
+    def most(jaxpr):
+        own = [v.aval.size for step in jaxpr.eqns for v in step.outvars]
+        below = [most(sub) for step in jaxpr.eqns for sub in jaxprs_in_params(step.params)]
+        return max(own + below, default=0)
+
+    return most(jax.make_jaxpr(f)(*arguments).jaxpr)
+
+
+TOKENS = mpo.layout_of(30522, 384, 5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "looks_up"),
+    [
+        (TOKENS, (32, 64), False),
+        (TOKENS, (1,), True),
+        (TOKENS.capped(8), (16,), True),
+        (TOKENS.capped(4), (32, 512), False),
+    ],
+)
+def test_embeddings_take_the_cheaper_way(layout, shape, looks_up):
+    embed = mpo.MpoEmbed(30522, 384, use_bias=False, param_dtype=jnp.float32, **layout._asdict())
+    n, whole = math.prod(shape), math.prod(layout.inputs) * math.prod(layout.outputs)
+    assert mpo.looks_up(n, layout) == looks_up
+    made = largest(embed, jnp.zeros(shape, int))
+    # Off the matrix, nothing is much larger than it; core by core, nothing is as large.
+    assert made < whole if looks_up else whole <= made < 2 * whole
+
+
+@pytest.mark.parametrize("bond", [3, None])
+def test_both_ways_give_the_same_rows_and_gradients(bond, monkeypatch):
+    layout = mpo.layout_of(50, 12, 3)
+    layout = layout if bond is None else layout.capped(bond)
+    cores = mpo.decompose(matrix(50, 12), layout).cores
+    ids, weights = jnp.array([0, 49, 7, 7, 31]), matrix(5, 12, 1)
+
+    def loss(cores):
+        found = mpo.rows(ids, cores, (50, 12))
+        return (weights * found).sum(), found
+
+    results = []
+    for way in (True, False):
+        monkeypatch.setattr(products, "looks_up", lambda n, layout, way=way: way)
+        results.append(jax.grad(loss, has_aux=True)(cores))
+    (slopes, found), (other_slopes, other) = results
+    np.testing.assert_allclose(found, slow(cores)[ids, :12], atol=1e-5)
+    np.testing.assert_allclose(found, other, atol=1e-5)
+    for a, b in zip(slopes, other_slopes, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_rounded_once():
+    cores = mpo.decompose(matrix(48, 48), mpo.layout_of(48, 48, 5)).cores
+    cores = [core.astype(jnp.bfloat16) for core in cores]
+    w = mpo.contract(cores, (48, 48))
+    assert w.dtype == jnp.bfloat16
+    np.testing.assert_allclose(w.astype(jnp.float32), slow(cores), rtol=1.01 * 2**-8, atol=1e-6)
+
+
+def test_a_zero_matrix_is_compressed_and_reported(key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    mlp.down.kernel.set_value(jnp.zeros((24, 12)))
+    for bond in (None, 2):
+        smaller, report = fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+        np.testing.assert_array_equal(matrix_of(smaller.down), 0)
+        facts = report.rows[0].facts
+        json.dumps(facts, allow_nan=False)
+        up = mpo.decompose(mlp.up.kernel[...], fj.MPO(bond=bond, cores=3).layout(12, 24))
+        np.testing.assert_allclose(facts["entropy"], mpo.entropies(up.spectra).max() / 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ A matrix of d = i_1 ... i_m rows and o = j_1 ... j_m columns is the product of c
 """
 
 from fusion_jax.mpo.cores import Train as Train
-from fusion_jax.mpo.cores import contract as contract
 from fusion_jax.mpo.cores import decompose as decompose
 from fusion_jax.mpo.cores import entropies as entropies
 from fusion_jax.mpo.cores import recompressed as recompressed
@@ -18,5 +17,9 @@ from fusion_jax.mpo.modules import AnyEmbed as AnyEmbed
 from fusion_jax.mpo.modules import Mpo as Mpo
 from fusion_jax.mpo.modules import MpoEmbed as MpoEmbed
 from fusion_jax.mpo.products import WRITE as WRITE
+from fusion_jax.mpo.products import contract as contract
+from fusion_jax.mpo.products import looks_up as looks_up
 from fusion_jax.mpo.products import plan as plan
 from fusion_jax.mpo.products import product as product
+from fusion_jax.mpo.products import rebuilding as rebuilding
+from fusion_jax.mpo.products import rows as rows

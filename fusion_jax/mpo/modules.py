@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.forms import Form, Frozen, dtype_of
-from fusion_jax.mpo.cores import contract
 from fusion_jax.mpo.layouts import Layout
-from fusion_jax.mpo.products import plan, product
+from fusion_jax.mpo.products import contract, plan, product, rows
 
 
 class Mpo(Form):
@@ -94,16 +93,11 @@ class MpoEmbed(Mpo):
     kind = "mpo-embedding"
 
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n o"]:  # type: ignore[override]
-        """The rows of tokens, each core looked up at its digit of the token's number."""
-        flat = ids.reshape(-1)
-        digits = jnp.unravel_index(flat, self.layout.inputs)
+        """The rows of tokens: each core looked up at its digit of the token, or off the matrix."""
         trained = [core.dtype for core in self.cores if isinstance(core, nnx.Param)]
         cores = [core.astype((trained or [self.dtype])[0]) for core in self._values()]
-        rows = cores[0][0][digits[0]]  # (n, j, b)
-        for core, digit in zip(cores[1:], digits[1:], strict=True):
-            rows = jnp.einsum("nja,ankb->njkb", rows, core[:, digit])
-            rows = rows.reshape(len(flat), -1, core.shape[-1])
-        return rows.reshape(len(flat), -1)[:, : self.out_features].reshape(*ids.shape, -1)
+        found = rows(ids.reshape(-1), cores, (self.in_features, self.out_features))
+        return found.reshape(*ids.shape, -1)
 
     def attend(self, x: Float[Array, "*n o"]) -> Float[Array, "*n d"]:
         """Products of states with all rows, the logits of a tied head."""

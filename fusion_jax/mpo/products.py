@@ -1,4 +1,4 @@
-"""Products with a matrix that is a chain of cores, in the cheapest order.
+"""Products with a matrix that is a chain of cores, and the matrix itself, in the cheapest order.
 
 Axis letters in shapes: d inputs, o outputs, n positions.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import opt_einsum
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from fusion_jax.mpo.cores import contract
 from fusion_jax.mpo.layouts import Layout
+from fusion_jax.submlps import wide
 
 WRITE = 128
 """What writing a number of an intermediate result costs, in multiply-adds: operations alone favour
@@ -52,8 +52,8 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
         transposed: Whether the product is with the transposed matrix.
 
     Returns:
-        The order of least cost, by dynamic programming over all orders: multiply-adds, and `WRITE`
-        for each number of a result.
+        The order of least cost, by dynamic programming over all orders in which every step sums
+        over a bond or a factor: multiply-adds, and `WRITE` for each number of a result.
 
     Example:
         >>> small = Layout((32, 24), (64, 48), (8,))
@@ -83,12 +83,12 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
     search = opt_einsum.DynamicProgramming(minimize=f"combo-{WRITE}")
     found, _ = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize=search)
     path = tuple(tuple(pair) for pair in found)
-    # The matrix is made from the left, as `contract` does.
-    rebuild = _cost([set(core) for core in cores], sizes)
+    direct = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
+    rebuild = rebuilding(layout)
     entries = math.prod(layout.inputs) * math.prod(layout.outputs)
     last = n * (entries + WRITE * (math.prod(layout.inputs if transposed else layout.outputs)))
-    direct = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
-    rebuilds = m > 1 and (_input_comes_last(path) or rebuild.cost + last <= direct.cost)
+    # Where the input comes last in the path, the two are equal.
+    rebuilds = m > 1 and rebuild.cost + last <= direct.cost
     rebuild_flops = 2 * (rebuild.multiplies + n * entries)
     return Plan(
         subscripts,
@@ -122,23 +122,89 @@ def _path_cost(
     return _Cost(multiplies, multiplies + WRITE * written)
 
 
-def _cost(cores: list[set[str]], sizes: Mapping[str, int]) -> _Cost:
-    """What making the matrix from the left costs."""
-    every = set().union(*cores)
-    inner = {s for s in every if sum(s in core for core in cores) > 1}
-    path = [(0, len(cores) - 1 - k) if k else (0, 1) for k in range(len(cores) - 1)]
-    # The result of a step comes last in the list of operands.
-    return _path_cost(cores, path, every - inner, sizes)
+class Rebuilding(NamedTuple):
+    """In which order cores make their matrix.
+
+    Args:
+        tree: The number of a core, or the trees of two neighbouring parts of the chain.
+        multiplies: Multiply-adds.
+        cost: By the measure of `plan`.
+    """
+
+    tree: Any
+    multiplies: int
+    cost: int
 
 
-def _input_comes_last(path: Sequence[tuple[int, ...]]) -> bool:
-    """Whether operand 0 takes part in no step but the last."""
-    where = 0
-    for pair in path[:-1]:
-        if where in pair:
-            return False
-        where -= sum(i < where for i in pair)
-    return True
+@lru_cache(maxsize=4096)
+def rebuilding(layout: Layout) -> Rebuilding:
+    """The cheapest order in which cores make their matrix.
+
+    Args:
+        layout: The cores.
+
+    Returns:
+        The order of least cost among those that multiply neighbours.
+
+    Example:
+        >>> rebuilding(Layout((2, 2, 2), (2, 2, 2), (2, 4))).tree
+        (0, (1, 2))
+    """
+    m, ends = len(layout.inputs), (1, *layout.bonds, 1)
+    sizes = [i * j for i, j in zip(layout.inputs, layout.outputs, strict=True)]
+    best = {(k, k + 1): Rebuilding(k, 0, 0) for k in range(m)}
+    for length in range(2, m + 1):
+        for start in range(m - length + 1):
+            stop, found = start + length, []
+            for middle in range(start + 1, stop):
+                first, second = best[start, middle], best[middle, stop]
+                rows = ends[start] * math.prod(sizes[start:middle])
+                columns = math.prod(sizes[middle:stop]) * ends[stop]
+                multiplies = rows * ends[middle] * columns
+                cost = multiplies + WRITE * rows * columns
+                found.append(
+                    Rebuilding(
+                        (first.tree, second.tree),
+                        first.multiplies + second.multiplies + multiplies,
+                        first.cost + second.cost + cost,
+                    )
+                )
+            best[start, stop] = min(found, key=lambda order: order.cost)
+    return best[0, m]
+
+
+def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d o"]:
+    """The matrix that cores make, in the cheapest order.
+
+    Args:
+        cores: T_1 ... T_m.
+        shape: Its rows and columns; what was filled up is cut off.
+
+    Returns:
+        The matrix, in the dtype of the cores, to which it is rounded once.
+
+    Example:
+        >>> contract([jnp.ones((1, 2, 2, 3)), jnp.ones((3, 2, 1, 1))], (4, 2)).tolist()
+        [[3.0, 3.0], [3.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
+    """
+
+    def made(tree: Any) -> Array:
+        if isinstance(tree, int):
+            return wide(cores[tree])
+        return jnp.tensordot(made(tree[0]), made(tree[1]), 1, precision="highest")
+
+    layout = _layout_of(cores)
+    m = len(cores)
+    factors = made(rebuilding(layout).tree)
+    factors = factors.reshape(factors.shape[1:-1])
+    factors = factors.transpose(*range(0, 2 * m, 2), *range(1, 2 * m, 2))
+    whole = factors.reshape(math.prod(layout.inputs), math.prod(layout.outputs))
+    return whole[: shape[0], : shape[1]].astype(cores[0].dtype)
+
+
+def _layout_of(cores: Sequence[Array]) -> Layout:
+    _, inputs, outputs, bonds = zip(*(core.shape for core in cores), strict=True)
+    return Layout(inputs, outputs, bonds[:-1])
 
 
 def product(
@@ -155,10 +221,7 @@ def product(
     Returns:
         The product, in the dtype of x.
     """
-    shapes = [core.shape for core in cores]
-    layout = Layout(
-        tuple(s[1] for s in shapes), tuple(s[2] for s in shapes), tuple(s[3] for s in shapes[:-1])
-    )
+    layout = _layout_of(cores)
     found = plan(len(x), layout, transposed=transposed)
     if found.rebuilds:
         whole = contract(
@@ -176,3 +239,49 @@ def product(
         operands.append(core.astype(x.dtype).reshape(kept))
     y = jnp.einsum(found.subscripts, *operands, optimize=list(found.path))
     return y.reshape(len(x), math.prod(outs))[:, :columns]
+
+
+def rows(
+    ids: Int[Array, " n"], cores: Sequence[Array], shape: tuple[int, int]
+) -> Float[Array, "n o"]:
+    """Rows of the matrix that cores make, in the cheaper way for as many as there are.
+
+    Args:
+        ids: The numbers of the rows.
+        cores: T_1 ... T_m, of one dtype.
+        shape: Rows and columns of the matrix.
+
+    Returns:
+        The rows.
+
+    Example:
+        >>> rows(jnp.array([1, 1]), [jnp.eye(4).reshape(1, 4, 4, 1)], (4, 3)).tolist()
+        [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    layout = _layout_of(cores)
+    if not looks_up(len(ids), layout):
+        return contract(cores, shape)[ids]
+    digits = jnp.unravel_index(ids, layout.inputs)
+    made = cores[0][0][digits[0]]  # (n, j, b)
+    for core, digit in zip(cores[1:], digits[1:], strict=True):
+        made = jnp.einsum("nja,ankb->njkb", made, core[:, digit])
+        made = made.reshape(len(ids), -1, core.shape[-1])
+    return made.reshape(len(ids), -1)[:, : shape[1]]
+
+
+def looks_up(n: int, layout: Layout) -> bool:
+    """Whether n rows are cheaper core by core, each at its digit of the row, than off the matrix.
+
+    By the measure of `plan`, where what is gathered is written, too.
+
+    Example:
+        >>> layout = Layout((32, 24), (64, 48), (8,))
+        >>> looks_up(1, layout), looks_up(10_000, layout)
+        (True, False)
+    """
+    cost, width = 0, 1
+    for before, _, j, after in layout.shapes:
+        cost += n * before * j * after * (width + WRITE)
+        width *= j
+        cost += WRITE * n * width * after
+    return cost < rebuilding(layout).cost + WRITE * n * width
