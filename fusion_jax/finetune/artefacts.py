@@ -71,8 +71,12 @@ def replace(model: Model, folder: Path, write: Write | None = None) -> None:
 
     if jax.process_index():
         return
-    new = folder.with_name(f"{folder.name}.new")
+    new, old = (folder.with_name(f"{folder.name}.{what}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     (save if write is None else write)(model, new)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    # Removing takes a while, and renaming none: there is hardly a moment without an artefact.
+    if folder.exists():
+        folder.rename(old)
     new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

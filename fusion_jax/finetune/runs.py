@@ -55,7 +55,9 @@ def described(out: Path, fields: dict[str, Any]) -> Any:
 
     def write(step: int, state: Any) -> None:
         if jax.process_index() == 0 and not path.exists():
-            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            new.replace(path)
 
     return write
 
