@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 import fusion_jax as fj
 from fusion_jax import mpo
+from fusion_jax.finetune.squeeze import cheapest_cut, cut
 from fusion_jax.forms import matrix_of
 from fusion_jax.mpo import Layout, full_bonds, products
 
@@ -85,6 +86,54 @@ def test_spectra_are_those_of_the_unfoldings():
     shares = [np.asarray(v) / np.sum(v) for v in train.spectra]
     expected = [-(v * np.log(v)).sum() for v in shares]
     np.testing.assert_allclose(mpo.entropies(train.spectra), expected, rtol=1e-5)
+
+
+def unfoldings(cores):
+    """The singular values at each bond, by the whole matrix in float64."""
+    sizes = [core.shape[1:3] for core in cores]
+    m = len(sizes)
+    axes = slow(cores).reshape(*(i for i, _ in sizes), *(j for _, j in sizes))
+    axes = axes.transpose([axis for k in range(m) for axis in (k, m + k)])
+    return [
+        np.linalg.svd(axes.reshape(math.prod(axes.shape[: 2 * k]), -1), compute_uv=False)
+        for k in range(1, m)
+    ]
+
+
+@pytest.mark.parametrize("bond", [5, None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13)])
+def test_spectra_need_no_matrix_and_no_gauge(bond, dtype, tolerance, x64):
+    layout = mpo.layout_of(24, 36, 4)
+    layout = layout if bond is None else layout.capped(bond)
+    cores = list(mpo.decompose(matrix(24, 36, dtype=dtype), layout).cores)
+    for k, b in enumerate(layout.bonds):
+        change = (
+            jnp.linalg.qr(matrix(b, b, k, dtype))[0] * jnp.linspace(0.1, 3, b, dtype=dtype)[None]
+        )
+        cores[k] = jnp.tensordot(cores[k], change, 1)
+        cores[k + 1] = jnp.tensordot(jnp.linalg.inv(change), cores[k + 1], 1)
+    found = jax.jit(mpo.spectra_of)(cores)
+    for values, expected in zip(found, unfoldings(cores), strict=True):
+        assert values.dtype == dtype
+        size, atol = len(values), tolerance * expected[0]
+        np.testing.assert_allclose(values, expected[:size], rtol=0, atol=atol)
+        np.testing.assert_allclose(expected[size:], 0, atol=atol)
+
+
+def test_the_estimate_of_a_cut_is_what_it_loses():
+    layer = nnx.Linear(24, 36, rngs=nnx.Rngs(0))
+    chain, _ = fj.compress_matrices(nnx.List([layer]), fj.MPO(bond=None, cores=4), matrices="0")
+    for bond in range(3):
+        model = nnx.clone(chain)
+        core = model[0].cores[bond]
+        # Four decades, so that what is cut is small beside what stays.
+        core.set_value(core[...] * jnp.logspace(0, -4, core.shape[-1])[None, None, None])
+        chosen = cheapest_cut(model)
+        assert chosen is not None
+        before, after = (slow([c[...] for c in m[0].cores]) for m in (model, cut(model, chosen)))
+        lost = np.linalg.norm(after - before)
+        assert lost < 1e-3 * np.linalg.norm(before)
+        np.testing.assert_allclose(chosen.estimate, lost, rtol=0.02)
 
 
 def test_bonds_are_balanced():

@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
@@ -141,7 +143,13 @@ def _recompress(form: Mpo, bonds: tuple[int, ...]) -> mpo.Train:
 
 
 def _spectra(form: Mpo) -> list[np.ndarray]:
-    return [np.asarray(v) for v in _recompress(form, form.layout.bonds).spectra]
+    cores = [core[...] for core in form.cores]
+    return [np.asarray(values) for values in _each_spectra(cores, bool(form.stack))]
+
+
+@partial(jax.jit, static_argnames="stacked")
+def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
+    return jax.lax.map(mpo.spectra_of, cores) if stacked else mpo.spectra_of(cores)
 
 
 def cut(model: ModelT, chosen: Cut) -> ModelT:

@@ -8,6 +8,7 @@ from fusion_jax.mpo.cores import Train as Train
 from fusion_jax.mpo.cores import decompose as decompose
 from fusion_jax.mpo.cores import entropies as entropies
 from fusion_jax.mpo.cores import recompressed as recompressed
+from fusion_jax.mpo.cores import spectra_of as spectra_of
 from fusion_jax.mpo.layouts import Layout as Layout
 from fusion_jax.mpo.layouts import balanced as balanced
 from fusion_jax.mpo.layouts import chain as chain

@@ -128,14 +128,42 @@ def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> Train:
         >>> recompressed(cores, (2,)).cores[0].shape
         (1, 2, 2, 2)
     """
+    left = _left_orthonormal(cores)
+    whole, spectra = _truncated(left, [core.shape[-1] for core in left[:-1]])
+    return _cut(whole, spectra, bonds)
+
+
+def spectra_of(cores: Sequence[Array]) -> list[Float[Array, " _"]]:
+    """The singular values at each bond of the matrix that cores make, without making it.
+
+    Args:
+        cores: T_1 ... T_m, in any gauge.
+
+    Returns:
+        As in `Train`. At each bond they are those of a triangular matrix of the bond's size, what
+        is left of the cores after it where those before it are orthonormal.
+
+    Example:
+        >>> cores = [jnp.ones((1, 2, 3, 4)), jnp.ones((4, 3, 2, 1))]
+        >>> [values.shape for values in spectra_of(cores)]
+        [(4,)]
+    """
+    left, found = _left_orthonormal(cores), []
+    for k in range(len(left) - 1, 0, -1):
+        r = jnp.linalg.qr(left[k].reshape(left[k].shape[0], -1).T, mode="r")
+        found.append(jnp.linalg.svd(r, compute_uv=False))
+        left[k - 1] = jnp.tensordot(left[k - 1], r.T, 1, precision="highest")
+    return found[::-1]
+
+
+def _left_orthonormal(cores: Sequence[Array]) -> list[Array]:
     left = [wide(core) for core in cores]
     for k in range(len(left) - 1):
         b, i, j, c = left[k].shape
         q, r = jnp.linalg.qr(left[k].reshape(b * i * j, c))
         left[k] = q.reshape(b, i, j, -1)
         left[k + 1] = jnp.tensordot(r, left[k + 1], 1, precision="highest")
-    whole, spectra = _truncated(left, [core.shape[-1] for core in left[:-1]])
-    return _cut(whole, spectra, bonds)
+    return left
 
 
 def _cut(cores: list[Array], spectra: Sequence[Array], bonds: Sequence[int]) -> Train:
