@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.finetune.squeeze import cheapest_cut, cut
+from fusion_jax.finetune.squeeze import Cut, cheapest_cut, cut
 from fusion_jax.forms import matrix_of
 from fusion_jax.mpo import Layout, full_bonds, products
 
@@ -134,6 +134,63 @@ def test_the_estimate_of_a_cut_is_what_it_loses():
         lost = np.linalg.norm(after - before)
         assert lost < 1e-3 * np.linalg.norm(before)
         np.testing.assert_allclose(chosen.estimate, lost, rtol=0.02)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the decompositions of matrices of one shape, or of all chains, wrong."""
+    decompose, recompressed = mpo.decompose, mpo.recompressed
+
+    def wrong(train):
+        return train._replace(cores=(1.5 * train.cores[0], *train.cores[1:]))
+
+    def start(*shapes):
+        jax.clear_caches()
+        monkeypatch.setattr(
+            mpo, "decompose", lambda w, layout: wrong(decompose(w, layout))
+            if w.shape in shapes else decompose(w, layout)
+        )  # fmt: skip
+        monkeypatch.setattr(mpo, "recompressed", lambda *a: wrong(recompressed(*a)))
+
+    yield start
+    jax.clear_caches()
+
+
+ABOVE = pytest.raises(ArithmeticError, match="the error of a decomposition is above its bound, by")
+
+
+@pytest.mark.parametrize("bond", [3, None])
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12)])
+def test_compressing_checks_each_matrix_by_its_own_bound(bond, shape, spoil, key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    # Of the error of both together, that of the one is nothing.
+    mlp.down.kernel.set_value(1e-4 * mlp.down.kernel[...])
+    _, report = fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+    assert 0 <= report.rows[0].facts["excess"] <= 1e-5
+    spoil(shape)
+    with ABOVE:
+        fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+
+
+def test_compressing_matrices_and_embeddings_checks_their_bounds(spoil):
+    model = nnx.List([nnx.Linear(12, 24, rngs=nnx.Rngs(0)), nnx.Embed(20, 12, rngs=nnx.Rngs(0))])
+    spoil((12, 24), (20, 12))
+    for path in "01":
+        with ABOVE:
+            fj.compress_matrices(model, fj.MPO(bond=3, cores=3), matrices=path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_cuts_check_their_bounds(count, spoil, key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    if count > 1:
+        mlp = jax.tree.map(lambda x: jnp.stack([x] * count), mlp)
+    chained, _ = fj.compress(mlp, fj.MPO(bond=4, cores=3), key=key)
+    chosen = Cut("up", 0, 2, 0.0)
+    assert cut(chained, chosen).up.layout.bonds[0] == 2
+    spoil()
+    with ABOVE:
+        cut(chained, chosen)
 
 
 def test_bonds_are_balanced():
