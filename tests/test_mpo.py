@@ -15,6 +15,7 @@ import fusion_jax as fj
 from fusion_jax import mpo
 from fusion_jax.finetune.squeeze import Cut, cheapest_cut, cut
 from fusion_jax.forms import matrix_of
+from fusion_jax.methods.base import method_from_json
 from fusion_jax.mpo import Layout, full_bonds, products
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
@@ -417,6 +418,55 @@ def test_a_zero_matrix_is_compressed_and_reported(key):
 def test_published_sizes(inputs, outputs, bonds, params):
     assert full_bonds(inputs, outputs) == bonds
     assert Layout(inputs, outputs, bonds).params == params
+
+
+PAPER = {"inputs": (3, 4, 4, 4, 4), "outputs": (4, 4, 8, 6, 4)}
+
+
+def test_factors_may_be_given():
+    method = fj.MPO(bond=None, **PAPER)
+    up, down = method.layout(768, 3072), method.layout(3072, 768)
+    assert up == Layout(*PAPER.values(), (12, 192, 384, 16))
+    assert down == Layout(up.outputs, up.inputs, up.bonds)
+    assert fj.MPO(bond=100, **PAPER).layout(768, 3072) == up.capped(100)
+    quarter = fj.MPO(**PAPER).layout(3072, 768)
+    assert quarter.inputs == up.outputs
+    more = down.capped(max(quarter.bonds) + 1)
+    assert quarter.params <= 768 * 3072 / 4 < more.params
+    again = method_from_json(json.loads(json.dumps(method.to_json())))
+    assert again == method and hash(again) == hash(method)
+    assert again.to_json() == json.loads(json.dumps(method.to_json()))
+
+
+def test_an_mlp_is_exact_with_given_factors(key, tmp_path):
+    mlp = fj.Mlp(11, 24, act="relu", rngs=nnx.Rngs(0))
+    method = fj.MPO(bond=None, cores=3, inputs=(2, 3, 2), outputs=(3, 2, 4))
+    chained, report = fj.compress(mlp, method, key=key)
+    assert chained.up.layout.inputs == chained.down.layout.outputs == (2, 3, 2)
+    assert report.method["inputs"] == [2, 3, 2]
+    x = matrix(5, 11)
+    np.testing.assert_allclose(chained(x), mlp(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"inputs": (3, 4, 4, 4, 4)}, "together or not at all"),
+        ({"inputs": (24, 32), "outputs": (48, 64)}, r"inputs must be 5 factors .* got \[24, 32\]"),
+        (PAPER | {"outputs": (64, 48)}, r"outputs must be 5 factors .* got \[64, 48\]"),
+        (PAPER | {"inputs": (3, 4, 4, 4, 0)}, "inputs must be 5 factors from 1 on"),
+    ],
+)
+def test_factors_that_are_none(fields, message):
+    with pytest.raises(fj.InputError, match=message):
+        fj.MPO(**fields)
+
+
+def test_factors_that_are_too_small(key):
+    mlp = fj.Mlp(13, 24, act="relu", rngs=nnx.Rngs(0))
+    method = fj.MPO(bond=None, cores=3, inputs=(2, 3, 2), outputs=(3, 2, 4))
+    with pytest.raises(fj.InputError, match="factors of 12 and 24 are too small for a 13 x 24"):
+        fj.compress(mlp, method, key=key)
 
 
 def test_published_chain():

@@ -16,6 +16,7 @@ from fusion_jax.mpo.layouts import balanced as balanced
 from fusion_jax.mpo.layouts import chain as chain
 from fusion_jax.mpo.layouts import full_bonds as full_bonds
 from fusion_jax.mpo.layouts import layout_of as layout_of
+from fusion_jax.mpo.layouts import within_share as within_share
 from fusion_jax.mpo.modules import AnyEmbed as AnyEmbed
 from fusion_jax.mpo.modules import Mpo as Mpo
 from fusion_jax.mpo.modules import MpoEmbed as MpoEmbed
