@@ -13,8 +13,9 @@ from jax.extend.core import jaxprs_in_params
 
 import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.finetune.squeeze import cheapest_cut, cut
+from fusion_jax.finetune.squeeze import Cut, cheapest_cut, cut
 from fusion_jax.forms import matrix_of
+from fusion_jax.methods.base import method_from_json
 from fusion_jax.mpo import Layout, full_bonds, products
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
@@ -134,6 +135,63 @@ def test_the_estimate_of_a_cut_is_what_it_loses():
         lost = np.linalg.norm(after - before)
         assert lost < 1e-3 * np.linalg.norm(before)
         np.testing.assert_allclose(chosen.estimate, lost, rtol=0.02)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the decompositions of matrices of one shape, or of all chains, wrong."""
+    decompose, recompressed = mpo.decompose, mpo.recompressed
+
+    def wrong(train):
+        return train._replace(cores=(1.5 * train.cores[0], *train.cores[1:]))
+
+    def start(*shapes):
+        jax.clear_caches()
+        monkeypatch.setattr(
+            mpo, "decompose", lambda w, layout: wrong(decompose(w, layout))
+            if w.shape in shapes else decompose(w, layout)
+        )  # fmt: skip
+        monkeypatch.setattr(mpo, "recompressed", lambda *a: wrong(recompressed(*a)))
+
+    yield start
+    jax.clear_caches()
+
+
+ABOVE = pytest.raises(ArithmeticError, match="the error of a decomposition is above its bound, by")
+
+
+@pytest.mark.parametrize("bond", [3, None])
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12)])
+def test_compressing_checks_each_matrix_by_its_own_bound(bond, shape, spoil, key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    # Of the error of both together, that of the one is nothing.
+    mlp.down.kernel.set_value(1e-4 * mlp.down.kernel[...])
+    _, report = fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+    assert 0 <= report.rows[0].facts["excess"] <= 1e-5
+    spoil(shape)
+    with ABOVE:
+        fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+
+
+def test_compressing_matrices_and_embeddings_checks_their_bounds(spoil):
+    model = nnx.List([nnx.Linear(12, 24, rngs=nnx.Rngs(0)), nnx.Embed(20, 12, rngs=nnx.Rngs(0))])
+    spoil((12, 24), (20, 12))
+    for path in "01":
+        with ABOVE:
+            fj.compress_matrices(model, fj.MPO(bond=3, cores=3), matrices=path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_cuts_check_their_bounds(count, spoil, key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    if count > 1:
+        mlp = jax.tree.map(lambda x: jnp.stack([x] * count), mlp)
+    chained, _ = fj.compress(mlp, fj.MPO(bond=4, cores=3), key=key)
+    chosen = Cut("up", 0, 2, 0.0)
+    assert cut(chained, chosen).up.layout.bonds[0] == 2
+    spoil()
+    with ABOVE:
+        cut(chained, chosen)
 
 
 def test_bonds_are_balanced():
@@ -360,6 +418,55 @@ def test_a_zero_matrix_is_compressed_and_reported(key):
 def test_published_sizes(inputs, outputs, bonds, params):
     assert full_bonds(inputs, outputs) == bonds
     assert Layout(inputs, outputs, bonds).params == params
+
+
+PAPER = {"inputs": (3, 4, 4, 4, 4), "outputs": (4, 4, 8, 6, 4)}
+
+
+def test_factors_may_be_given():
+    method = fj.MPO(bond=None, **PAPER)
+    up, down = method.layout(768, 3072), method.layout(3072, 768)
+    assert up == Layout(*PAPER.values(), (12, 192, 384, 16))
+    assert down == Layout(up.outputs, up.inputs, up.bonds)
+    assert fj.MPO(bond=100, **PAPER).layout(768, 3072) == up.capped(100)
+    quarter = fj.MPO(**PAPER).layout(3072, 768)
+    assert quarter.inputs == up.outputs
+    more = down.capped(max(quarter.bonds) + 1)
+    assert quarter.params <= 768 * 3072 / 4 < more.params
+    again = method_from_json(json.loads(json.dumps(method.to_json())))
+    assert again == method and hash(again) == hash(method)
+    assert again.to_json() == json.loads(json.dumps(method.to_json()))
+
+
+def test_an_mlp_is_exact_with_given_factors(key, tmp_path):
+    mlp = fj.Mlp(11, 24, act="relu", rngs=nnx.Rngs(0))
+    method = fj.MPO(bond=None, cores=3, inputs=(2, 3, 2), outputs=(3, 2, 4))
+    chained, report = fj.compress(mlp, method, key=key)
+    assert chained.up.layout.inputs == chained.down.layout.outputs == (2, 3, 2)
+    assert report.method["inputs"] == [2, 3, 2]
+    x = matrix(5, 11)
+    np.testing.assert_allclose(chained(x), mlp(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"inputs": (3, 4, 4, 4, 4)}, "together or not at all"),
+        ({"inputs": (24, 32), "outputs": (48, 64)}, r"inputs must be 5 factors .* got \[24, 32\]"),
+        (PAPER | {"outputs": (64, 48)}, r"outputs must be 5 factors .* got \[64, 48\]"),
+        (PAPER | {"inputs": (3, 4, 4, 4, 0)}, "inputs must be 5 factors from 1 on"),
+    ],
+)
+def test_factors_that_are_none(fields, message):
+    with pytest.raises(fj.InputError, match=message):
+        fj.MPO(**fields)
+
+
+def test_factors_that_are_too_small(key):
+    mlp = fj.Mlp(13, 24, act="relu", rngs=nnx.Rngs(0))
+    method = fj.MPO(bond=None, cores=3, inputs=(2, 3, 2), outputs=(3, 2, 4))
+    with pytest.raises(fj.InputError, match="factors of 12 and 24 are too small for a 13 x 24"):
+        fj.compress(mlp, method, key=key)
 
 
 def test_published_chain():

@@ -21,6 +21,7 @@ from fusion_jax.finetune.rounds import Rounds, outcome
 from fusion_jax.forms import Frozen, forms, replaced
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.progress import progress as show_progress
+from fusion_jax.submlps import wide
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -133,11 +134,14 @@ def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
     return best
 
 
-def _recompress(form: Mpo, bonds: tuple[int, ...]) -> mpo.Train:
-    cores = [core[...] for core in form.cores]
+def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.Train, Array]:
+    """The cores with smaller bonds, and their `mpo.excess`."""
+    cores = [wide(core[...]) for core in form.cores]
 
-    def one(cores: list[Any]) -> mpo.Train:
-        return mpo.recompressed(cores, bonds)
+    def one(cores: list[Array]) -> tuple[mpo.Train, Array]:
+        train = mpo.recompressed(cores, bonds)
+        before = mpo.contract(cores, (form.in_features, form.out_features))
+        return train, mpo.excess(before, train)
 
     return jax.lax.map(one, cores) if form.stack else one(cores)
 
@@ -153,11 +157,16 @@ def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
 
 
 def cut(model: ModelT, chosen: Cut) -> ModelT:
-    """The model with one bond made smaller; the model itself is not changed."""
+    """The model with one bond made smaller; the model itself is not changed.
+
+    Raises:
+        ArithmeticError: What was lost is above the bound, by more than rounding.
+    """
     form = chains(model)[chosen.path]
     bonds = list(form.layout.bonds)
     bonds[chosen.bond] = chosen.size
-    train = _recompress(form, tuple(bonds))
+    train, excess = _recompress(form, tuple(bonds))
+    mpo.check_bound(excess)
     sizes = tuple(core.shape[-1] for core in train.cores[:-1])
     new = _rebuilt(form, form.layout._replace(bonds=sizes), form.frozen, train.cores)
     return replaced(nnx.clone(model), chosen.path, new)

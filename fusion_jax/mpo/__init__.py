@@ -4,6 +4,8 @@ A matrix of d = i_1 ... i_m rows and o = j_1 ... j_m columns is the product of c
 (b_{k-1}, i_k, j_k, b_k), summed over the bonds b_1 to b_{m-1}; b_0 = b_m = 1.
 """
 
+from fusion_jax.mpo.bounds import check_bound as check_bound
+from fusion_jax.mpo.bounds import excess as excess
 from fusion_jax.mpo.cores import Train as Train
 from fusion_jax.mpo.cores import decompose as decompose
 from fusion_jax.mpo.cores import entropies as entropies
@@ -14,6 +16,7 @@ from fusion_jax.mpo.layouts import balanced as balanced
 from fusion_jax.mpo.layouts import chain as chain
 from fusion_jax.mpo.layouts import full_bonds as full_bonds
 from fusion_jax.mpo.layouts import layout_of as layout_of
+from fusion_jax.mpo.layouts import within_share as within_share
 from fusion_jax.mpo.modules import AnyEmbed as AnyEmbed
 from fusion_jax.mpo.modules import Mpo as Mpo
 from fusion_jax.mpo.modules import MpoEmbed as MpoEmbed

@@ -33,7 +33,8 @@ def decompose(matrix: Float[Array, "d o"], layout: Layout) -> Train:
     """Decomposes a matrix by singular value decompositions, one bond after the other.
 
     Exact at full bonds. At smaller ones, what is cut off at each bond is the least that can be,
-    given what was cut off at those after it.
+    given what was cut off at those after it. For use under ``jit``: the bound on the error comes
+    with the cores, and is for the caller to check (`excess`, `check_bound`).
 
     Args:
         matrix: The matrix.

@@ -143,15 +143,35 @@ def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layo
     inputs, outputs = balanced(d, parts), balanced(o, parts)
     orders = [Layout(inputs, j, full_bonds(inputs, j)) for j in (outputs, outputs[::-1])]
     full = min(orders, key=lambda layout: layout.params)
-    if share is None:
-        return full
+    return full if share is None else within_share(full, d, o, share)
+
+
+def within_share(full: Layout, d: int, o: int, share: float) -> Layout:
+    """A layout with the largest limit on its bonds that keeps to a share of parameters.
+
+    Args:
+        full: The layout at full bonds.
+        d: Rows of the matrix.
+        o: Columns.
+        share: The most parameters, as a share of the matrix's.
+
+    Returns:
+        The layout with smaller bonds.
+
+    Raises:
+        InputError: Even bonds of 1 are above the share.
+
+    Example:
+        >>> within_share(Layout((2, 3), (2, 2), (4,)), 6, 4, 0.9).bonds
+        (2,)
+    """
     limit = share * d * o
     most = bisect.bisect_right(
         range(1, max(full.bonds, default=1) + 1), limit, key=lambda bond: full.capped(bond).params
     )
     if not most:
         raise InputError(
-            f"{parts} cores of a {d} x {o} matrix have at least {full.capped(1).params} "
-            f"parameters; a share of {share:g} allows {limit:.0f}"
+            f"{len(full.inputs)} cores of a {d} x {o} matrix have at least "
+            f"{full.capped(1).params} parameters; a share of {share:g} allows {limit:.0f}"
         )
     return full.capped(most)

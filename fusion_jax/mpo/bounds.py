@@ -1,0 +1,46 @@
+"""Whether decompositions keep the bound on their error."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fusion_jax.mpo.cores import Train
+from fusion_jax.mpo.products import contract
+from fusion_jax.submlps import wide
+
+
+def excess(matrix: Float[Array, "d o"], train: Train) -> Float[Array, ""]:
+    """By how much the error of a decomposition is above its bound; for use under ``jit``.
+
+    Args:
+        matrix: What was decomposed.
+        train: The decomposition.
+
+    Returns:
+        The Frobenius norm above the bound and a thousandth of it, relative to the matrix's; 0 but
+        for rounding, see `check_bound`.
+
+    Example:
+        >>> from fusion_jax.mpo import Layout, decompose
+        >>> matrix = jnp.arange(24.0).reshape(6, 4) ** 2
+        >>> train = decompose(matrix, Layout((2, 3), (2, 2), (1,)))
+        >>> wrong = train._replace(bound=jnp.zeros(()))
+        >>> float(excess(matrix, train)), float(excess(matrix, wrong)) > 0.05
+        (0.0, True)
+    """
+    matrix = wide(matrix)
+    d, o = matrix.shape
+    norm, error = (jnp.linalg.norm(x) for x in (matrix, contract(train.cores, (d, o)) - matrix))
+    return jnp.maximum(error - 1.001 * train.bound, 0) / jnp.where(norm > 0, norm, 1)
+
+
+def check_bound(found: Float[Array, "*s"]) -> None:
+    """Raises `ArithmeticError` if an `excess` is more than rounding, or NaN."""
+    if not (found <= 1e-5).all():
+        above = jax.device_get(found).max()
+        raise ArithmeticError(
+            "the error of a decomposition is above its bound, by "
+            f"{above:.2g} of the norm of its matrix"
+        )
