@@ -14,7 +14,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import fit, losses, measure, predict
+from fusion_jax.finetune import Texts, classify, fit, losses, measure, predict
 from fusion_jax.finetune.data import Batches, Examples
 from fusion_jax.finetune.optimiser import optimiser
 from fusion_jax.finetune.parts import Parts
@@ -424,3 +424,56 @@ def test_weights_decay_by_name():
     assert {name: float(u[0, 0]) for name, u in updates.items()} == pytest.approx(
         {"up.kernel": -0.1, "experts.bias": 0.0, "norm.scale": 0.0}
     )
+
+
+class Mixed(nnx.Module):
+    """Parameters of two dtypes."""
+
+    def __init__(self):
+        self.first = nnx.Param(jnp.ones(3, jnp.bfloat16))
+        self.second = nnx.Param(jnp.ones(3, jnp.float32))
+
+
+class Numbers:
+    """Batches without tokens."""
+
+    def __len__(self):
+        return 2
+
+    def __call__(self, step):
+        return {"x": np.full((4, 3), step + 1, np.float32)}
+
+    def names(self, step):
+        return []
+
+
+def test_parameters_keep_their_dtypes_and_batches_need_no_tokens(key):
+    seen, model = set(), Mixed()
+
+    def loss(model, batch, key):
+        seen.add((model.first.dtype, model.second.dtype))
+        y = batch["x"] * model.first[...].astype(jnp.float32)[None] - model.second[...][None]
+        return losses.Total(jnp.square(y).sum(), jnp.asarray(12.0))
+
+    config = dataclasses.replace(CONFIG, max_steps=2, batch_size=4, warmup=0.0)
+    got = fit(model, Numbers(), loss, config, key=key).model
+    assert seen == {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))}
+    assert (got.first.dtype, got.second.dtype) == (jnp.bfloat16, jnp.float32)
+    # The caller's arrays are neither donated nor those of the result.
+    assert not np.array_equal(got.second, model.second) and bool((model.first[...] == 1).all())
+
+
+def test_no_texts_have_no_logits(model):
+    assert predict(model, Texts([], None, [])).shape == (0, 2)
+
+
+def test_evaluation_has_as_few_lengths_as_training(model, data, key, monkeypatch):
+    lengths, run = set(), classify._forward
+
+    def forward(model, batch):
+        lengths.add(batch["input_ids"].shape[1])
+        return run(model, batch)
+
+    monkeypatch.setattr(classify, "_forward", forward)
+    fj.finetune(model, data, dataclasses.replace(CONFIG, max_steps=1), key=key)
+    assert len(lengths) == 1

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.finetune import fit, losses
+from fusion_jax.finetune import Chains, fit, lightweight, losses
 from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.forms import forms
 from tests import glue
 
 STEPS = 20
@@ -29,12 +30,15 @@ def fused(folder):
     return fj.compress(model, fj.Fusion(width=12), layers=-1, key=key)[0]
 
 
-def train(model, config=CONFIG, **more):
+def batches():
     tokens = np.random.RandomState(1).randint(5, 99, (24, 8)).astype(np.int32)
     labels = np.arange(24, dtype=np.int32) % 2
     examples = Examples(list(tokens), None, labels, [str(i) for i in labels])
-    batches = Batches(examples, 8, pad_id=0, seed=3)
-    return fit(model, batches, losses.classification, config, key=jax.random.key(0), **more)
+    return Batches(examples, 8, pad_id=0, seed=3)
+
+
+def train(model, config=CONFIG, **more):
+    return fit(model, batches(), losses.classification, config, key=jax.random.key(0), **more)
 
 
 def numbers(model):
@@ -84,6 +88,53 @@ def test_devices_have_dropout_masks_of_their_own(model):
         x = jax.device_put(np.ones((8, 64), np.float32), jax.P("data"))
         out = jax.jit(lambda x, key: layers(x, rngs=key, deterministic=False))(x, jax.random.key(0))
     assert len({row.tobytes() for row in np.asarray(out)}) == 8
+
+
+def both_ways(model, **more):
+    """What a run gives on one device and on a mesh, and the specs of what trains there."""
+    specs, axes = {}, "data,fsdp,model"
+
+    def look(step, state):
+        specs.update({path: x.sharding.spec for path, x in state.params.items()})
+
+    config = dataclasses.replace(CONFIG, max_steps=5)
+    growth = more.pop("growth", lambda: None)
+    found = [train(model, config, growth=growth(), **more).model]
+    with jax.set_mesh(jax.make_mesh(MESHES[axes], tuple(axes.split(",")))):
+        found.append(train(model, config, growth=growth(), on_step=look, **more).model)
+    return *found, specs
+
+
+def test_chains_grow_on_a_mesh_as_on_one_device(model):
+    def growth():
+        return Chains(
+            source=batches(),
+            loss=losses.classification,
+            every=2,
+            per_round=1,
+            total=2,
+            matrices=r"layers\.\d\.(mlp\.up|attention\.query)",
+            cores=3,
+            batches=2,
+        )
+
+    alone, ours, specs = both_ways(model, growth=growth)
+    assert len(forms(alone)) == 4 and forms(alone).keys() == forms(ours).keys()
+    assert_close(numbers(fj.plain(alone)), numbers(fj.plain(ours)))
+    assert any("fsdp" in specs[f"{path}.cores.{i}"] for path in forms(ours) for i in range(3))
+
+
+def test_auxiliary_tensors_train_on_a_mesh_as_on_one_device(model):
+    made, _ = fj.compress_matrices(
+        model, fj.MPO(bond=8, cores=3), matrices=r"layers\.0\.(mlp|attention)\..*"
+    )
+    light = lightweight(made)
+    alone, ours, _ = both_ways(light)
+    assert_close(numbers(alone), numbers(ours))
+    before, after = numbers(light), numbers(ours)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    cores = {path for path in moved if ".cores." in path}
+    assert len(cores) == 12 and not [path for path in cores if path.endswith("cores.1")]
 
 
 def test_a_run_goes_on_on_another_mesh(model, alone, tmp_path):

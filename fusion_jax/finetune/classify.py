@@ -92,7 +92,7 @@ def finetune(
     def evaluate(model: Any) -> dict[str, float]:
         results = {}
         for name, examples in dev.items():
-            logits = _logits(model, encoder, examples, config.batch_size)
+            logits = _logits(model, encoder, examples, config.batch_size, config.shapes)
             prefix = "" if len(dev) == 1 else f"{name} "
             results |= {f"{prefix}{k}": v for k, v in measure(task, logits, examples).items()}
         return results
@@ -212,12 +212,12 @@ def _forward(model: Any, batch: Any) -> Array:
 
 
 def _logits(
-    model: Any, encoder: Encoder, examples: Examples, batch_size: int
+    model: Any, encoder: Encoder, examples: Examples, batch_size: int, shapes: int = 4
 ) -> Float[np.ndarray, "n classes"]:
     """The logits of each example, in order."""
     layout = Layout({})
     layout.check_batch(batch_size)
-    batches = encoder.batches(examples._replace(labels=None), batch_size)
+    batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
     with layout.active():
         found: dict[int, Any] = {}
         for step in range(len(batches)):
@@ -251,6 +251,8 @@ def predict(
         InputError: A text is too long.
     """
     encoder = Encoder(model, max_length, truncate)
+    if not texts.texts:
+        return np.zeros((0, model.config.num_labels), np.float32)
     return _logits(model, encoder, encoder(texts), batch_size)
 
 

@@ -16,7 +16,6 @@ from fusion_jax.finetune.losses import Loss, Total
 from fusion_jax.finetune.optimiser import Multipliers, optimiser, resolved
 from fusion_jax.finetune.parts import Parts, Trains
 from fusion_jax.finetune.sharding import Layout
-from fusion_jax.forms import params_dtype
 
 Rule = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
 """What variables that do not train are in a step, by path: a function of what trains, of all other
@@ -68,12 +67,14 @@ class Loop:
         self.parts = Parts(
             model,
             config.train if trains is None else trains,
-            compute_dtype=_compute_dtype(model, config),
+            compute_dtype=config.compute_dtype and jnp.dtype(config.compute_dtype),
             remat=config.remat,
         )
         self.layout = layout = Layout(self.parts.widths)
         layout.check_batch(config.batch_size, config.accumulate)
-        self.factors = resolved(config, multipliers, self.parts.split(model)[0])
+        self.factors = resolved(
+            config, multipliers, {path: self.parts.shapes[path] for path in self.parts.trained}
+        )
         self._config, self._rule = config, rule
         self._tx = optimiser(config, steps, self.factors)
         # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
@@ -109,9 +110,13 @@ class Loop:
 
     def model(self, state: TrainState) -> Any:
         """The model of a state, with arrays of its own."""
-        arrays = {**state.params, **state.rest}
-        copies = {path: jnp.array(x) for path, x in self.layout.gathered(arrays).items()}
-        return self.parts.merge(copies, {})
+        arrays = self.layout.gathered({**state.params, **state.rest})
+        own = {
+            # What merging casts is new already.
+            path: jnp.array(x) if x.dtype == self.parts.shapes[path].dtype else x
+            for path, x in arrays.items()
+        }
+        return self.parts.merge(own, {})
 
     def _update(self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)
@@ -162,9 +167,3 @@ def carried(old: TrainState, new: TrainState) -> TrainState:
         return known[path] if path in known and known[path].shape == x.shape else x
 
     return jax.tree_util.tree_map_with_path(leaf, new)
-
-
-def _compute_dtype(model: Any, config: TrainConfig) -> Any:
-    if config.compute_dtype is not None:
-        return jnp.dtype(config.compute_dtype)
-    return params_dtype(model)

@@ -61,6 +61,8 @@ class Parts:
                     module.dtype = jnp.dtype(compute_dtype)
         self._graph, state = nnx.split(abstract)
         self._flat = {_join(path): (path, v) for path, v in nnx.to_flat_state(state)}
+        self.shapes = {path: v.get_value() for path, (_, v) in self._flat.items()}
+        """Shape and dtype of every variable."""
         self._compute_dtype = compute_dtype
         self._remat = remat
         self.widths = _width_axes(abstract)

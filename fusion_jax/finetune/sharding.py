@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -98,13 +99,19 @@ class Layout:
         """The sharding of what every device has; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def own(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Copies of variables at their places, so that the caller's are never donated."""
-        if self.mesh is None:
-            return {path: jnp.array(x) for path, x in arrays.items()}
+    def own(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Copies of variables at their places, so that the caller's are never donated.
+
+        Empties the dict: all that is in float32 for training would be there twice.
+        """
         shardings = self.shardings(arrays)
-        host = {path: np.asarray(x) for path, x in arrays.items()}
-        return {path: _put(x, shardings[path]) for path, x in host.items()}
+        found = {}
+        for path in list(arrays):
+            x = arrays.pop(path)
+            found[path] = (
+                jnp.array(x) if shardings is None else _put(np.asarray(x), shardings[path])
+            )
+        return found
 
     def everywhere(self, tree: Any) -> Any:
         """A pytree of arrays with all of it on every device."""
@@ -124,7 +131,12 @@ class Layout:
         """Variables with all of each on every device, so that any process can write them."""
         if self.mesh is None:
             return dict(arrays)
-        return jax.jit(lambda x: x, out_shardings=self.replicated)(dict(arrays))
+        return _gather(self.replicated)(dict(arrays))
+
+
+@lru_cache
+def _gather(sharding: NamedSharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _put(x: np.ndarray, sharding: NamedSharding) -> Array:

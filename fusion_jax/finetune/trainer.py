@@ -214,7 +214,7 @@ def fit(
                 while done < steps and not stop.agreed(done, config.log_every):
                     batch = batches(done)
                     state, numbers = loop.step(state, batch, done)
-                    watch.add(numbers, int(batch["attention_mask"].sum()))
+                    watch.add(numbers, _tokens(batch))
                     done += 1
                     if on_step is not None:
                         state = on_step(done, state) or state
@@ -254,6 +254,13 @@ def fit(
             if saved is not None:
                 saved.close()
         return Fit(model=loop.model(state), step=done, finished=done == steps, history=history)
+
+
+def _tokens(batch: Mapping[str, np.ndarray]) -> int:
+    """The tokens of a batch; its rows if it has none."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].size if "input_ids" in batch else len(next(iter(batch.values())))
 
 
 def _origins(before: Collection[str], now: Collection[str]) -> dict[str, str]:
