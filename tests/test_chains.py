@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
+from fusion_jax import mpo
 from fusion_jax.finetune import (
     Chains,
     importance_by_gradient,
@@ -84,6 +85,18 @@ def test_every_core_trains(model, data, key):
     assert len(cores) == 8 and cores <= moved(chained, fit.model)
     plain = fj.plain(fit.model)
     np.testing.assert_allclose(logits(plain), logits(fit.model), atol=1e-5)
+
+
+def test_a_chain_that_is_not_its_matrix_is_refused(model, monkeypatch):
+    right = mpo.decompose
+
+    def wrong(matrix, layout):
+        train = right(matrix, layout)
+        return train._replace(cores=(train.cores[0] * 1.01, *train.cores[1:]))
+
+    monkeypatch.setattr(mpo, "decompose", wrong)
+    with pytest.raises(ArithmeticError, match="above its bound"):
+        overparameterise(model, ["layers.0.mlp.up"], cores=7)
 
 
 @pytest.mark.parametrize("path", ["layers.0.mlp", "layers.7.mlp.up", "embeddings.word"])

@@ -39,6 +39,7 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
 
     Raises:
         InputError: A path is no plain linear layer.
+        ArithmeticError: A chain is not its matrix, by more than rounding.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.1, with 11 cores.
@@ -64,18 +65,18 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
         layout = mpo.chain(layer.in_features, layer.out_features, cores)
         form = mpo.Mpo.abstract(layer, **layout._asdict())
         kernel = wide(matrix_of(layer))
-        form.load(
-            _chain(kernel, layout, len(stack_of(layer))),
-            None if layer.bias is None else layer.bias[...],
-        )
+        arrays, excess = _chain(kernel, layout, len(stack_of(layer)))
+        mpo.check_bound(excess)
+        form.load(arrays, None if layer.bias is None else layer.bias[...])
         new = replaced(new, path, form)
     return new
 
 
 @partial(jax.jit, static_argnames=("layout", "stacked"))
-def _chain(kernel: Array, layout: mpo.Layout, stacked: int) -> tuple[Array, ...]:
-    def one(matrix: Array) -> tuple[Array, ...]:
-        return mpo.decompose(matrix, layout).cores
+def _chain(kernel: Array, layout: mpo.Layout, stacked: int) -> tuple[tuple[Array, ...], Array]:
+    def one(matrix: Array) -> tuple[tuple[Array, ...], Array]:
+        train = mpo.decompose(matrix, layout)
+        return train.cores, mpo.excess(matrix, train)
 
     return jax.lax.map(one, kernel) if stacked else one(kernel)
 
