@@ -1,5 +1,6 @@
 """Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
 
+import importlib.util
 import itertools
 import os
 import shutil
@@ -27,6 +28,14 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("torch") is None:
+        skip = pytest.mark.skip(reason="torch is not installed")
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(skip)
 
 
 _PROGRAMS = "FUSION_JAX_TEST_PROGRAMS"

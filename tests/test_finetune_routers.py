@@ -1,6 +1,5 @@
 """The routers' auxiliary losses in training, and tuning of encoder-decoders."""
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -82,7 +81,7 @@ def test_equal_formulas_by_hand(family, tmp_path):
         np.testing.assert_allclose(have, weights[0] * balance + weights[1] * z, rtol=2e-3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.torch
 @families
 def test_equal_the_loss_of_transformers(family, tmp_path):
     """Switch's counts padding there, so that there is none here."""

@@ -1,6 +1,5 @@
 """Models against Hugging Face's, by committed goldens; live where torch is installed."""
 
-import importlib.util
 import re
 from functools import partial
 from pathlib import Path
@@ -142,11 +141,6 @@ def test_minilm_equals_hugging_face():
     assert_close(ours, golden)
 
 
-torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="torch is not installed"
-)
-
-
 def torch_output(folder: Path, family, head, batch):
     import torch
 
@@ -157,7 +151,7 @@ def torch_output(folder: Path, family, head, batch):
     return (out.last_hidden_state if head is None else out.logits).numpy()
 
 
-@torch
+@pytest.mark.torch
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 24)], ids=str)
 def test_export_equals_ours_in_transformers(case, widths, tmp_path):
     family, head, model, batch = case.family, case.head, case.model, case.batch
@@ -174,7 +168,7 @@ def test_export_equals_ours_in_transformers(case, widths, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
-@torch
+@pytest.mark.torch
 def test_goldens_are_what_torch_gives(case):
     family, head = case.family, case.head
     golden = tiny.read_golden(family, head).outputs

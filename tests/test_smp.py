@@ -551,8 +551,10 @@ def test_label_words_are_those_of_the_masked_lm_head(family, tmp_path):
         np.testing.assert_allclose(logits, out.logits, atol=1e-5)
 
 
+@pytest.mark.torch
 def test_exported_label_words_equal_hugging_face(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     folder = tiny.checkpoint(tmp_path / "model", "bert", "masked-lm")
     pruned = masked(fj.load(folder, head="classification", label_words=(17, 4)))
     batch = tiny.batch("bert")
