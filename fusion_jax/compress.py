@@ -246,7 +246,10 @@ def compress_mlp(
         raise InputError(
             f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
         )
-    return solve(method, act, (subs, jax.random.split(key, stack), calibration, gradients))
+    keys = jax.random.split(key, stack)
+    solution = solve(method, act, (subs, keys, calibration, gradients))
+    method.verify(solution)
+    return solution
 
 
 def _stack(trees: list[TreeT]) -> TreeT:

@@ -50,6 +50,26 @@ def test_sketch_mixes_the_units_that_are_not_kept(keep, gated):
     assert 0.6 < np.square(mixture).mean() * (KEPT - whole) < 1.5
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_clustering_puts_the_root_of_sizes_on_both_sides(gated):
+    """On the clusters that the same key gives `Fusion`."""
+    subs, _, solution = solved(fj.METHODS["clustering"](width=KEPT), gated)
+    _, _, fused = solved(fj.Fusion(width=KEPT), gated)
+    labels = np.asarray(fused.parts.labels)
+    sizes = np.bincount(labels, minlength=KEPT)
+    assert sizes.max() > 1
+    for name in ("up", "up_bias", "down", "gate", "gate_bias"):
+        rows, found = getattr(subs, name), getattr(solution.parts, name)
+        if rows is None:
+            assert found is None
+            continue
+        means = np.stack([np.asarray(rows)[labels == c].mean(0) for c in range(KEPT)])
+        # Inside the activation of a gated MLP, a root would be no factor.
+        roots = np.ones(KEPT) if name.startswith("gate") else sizes**0.5
+        expected = means * roots.reshape(-1, *(1,) * (means.ndim - 1))
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+
+
 def test_sketch_is_right_in_the_mean():
     subs = an_mlp(gated=False).sub_mlps()
     both = jnp.einsum("pd,po->do", subs.up, subs.down)

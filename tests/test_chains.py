@@ -598,6 +598,30 @@ def test_a_lottery_that_is_told_to_stop_goes_on_in_its_round(model, data, key, t
         lottery(model, train, folder=tmp_path, **{**options, "keep": 0.5})
 
 
+def test_rounds_are_for_one_model(chained, model, data, key, tmp_path):
+    other = cut(chained, Cut("layers.1.mlp.up", 0, 31, 0.0))
+    other = fj.compress_matrices(
+        fj.plain(other), fj.MPO(bond=None, cores=3), matrices=r"layers\.\d\.mlp\..*"
+    )[0]
+    options = {"tolerance": 10.0, "rounds": 1}
+
+    def train(model, folder):
+        return model
+
+    squeeze(chained, train, lambda m: 0.0, folder=tmp_path / "a", **options)
+    with pytest.raises(fj.InputError, match=r"other settings \(model '\w+', now '\w+'\)"):
+        squeeze(lightweight(other), train, lambda m: 0.0, folder=tmp_path / "a", **options)
+    lottery(model, train, rounds=1, folder=tmp_path / "b")
+    with pytest.raises(fj.InputError, match=r"other settings \(model '\w+', now '\w+'\)"):
+        lottery(fj.plain(other), train, rounds=1, folder=tmp_path / "b")
+
+    def never(model, folder):
+        raise AssertionError
+
+    with pytest.raises(fj.InputError, match="kept in a folder; leave folder out"):
+        lottery(model.layers[0].mlp, never, rounds=1, folder=tmp_path / "c")
+
+
 def test_lottery_prunes_what_training_leaves_small(model, data, key):
     config = dataclasses.replace(CONFIG, max_steps=2, warmup=0.0)
     trained = []

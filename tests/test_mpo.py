@@ -171,6 +171,8 @@ def test_compressing_checks_each_matrix_by_its_own_bound(bond, shape, spoil, key
     spoil(shape)
     with ABOVE:
         fj.compress(mlp, fj.MPO(bond=bond, cores=3), key=key)
+    with ABOVE:
+        fj.compress_mlp(mlp.sub_mlps(), fj.MPO(bond=bond, cores=3), key=key)
 
 
 def test_compressing_matrices_and_embeddings_checks_their_bounds(spoil):
@@ -462,11 +464,19 @@ def test_factors_that_are_none(fields, message):
         fj.MPO(**fields)
 
 
-def test_factors_that_are_too_small(key):
-    mlp = fj.Mlp(13, 24, act="relu", rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(("d", "p"), [(13, 24), (12, 12), (6, 24)])
+def test_factors_that_do_not_fit(d, p, key):
+    mlp = fj.Mlp(d, p, act="relu", rngs=nnx.Rngs(0))
     method = fj.MPO(bond=None, cores=3, inputs=(2, 3, 2), outputs=(3, 2, 4))
-    with pytest.raises(fj.InputError, match="factors of 12 and 24 are too small for a 13 x 24"):
+    message = f"factors of 12 and 24 do not fit a {d} x {p} matrix, either way round: each must be"
+    with pytest.raises(fj.InputError, match=message):
         fj.compress(mlp, method, key=key)
+
+
+def test_of_two_ways_round_the_better_one_is_taken():
+    method = fj.MPO(bond=None, cores=2, inputs=(4, 5), outputs=(4, 4))
+    assert method.layout(16, 20).inputs == (4, 4) and method.layout(20, 16).inputs == (4, 5)
+    assert method.layout(15, 19).outputs == (4, 5)
 
 
 def test_published_chain():

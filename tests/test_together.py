@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import fusion_jax as fj
 from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import lightweight
+from fusion_jax.finetune import lightweight, lottery
 from fusion_jax.forms import forms
 from tests import tiny
 from tests.test_compress import method, methods
@@ -62,6 +62,18 @@ def test_every_method_takes_experts(name, family, mixtures, key, tmp_path):
     for path, (_, x) in flat(exported).items():
         if not path.startswith(row.site):
             np.testing.assert_array_equal(x, flat(model)[path][1], err_msg=path)
+
+
+def test_lottery_tickets_of_experts(mixtures):
+    model, layers = mixtures["mixtral"], MIXTURES["mixtral"]
+    ticket = lottery(model, lambda m, folder: m, keep=0.25, rounds=2, layers=layers).model
+    (site,) = (s for s in fj.sites(ticket) if s.path == "layers.0.mlp.experts")
+    masks = [np.asarray(layer.mask[...]) for layer in site.mlp.linears().values()]
+    assert sum(mask.sum() for mask in masks) == sum(mask.size for mask in masks) // 4
+    weights = [np.abs(np.asarray(layer.kernel[...])) for layer in site.mlp.linears().values()]
+    kept, gone = (np.concatenate([w[m == on] for w, m in zip(weights, masks, strict=True)])
+                  for on in (True, False))  # fmt: skip
+    assert kept.min() >= gone.max()
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def lottery(
 
     Raises:
         InputError: ``keep`` or ``rounds`` is out of range, ``layers`` matches nothing, or the
-            folder was begun with other settings.
+            folder was begun with other settings or another model.
 
     References:
         Frankle and Carbin (2019), The Lottery Ticket Hypothesis; the baseline LTH of MLP Fusion
@@ -95,7 +95,7 @@ def lottery(
     if isinstance(origin, Origin):
         # In place of what `compress` wrote, which kept all.
         ticket.origin = origin.after({"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen})
-    kept = Rounds(folder, "ticket", {"keep": keep, "rounds": rounds, "sites": chosen})
+    kept = Rounds(folder, "ticket", model, {"keep": keep, "rounds": rounds, "sites": chosen})
     read, finished = kept.notes(), True
     done = 0 if read is None else read["done"]
     if done:

@@ -110,7 +110,7 @@ class Chains:
     cores: int = 11
     batches: int | None = 32
     scores: list[dict[str, float]] = field(default_factory=list, init=False)
-    """What was measured, round by round."""
+    """What this object measured, round by round: after going on, without the earlier ones."""
 
     def __post_init__(self):
         for name in ("every", "per_round", "total"):
@@ -134,12 +134,18 @@ class Chains:
                 check_plain(layer, path)
         return found
 
+    def _grew(self, layer: Any) -> bool:
+        """Whether a layer is a chain as these grow, and not one of another kind from the start."""
+        if not isinstance(layer, mpo.Mpo):
+            return False
+        return layer.layout == mpo.chain(layer.in_features, layer.out_features, self.cores)
+
     def choose(self, model: Any, step: int) -> list[str] | None:
         """The paths of the matrices that grow now, or None if all have."""
         found = self._found(model)
         grown: dict[str, int] = {}
         for path, layer in found.items():
-            if isinstance(layer, Form):
+            if self._grew(layer):
                 grown[type_of(path)] = grown.get(type_of(path), 0) + 1
         plain = {path for path, layer in found.items() if not isinstance(layer, Form)}
         open_paths = {path for path in plain if grown.get(type_of(path), 0) < self.total}

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 
+from fusion_jax.errors import InputError
 from fusion_jax.finetune.artefacts import replace
+from fusion_jax.finetune.fingerprints import fingerprint_of_model
 from fusion_jax.finetune.trainer import Fit, check_same
+from fusion_jax.origin import Origin
 
 
 def outcome(result: Any) -> tuple[Any, bool]:
@@ -34,20 +37,36 @@ class Rounds:
     Args:
         folder: The folder; None keeps nothing.
         name: What the method makes, such as "squeezed": names of its notes and models.
-        settings: What a call that goes on must have had the same, as JSON values by name.
+        model: The model that rounds begin with.
+        settings: What a call that goes on must have had the same, besides the model, as JSON
+            values by name.
+
+    Raises:
+        InputError: The model cannot be saved.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None, name: str, settings: Mapping[str, Any]
+        self,
+        folder: str | os.PathLike[str] | None,
+        name: str,
+        model: Any,
+        settings: Mapping[str, Any],
     ):
         self.folder = None if folder is None else Path(folder)
         self._name, self._settings = name, dict(settings)
+        if folder is not None:
+            if not isinstance(getattr(model, "origin", None), Origin):
+                raise InputError(
+                    "only models that came from fusion_jax.load can be kept in a folder; leave "
+                    "folder out"
+                )
+            self._settings["model"] = fingerprint_of_model(model)
 
     def notes(self) -> dict[str, Any] | None:
         """What was noted last; None if nothing was.
 
         Raises:
-            InputError: The folder was begun with other settings.
+            InputError: The folder was begun with other settings, or another model.
         """
         if self.folder is None or not self._notes.is_file():
             return None

@@ -342,7 +342,8 @@ def static_prune(
         key: Random key of dropout and of the order of the examples.
         teacher: A model fine-tuned on the task, for distillation with `losses.distilled`.
         loss: What is minimised besides the penalty, made of the task's loss, in place of that: for
-            a teacher in another way, ``partial(losses.distilled, teacher, reverse=True)``.
+            a teacher in another way, ``partial(losses.distilled, teacher, reverse=True)``. A run
+            that is gone on with does not tell whether it is the same.
         folder: Where the run is kept, as in `finetune`. The artefacts ``best`` and ``last`` are
             masks beside a reference to the model (`save_masks`); only models with the share that
             was asked for are taken for the best.

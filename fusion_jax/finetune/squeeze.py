@@ -227,7 +227,7 @@ def squeeze(
 
     Raises:
         InputError: The model has no chain, a number is out of range, or the folder was begun with
-            other settings.
+            other settings or another model.
 
     References:
         MPOP (Liu et al., ACL 2021), algorithm 2: stop when the gap is above the tolerance, as its
@@ -247,7 +247,7 @@ def squeeze(
     for path, form in found.items():
         settings[f"bonds of {path}"] = list(form.layout.bonds)
         settings[f"Frozen cores of {path}"] = list(form.frozen)
-    kept_rounds = Rounds(folder, "squeezed", settings)
+    kept_rounds = Rounds(folder, "squeezed", model, settings)
     kept: list[tuple[Cut, float]] = []
     read = kept_rounds.notes()
     if read is None:

@@ -119,6 +119,9 @@ class Method:
         """
         raise NotImplementedError
 
+    def verify(self, solution: Solution) -> None:
+        """Raises an error if a solution is not as good as it must be; outside ``jit``."""
+
     def build(self, mlp: Mlp, solution: Solution) -> Any:
         """The module that takes the place of an MLP; the MLP is left as it is."""
         raise NotImplementedError

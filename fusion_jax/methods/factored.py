@@ -108,9 +108,6 @@ class Factored(Method):
         new.load(arrays, None if linear.bias is None else linear.bias[...])
         return new
 
-    def verify(self, solution: Solution) -> None:
-        """Raises an error if a solution is not as good as it must be."""
-
     def build(self, mlp: Mlp, solution: Solution) -> Any:
         """The MLP with its matrices in their form."""
         self.verify(solution)

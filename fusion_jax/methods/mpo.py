@@ -51,7 +51,7 @@ class MPO(Factored):
     cores: int = 5
     """Tensors of a chain."""
     inputs: Sequence[int] | None = None
-    """A factor of the rows for each tensor (default: found); swapped where only that fits."""
+    """A factor of the rows for each tensor (default: found); swapped where that fits better."""
     outputs: Sequence[int] | None = None
     """A factor of the columns for each tensor, with ``inputs``."""
 
@@ -87,13 +87,15 @@ class MPO(Factored):
         if self.inputs is None or self.outputs is None:
             return mpo.layout_of(d, o, self.cores)
         given = tuple(self.inputs), tuple(self.outputs)
-        for rows, columns in (given, given[::-1]):
-            if math.prod(rows) >= d and math.prod(columns) >= o:
-                return mpo.Layout(rows, columns, mpo.full_bonds(rows, columns))
-        raise InputError(
-            f"factors of {math.prod(self.inputs)} and {math.prod(self.outputs)} are too small for "
-            f"a {d} x {o} matrix, either way round"
+        rows, columns = min(
+            (given, given[::-1]), key=lambda pair: _misfit(pair[0], d) + _misfit(pair[1], o)
         )
+        if _misfit(rows, d) + _misfit(columns, o) == math.inf:
+            raise InputError(
+                f"factors of {math.prod(self.inputs)} and {math.prod(self.outputs)} do not fit a "
+                f"{d} x {o} matrix, either way round: each must be its size, or less than twice it"
+            )
+        return mpo.Layout(rows, columns, mpo.full_bonds(rows, columns))
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
         """The factors and bonds."""
@@ -131,3 +133,9 @@ class MPO(Factored):
 
     def _sized(self, share: float) -> MPO:
         return dataclasses.replace(self, bond=share)
+
+
+def _misfit(factors: Sequence[int], size: int) -> float:
+    """The share by which factors are above a size; infinite below it, or from twice it on."""
+    above = math.prod(factors) / size - 1
+    return above if 0 <= above < 1 else math.inf
