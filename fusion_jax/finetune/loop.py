@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,7 @@ class Loop:
         multipliers: Of the learning rate, by path.
         rule: What variables that do not train are in each step.
         key: Random key of dropout.
+        cohorts: Which parameters began together, see `optimiser`.
 
     Raises:
         InputError: The arguments do not fit together.
@@ -63,6 +64,7 @@ class Loop:
         multipliers: Multipliers | None,
         rule: Rule | None,
         key: Array,
+        cohorts: Mapping[str, int] | None = None,
     ):
         self.parts = Parts(
             model,
@@ -76,16 +78,27 @@ class Loop:
             config, multipliers, {path: self.parts.shapes[path] for path in self.parts.trained}
         )
         self._config, self._rule = config, rule
-        self._tx = optimiser(config, steps, self.factors)
+        self._tx = optimiser(config, steps, self.factors, cohorts)
         # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
         bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
         self._loss = layout.everywhere(bound)
         self._key = layout.everywhere(jax.random.key_data(key))
         self._impl = jax.random.key_impl(key)
 
-    def start(self, model: Any) -> TrainState:
-        """The state before the first step."""
-        params, rest = (self.layout.own(arrays) for arrays in self.parts.split(model))
+    def start(self, model: Any, precise: Any = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            model: The model.
+            precise: The same before what trains was rounded to its dtype, if it was.
+
+        Returns:
+            The state.
+        """
+        params, rest = self.parts.split(model)
+        if precise is not None:
+            params, _ = self.parts.split(precise)
+        params, rest = self.layout.own(params), self.layout.own(rest)
         shardings = None
         if self.layout.mesh is not None:
             abstract = jax.eval_shape(self._tx.init, params)
@@ -117,6 +130,13 @@ class Loop:
             for path, x in arrays.items()
         }
         return self.parts.merge(own, {})
+
+    def precise(self, state: TrainState) -> Any:
+        """The model of a state with what trains as it is there, or None if `model` rounds none."""
+        if all(x.dtype == self.parts.shapes[path].dtype for path, x in state.params.items()):
+            return None
+        arrays = self.layout.gathered({**state.params, **state.rest})
+        return self.parts.precise({path: jnp.array(x) for path, x in arrays.items()}, {})
 
     def _update(self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)

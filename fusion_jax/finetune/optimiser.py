@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,10 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def optimiser(
-    config: TrainConfig, steps: int, factors: Mapping[str, Sequence[Any]] | None = None
+    config: TrainConfig,
+    steps: int,
+    factors: Mapping[str, Sequence[Any]] | None = None,
+    cohorts: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser of a configuration.
 
@@ -60,6 +63,9 @@ def optimiser(
         config: The configuration.
         steps: All steps of the run.
         factors: What multiplies the learning rate of some parameters, see `resolved`.
+        cohorts: Which parameters began together, for a run in which they begin at several times:
+            AdamW counts the steps of each cohort by itself, since moments that began later are
+            nearer to 0. Those that are not named are of cohort 0.
 
     Returns:
         An optax transformation for parameters in a dict by path.
@@ -71,7 +77,8 @@ def optimiser(
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     if config.optimiser == "adamw":
-        parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+        numbers = config.beta1, config.beta2, config.epsilon
+        parts.append(optax.scale_by_adam(*numbers) if cohorts is None else _adam(*numbers, cohorts))
     elif config.momentum:
         parts.append(optax.trace(config.momentum))
     if config.weight_decay:
@@ -80,6 +87,44 @@ def optimiser(
         parts.append(optax.stateless(_scaling(factors)))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
     return optax.chain(*parts)
+
+
+class _Moments(NamedTuple):
+    """The state of `_adam`: `optax.ScaleByAdamState` with a count for each cohort."""
+
+    counts: Mapping[str, Any]
+    mu: Any
+    nu: Any
+
+
+def _adam(
+    b1: float, b2: float, eps: float, cohorts: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` for parameters that begin at several times.
+
+    Of optax's own, ``partition`` would do this, but for meshes: ``tree.map_params`` does not know
+    what is a parameter in its state.
+    """
+
+    def init(params: Any) -> _Moments:
+        # For `tree.map_params`, parameters are one placeholder.
+        every = {"0", *map(str, cohorts.values())}
+        counts = {number: jnp.zeros((), jnp.int32) for number in sorted(every)}
+        return _Moments(counts, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        counts = {number: optax.safe_increment(n) for number, n in state.counts.items()}
+        found = {}
+        for path in updates:
+            count = counts[str(cohorts.get(path, 0))]
+            first = optax.tree.bias_correction(mu[path], b1, count)
+            second = optax.tree.bias_correction(nu[path], b2, count)
+            found[path] = first / (jnp.sqrt(second) + eps)
+        return found, _Moments(counts, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decays(params: Params) -> dict[str, bool]:

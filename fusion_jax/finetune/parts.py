@@ -87,6 +87,12 @@ class Parts:
         """The model with given arrays, each in its variable's own dtype."""
         return self._merged(self._own, {**params, **rest}, None)
 
+    def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
+        """The model with given arrays as they are."""
+        arrays = {**params, **rest}
+        flat = {path: v.replace(arrays[name]) for name, (path, v) in self._flat.items()}
+        return nnx.merge(self._own, nnx.from_flat_state(flat))
+
     def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
         """The model as it is computed: in the dtype to compute in; layers under remat."""
         model = self._merged(self._graph, {**params, **rest}, self._compute_dtype)

@@ -151,10 +151,12 @@ def fit(
     """
     steps = config.steps(len(batches))
 
-    loop = Loop(model, trains, loss, config, steps, multipliers, rule, key)
+    cohorts = None if growth is None else {}
+    loop = Loop(model, trains, loss, config, steps, multipliers, rule, key, cohorts)
     factors, params, all_params = loop.factors, loop.parts.trained, loop.parts.trainable
-    if growth is not None:
+    if growth is not None and cohorts is not None:
         _check_numbers(factors, growth.replaceable(model))
+        cohorts.update(dict.fromkeys(all_params, 0))
 
     def grown(model: Any) -> Loop:
         """The loop of a changed model: patterns were for the paths that the first one has."""
@@ -170,7 +172,15 @@ def fit(
             {path: math.prod(each) for path, each in rates.items()},
             rule,
             key,
+            cohorts,
         )
+
+    def changed(model: Any, number: int, change: Any) -> Any:
+        assert growth is not None and cohorts is not None
+        model = growth.apply(model, change)
+        for path in Parts(model).trainable:
+            cohorts.setdefault(path, number)
+        return model
 
     run = {
         "config": {k: v for k, v in config.to_json().items() if k not in _HARMLESS},
@@ -191,9 +201,8 @@ def fit(
                 check_same(folder, meta["run"], json.loads(json.dumps(run)))
                 history, done, changes = meta["history"], saved.latest, meta.get("changes", [])
         if changes:
-            assert growth is not None
-            for change in changes:
-                model = growth.apply(model, change)
+            for i, change in enumerate(changes):
+                model = changed(model, i + 1, change)
             loop = grown(model)
         state = loop.start(model)
         if done:
@@ -237,9 +246,12 @@ def fit(
                         change = growth.choose(model, done)
                         if change is not None:
                             changes.append(change)
-                            model = growth.apply(model, change)
+                            precise = loop.precise(state)
+                            if precise is not None:
+                                precise = growth.apply(precise, change)
+                            model = changed(model, len(changes), change)
                             loop = grown(model)
-                            state = carried(state, loop.start(model))
+                            state = carried(state, loop.start(model, precise))
                         watch.restart()
                     if saves:
                         assert saved is not None
