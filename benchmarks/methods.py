@@ -62,8 +62,10 @@ from fusion_jax.finetune import (
     top_of_each_type,
 )
 from fusion_jax.finetune.smp import SCORES, StaticPruning, static_prune
+from fusion_jax.finetune.squeeze import cheapest_cut, cut
 from fusion_jax.forms import Masked, forms
 from fusion_jax.masks import save_masks
+from fusion_jax.matrices import select_matrices
 from fusion_jax.report import num_params
 from fusion_jax.text import batches, load_tokenizer
 from fusion_jax.verify import Probability
@@ -76,6 +78,9 @@ STEPS = {"": 150, "sst2": 150, "cola": 400}
 """Steps of fine-tuning; before about 300, CoLA's scores of all methods are 0."""
 KERNEL_TEXTS = 48
 """Dev sentences that kernels are compared on."""
+CUTS = 5
+"""Cuts of squeezing, at most."""
+LINEARS = r"layers\..*"
 MATRICES = r"layers\.[2-5]\.mlp\..*"
 
 
@@ -220,7 +225,7 @@ def _lottery(run: Run) -> Any:
     return lottery(run.model, train, keep=BUDGET, rounds=3, layers=LAYERS, progress=False).model
 
 
-def _squeezing(run: Run) -> Any:
+def _squeezed(run: Run) -> tuple[Any, Any]:
     fit = run.train(lightweight(_chains(run)))
     source, loss = run.source(run.model)
     steps = max(1, (run.config.max_steps or 150) // 15)
@@ -231,16 +236,12 @@ def _squeezing(run: Run) -> Any:
     def measure(model: Any) -> float:
         return mean_loss(model, source, loss, batches=20)
 
-    return squeeze(fit.model, train, measure, rounds=5, step=64, progress=False)
-
-
-def _squeezed(run: Run) -> tuple[Any, Any]:
-    found = _squeezing(run)
-    last = run.train(found.model, steps=max(1, (run.config.max_steps or 150) // 15))
+    found = squeeze(fit.model, train, measure, rounds=CUTS, step=64, progress=False)
+    last = run.train(found.model, steps=steps)
     return last.model, {**last.history[-1], "cuts": len(found.cuts)}
 
 
-def _overparameterised(run: Run, dynamic: bool) -> Any:
+def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
     cores, count = 4, 2
     if dynamic:
         source, loss = run.source(run.model)
@@ -248,16 +249,13 @@ def _overparameterised(run: Run, dynamic: bool) -> Any:
         growth = Chains(
             source=source, loss=loss, every=every, per_round=1, total=count, cores=cores
         )
-        return run.train(run.model, growth=growth)
-    trained = run.train(run.model).model
-    source, loss = run.source(trained)
-    scores = importance_by_removal(trained, source, loss, matrices=r"layers\..*", batches=8)
-    chosen = top_of_each_type(scores, count)
-    return run.train(overparameterise(run.model, chosen, cores=cores))
-
-
-def _contracted(run: Run, dynamic: bool) -> tuple[Any, Any]:
-    fit = _overparameterised(run, dynamic)
+        fit = run.train(run.model, growth=growth)
+    else:
+        trained = run.train(run.model).model
+        source, loss = run.source(trained)
+        scores = importance_by_removal(trained, source, loss, matrices=LINEARS, batches=8)
+        chosen = top_of_each_type(scores, count)
+        fit = run.train(overparameterise(run.model, chosen, cores=cores))
     return fj.plain(fit.model), fit.history[-1]
 
 
@@ -289,22 +287,38 @@ def _static(run: Run, keep: float) -> tuple[Any, Any]:
     return fit.model, fit.history[-1]
 
 
+def _cut(run: Run) -> Any:
+    """Chains with as many cuts as squeezing makes, but no training between."""
+    model = lightweight(_chains(run))
+    for _ in range(CUTS):
+        chosen = cheapest_cut(model, step=64)
+        assert chosen is not None
+        model = cut(model, chosen)
+    return model
+
+
+def _widened(run: Run) -> Any:
+    """Two matrices of each type as chains; which ones changes no cost."""
+    found = {path: float(k) for k, path in enumerate(select_matrices(run.model, LINEARS))}
+    return overparameterise(run.model, top_of_each_type(found, 2), cores=4)
+
+
 KEPT = {f"static, {keep:.0%} kept": keep for keep in (0.8, 0.5, 0.1)}
 """Shares of weights that static pruning keeps, by name."""
 BEGUN: dict[str, Callable[[Run], Any]] = {
     "dense": lambda run: run.model,
     **COMPRESSED,
-    "lottery ticket": _lottery,
+    "lottery ticket": COMPRESSED["masks, magnitude"],
     "mpo, full": _chains,
     "mpo, full, lightweight": lambda run: lightweight(_chains(run)),
     "mpo, lightweight": lambda run: lightweight(COMPRESSED["mpo"](run)),
-    "mpo, squeezed": lambda run: _squeezing(run).model,
-    "overparam, static": lambda run: _overparameterised(run, dynamic=False).model,
-    "overparam, dynamic": lambda run: _overparameterised(run, dynamic=True).model,
+    "mpo, squeezed": _cut,
+    "overparam, static": _widened,
+    "overparam, dynamic": _widened,
     **dict.fromkeys(KEPT, lambda run: run.model),
 }
-"""Models whose training steps are timed, at their dearest, by method: as fine-tuning begins with
-them, and chains that grow in training as they are after it."""
+"""Models whose training steps are timed, by method: as fine-tuning begins with them, or, of those
+that change in training, of the shapes that they end with."""
 
 
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
@@ -315,8 +329,8 @@ TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
     "mpo, full, lightweight": _fit(lambda run: lightweight(_chains(run))),
     "mpo, lightweight": _fit(lambda run: lightweight(COMPRESSED["mpo"](run))),
     "mpo, squeezed": _squeezed,
-    "overparam, static": partial(_contracted, dynamic=False),
-    "overparam, dynamic": partial(_contracted, dynamic=True),
+    "overparam, static": partial(_overparameterised, dynamic=False),
+    "overparam, dynamic": partial(_overparameterised, dynamic=True),
     **{name: partial(_static, keep=keep) for name, keep in KEPT.items()},
 }
 """What is fine-tuned, by name."""
@@ -346,6 +360,10 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
     made = BEGUN[cell.method](run)
     jax.block_until_ready(nnx.state(made))
     row: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    # In the same process, as machines are not equally fast at all times.
+    plain = Timed(run)
+    plain.train(run.model)
+    row["dense_step_seconds"] = plain.step_seconds
     timed, kept, save = Timed(run), made, fj.save
     if cell.method in KEPT:
         kept, save = _masks(timed, keep=KEPT[cell.method]).model, save_masks
@@ -475,11 +493,15 @@ def agreement(rows: list[dict[str, Any]], *, but: str = "") -> list[dict[str, An
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Dev scores against the time of a training step."""
+    """Dev scores against the time of a training step, relative to the dense model's."""
     plt = pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
     figure, every = plt.subplots(1, len(tasks), figsize=(9, 4.6), layout="constrained")
-    steps = {row["method"]: row["step_seconds"] for row in rows if "step_seconds" in row}
+    steps = {
+        row["method"]: row["step_seconds"] / row["dense_step_seconds"]
+        for row in rows
+        if "step_seconds" in row
+    }
     names = [name for name in TRAINED if name in steps]
     kinds = list(dict.fromkeys(name.partition(",")[0] for name in names))
     tab = plt.colormaps["tab10"].colors  # without its grey
@@ -522,7 +544,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
-        axes.set_xlabel("seconds of a training step")
+        axes.set_xlabel("time of a training step, dense = 1")
         axes.set_title(f"{task}: {GLUE[task].metrics[0]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = np.atleast_1d(every)[0].get_legend_handles_labels()
