@@ -62,6 +62,8 @@ def test_the_method(copy):
     followed(copy, METHOD)
     out = run(copy, "tests/test_compress.py", "-k", "first or every")
     assert int(re.search(r"(\d+) passed", out)[1]) >= 20
+    out = run(copy, "tests/test_together.py", "-k", "first")
+    assert int(re.search(r"(\d+) passed", out)[1]) == 2
     help_ = subprocess.run(
         [sys.executable, "-m", "fusion_jax.cli", "compress", "first", "--help"],
         cwd=copy,
