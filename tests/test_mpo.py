@@ -196,6 +196,16 @@ def test_cuts_check_their_bounds(count, spoil, key):
         cut(chained, chosen)
 
 
+def test_no_rows_at_all(key):
+    mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
+    chained, _ = fj.compress(mlp, fj.MPO(bond=4, cores=3), key=key)
+    assert chained(jnp.zeros((2, 0, 12))).shape == (2, 0, 12)
+    embed = nnx.List([nnx.Embed(20, 12, rngs=nnx.Rngs(0))])
+    table = fj.compress_matrices(embed, fj.MPO(bond=4, cores=3), matrices="0")[0][0]
+    assert table(jnp.zeros((0, 3), jnp.int32)).shape == (0, 3, 12)
+    assert table.attend(jnp.zeros((0, 12))).shape == (0, 20)
+
+
 def test_bonds_are_balanced():
     train = mpo.decompose(matrix(12, 24), SMALL)
     for left, right in zip(train.cores[:-1], train.cores[1:], strict=True):

@@ -5,6 +5,7 @@ Axis letters in shapes: d inputs, o outputs, n positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -70,8 +71,8 @@ class Mpo(Form):
 
     def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
         """``x W``, in the cheapest order for as many positions as there are."""
-        y = product(x.reshape(-1, x.shape[-1]), self._values(), self.out_features)
-        return y.reshape(*x.shape[:-1], -1)
+        y = product(_rows(x), self._values(), self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     @property
     def flops(self) -> int:
@@ -97,13 +98,12 @@ class MpoEmbed(Mpo):
         trained = [core.dtype for core in self.cores if isinstance(core, nnx.Param)]
         cores = [core.astype((trained or [self.dtype])[0]) for core in self._values()]
         found = rows(ids.reshape(-1), cores, (self.in_features, self.out_features))
-        return found.reshape(*ids.shape, -1)
+        return found.reshape(*ids.shape, self.out_features)
 
     def attend(self, x: Float[Array, "*n o"]) -> Float[Array, "*n d"]:
         """Products of states with all rows, the logits of a tied head."""
-        flat = x.reshape(-1, x.shape[-1])
-        y = product(flat, self._values(), self.in_features, transposed=True)
-        return y.reshape(*x.shape[:-1], -1)
+        y = product(_rows(x), self._values(), self.in_features, transposed=True)
+        return y.reshape(*x.shape[:-1], self.in_features)
 
     def plain(self) -> nnx.Embed:
         """The same function as a plain embedding."""
@@ -117,6 +117,11 @@ class MpoEmbed(Mpo):
         """The form of an embedding, with shapes in place of arrays."""
         d, o, dtype = linear.num_embeddings, linear.features, dtype_of(linear)
         return nnx.eval_shape(lambda: cls(d, o, use_bias=False, param_dtype=dtype, **spec))
+
+
+def _rows(x: Float[Array, "*n d"]) -> Float[Array, "m d"]:
+    """All rows, of which there may be none, so that -1 will not do."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 AnyEmbed = nnx.Embed | MpoEmbed

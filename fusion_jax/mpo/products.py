@@ -265,8 +265,9 @@ def rows(
     made = cores[0][0][digits[0]]  # (n, j, b)
     for core, digit in zip(cores[1:], digits[1:], strict=True):
         made = jnp.einsum("nja,ankb->njkb", made, core[:, digit])
-        made = made.reshape(len(ids), -1, core.shape[-1])
-    return made.reshape(len(ids), -1)[:, : shape[1]]
+        n, j, k, b = made.shape
+        made = made.reshape(n, j * k, b)
+    return made[..., 0][:, : shape[1]]
 
 
 def looks_up(n: int, layout: Layout) -> bool:
