@@ -15,6 +15,7 @@ from fusion_jax.calibration import Calibrator, Source, padded
 from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
 from fusion_jax.geometry import Calibration
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.mlp import Mlp
 from fusion_jax.progress import progress as show_progress
@@ -28,6 +29,7 @@ _FEWEST = 8
 """Positions that a site or an expert needs: of these, two are compared at."""
 
 
+@on_auto_axes
 def allocate(
     model: nnx.Module,
     method: Fusion,

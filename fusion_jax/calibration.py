@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.capture import Routed, routed_inputs
 from fusion_jax.errors import InputError
 from fusion_jax.geometry import Calibration
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mlp import Mlp
 from fusion_jax.origin import Origin
 from fusion_jax.sites import Layers, Site, select, sites
@@ -38,6 +39,7 @@ _RANDOM = (512, 32)
 """Sequences, and tokens of each, where there is no text."""
 
 
+@on_auto_axes
 def calibrate(
     model: nnx.Module,
     texts: Source,

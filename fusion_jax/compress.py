@@ -19,6 +19,7 @@ from fusion_jax.calibration import Calibrator, Source
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.forms import check_plain
 from fusion_jax.geometry import Calibration
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method, Solution, kept_width
 from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.origin import Origin
@@ -33,6 +34,7 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 TreeT = TypeVar("TreeT")
 
 
+@on_auto_axes
 def compress(
     model: ModelT,
     method: Method | Mapping[str, Method],
@@ -193,6 +195,7 @@ def compress(
     return compressed, report
 
 
+@on_auto_axes
 def compress_mlp(
     subs: SubMLPs,
     method: Method,

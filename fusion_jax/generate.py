@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.models.layers import ArrayLike
 from fusion_jax.submlps import wide
@@ -67,6 +68,7 @@ class Beams:
             raise InputError(f"beams must be at least 1; got {self.count}")
 
 
+@on_auto_axes
 def generate(
     model: Model,
     input_ids: Int[ArrayLike, "b t"],

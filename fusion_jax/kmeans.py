@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax import gram as gram_space
 from fusion_jax import points as point_space
 from fusion_jax.clusters import Refined, draw_distinct, indices, plus_plus
 from fusion_jax.errors import InputError, nearest
+from fusion_jax.meshes import auto
 from fusion_jax.submlps import wide
 
 Init = Literal["auto", "ward", "k-means++", "random"]
@@ -180,7 +181,7 @@ def _on_auto_mesh(points: Array) -> tuple[Array, Mesh | None]:
         return points, None
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    mesh = auto(mesh)
     return jax.device_put(points, NamedSharding(mesh, sharding.spec)), mesh
 
 

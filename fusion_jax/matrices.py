@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
 from fusion_jax.forms import check_plain, linears, matrix_of, replaced, stack_of
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.factored import Factored
 from fusion_jax.methods.mpo import MPO
@@ -79,6 +80,7 @@ def select_matrices(model: nnx.Module, chosen: Matrices) -> dict[str, Any]:
     return picked
 
 
+@on_auto_axes
 def compress_matrices(
     model: ModelT,
     method: Factored,

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fusion_jax.errors import InputError
 from fusion_jax.forms import at, multiplied_out
 from fusion_jax.forms import replaced as replaced
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mlp import Mlp
 from fusion_jax.submlps import SubMLPs
 
@@ -108,6 +109,7 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
     return chosen
 
 
+@on_auto_axes
 def plain(model: Any) -> Any:
     """The same function in plain layers and MLPs, for inference; the model is left as it is.
 

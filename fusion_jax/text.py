@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from fusion_jax.errors import InputError
+
 
 class Batch(NamedTuple):
     """Tokenised texts.
@@ -31,12 +33,23 @@ def load_tokenizer(folder: str) -> Any:
 
     Returns:
         A tokenizer of `transformers`.
+
+    Raises:
+        InputError: The folder has none, or one that cannot be read.
     """
     # transformers advises at import to install PyTorch, which tokenizers do not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} has no tokenizer that can be read: {what}") from None
+    # Without files, transformers makes one that knows special tokens alone, and T5's a space.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
+        raise InputError(f"{folder} has no tokenizer; add its files, such as tokenizer.json")
+    return tokenizer
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = 128) -> Batch:

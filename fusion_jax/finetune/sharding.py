@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError, nearest
+from fusion_jax.meshes import auto
 
 AXES = ("data", "fsdp", "model")
 
@@ -41,9 +42,7 @@ class Layout:
         for name in mesh.axis_names:
             if name not in AXES:
                 raise InputError(f"the mesh has an axis {name!r}{nearest(str(name), AXES)}")
-        # The models leave communication to the compiler, which explicit axes would forbid.
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+        self.mesh = auto(mesh)
 
     def active(self) -> Any:
         """A context in which jitted functions see the mesh."""
@@ -118,6 +117,19 @@ class Layout:
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: _put(np.asarray(x), self.replicated), tree)
+
+    def placed(self, tree: Any) -> Any:
+        """A pytree of arrays on the mesh: on every device what is on none of a mesh yet."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(
+            lambda x: (
+                x
+                if isinstance(x, Array) and isinstance(x.sharding, NamedSharding)
+                else _put(np.asarray(x), self.replicated)
+            ),
+            tree,
+        )
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """A batch on the devices; each process moves the rows of its own devices only."""

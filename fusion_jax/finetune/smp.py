@@ -28,6 +28,7 @@ from fusion_jax.finetune.trainer import Fit
 from fusion_jax.forms import Masked, Scored, check_plain, forms, replaced
 from fusion_jax.masks import save_masks
 from fusion_jax.matrices import LAYERS, Matrices, select_matrices
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.origin import Origin
 from fusion_jax.submlps import wide
@@ -222,6 +223,7 @@ def _scored(model: nnx.Module) -> dict[str, Scored]:
     return found
 
 
+@on_auto_axes
 def scored(model: ModelT, *, matrices: Matrices = LAYERS) -> ModelT:
     """The same function with matrices as `Scored` layers, whose weights are Frozen.
 
@@ -256,6 +258,7 @@ def scored(model: ModelT, *, matrices: Matrices = LAYERS) -> ModelT:
     return new
 
 
+@on_auto_axes
 def finished(model: ModelT) -> ModelT:
     """The same function with masks that stay as they are in the place of scores.
 
@@ -316,6 +319,7 @@ def _penalised(of: str, loss: Loss, model: Any, batch: Batch, key: Any) -> Total
     return Total(own.total + add(jnp.concatenate(parts)) * own.count, own.count)
 
 
+@on_auto_axes
 def static_prune(
     model: Model,
     data: TaskData,

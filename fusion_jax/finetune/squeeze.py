@@ -19,6 +19,7 @@ from fusion_jax import mpo
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.rounds import Rounds, outcome
 from fusion_jax.forms import Frozen, forms, replaced
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.submlps import wide
@@ -109,6 +110,7 @@ class Cut:
     estimate: float
 
 
+@on_auto_axes
 def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
     """The bond that can be made smaller at the least estimated error.
 
@@ -156,6 +158,7 @@ def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
     return jax.lax.map(mpo.spectra_of, cores) if stacked else mpo.spectra_of(cores)
 
 
+@on_auto_axes
 def cut(model: ModelT, chosen: Cut) -> ModelT:
     """The model with one bond made smaller; the model itself is not changed.
 

@@ -25,6 +25,7 @@ from fusion_jax.finetune.losses import Loss
 from fusion_jax.finetune.optimiser import Multipliers, schedule
 from fusion_jax.finetune.parts import Parts, Trains
 from fusion_jax.finetune.preemption import listening
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.progress import progress as show_progress
 
 CHECKPOINTS = "checkpoints"
@@ -100,6 +101,7 @@ class Fit:
     history: list[dict[str, Any]]
 
 
+@on_auto_axes
 def fit(
     model: Any,
     batches: Source,

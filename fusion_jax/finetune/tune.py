@@ -25,11 +25,13 @@ from fusion_jax.finetune.parts import Parts
 from fusion_jax.finetune.tasks import Texts
 from fusion_jax.finetune.trainer import Fit, Source, fit
 from fusion_jax.forms import forms
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import Model
 from fusion_jax.sites import sites
 
 
+@on_auto_axes
 def tune(
     student: Model,
     teacher: Model,
