@@ -30,8 +30,8 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 Matrices = str | Callable[[str], bool]
 """Which matrices: a regular expression for whole paths, or a function of a path."""
 
-LAYERS = r"(?!.*\.router$)(.*\.)?layers\..*"
-"""The matrices of all layers: attention and MLPs, but not routers of experts."""
+LAYERS = r"(?!.*\.(router|shared_gate)$)(.*\.)?layers\..*"
+"""The matrices of all layers: attention and MLPs, but not those that weight experts."""
 
 
 def matrices(model: nnx.Module) -> dict[str, Any]:
