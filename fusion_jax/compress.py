@@ -26,7 +26,7 @@ from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.report import Report, SiteReport, size_of
 from fusion_jax.sites import Layers, Site, gradients_of, replaced, select, sites
-from fusion_jax.solving import solve, unstacked
+from fusion_jax.solving import memory, solve, unstacked
 from fusion_jax.submlps import SubMLPs, activation
 from fusion_jax.uneven import UnevenExperts, by_use, some
 
@@ -342,8 +342,11 @@ def _batches(
         shapes = str(jax.eval_shape(site.mlp.sub_mlps))
         groups.setdefault((methods[site.path], site.mlp.act, shapes, seen), []).append(site)
     for group in groups.values():
-        limit = max(1, _most() // math.prod(group[0].mlp.stack))
-        limit = 1 if methods[group[0].path].by_use else limit
+        # A call has copies of what it takes, and gives about as much.
+        subs = jax.tree.leaves(jax.eval_shape(group[0].mlp.sub_mlps))
+        size = sum(x.size * x.dtype.itemsize for x in subs)
+        limit = min(_most() // math.prod(group[0].mlp.stack), memory() // (2 * size))
+        limit = 1 if methods[group[0].path].by_use else max(1, limit)
         for i in range(0, len(group), limit):
             yield group[i : i + limit]
 

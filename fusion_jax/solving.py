@@ -76,7 +76,7 @@ def working_bytes(method: Method, problems: Problems) -> int:
     return itemsize * (2 * weights + 3 * units + 3 * seen + (3 + 2 * starts) * pairs)
 
 
-def _memory() -> int:
+def memory() -> int:
     """Half of what is free on a device: the rest is for what comes back, and gaps."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
@@ -108,7 +108,7 @@ def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution
 def _batch(method: Method, problems: Problems, count: int) -> int | None:
     if jax.default_backend() == "cpu":
         return None
-    return batch_size(count, working_bytes(method, problems), _memory())
+    return batch_size(count, working_bytes(method, problems), memory())
 
 
 def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:

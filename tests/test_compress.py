@@ -215,6 +215,20 @@ def test_sites_that_go_together(backend, key, monkeypatch):
         np.testing.assert_allclose(a(inputs(d)), b(inputs(d)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("room", "shapes"), [(9, [(4,)]), (5, [(2,), (2,)]), (0, [()] * 4)])
+def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
+    """Copies of their weights, and what comes back."""
+    model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(4)])
+    size = sum(x.nbytes for x in jax.tree.leaves(model[0].sub_mlps()))
+    module = importlib.import_module("fusion_jax.compress")
+    calls, solve = [], module.solve
+    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
+    monkeypatch.setattr(module, "_most", lambda: 16)
+    monkeypatch.setattr(module, "memory", lambda: room * size)
+    fj.compress(model, fj.Prune(width=4), key=key)
+    assert calls == shapes
+
+
 @pytest.mark.parametrize(
     ("count", "each", "memory", "size"),
     [
