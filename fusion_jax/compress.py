@@ -20,7 +20,7 @@ from fusion_jax.errors import InputError, nearest
 from fusion_jax.forms import check_plain
 from fusion_jax.geometry import Calibration
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.methods.base import Method, Solution, kept_width
+from fusion_jax.methods.base import Method, Solution, check_method, kept_width
 from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.origin import Origin
 from fusion_jax.progress import progress as show_progress
@@ -96,12 +96,23 @@ def compress(
     else:
         chosen = select(found, layers)
         methods = {site.path: method for site in chosen}
+    for given in methods.values():
+        check_method(given)
+    key = _one_key(key)
     if budget is not None and not 0 < budget <= 1:
         raise InputError(f"budget must be in (0, 1]; got {budget}")
+    # Of several methods, some may do without what others take.
+    spare = [methods[site.path] for site in chosen]
+    calibrated, graded = any(m.calibrated for m in spare), any(m.graded for m in spare)
     for site in chosen:
         method = methods[site.path]
         with _naming(site):
             whole = method.any_mlp and not isinstance(site.mlp, UnevenExperts)
+            if method.any_mlp and not whole:
+                raise InputError(
+                    "has experts of different widths; fusion_jax.compress_matrices takes their "
+                    "matrices"
+                )
             if type(site.mlp) not in (Mlp, GatedMlp) and not whole:
                 raise InputError(
                     f"is a {type(site.mlp).__name__} already; compress the original model"
@@ -112,7 +123,10 @@ def compress(
             if budget is not None:
                 methods[site.path] = method = method.within(subs, budget)
             method.check(subs, calibrated=calibration is not None)
-            method.check_given(calibration=calibration is not None, gradients=gradients is not None)
+            method.check_given(
+                calibration=calibration is not None and (method.calibrated or not calibrated),
+                gradients=gradients is not None and (method.graded or not graded),
+            )
             if gradients is not None:
                 gradients_of(site, gradients)
     uneven = any(methods[site.path].by_use for site in chosen)
@@ -153,11 +167,11 @@ def compress(
             keys = [_keys(key, site) for site in batch]
             seen = (
                 None
-                if calibrator is None
+                if calibrator is None or not method.calibrated
                 else [calibrator.of(site, method.sequential) for site in batch]
             )
             slopes = None
-            if gradients is not None:
+            if gradients is not None and method.graded:
                 slopes = [gradients_of(site, gradients) for site in batch]
             if method.by_use and batch[0].mlp.stack:
                 assert calibrator is not None and seen is not None
@@ -233,6 +247,8 @@ def compress_mlp(
         >>> solution.parts.rows.up.shape, solution.parts.sizes.shape
         ((2, 4, 3), (2, 4))
     """
+    check_method(method)
+    key = _one_key(key)
     subs = jax.tree.map(jnp.asarray, subs).check()
     method.check(subs, calibrated=calibration is not None)
     if calibration is not None and not isinstance(calibration, Calibration):
@@ -249,10 +265,24 @@ def compress_mlp(
         raise InputError(
             f"calibration {calibration.inputs.shape} does not fit sub-MLPs {subs.up.shape}"
         )
+    if gradients is not None and jax.tree.map(jnp.shape, gradients) != jax.tree.map(
+        jnp.shape, subs
+    ):
+        raise InputError(f"gradients do not have the shapes of sub-MLPs {subs.up.shape}")
     keys = jax.random.split(key, stack)
     solution = solve(method, act, (subs, keys, calibration, gradients))
     method.verify(solution)
     return solution
+
+
+def _one_key(key: Any) -> Key[Array, ""]:
+    """A random key, perhaps of the old kind; raises `InputError` if it is none."""
+    array = isinstance(key, jax.Array)
+    if array and key.dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key)
+    if not array or key.shape or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise InputError(f"key must be one random key, such as jax.random.key(0); got {key!r}")
+    return key
 
 
 def _stack(trees: list[TreeT]) -> TreeT:
@@ -338,7 +368,8 @@ def _batches(
         return
     groups: dict[object, list[Site]] = {}
     for site in chosen:
-        seen = None if calibrator is None else calibrator.abstract(site)
+        takes = calibrator is not None and methods[site.path].calibrated
+        seen = calibrator.abstract(site) if takes else None
         shapes = str(jax.eval_shape(site.mlp.sub_mlps))
         groups.setdefault((methods[site.path], site.mlp.act, shapes, seen), []).append(site)
     for group in groups.values():

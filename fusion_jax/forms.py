@@ -370,7 +370,7 @@ def at(model: Any, path: str) -> Any:
 
 
 def replaced(model: Any, path: str, new: nnx.Module) -> Any:
-    """The model with another module at a path.
+    """The model with another module at a path, and wherever the old one is besides.
 
     Args:
         model: The model, which is changed in place, unless the path is empty.
@@ -382,12 +382,13 @@ def replaced(model: Any, path: str, new: nnx.Module) -> Any:
     """
     if not path:
         return new
-    parent, _, last = path.rpartition(".")
-    holder = at(model, parent)
-    if last.isdigit():
-        holder[int(last)] = new
-    else:
-        setattr(holder, last, new)
+    old = at(model, path)
+    for _, holder in list(nnx.iter_modules(model)):
+        for name, value in list(vars(holder).items()):
+            if value is old and name.isdigit():
+                holder[int(name)] = new  # type: ignore[index]
+            elif value is old:
+                setattr(holder, name, new)
     return model
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fusion_jax.errors import InputError
 from fusion_jax.forms import check_plain, linears, matrix_of, replaced, stack_of
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.methods.base import Solution
+from fusion_jax.methods.base import Solution, check_method
 from fusion_jax.methods.factored import Factored
 from fusion_jax.methods.mpo import MPO
 from fusion_jax.mpo import MpoEmbed
@@ -112,6 +112,7 @@ def compress_matrices(
         >>> report.rows[0].params_after < report.rows[0].params_before
         True
     """
+    check_method(method)
     if not isinstance(method, Factored):
         raise InputError(f"{type(method).__name__} is for MLPs; see fusion_jax.compress")
     picked = select_matrices(model, matrices)

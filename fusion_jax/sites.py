@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 from flax import nnx
 from jaxtyping import Array
@@ -33,7 +33,7 @@ class Site:
     mlp: Mlp
 
 
-Layers = str | int | slice | Iterable[int] | Callable[[Site], bool] | None
+Layers = str | SupportsIndex | slice | Iterable[SupportsIndex] | Callable[[Site], bool] | None
 
 
 def sites(model: nnx.Module) -> list[Site]:
@@ -95,11 +95,12 @@ def select(found: Sequence[Site], layers: Layers) -> list[Site]:
     elif callable(layers):
         chosen = [s for s in found if layers(s)]
     else:
-        indices = [layers] if isinstance(layers, int) else list(layers)
+        indices = [layers] if isinstance(layers, SupportsIndex) else list(layers)
         for i in indices:
-            if not isinstance(i, int) or not -len(found) <= i < len(found):
+            whole = isinstance(i, SupportsIndex) and not isinstance(i, bool)
+            if not whole or not -len(found) <= int(i) < len(found):
                 raise InputError(f"layers: no site {i!r}; the sites are {listing}")
-        wanted = {i % len(found) for i in indices}
+        wanted = {int(i) % len(found) for i in indices}
         chosen = [s for s in found if s.index in wanted]
     if not chosen:
         raise InputError(

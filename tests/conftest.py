@@ -1,5 +1,6 @@
 """Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -8,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 # Needs torch; doctest would import it.
@@ -52,6 +54,16 @@ def _few_programs():
     yield
     if next(_count) % 8 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
+
+
+@contextlib.contextmanager
+def unchecked():
+    """What users get for arguments of a wrong type, where no types are checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

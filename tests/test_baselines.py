@@ -1,5 +1,7 @@
 """The baselines against straightforward numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -319,3 +321,22 @@ def test_a_share_over_all_mlps_is_not_rounded_down(key):
     smaller, _ = fj.compress(layers, chosen, key=key)
     masks = [m.mask[...] for mlp in smaller for m in (mlp.up, mlp.down)]
     assert sum(int(mask.sum()) for mask in masks) == 29
+
+
+@pytest.mark.parametrize(
+    "method", [Prune(score="gradient", width=2), MaskPrune(score="gradient", keep=0.25)]
+)
+def test_experts_without_gradients_go_by_magnitude(method, key):
+    """Batches may reach some experts only."""
+    subs = jax.tree.map(
+        lambda *x: jnp.stack(x), *(make(fj.Mlp, width=8, seed=s).sub_mlps() for s in range(2))
+    )
+    slopes = jax.tree.map(lambda x: x.at[1].set(0.0), subs)
+    found = fj.compress_mlp(subs, method, key=key, gradients=slopes)
+    plainly = fj.compress_mlp(subs, dataclasses.replace(method, score="magnitude"), key=key)
+    second = [jax.tree.leaves(jax.tree.map(lambda x: x[1], s.parts)) for s in (found, plainly)]
+    for a, b in zip(*second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    squared = fj.compress_mlp(subs, method, key=key, gradients=subs)
+    for a, b in zip(*(jax.tree.leaves(s.parts) for s in (found, squared)), strict=True):
+        np.testing.assert_array_equal(a[0], b[0])

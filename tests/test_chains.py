@@ -34,6 +34,7 @@ from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cu
 from fusion_jax.forms import at, forms
 from fusion_jax.matrices import matrices
 from tests import glue, tiny
+from tests.conftest import unchecked
 from tests.test_finetune import CONFIG, flat, moved
 
 LAYERS = r"layers\..*"
@@ -739,3 +740,47 @@ def test_factored_students_are_tuned(model, data, key):
     fit = fj.tune(smaller, model, data.train, config, key=key)
     paths = moved(smaller, fit.model)
     assert paths and all(path.startswith("layers.1.mlp.") for path in paths)
+
+
+def test_what_squeezing_is_given(tmp_path):
+    light = lightweight(tiny_chains(tmp_path))
+    same = lambda model, folder: model  # noqa: E731
+    found = squeeze(light, same, lambda m: jnp.float32(1), rounds=1, folder=tmp_path / "run")
+    assert found.first_loss == 1.0 and len(found.cuts) == 1
+    with pytest.raises(FloatingPointError, match="before the first cut is nan"):
+        squeeze(light, same, lambda m: float("nan"))
+    for wrong in (None, (light, 1)):
+        with pytest.raises(fj.InputError, match="train must give its Fit, or the model"):
+            squeeze(light, lambda m, folder, wrong=wrong: wrong, lambda m: 1.0)
+        with pytest.raises(fj.InputError, match="train must give its Fit, or the model"):
+            lottery(fj.plain(light), lambda m, folder, wrong=wrong: wrong)
+    with pytest.raises(fj.InputError, match="masks are gone"):
+        lottery(fj.plain(light), lambda m, folder: fj.plain(light))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "squeezed.json").write_text("")
+    with pytest.raises(fj.InputError, match="none of ours"):
+        squeeze(light, same, lambda m: 1.0, folder=tmp_path / "other")
+    with pytest.raises(fj.InputError, match="is a file"):
+        squeeze(light, same, lambda m: 1.0, folder=tmp_path / "other" / "squeezed.json")
+
+
+def tiny_chains(folder):
+    model = fj.load(tiny.checkpoint(folder / "model"))
+    method = fj.MPO(bond=None, cores=3)
+    return fj.compress_matrices(model, method, matrices=r"layers\.0\.mlp\..*")[0]
+
+
+def test_what_over_parameterising_is_given():
+    mlp = fj.Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
+    for paths in ("up", []):
+        with pytest.raises(fj.InputError, match="list of paths"):
+            overparameterise(mlp, paths)
+    for options in ({"cores": 1}, {"batches": 0}):
+        with pytest.raises(fj.InputError, match="must be at least"):
+            Chains(source=One({}), loss=losses.next_token, every=1, **options)
+    with pytest.raises(fj.InputError, match="count must be at least 1"):
+        top_of_each_type({"up": 1.0}, 0)
+    with pytest.raises(fj.InputError, match="chain of one tensor"):
+        lightweight(fj.compress_matrices(mlp, fj.MPO(bond=None, cores=1), matrices="up")[0])
+    with pytest.raises(fj.InputError, match="give batches and a loss"), unchecked():
+        mean_loss(mlp, (1, 2), losses.next_token)

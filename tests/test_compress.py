@@ -13,8 +13,10 @@ import fusion_jax as fj
 from fusion_jax.checkpoint import load
 from fusion_jax.demo import bit_equal
 from fusion_jax.methods import METHODS, method_from_json
+from fusion_jax.sites import select
 from fusion_jax.solving import batch_size, working_bytes
 from tests import tiny
+from tests.conftest import unchecked
 from tests.test_mlp import inputs, make
 
 # One entry per method: the options that the suite runs it with. A new method adds a line.
@@ -381,3 +383,45 @@ def test_clustering_is_exact_for_relu_only(key):
         wide = fj.compress(mlp, fj.Fusion(width=7), key=key)[0].wide_copy()
         clustered, _ = fj.compress(mlp, METHODS["clustering"](width=7), key=key)
         assert np.allclose(clustered(x), wide(x), atol=1e-4) == exact
+
+
+def test_methods_may_differ_in_what_they_take(key):
+    model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])
+    slopes = {
+        f"{i}.{name}": x * 0 + 1
+        for i in range(3)
+        for name, x in (
+            (".".join(map(str, path)), v.get_value())
+            for path, v in nnx.to_flat_state(nnx.state(model[i]))
+        )
+    }
+    seen = {str(i): np.asarray(inputs(model[0].d_in, 20)) for i in range(3)}
+    plan = {"0": fj.Fusion(width=4), "1": fj.Svd(rank=2), "2": fj.Prune(width=4, score="gradient")}
+    smaller, _ = fj.compress(model, plan, key=key, calibration=seen, gradients=slopes)
+    for i, options in enumerate(({"calibration": seen}, {}, {"gradients": slopes})):
+        alone, _ = fj.compress(model, plan[str(i)], layers=i, key=key, **options)
+        assert bit_equal(smaller[i], alone[i])
+    with pytest.raises(fj.InputError, match="takes no calibration"):
+        fj.compress(model, {"0": fj.Svd(rank=2), "1": fj.Prune(width=4)}, key=key, calibration=seen)
+
+
+def test_keys_of_the_old_kind_and_none(key):
+    mlp = make(fj.Mlp, width=16)
+    with unchecked():
+        old, _ = fj.compress(mlp, fj.Sketch(width=4), key=jax.random.PRNGKey(0))
+        assert bit_equal(old, fj.compress(mlp, fj.Sketch(width=4), key=key)[0])
+        for wrong in (0, jax.random.split(key)):
+            with pytest.raises(fj.InputError, match="one random key"):
+                fj.compress(mlp, fj.Sketch(width=4), key=wrong)
+        for wrong in ("svd", fj.Svd):
+            with pytest.raises(fj.InputError, match="an object such as"):
+                fj.compress(mlp, wrong, key=key)
+            with pytest.raises(fj.InputError, match="an object such as"):
+                fj.compress_matrices(mlp, wrong, matrices="up")
+    subs = mlp.sub_mlps()
+    slopes = jax.tree.map(lambda x: x[:3], subs)
+    with pytest.raises(fj.InputError, match="gradients do not have the shapes"):
+        fj.compress_mlp(subs, fj.Prune(score="gradient", width=4), key=key, gradients=slopes)
+    assert len(select(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
+    with pytest.raises(fj.InputError, match="no site True"):
+        select(fj.sites(mlp), True)

@@ -198,3 +198,22 @@ def test_embedding_with_frozen_cores_in_bfloat16():
     parts = Parts(lightweight(embeds), compute_dtype=jnp.bfloat16)
     computed = parts.compute(*parts.split(lightweight(embeds)))
     assert computed[0](jnp.array([[1, 2]])).dtype == jnp.bfloat16
+
+
+class Twice(nnx.Module):
+    """One MLP at two places, as ALBERT has them."""
+
+    def __init__(self):
+        self.first = fj.Mlp(12, 48, act="gelu", rngs=nnx.Rngs(0))
+        self.others = nnx.List([self.first, fj.Mlp(12, 48, act="gelu", rngs=nnx.Rngs(1))])
+
+
+def test_shared_modules_stay_shared(key):
+    model = Twice()
+    smaller, report = fj.compress(model, fj.Prune(width=0.25), layers=0, key=key)
+    assert len(report.rows) == 1 and smaller.first is smaller.others[0]
+    assert smaller.first.width == 12 and smaller.others[1].width == model.first.width == 48
+    low, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices="first.up|others.0.up")
+    assert low.first is low.others[0] and len(forms(low)) == 1
+    plain = fj.plain(low)
+    assert plain.first is plain.others[0] and not forms(plain)

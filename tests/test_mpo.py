@@ -17,6 +17,7 @@ from fusion_jax.finetune.squeeze import Cut, cheapest_cut, cut
 from fusion_jax.forms import matrix_of
 from fusion_jax.methods.base import method_from_json
 from fusion_jax.mpo import Layout, full_bonds, products
+from tests.conftest import unchecked
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
 
@@ -510,3 +511,35 @@ def test_balanced_factors(n, parts):
     assert len(factors) == parts
     assert n <= math.prod(factors) <= 1.2 * n + 2
     assert max(factors) <= math.ceil(2 * math.prod(factors) ** (1 / parts))
+
+
+@pytest.mark.parametrize("count", [4, 1600])
+def test_rows_that_are_not_there_are_nan_as_in_embeddings(count, key):
+    embed = nnx.Embed(99, 24, rngs=nnx.Rngs(0))
+    model = nnx.List([embed])
+    chain, _ = fj.compress_matrices(model, fj.MPO(bond=None, cores=3), matrices="0")
+    ids = jnp.resize(jnp.array([5, 99, 150, -1]), count)
+    np.testing.assert_allclose(chain[0](ids), embed(ids), atol=1e-5)
+    assert np.isnan(chain[0](ids)[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bond": 8.0}, "for a bond of 8 give an int"),
+        ({"bond": float("inf")}, "must be in"),
+        ({"cores": 2.5}, "cores must be an int"),
+        ({"inputs": 16, "outputs": (4, 4), "cores": 2}, "inputs must be whole numbers"),
+        ({"inputs": (4.0, 4.0), "outputs": (4, 4), "cores": 2}, "inputs must be whole numbers"),
+        ({"inputs": "44", "outputs": (4, 4), "cores": 2}, "inputs must be whole numbers"),
+    ],
+)
+def test_sizes_that_are_none(options, message):
+    with unchecked(), pytest.raises(fj.InputError, match=message):
+        fj.MPO(**options)
+
+
+def test_factors_may_be_numpy_integers(key):
+    with unchecked():
+        method = fj.MPO(bond=None, cores=2, inputs=np.array([4, 8]), outputs=np.array([6, 8]))
+    assert json.loads(json.dumps(method.to_json()))["inputs"] == [4, 8]

@@ -27,6 +27,8 @@ class _Passes:
     """A loss over batches, and its gradients, by path of a parameter."""
 
     def __init__(self, model: Any, source: Source, loss: Loss, batches: int | None):
+        if not (isinstance(source, Source) and callable(loss)):
+            raise InputError("give batches and a loss, as fusion_jax.finetune.task_source does")
         count = len(source) if batches is None else min(batches, len(source))
         if count < 1:
             raise InputError("there are no batches to measure on")
@@ -198,10 +200,15 @@ def top_of_each_type(scores: Mapping[str, float], count: int) -> list[str]:
     Returns:
         Paths, in the order of the scores' keys.
 
+    Raises:
+        InputError: The count is below 1.
+
     Example:
         >>> top_of_each_type({"0.up": 1.0, "1.up": 3.0, "0.down": 2.0, "1.down": 1.0}, 1)
         ['1.up', '0.down']
     """
+    if count < 1:
+        raise InputError(f"count must be at least 1; got {count}")
     types: dict[str, list[str]] = {}
     for path in sorted(scores, key=lambda path: -scores[path]):
         types.setdefault(type_of(path), []).append(path)

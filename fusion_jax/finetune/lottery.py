@@ -107,7 +107,10 @@ def lottery(
             trained, finished = outcome(train(ticket, kept.run(done)))
             if not finished:
                 break
-            scores = [np.abs(np.asarray(m.matrix(), np.float32)) for m in _masked(trained, chosen)]
+            places = _masked(trained, chosen)
+            if not places or not all(isinstance(place, Masked) for place in places):
+                raise InputError("train must give the model that it got, trained; masks are gone")
+            scores = [np.abs(np.asarray(place.matrix(), np.float32)) for place in places]
             # Weights already masked are 0 and come last.
             masks = top_masks(scores, keep ** ((done + 1) / rounds))
             ticket = nnx.clone(ticket)
@@ -121,7 +124,7 @@ def lottery(
     return Ticket(model=ticket, rounds=done, finished=finished)
 
 
-def _masked(model: nnx.Module, chosen: list[str]) -> list[Masked]:
+def _masked(model: nnx.Module, chosen: list[str]) -> list[Any]:
     """The masked layers of sites, in order."""
     found = [site.mlp for site in sites(model) if site.path in set(chosen)]
     return [layer for mlp in found for _, layer in sorted(mlp.linears().items())]

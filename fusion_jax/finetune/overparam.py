@@ -40,7 +40,7 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
         The model, which shares all other arrays with the original.
 
     Raises:
-        InputError: A path is no plain linear layer.
+        InputError: There is no path, or one is no plain linear layer.
         ArithmeticError: A chain is not its matrix, by more than rounding.
 
     References:
@@ -55,6 +55,8 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
     """
     if cores < 2:
         raise InputError(f"a chain has at least 2 cores; got {cores}")
+    if isinstance(paths, str) or not paths:
+        raise InputError(f"paths must be a list of paths of linear layers; got {paths!r}")
     new: Any = nnx.clone(model)
     for path in paths:
         try:
@@ -115,9 +117,11 @@ class Chains:
     """What this object measured, round by round: after going on, without the earlier ones."""
 
     def __post_init__(self):
-        for name in ("every", "per_round", "total"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, least in (("every", 1), ("per_round", 1), ("total", 1), ("cores", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.batches is not None and self.batches < 1:
+            raise InputError(f"batches must be at least 1; got {self.batches}")
 
     def replaceable(self, model: Any) -> list[str]:
         """The matrices that may grow: parameters, in the place of which cores come."""

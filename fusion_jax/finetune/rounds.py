@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from fusion_jax.errors import InputError
 from fusion_jax.finetune.artefacts import replace
@@ -27,8 +28,15 @@ def outcome(result: Any) -> tuple[Any, bool]:
 
     Returns:
         The model and the answer.
+
+    Raises:
+        InputError: It is neither.
     """
-    return (result.model, result.finished) if isinstance(result, Fit) else (result, True)
+    if isinstance(result, Fit):
+        return result.model, result.finished
+    if not isinstance(result, nnx.Module):
+        raise InputError(f"train must give its Fit, or the model; it gave {type(result).__name__}")
+    return result, True
 
 
 class Rounds:
@@ -42,7 +50,7 @@ class Rounds:
             values by name.
 
     Raises:
-        InputError: The model cannot be saved.
+        InputError: The model cannot be saved, or the folder is a file.
     """
 
     def __init__(
@@ -60,18 +68,25 @@ class Rounds:
                     "only models that came from fusion_jax.load can be kept in a folder; leave "
                     "folder out"
                 )
+            if self.folder is not None and self.folder.is_file():
+                raise InputError(f"{folder} is a file; give a folder")
             self._settings["model"] = fingerprint_of_model(model)
 
     def notes(self) -> dict[str, Any] | None:
         """What was noted last; None if nothing was.
 
         Raises:
-            InputError: The folder was begun with other settings, or another model.
+            InputError: The folder was begun with other settings, or another model, or its notes are
+                no notes.
         """
         if self.folder is None or not self._notes.is_file():
             return None
-        read = json.loads(self._notes.read_text(encoding="utf-8"))
-        check_same(self.folder, read["settings"], self._settings)
+        try:
+            read = json.loads(self._notes.read_text(encoding="utf-8"))
+            settings = read["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self._notes} is none of ours; give another folder") from None
+        check_same(self.folder, settings, self._settings)
         return read
 
     def model(self, count: int, first: Any) -> Any:

@@ -39,7 +39,7 @@ def lightweight(model: ModelT) -> ModelT:
         The model, which shares its arrays with the original.
 
     Raises:
-        InputError: There is no chain.
+        InputError: There is no chain, or one has one tensor.
 
     References:
         MPOP (Liu et al., ACL 2021), section 4.1.
@@ -51,6 +51,9 @@ def lightweight(model: ModelT) -> ModelT:
         >>> type(lightweight(chains).up.cores[1]).__name__
         'Frozen'
     """
+    for path, form in chains(model).items():
+        if len(form.cores) < 2:
+            raise InputError(f"{path} is a chain of one tensor: nothing of it would train")
     return _with_frozen(model, lambda form: (_largest(form.layout),))
 
 
@@ -231,6 +234,7 @@ def squeeze(
     Raises:
         InputError: The model has no chain, a number is out of range, or the folder was begun with
             other settings or another model.
+        FloatingPointError: The loss before the first cut is NaN or infinite.
 
     References:
         MPOP (Liu et al., ACL 2021), algorithm 2: stop when the gap is above the tolerance, as its
@@ -254,7 +258,9 @@ def squeeze(
     kept: list[tuple[Cut, float]] = []
     read = kept_rounds.notes()
     if read is None:
-        first, stopped = measure(model), False
+        first, stopped = float(measure(model)), False
+        if not math.isfinite(first):
+            raise FloatingPointError(f"the loss before the first cut is {first}")
     else:
         first, stopped = read["first_loss"], read["stopped"]
         kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in read["cuts"]]
@@ -284,7 +290,7 @@ def squeeze(
             tried, finished = outcome(train(cut(best, chosen), kept_rounds.run(count)))
             if not finished:
                 break
-            value = measure(tried)
+            value = float(measure(tried))
             rise = value - first
             # Negated, so that NaN stops too.
             stopped = not (abs(rise) if two_sided else rise) <= tolerance

@@ -134,6 +134,12 @@ class Method:
         return {"method": name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
+def check_method(method: Any) -> None:
+    """Raises `InputError` unless it is a method."""
+    if not isinstance(method, Method):
+        raise InputError(f"a method is an object such as fusion_jax.Svd(); got {method!r}")
+
+
 def method_from_json(fields: dict[str, Any]) -> Method:
     """The method that `Method.to_json` wrote.
 

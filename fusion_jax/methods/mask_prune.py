@@ -88,7 +88,12 @@ class MaskPrune(Factored):
         gradients: SubMLPs | None = None,
     ) -> Solution:
         """Masks the matrices of one MLP."""
-        return self._masked(matrices_of(subs), self.scores(subs, gradients))
+        matrices, scores = matrices_of(subs), self.scores(subs, gradients)
+        if self.graded:
+            # Experts that no batch reached have no gradients.
+            reached = jnp.stack([score.max() for score in scores.values()]).max() > 0
+            scores = {n: jnp.where(reached, scores[n], jnp.abs(m)) for n, m in matrices.items()}
+        return self._masked(matrices, scores)
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
         """The matrices and their masks, by magnitude."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,6 +61,10 @@ class MPO(Factored):
     def __post_init__(self):
         if self.bond is not None:
             check_size("bond", self.bond)
+        try:
+            object.__setattr__(self, "cores", operator.index(self.cores))
+        except TypeError:
+            raise InputError(f"cores must be an int; got {self.cores!r}") from None
         if self.cores < 1:
             raise InputError(f"cores must be at least 1; got {self.cores}")
         if (self.inputs is None) != (self.outputs is None):
@@ -68,8 +73,12 @@ class MPO(Factored):
             factors = getattr(self, name)
             if factors is None:
                 continue
-            # Lists, as JSON has, cannot be hashed, which `jit` needs.
-            object.__setattr__(self, name, tuple(factors))
+            try:
+                # Lists, as JSON has, cannot be hashed, which `jit` needs.
+                factors = tuple(operator.index(n) for n in factors)
+            except TypeError:
+                raise InputError(f"{name} must be whole numbers; got {factors!r}") from None
+            object.__setattr__(self, name, factors)
             if len(factors) != self.cores or any(n < 1 for n in factors):
                 raise InputError(
                     f"{name} must be {self.cores} factors from 1 on, as many as there are cores; "

@@ -102,7 +102,9 @@ class Prune(Narrower):
             score = rms * jnp.linalg.norm(subs.down.astype(rms.dtype), axis=-1)
         elif self.score == "gradient":
             assert gradients is not None
-            score = jnp.abs((wide(gradients.down) * wide(subs.down)).sum(-1))
+            slope = jnp.abs((wide(gradients.down) * wide(subs.down)).sum(-1))
+            # Experts that no batch reached have none.
+            score = jnp.where(slope.max() > 0, slope, score.astype(slope.dtype))
         chosen = jnp.sort(jax.lax.top_k(score, self.kept(subs))[1])
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))
         return Solution(jax.tree.map(lambda x: x[chosen], subs), facts)

@@ -79,10 +79,12 @@ class Svd(Factored):
 
 
 def check_size(name: str, size: int | float) -> None:
-    """Raises `InputError` unless a size is an int of at least 1 or a fraction above 0."""
+    """Raises `InputError` unless a size is an int of at least 1 or a fraction in (0, 2]."""
     if isinstance(size, bool) or not isinstance(size, int | float):
         raise InputError(f"{name} must be an int or a fraction; got {size!r}")
     if isinstance(size, int) and size < 1:
         raise InputError(f"{name} must be at least 1; got {size}")
-    if isinstance(size, float) and not size > 0:
-        raise InputError(f"a {name} given as a fraction must be above 0; got {size}")
+    # Up to 2: exact forms may have more parameters than the matrix.
+    if isinstance(size, float) and not 0 < size <= 2:
+        hint = f"; for a {name} of {size:g} give an int" if size > 2 else ""
+        raise InputError(f"a {name} given as a fraction must be in (0, 2]; got {size}{hint}")

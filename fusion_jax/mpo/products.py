@@ -247,27 +247,29 @@ def rows(
     """Rows of the matrix that cores make, in the cheaper way for as many as there are.
 
     Args:
-        ids: The numbers of the rows.
+        ids: The numbers of the rows; negative ones count from the end.
         cores: T_1 ... T_m, of one dtype.
         shape: Rows and columns of the matrix.
 
     Returns:
-        The rows.
+        The rows; NaN, as in plain embeddings, where there is none.
 
     Example:
         >>> rows(jnp.array([1, 1]), [jnp.eye(4).reshape(1, 4, 4, 1)], (4, 3)).tolist()
         [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
     """
     layout = _layout_of(cores)
+    ids = jnp.where(ids < 0, ids + shape[0], ids)
+    there = ((ids >= 0) & (ids < shape[0]))[:, None]
     if not looks_up(len(ids), layout):
-        return contract(cores, shape)[ids]
+        return jnp.where(there, contract(cores, shape)[ids], jnp.nan)
     digits = jnp.unravel_index(ids, layout.inputs)
     made = cores[0][0][digits[0]]  # (n, j, b)
     for core, digit in zip(cores[1:], digits[1:], strict=True):
         made = jnp.einsum("nja,ankb->njkb", made, core[:, digit])
         n, j, k, b = made.shape
         made = made.reshape(n, j * k, b)
-    return made[..., 0][:, : shape[1]]
+    return jnp.where(there, made[..., 0][:, : shape[1]], jnp.nan)
 
 
 def looks_up(n: int, layout: Layout) -> bool:
