@@ -51,6 +51,7 @@ from fusion_jax.finetune import (
     GLUE,
     Chains,
     TaskData,
+    Texts,
     importance_by_removal,
     lightweight,
     lottery,
@@ -433,6 +434,11 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: fl
     }
 
 
+def few(texts: Texts, count: int) -> Texts:
+    """The first texts."""
+    return Texts(*(None if x is None else x[:count] for x in texts))  # type: ignore[arg-type]
+
+
 def cells(options: Any) -> list[Cell]:
     """All runs: first what compressing changes, then seeds outermost."""
     names = options.only or list(TRAINED)
@@ -495,7 +501,13 @@ def agreement(rows: list[dict[str, Any]], *, but: str = "") -> list[dict[str, An
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Dev scores against the time of a training step, relative to the dense model's."""
     plt = pyplot()
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
+    timed = {row["method"] for row in rows if "step_seconds" in row}
+    tasks = list(
+        dict.fromkeys(row["task"] for row in rows if row["task"] and row["method"] in timed)
+    )
+    if not tasks:
+        print("nothing to draw: that needs facts and a task of the same methods")
+        return
     figure, every = plt.subplots(1, len(tasks), figsize=(9, 4.6), layout="constrained")
     steps = {
         row["method"]: row["step_seconds"] / row["dense_step_seconds"]
@@ -560,7 +572,10 @@ def main() -> int:
     tasks = ["facts", "sst2", "cola"]
     arguments.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="facts: errors")
     arguments.add_argument("--shapes", type=int, default=4, help="lengths that batches have")
-    arguments.add_argument("--only", nargs="+", choices=list(TRAINED), help="only these methods")
+    names = ", ".join(f'"{name}"' for name in TRAINED).replace("%", "%%")
+    arguments.add_argument(
+        "--only", nargs="+", choices=list(TRAINED), metavar="NAME", help=f"of {names}"
+    )
     arguments.add_argument("--figure", type=Path, help="draw score against cost here")
     options = arguments.parse_args()
     if options.data is None:
@@ -581,6 +596,9 @@ def main() -> int:
         cell = Cell(**json.loads(options.cell))
         config = replace(config, max_steps=options.steps or STEPS[cell.task])
         data = fj.load_task(cell.task or "sst2", options.data)
+        if options.quick:
+            dev = {name: few(texts, 48) for name, texts in data.dev.items()}
+            data = data._replace(train=few(data.train, 256), dev=dev)
         return run_one(cell, partial(measure, cell, data, config), options)
     settings = {name: value for name, value in config.to_json().items() if value is not None}
     with run_folder(options):

@@ -75,21 +75,35 @@ def run_all(
 
     Args:
         cells: All runs.
-        settings: What they have in common; rows made by other settings are left out.
+        settings: What they have in common; a file of other settings is refused.
         shown: The table to show of the rows.
         options: The command's options.
 
     Returns:
         All rows.
+
+    Raises:
+        SystemExit: An option makes no sense, or the file holds runs with other settings.
     """
+    if options.workers < 1:
+        raise SystemExit(f"--workers must be at least 1; got {options.workers}")
+    if options.data is not None and not options.data.is_dir():
+        raise SystemExit(f"--data: there is no folder {options.data}")
     end = time.perf_counter() + options.budget
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     rows: list[dict[str, Any]] = []
     if options.json is not None and options.json.is_file():
-        kept = json.loads(options.json.read_text())["rows"]
-        rows = [row for row in kept if row["config"] == settings]
+        rows = json.loads(options.json.read_text())["rows"]
+        for row in rows:
+            other = {k: v for k, v in row["config"].items() if settings.get(k) != v}
+            if row["config"] != settings:
+                raise SystemExit(
+                    f"{options.json} holds runs with other settings ({other}); give those, or "
+                    "another file"
+                )
     done = {row["name"] for row in rows}
     left = [cell for cell in cells if cell.name not in done]
+    asked = len(left)
 
     def report() -> None:
         summary = {"runs": len(rows), "runs_left": len(left)}
@@ -122,6 +136,6 @@ def run_all(
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    if not done and not rows:
+    if len(left) == asked:  # nothing has been shown
         report()
     return rows

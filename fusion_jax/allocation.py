@@ -16,6 +16,7 @@ from fusion_jax.compress import compress
 from fusion_jax.errors import InputError
 from fusion_jax.geometry import Calibration
 from fusion_jax.meshes import on_auto_axes
+from fusion_jax.methods.base import check_method
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.mlp import Mlp
 from fusion_jax.progress import progress as show_progress
@@ -61,8 +62,9 @@ def allocate(
         method's ``round_to`` or the original width; the sum is at most ``total_width``.
 
     Raises:
-        InputError: The budget is below ``round_to`` for each site or above what the sites have, or
-            a site or one of its experts has too few positions to keep some out.
+        InputError: There is no calibration, the budget is below ``round_to`` for each site or above
+            what the sites have, or a site or one of its experts has too few positions to keep some
+            out.
 
     Example:
         >>> mlps = nnx.List([Mlp(4, 16, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
@@ -72,6 +74,13 @@ def allocate(
         >>> sum(method.width for method in plan.values())
         16
     """
+    check_method(method)
+    if not isinstance(method, Fusion):
+        raise InputError(f"widths are allocated for Fusion, not for {type(method).__name__}")
+    if calibration is None:
+        raise InputError("allocating needs calibration: texts, or 'random' if there are none")
+    if isinstance(total_width, float) and not 0 < total_width <= 1:
+        raise InputError(f"a total_width given as a fraction must be in (0, 1]; got {total_width}")
     chosen = select(sites(model), layers)
     originals = [site.mlp.width for site in chosen]
     if isinstance(total_width, float):

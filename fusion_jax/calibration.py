@@ -22,9 +22,10 @@ from fusion_jax.errors import InputError
 from fusion_jax.geometry import Calibration
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mlp import Mlp
+from fusion_jax.models.base import Model, positions
 from fusion_jax.origin import Origin
 from fusion_jax.sites import Layers, Site, select, sites
-from fusion_jax.text import Batch, batches, load_tokenizer
+from fusion_jax.text import MAX_LENGTH, Batch, batches, load_tokenizer
 
 Source = (
     Sequence[str] | Sequence[Batch] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | os.PathLike
@@ -286,16 +287,19 @@ def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
     """Token batches as keyword arguments of the model."""
     items: list[Any]
+    most = positions(model) if isinstance(model, Model) else None
+    length = min(MAX_LENGTH, most or MAX_LENGTH)
     if isinstance(source, str):
         tokenizer = _tokenizer(model)
         # Through text, so that the tokenizer puts its special tokens around them.
-        items = batches(tokenizer, tokenizer.batch_decode(_drawn(tokenizer, _RANDOM, key)))
+        texts = tokenizer.batch_decode(_drawn(tokenizer, _RANDOM, key))
+        items = batches(tokenizer, texts, max_length=length)
     elif all(isinstance(item, str) for item in source):
         texts = [text for text in source if text.strip()]
         if not texts:
             raise InputError("calibration has no text")
         tokenizer = _tokenizer(model)
-        items = batches(tokenizer, texts)
+        items = batches(tokenizer, texts, max_length=length)
         items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
     else:
         items = list(source)
@@ -304,6 +308,10 @@ def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[
         raise InputError(
             "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
         )
+    for item in made:
+        length = np.shape(item["input_ids"])[-1] if "input_ids" in item else 0
+        if most is not None and length > most:
+            raise InputError(f"a batch has {length} tokens a row; the model has {most} positions")
     return made
 
 

@@ -99,6 +99,8 @@ def compress(
     for given in methods.values():
         check_method(given)
     key = _one_key(key)
+    if budget is not None and isinstance(method, Mapping):
+        raise InputError("methods by site have their sizes; give a budget, or those")
     if budget is not None and not 0 < budget <= 1:
         raise InputError(f"budget must be in (0, 1]; got {budget}")
     # Of several methods, some may do without what others take.
@@ -368,8 +370,9 @@ def _batches(
         return
     groups: dict[object, list[Site]] = {}
     for site in chosen:
-        takes = calibrator is not None and methods[site.path].calibrated
-        seen = calibrator.abstract(site) if takes else None
+        seen = None
+        if calibrator is not None and methods[site.path].calibrated:
+            seen = calibrator.abstract(site)
         shapes = str(jax.eval_shape(site.mlp.sub_mlps))
         groups.setdefault((methods[site.path], site.mlp.act, shapes, seen), []).append(site)
     for group in groups.values():

@@ -59,7 +59,10 @@ def save_masks(
     origin = origin_of(model)
     files.check_new_folder(folder)
     where = _reference(origin) if base is None else _place(base)
-    opened = _Base(where, origin.head, *labels_of(model), dtype_name(model))
+    try:
+        opened = _Base(where, origin.head, *labels_of(model), dtype_name(model))
+    except InputError as error:
+        raise InputError(f"the base, {where['name']}, does not fit: {error}") from None
     flat = {
         files.name_of(path): np.asarray(variable.get_value())
         for path, variable in nnx.to_flat_state(nnx.state(model))

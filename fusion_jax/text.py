@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
 
+MAX_LENGTH = 128
+"""Tokens that texts are cut off at where nothing else is said."""
+
 
 class Batch(NamedTuple):
     """Tokenised texts.
@@ -52,7 +55,7 @@ def load_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = 128) -> Batch:
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH) -> Batch:
     """Texts as one batch, padded to the longest.
 
     Args:
@@ -91,7 +94,7 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
 
 
 def batches(
-    tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = 128
+    tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = MAX_LENGTH
 ) -> list[Batch]:
     """Texts as batches of few shapes, so that programs compile a few times: sorted by length.
 

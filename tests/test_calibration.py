@@ -18,8 +18,10 @@ from fusion_jax.geometry import points
 from fusion_jax.mlp import experts
 from fusion_jax.models.moe import Moe
 from fusion_jax.submlps import responses
+from fusion_jax.text import Batch
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
-from tests import tiny
+from tests import glue, tiny
+from tests.conftest import unchecked
 from tests.tiny import checkpoint
 
 D, P, C, T = 6, 32, 8, 200
@@ -527,3 +529,40 @@ def test_too_few_positions_to_hold_some_out():
     slots = np.stack([x, np.where(np.arange(T)[:, None] < 7, x, 0)])
     with pytest.raises(fj.InputError, match="an expert of 0 has 7 positions of calibration"):
         fj.allocate(model, fj.Fusion(), total_width=0.5, calibration={"0": slots}, key=KEY)
+
+
+def test_texts_longer_than_the_model_are_cut_off(tmp_path):
+    model = fj.load(glue.checkpoint(tmp_path / "m"))
+    most = model.config.max_position_embeddings
+    long = [" ".join(f"w{i % 90}" for i in range(k, k + most + 20)) for k in range(40)]
+    for source in (long, "random"):
+        seen = fj.calibrate(model, source, key=KEY) if source == long else None
+        assert seen is None or all(np.isfinite(x).all() for x in seen.values())
+        fj.compress(model, fj.Fusion(width=8), layers=0, key=KEY, calibration=source)
+    batch = Batch(jnp.ones((2, most + 1), jnp.int32), jnp.ones((2, most + 1), bool))
+    with pytest.raises(fj.InputError, match=f"{most + 1} tokens a row; the model has {most}"):
+        fj.compress(model, fj.Fusion(width=8), key=KEY, calibration=[batch])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (fj.Svd(), {}, "allocated for Fusion, not for Svd"),
+        (fj.Fusion(), {"calibration": None}, "needs calibration"),
+        (fj.Fusion(), {"total_width": float("nan")}, "fraction must be in"),
+        (fj.Fusion(), {"total_width": 1.5}, "fraction must be in"),
+    ],
+)
+def test_what_allocating_is_given(method, options, message):
+    mlps = nnx.List([fj.Mlp(4, 16, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
+    seen = {path: np.ones((64, 4), np.float32) for path in ("0", "1")}
+    with unchecked(), pytest.raises(fj.InputError, match=message):
+        fj.allocate(
+            mlps, method, **{"total_width": 0.5, "calibration": seen, "key": KEY, **options}
+        )
+
+
+def test_allocated_widths_are_not_overwritten_by_a_budget():
+    mlp = fj.Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
+    with pytest.raises(fj.InputError, match="give a budget, or those"):
+        fj.compress(mlp, {"": fj.Fusion(width=4)}, key=KEY, budget=0.25)

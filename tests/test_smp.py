@@ -749,7 +749,7 @@ def test_command_line(places, tmp_path, capsys):
         (["--task", "sst2"], "give either --task and --data, or --train-file"),
         (["TASK"], "label word 'terrible' is not one token"),
         (["TASK", "--words", "w1", "w2", "--train-head"], "give either --words"),
-        (["TASK", "--words", "w1"], "outputs, sst2 wants 2"),
+        (["TASK", "--words", "w1"], "1 words for 2 classes: 0, 1"),
         (["--train-file", "FILE", "--text", "sentence"], "no label words; give --words, one for "),
         (["TASK", "--words", "w1", "w2", "--max-steps", "1"], "but the run has 1"),
     ],
@@ -761,3 +761,9 @@ def test_errors_of_the_command_line(arguments, message, places, tmp_path, capsys
     assert main(["smp", str(places[0]), "--out", str(tmp_path / "run"), *given]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_penalty_is_a_number():
+    for penalty in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(fj.InputError, match="penalty must be at least 0, and finite"):
+            fj.StaticPruning(penalty=penalty)

@@ -24,7 +24,8 @@ from fusion_jax.finetune.sharding import Layout
 from fusion_jax.finetune.tasks import Task, TaskData, Texts, encode
 from fusion_jax.finetune.trainer import Fit, Growth, OnStep
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.models.base import Generative, Model
+from fusion_jax.models.base import Generative, Model, positions
+from fusion_jax.origin import Origin
 from fusion_jax.text import load_tokenizer
 
 
@@ -163,14 +164,6 @@ def check_head(model: Model, task: Task) -> None:
         )
 
 
-def _positions(model: Model) -> int:
-    if not isinstance(model, Generative):
-        return model.config.max_position_embeddings
-    if not model.reads_prompts:
-        raise InputError("texts alone are not enough for an encoder-decoder; give pairs of texts")
-    return model.max_length or 1 << 20  # rotary positions have no end
-
-
 class Encoder:
     """Turns texts into what a model takes.
 
@@ -184,17 +177,20 @@ class Encoder:
     """
 
     def __init__(self, model: Model, max_length: int | None = None, truncate: bool = False):
-        config = model.config
-        # RoBERTa's positions start after that of padding.
-        offset = config.pad_token_id + 1 if getattr(config, "is_roberta", False) else 0
-        most = _positions(model) - offset
+        if isinstance(model, Generative) and not model.reads_prompts:
+            raise InputError(
+                "texts alone are not enough for an encoder-decoder; give pairs of texts"
+            )
+        most = positions(model) or 1 << 20  # rotary positions have no end
         if max_length is not None and max_length > most:
             raise InputError(f"max_length {max_length} is above the model's {most} positions")
         self.max_length = most if max_length is None else max_length
         self.truncate = truncate
+        if not isinstance(getattr(model, "origin", None), Origin):
+            raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
         self.tokenizer = load_tokenizer(model.origin.folder)
         # Language models may have none; what stands under the mask does not matter.
-        self.pad_id: int = getattr(config, "pad_token_id", None) or 0
+        self.pad_id: int = getattr(model.config, "pad_token_id", None) or 0
 
     def __call__(self, texts: Texts) -> Examples:
         """Tokenises texts; raises `InputError` that names the first one that is too long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ class StaticPruning:
             raise InputError(f"temperature must be above 0; got {self.temperature}")
         if self.penalty_of not in ("mean", "sum"):
             raise InputError(f"penalty_of must be mean or sum; got {self.penalty_of!r}")
-        if self.penalty < 0:
-            raise InputError(f"penalty must be at least 0; got {self.penalty}")
+        if not 0 <= self.penalty < math.inf:
+            raise InputError(f"penalty must be at least 0, and finite; got {self.penalty}")
         for name in ("ramp", "penalty_steps"):
             value = getattr(self, name)
             if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):

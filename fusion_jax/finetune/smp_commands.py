@@ -19,7 +19,7 @@ Words = Annotated[
     tuple[str, ...],
     arg(
         metavar="WORD",
-        help="A label word for each class, in their order.",
+        help="A label word for each class, in the order of the classes: sorted, of your own files.",
         help_behavior_hint="(default: those of the GLUE task)",
     ),
 ]
@@ -90,6 +90,12 @@ def smp(
             if not words
             else "give either --words, whose head does not train, or --train-head"
         )
+    classes = loaded.task.labels or ("the number",)
+    if words and len(words) != len(classes):
+        raise InputError(f"{len(words)} words for {len(classes)} classes: {', '.join(classes)}")
+    if words:
+        pairs = ", ".join(f"{a}: {b}" for a, b in zip(classes, words, strict=True))
+        print(f"Label words: {pairs}")
     key = jax.random.key(seed)
     more: dict[str, Any] = {"label_words": words} if words else {}
     if not words:

@@ -75,6 +75,15 @@ class Generative(Model):
         raise NotImplementedError
 
 
+def positions(model: Model) -> int | None:
+    """The most tokens that a model takes; None if it takes any number."""
+    if isinstance(model, Generative):
+        return model.max_length
+    # RoBERTa's positions start after that of padding.
+    roberta = getattr(model.config, "is_roberta", False)
+    return model.config.max_position_embeddings - (model.config.pad_token_id + 1 if roberta else 0)
+
+
 class EncoderOutput(NamedTuple):
     """What an encoder returns.
 
