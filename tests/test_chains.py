@@ -16,6 +16,7 @@ import fusion_jax as fj
 from fusion_jax import mpo
 from fusion_jax.finetune import (
     Chains,
+    fit,
     importance_by_gradient,
     importance_by_removal,
     lightweight,
@@ -775,6 +776,10 @@ def test_what_over_parameterising_is_given():
     for paths in ("up", []):
         with pytest.raises(fj.InputError, match="list of paths"):
             overparameterise(mlp, paths)
+    growth = Chains(source=One({}), loss=losses.next_token, every=8)
+    config = fj.TrainConfig(max_steps=8, epochs=99)
+    with pytest.raises(fj.InputError, match="every 8 steps does nothing in a run of 8"):
+        fit(mlp, One({}), losses.next_token, config, key=jax.random.key(0), growth=growth)
     for options in ({"cores": 1}, {"batches": 0}):
         with pytest.raises(fj.InputError, match="must be at least"):
             Chains(source=One({}), loss=losses.next_token, every=1, **options)

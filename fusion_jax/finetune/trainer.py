@@ -152,6 +152,8 @@ def fit(
         FloatingPointError: The loss or the gradient was NaN or infinite.
     """
     steps = config.steps(len(batches))
+    if growth is not None and growth.every >= steps:
+        raise InputError(f"growth every {growth.every} steps does nothing in a run of {steps}")
 
     cohorts = None if growth is None else {}
     loop = Loop(model, trains, loss, config, steps, multipliers, rule, key, cohorts)
