@@ -554,8 +554,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                     fontsize=8,
                 )
         axes.set_xscale("log")
+        axes.set_xticks([0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("time of a training step, dense = 1")
         axes.set_title(f"{task}: {GLUE[task].metrics[0]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

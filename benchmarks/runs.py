@@ -95,8 +95,10 @@ def run_all(
     if options.json is not None and options.json.is_file():
         rows = json.loads(options.json.read_text())["rows"]
         for row in rows:
-            other = {k: v for k, v in row["config"].items() if settings.get(k) != v}
             if row["config"] != settings:
+                every = row["config"].keys() | settings.keys()
+                other = {k: row["config"].get(k) for k in sorted(every)}
+                other = {k: v for k, v in other.items() if settings.get(k) != v}
                 raise SystemExit(
                     f"{options.json} holds runs with other settings ({other}); give those, or "
                     "another file"

@@ -25,7 +25,7 @@ from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import Model, positions
 from fusion_jax.origin import Origin
 from fusion_jax.sites import Layers, Site, select, sites
-from fusion_jax.text import MAX_LENGTH, Batch, batches, load_tokenizer
+from fusion_jax.text import MAX_LENGTH, Batch, batches, length_for, load_tokenizer
 
 Source = (
     Sequence[str] | Sequence[Batch] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | os.PathLike
@@ -287,19 +287,20 @@ def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
     """Token batches as keyword arguments of the model."""
     items: list[Any]
-    most = positions(model) if isinstance(model, Model) else None
-    length = min(MAX_LENGTH, most or MAX_LENGTH)
+    ours = isinstance(model, Model)
+    most = positions(model) if ours else None
+    longest = length_for(model) if ours else MAX_LENGTH
     if isinstance(source, str):
         tokenizer = _tokenizer(model)
         # Through text, so that the tokenizer puts its special tokens around them.
         texts = tokenizer.batch_decode(_drawn(tokenizer, _RANDOM, key))
-        items = batches(tokenizer, texts, max_length=length)
+        items = batches(tokenizer, texts, max_length=longest)
     elif all(isinstance(item, str) for item in source):
         texts = [text for text in source if text.strip()]
         if not texts:
             raise InputError("calibration has no text")
         tokenizer = _tokenizer(model)
-        items = batches(tokenizer, texts, max_length=length)
+        items = batches(tokenizer, texts, max_length=longest)
         items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
     else:
         items = list(source)

@@ -104,18 +104,17 @@ def compress(
     if budget is not None and not 0 < budget <= 1:
         raise InputError(f"budget must be in (0, 1]; got {budget}")
     # Of several methods, some may do without what others take.
-    spare = [methods[site.path] for site in chosen]
-    calibrated, graded = any(m.calibrated for m in spare), any(m.graded for m in spare)
+    calibrated = any(methods[site.path].calibrated for site in chosen)
+    graded = any(methods[site.path].graded for site in chosen)
     for site in chosen:
         method = methods[site.path]
         with _naming(site):
-            whole = method.any_mlp and not isinstance(site.mlp, UnevenExperts)
-            if method.any_mlp and not whole:
+            if method.any_mlp and isinstance(site.mlp, UnevenExperts):
                 raise InputError(
                     "has experts of different widths; fusion_jax.compress_matrices takes their "
                     "matrices"
                 )
-            if type(site.mlp) not in (Mlp, GatedMlp) and not whole:
+            if not method.any_mlp and type(site.mlp) not in (Mlp, GatedMlp):
                 raise InputError(
                     f"is a {type(site.mlp).__name__} already; compress the original model"
                 )

@@ -23,7 +23,7 @@ from fusion_jax import gram as gram_space
 from fusion_jax import points as point_space
 from fusion_jax.clusters import Refined, draw_distinct, indices, plus_plus
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.meshes import auto
+from fusion_jax.meshes import auto, moved
 from fusion_jax.submlps import wide
 
 Init = Literal["auto", "ward", "k-means++", "random"]
@@ -181,8 +181,7 @@ def _on_auto_mesh(points: Array) -> tuple[Array, Mesh | None]:
         return points, None
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
-    mesh = auto(mesh)
-    return jax.device_put(points, NamedSharding(mesh, sharding.spec)), mesh
+    return moved(points, {mesh: auto(mesh)}), auto(mesh)
 
 
 class _Options(NamedTuple):

@@ -66,12 +66,12 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
         theirs: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def enter(x: jax.Array) -> jax.Array:
-            moved = _moved(x, forth)
-            theirs[id(moved)] = moved, x  # both, so that the address stays taken
-            return moved
+            new = moved(x, forth)
+            theirs[id(new)] = new, x  # both, so that the address stays taken
+            return new
 
         def leave(x: jax.Array) -> jax.Array:
-            return theirs[id(x)][1] if id(x) in theirs else _moved(x, back)
+            return theirs[id(x)][1] if id(x) in theirs else moved(x, back)
 
         args, kwargs = _mapped(enter, args), _mapped(enter, kwargs)  # type: ignore[assignment]
         with jax.set_mesh(auto(context)) if context is not None else contextlib.nullcontext():
@@ -85,12 +85,13 @@ def _explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def _moved(x: jax.Array, meshes: dict[Mesh, Mesh]) -> jax.Array:
+def moved(x: jax.Array, meshes: dict[Mesh, Mesh]) -> jax.Array:
+    """An array on another mesh of the same devices, where it is on one of those given."""
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh not in meshes:
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = _moved(jax.random.key_data(x), meshes)
+        data = moved(jax.random.key_data(x), meshes)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # The same buffers; `jax.device_put` takes no meshes of several processes.
     place = NamedSharding(meshes[sharding.mesh], sharding.spec)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Model, positions
 
 MAX_LENGTH = 128
 """Tokens that texts are cut off at where nothing else is said."""
@@ -53,6 +54,11 @@ def load_tokenizer(folder: str) -> Any:
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise InputError(f"{folder} has no tokenizer; add its files, such as tokenizer.json")
     return tokenizer
+
+
+def length_for(model: Model) -> int:
+    """The tokens that a model's texts are cut off at: `MAX_LENGTH`, if it has the positions."""
+    return min(MAX_LENGTH, positions(model) or MAX_LENGTH)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH) -> Batch:

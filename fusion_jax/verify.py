@@ -18,10 +18,10 @@ from fusion_jax.capture import mlp_inputs
 from fusion_jax.checkpoint import load
 from fusion_jax.errors import InputError
 from fusion_jax.forms import Frozen
-from fusion_jax.models.base import Model, positions
+from fusion_jax.models.base import Model
 from fusion_jax.report import num_params, table
 from fusion_jax.sites import sites
-from fusion_jax.text import MAX_LENGTH, Batch, load_tokenizer, sentences, tokenize
+from fusion_jax.text import Batch, length_for, load_tokenizer, sentences, tokenize
 from ntk.bounds import pair
 from ntk.certificate import Certificate, certify
 from ntk.compare import Comparison, compare
@@ -169,8 +169,8 @@ def verify_files(
     smaller = load(compressed, dtype=jnp.float32)
     name = smaller.origin.name if original is None else original
     larger = load_original(name, smaller, key=key)
-    length = min(MAX_LENGTH, positions(smaller) or MAX_LENGTH)
-    batch = tokenize(load_tokenizer(smaller.origin.folder), examples[:num_examples], length)
+    tokenizer = load_tokenizer(smaller.origin.folder)
+    batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
     found = verify(larger, smaller, batch, key=key)
     return Verified(found, Path(compressed), name, (num_params(larger), num_params(smaller)))
 
