@@ -29,7 +29,7 @@ def measure(case: str) -> dict[str, Any]:
     from flax import nnx
 
     import fusion_jax as fj
-    from fusion_jax.demo import find_model
+    from fusion_jax.cli.demo import find_model
     from fusion_jax.models.bert import Bert, BertConfig
 
     start = time.perf_counter()

@@ -10,7 +10,7 @@ parameters train, in the same order of data from the same head:
 - ``adam``: sign descent on one example after another, each step a twentieth of a typical residual
   (Malladi et al., 2023); ``scaling="adam"``.
 
-The predictions are those of `ntk.compare.compare`, extended to held-out sentences. Per method, for
+The predictions are those of `ntk.compare`, extended to held-out sentences. Per method, for
 all of training, and for its early part, while the dense model's loss is above 0.8 of the first:
 
 - ``kernel_error``: relative Frobenius error of its kernel, training sentences.
@@ -41,9 +41,9 @@ import fusion_jax as fj
 import ntk
 from benchmarks.common import finish, parser, pyplot
 from benchmarks.ntk_models import calibration
-from fusion_jax.demo import find_model
-from fusion_jax.text import load_tokenizer, sentences, tokenize
-from ntk.compare import compare
+from fusion_jax.cli.demo import find_model
+from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
+from ntk.comparison import compare
 
 LAYERS = slice(-4, None)
 TRAIN, HELD_OUT = 32, 32

@@ -31,8 +31,8 @@ import jax
 import fusion_jax as fj
 from benchmarks.common import parser, peak_gib
 from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
-from fusion_jax.demo import find_model
-from fusion_jax.finetune import GLUE, TaskData
+from fusion_jax.cli.demo import find_model
+from fusion_jax.training import GLUE, TaskData
 
 LAYERS = slice(-4, None)
 CALIBRATION = 1024

@@ -48,7 +48,7 @@ import numpy as np
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser, peak_gib
-from fusion_jax.demo import find_model
+from fusion_jax.cli.demo import find_model
 
 Row = dict[str, Any]
 Clustering = Callable[[np.ndarray, int, int], Any]

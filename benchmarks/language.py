@@ -30,8 +30,8 @@ import fusion_jax as fj
 from benchmarks.common import finish, parser
 from benchmarks.quality import POSITIONS, errors
 from benchmarks.small_models import hf_folder, shakespeare_ids
-from fusion_jax.finetune import Windows, nats_per_token
-from fusion_jax.generate import Sampling, generate
+from fusion_jax.models.decoding import Sampling, generate
+from fusion_jax.training import Windows, nats_per_token
 
 CONTEXT = 128
 WINDOWS = 128

@@ -58,8 +58,8 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     import numpy as np
     from flax import nnx
 
-    from fusion_jax import files
-    from fusion_jax.models import FAMILIES
+    from fusion_jax.checkpoint import files
+    from fusion_jax.models.registry import FAMILIES
 
     family = FAMILIES[fields["model_type"]]
     parsed = family.config(fields)

@@ -23,9 +23,10 @@ import numpy as np
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser
-from fusion_jax.demo import find_model
-from fusion_jax.finetune import fit, losses
-from fusion_jax.finetune.data import Batches, Examples
+from fusion_jax.cli.demo import find_model
+from fusion_jax.training import fit
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.batches import Batches, Examples
 
 STEPS = 1500
 EVERY = 25

@@ -46,8 +46,13 @@ import ntk
 from benchmarks.common import parser, peak_gib, pyplot, show
 from benchmarks.quality import relative
 from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
-from fusion_jax.demo import find_model
-from fusion_jax.finetune import (
+from fusion_jax.checkpoint.masks import save_masks
+from fusion_jax.cli.demo import find_model
+from fusion_jax.compression.matrices import select_matrices
+from fusion_jax.models.tokens import batches, load_tokenizer
+from fusion_jax.nn.linear_forms import Masked, forms
+from fusion_jax.report import num_params
+from fusion_jax.training import (
     GLUE,
     Chains,
     TaskData,
@@ -62,14 +67,9 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
-from fusion_jax.finetune.smp import SCORES, StaticPruning, static_prune
-from fusion_jax.finetune.squeeze import cheapest_cut, cut
-from fusion_jax.forms import Masked, forms
-from fusion_jax.masks import save_masks
-from fusion_jax.matrices import select_matrices
-from fusion_jax.report import num_params
-from fusion_jax.text import batches, load_tokenizer
-from fusion_jax.verify import Probability
+from fusion_jax.training.methods.squeezing import cheapest_cut, cut
+from fusion_jax.training.methods.static_pruning import SCORES, StaticPruning, static_prune
+from fusion_jax.verification.checks import Probability
 
 LAYERS = slice(-4, None)
 BUDGET = 0.25

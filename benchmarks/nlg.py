@@ -37,11 +37,11 @@ from flax import nnx
 import fusion_jax as fj
 from benchmarks.common import finish, parser
 from benchmarks.finetune import CALIBRATION, Cell, OutOfTimeError, cells, mean_seconds, method
-from fusion_jax.finetune import TextData, measure_pairs
 from fusion_jax.models.gpt2 import Gpt2, Gpt2Config
-from fusion_jax.origin import Origin
+from fusion_jax.models.provenance import Origin
+from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.report import num_params
-from fusion_jax.text import load_tokenizer
+from fusion_jax.training import TextData, measure_pairs
 
 VOCABULARY = 4096
 POSITIONS = 384

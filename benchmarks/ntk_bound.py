@@ -28,15 +28,15 @@ import numpy as np
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser, pyplot
-from fusion_jax.capture import mlp_inputs
-from fusion_jax.demo import find_model
-from fusion_jax.fused import factors, stored_rows
-from fusion_jax.text import load_tokenizer, sentences, tokenize
-from ntk import apriori
-from ntk.bounds import fit_sketch, kernel_change, output_change, uniform_bound
+from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.cli.demo import find_model
+from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
+from fusion_jax.nn.fused import factors, stored_rows
+from ntk.bounds import a_priori as apriori
+from ntk.bounds.changes import fit_sketch, kernel_change, output_change, uniform_bound
+from ntk.bounds.output_blocks import block_change
+from ntk.bounds.pairs import Pair
 from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
-from ntk.output_blocks import block_change
-from ntk.pair import Pair
 from ntk.units import mlp_weights
 
 KINDS = ("sgd", "adam")

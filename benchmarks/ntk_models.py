@@ -24,9 +24,9 @@ import fusion_jax as fj
 import ntk
 from benchmarks.common import finish, parser
 from benchmarks.ntk_bound import texts
-from fusion_jax.demo import find_model
-from fusion_jax.text import load_tokenizer, tokenize
-from ntk.compare import compare
+from fusion_jax.cli.demo import find_model
+from fusion_jax.models.tokens import load_tokenizer, tokenize
+from ntk.comparison import compare
 
 CALIBRATED = "ours, calibrated"
 

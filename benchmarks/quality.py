@@ -27,8 +27,8 @@ import numpy as np
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser, pyplot, show
-from fusion_jax.demo import find_model
-from fusion_jax.text import Batch, batches, load_tokenizer, sentences
+from fusion_jax.cli.demo import find_model
+from fusion_jax.models.tokens import Batch, batches, load_tokenizer, sentences
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 
 POSITIONS = 300

@@ -45,10 +45,11 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     from flax import nnx
 
     import fusion_jax as fj
-    from fusion_jax.finetune import fit, losses
-    from fusion_jax.finetune.data import Batches, Examples
     from fusion_jax.models.bert import Bert, BertConfig
     from fusion_jax.report import num_params
+    from fusion_jax.training import fit
+    from fusion_jax.training.engine import losses
+    from fusion_jax.training.engine.batches import Batches, Examples
 
     config = BertConfig(
         model_type="roberta", vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1

@@ -32,9 +32,9 @@ from flax import nnx
 
 import fusion_jax as fj
 from benchmarks.common import finish, parser
-from fusion_jax.finetune import losses
-from fusion_jax.finetune.trainer import fit
 from fusion_jax.models.t5 import T5, T5Config
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.trainer import fit
 
 PAD, END, UNKNOWN = 0, 1, 2
 LENGTH = 44

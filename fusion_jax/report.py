@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from fusion_jax.mlp import Mlp
-from fusion_jax.uneven import UnevenExperts
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.uneven_experts import UnevenExperts
 
 
 class Size(NamedTuple):

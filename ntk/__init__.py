@@ -1,7 +1,10 @@
 """Exact neural tangent kernels of any JAX function and of Flax models."""
 
+from ntk import bounds as bounds
+from ntk import mlp as mlp
+from ntk.comparison import compare as compare
 from ntk.empirical import kernel as kernel
 from ntk.errors import InputError as InputError
-from ntk.functional import functional as functional
-from ntk.functional import probability as probability
-from ntk.functional import token as token
+from ntk.functions import functional as functional
+from ntk.functions import probability as probability
+from ntk.functions import token as token

@@ -14,12 +14,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ntk.blocks import automatic, caller_mesh, fitted, laid, run, shards
-from ntk.engine import Engine, Task
-from ntk.engine_jacobian import JacobianEngine
-from ntk.engine_vector import VectorEngine
+from ntk.engines.base import Engine, Task
+from ntk.engines.blocks import automatic, caller_mesh, fitted, laid, run, shards
+from ntk.engines.jacobian import JacobianEngine
+from ntk.engines.structure import Program
+from ntk.engines.vector_product import VectorEngine
 from ntk.errors import InputError, nearest
-from ntk.structure import Program
 
 Kind = Literal["sgd", "adam"]
 EngineName = Literal["auto", "jacobian", "vector-product", "neural-tangents"]
@@ -233,7 +233,7 @@ def _engines(engine: str, implementation: str | None, task: Task) -> list[Engine
         )
     if engine == "neural-tangents":
         # Here, since importing that package takes seconds.
-        from ntk.engine_nt import NeuralTangentsEngine
+        from ntk.engines.neural_tangents import NeuralTangentsEngine
 
         return [NeuralTangentsEngine(task, implementation or "structured-derivatives")]
     jacobian = JacobianEngine(task)

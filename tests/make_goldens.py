@@ -10,7 +10,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from fusion_jax.demo import find_model
+from fusion_jax.cli.demo import find_model
 from tests import tiny
 
 MINILM_IDS = [

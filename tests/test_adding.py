@@ -11,6 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/adding.md").read_text(encoding="utf-8")
+OPENING = {
+    "methods/registry.py": r"^    for method in \(\n",
+    "models/registry.py": r"^FAMILIES.* = {\n",
+    "tests/tiny.py": r"^CONFIGS.* = {\n",
+    "tests/test_compress.py": r"^OPTIONS.* = {\n",
+}
+"""Where the registry of a file begins."""
 METHOD, ARCHITECTURE = PAGE.split("\n## ")[1:]
 
 
@@ -39,9 +46,7 @@ def followed(copy, section):
             file.write_text(text[:end] + block + text[end:])
         else:
             text = file.read_text()
-            registry = {"methods": "METHODS", "models": "FAMILIES"}.get(file.parent.name)
-            registry = registry or {"tiny.py": "CONFIGS"}.get(file.name, "OPTIONS")
-            start = re.search(rf"^{registry}[^\n]* = {{\n", text, re.MULTILINE).end()
+            start = re.search(OPENING[f"{file.parent.name}/{file.name}"], text, re.MULTILINE).end()
             file.write_text(text[:start] + block + text[start:])
 
 

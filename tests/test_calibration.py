@@ -9,16 +9,17 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax import allocation, calibration
-from fusion_jax.capture import mlp_inputs
-from fusion_jax.demo import bit_equal
-from fusion_jax.fitting import RIDGE_OF_FACTORS, matched, refitted
-from fusion_jax.fused import Factors
-from fusion_jax.geometry import points
-from fusion_jax.mlp import experts
+from fusion_jax.calibration import calibrator as calibration
+from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.compression import allocation
+from fusion_jax.methods.geometry import points
+from fusion_jax.methods.least_squares import RIDGE_OF_FACTORS, matched, refitted
 from fusion_jax.models.moe import Moe
-from fusion_jax.submlps import responses
-from fusion_jax.text import Batch
+from fusion_jax.models.tokens import Batch
+from fusion_jax.nn.fused import Factors
+from fusion_jax.nn.mlp import experts
+from fusion_jax.nn.submlps import responses
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 from tests import glue, tiny
 from tests.conftest import unchecked
@@ -77,7 +78,7 @@ def test_refit_in_blocks_and_to_given_outputs(x64, monkeypatch):
     subs = mlp.sub_mlps()
     few = jax.tree.map(lambda a: a[:C], subs)
     whole = refitted(few, subs, fj.Calibration(x), "gelu", 0.01).down
-    monkeypatch.setattr("fusion_jax.fitting.BLOCK", 64)
+    monkeypatch.setattr("fusion_jax.methods.least_squares.BLOCK", 64)
     given = fj.Calibration(x, outputs=mlp(x) - mlp.out_bias()[None])
     np.testing.assert_allclose(refitted(few, subs, given, "gelu", 0.01).down, whole, atol=1e-10)
 

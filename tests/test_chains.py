@@ -14,13 +14,15 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.finetune import (
+from fusion_jax.compression.matrices import matrices
+from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.surgery import at
+from fusion_jax.training import (
     Chains,
     fit,
     importance_by_gradient,
     importance_by_removal,
     lightweight,
-    losses,
     lottery,
     mean_gradients,
     mean_loss,
@@ -29,11 +31,10 @@ from fusion_jax.finetune import (
     task_source,
     top_of_each_type,
 )
-from fusion_jax.finetune.importance import type_of
-from fusion_jax.finetune.parts import Parts
-from fusion_jax.finetune.squeeze import Cut, all_train, chains, cheapest_cut, cut
-from fusion_jax.forms import at, forms
-from fusion_jax.matrices import matrices
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.methods.importance import type_of
+from fusion_jax.training.methods.squeezing import Cut, all_train, chains, cheapest_cut, cut
 from tests import glue, tiny
 from tests.conftest import unchecked
 from tests.test_finetune import CONFIG, flat, moved

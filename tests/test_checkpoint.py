@@ -16,8 +16,8 @@ import safetensors.numpy
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax import files
-from fusion_jax.demo import bit_equal
+from fusion_jax.checkpoint import files
+from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.bert import Bert, BertConfig
 from tests import tiny
 
@@ -472,7 +472,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     config = {**tiny.BERT, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
     config["num_attention_heads"] = 4
-    from fusion_jax.models import FAMILIES
+    from fusion_jax.models.registry import FAMILIES
 
     family = FAMILIES["bert"]
     abstract = nnx.eval_shape(

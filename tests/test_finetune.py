@@ -13,12 +13,14 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import Texts, classify, fit, losses, measure, predict
-from fusion_jax.finetune.data import Batches, Examples
-from fusion_jax.finetune.optimiser import optimiser
-from fusion_jax.finetune.parts import Parts
-from fusion_jax.forms import Frozen
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.nn.linear_forms import Frozen
+from fusion_jax.training import Texts, fit, measure, predict
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.batches import Batches, Examples
+from fusion_jax.training.engine.optimizer import optimiser
+from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.tasks import classification as classify
 from tests import glue
 
 CONFIG = fj.TrainConfig(
@@ -207,7 +209,7 @@ def test_multipliers(fused, key):
 
 def test_sgd_by_cluster_sizes_equals_sgd_on_the_wide_copy(model, fused, key):
     """Design: with learning rates divided by n_c, SGD moves centroids as their copies move."""
-    from fusion_jax.compress import replaced
+    from fusion_jax.compression.mlps import replaced
 
     config = dataclasses.replace(
         CONFIG, max_steps=3, optimiser="sgd", weight_decay=0.0, clip_norm=None
@@ -389,7 +391,7 @@ def test_heads_that_do_not_fit(folder, data, key):
 
 @pytest.mark.parametrize("name", ["linear", "polynomial", "cosine", "constant"])
 def test_schedules(name):
-    from fusion_jax.finetune.optimiser import schedule
+    from fusion_jax.training.engine.optimizer import schedule
 
     config = fj.TrainConfig(schedule=name, power=2.0, learning_rate=1.0, warmup=0.1)
     rate = np.array([schedule(config, 100)(i) for i in range(101)])

@@ -15,9 +15,9 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax import checkpoint
-from fusion_jax.cli import main
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import predict
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.cli.main import main
+from fusion_jax.training import predict
 from tests import glue
 
 OPTIONS = ["--max-steps", "4", "--batch-size", "8", "--shapes", "1", "--no-dropout"]

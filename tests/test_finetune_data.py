@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax.finetune import metrics, tables
-from fusion_jax.finetune.data import Batches, Examples, bounds
-from fusion_jax.finetune.tasks import GLUE, encode, load_task, read_task
-from fusion_jax.text import load_tokenizer
+from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.training.engine.batches import Batches, Examples, bounds
+from fusion_jax.training.tasks import metrics, tables
+from fusion_jax.training.tasks.glue import GLUE, encode, load_task, read_task
 from tests import glue, tiny
 
 GLUE_FILES = {

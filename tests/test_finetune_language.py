@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.finetune import Chains, Windows, losses, nats_per_token
-from fusion_jax.finetune.importance import type_of
-from fusion_jax.forms import at, forms
+from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.surgery import at
+from fusion_jax.training import Chains, Windows, nats_per_token
+from fusion_jax.training.engine import losses
+from fusion_jax.training.methods.importance import type_of
 from tests import tiny
 
 CONFIG = fj.TrainConfig(

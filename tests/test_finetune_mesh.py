@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.finetune import Chains, fit, lightweight, losses
-from fusion_jax.finetune.data import Batches, Examples
-from fusion_jax.forms import forms
+from fusion_jax.nn.linear_forms import forms
+from fusion_jax.training import Chains, fit, lightweight
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.batches import Batches, Examples
 from tests import glue
 
 STEPS = 20

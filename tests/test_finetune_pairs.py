@@ -14,13 +14,15 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import Chains, Pairs, losses, measure_pairs, pairs_source, text_metrics
-from fusion_jax.finetune.importance import type_of
-from fusion_jax.finetune.pair_encoder import PairEncoder
-from fusion_jax.forms import forms, linears
-from fusion_jax.generate import Beams, Sampling, generate
-from fusion_jax.text import load_tokenizer, tokenize
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.models.decoding import Beams, Sampling, generate
+from fusion_jax.models.tokens import load_tokenizer, tokenize
+from fusion_jax.nn.linear_forms import forms, linears
+from fusion_jax.training import Chains, Pairs, measure_pairs, pairs_source
+from fusion_jax.training.engine import losses
+from fusion_jax.training.methods.importance import type_of
+from fusion_jax.training.tasks import text_metrics
+from fusion_jax.training.tasks.pair_encoding import PairEncoder
 from tests import nlg, tiny
 
 CONFIG = fj.TrainConfig(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.cli import main
-from fusion_jax.finetune import measure_pairs, nats_per_token
+from fusion_jax.cli.main import main
+from fusion_jax.training import measure_pairs, nats_per_token
 from tests import nlg, tiny
 
 OPTIONS = ["--max-steps", "4", "--batch-size", "8", "--shapes", "1", "--no-dropout"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import Windows, losses
-from fusion_jax.finetune.trainer import fit
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.training import Windows
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.trainer import fit
 from tests import tiny
 
 LOSSES = {"mixtral": losses.next_token, "switch": losses.sequence_to_sequence}

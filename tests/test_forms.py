@@ -9,11 +9,11 @@ from flax import nnx
 import fusion_jax as fj
 import ntk
 from fusion_jax import mpo
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune.parts import Parts
-from fusion_jax.finetune.squeeze import lightweight
-from fusion_jax.forms import forms, linears
-from fusion_jax.matrices import matrices
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.compression.matrices import matrices
+from fusion_jax.nn.linear_forms import forms, linears
+from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.methods.squeezing import lightweight
 from ntk.mlp import mlp_weights
 from tests import tiny
 from tests.test_mlp import inputs, make

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.generate import Beams, Sampling, filtered, generate
+from fusion_jax.models.decoding import Beams, Sampling, filtered, generate
 from fusion_jax.models.layers import Cache
 from tests import tiny
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fusion_jax import InputError, kmeans
-from fusion_jax import points as point_space
-from fusion_jax.gram import ward_start
+from fusion_jax.clustering import points as point_space
+from fusion_jax.clustering.gram import ward_start
 
-engine = sys.modules["fusion_jax.kmeans"]  # the package's attribute of this name is the function
+engine = sys.modules["fusion_jax.clustering.engine"]
 
 
 INITS = ["ward", "k-means++", "random"]

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
+from fusion_jax.cli.demo import bit_equal
 from tests import tiny
 
 NEW = {16: 6, 24: 7, 48: 18}

@@ -11,20 +11,20 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import (
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.meshes import on_auto_axes
+from fusion_jax.nn.linear_forms import forms
+from fusion_jax.training import (
     fit,
     importance_by_removal,
     lightweight,
-    losses,
     lottery,
     mean_gradients,
     mean_loss,
     overparameterise,
     squeeze,
 )
-from fusion_jax.forms import forms
-from fusion_jax.meshes import on_auto_axes
+from fusion_jax.training.engine import losses
 
 CONFIG = fj.TrainConfig(
     max_steps=2, epochs=99, batch_size=4, learning_rate=1e-2, compute_dtype="float32"

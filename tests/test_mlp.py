@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax.submlps import ACTIVATIONS, activation
+from fusion_jax.nn.submlps import ACTIVATIONS, activation
 
 SCALINGS = ["adam", "sgd", "folded"]
 KINDS = [fj.Mlp, fj.GatedMlp]

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors import safe_open
 
 import fusion_jax as fj
-from fusion_jax.demo import HUB_ID, find_model
+from fusion_jax.cli.demo import HUB_ID, find_model
 from fusion_jax.models.llama import LlamaConfig
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.models.rope import Rope

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fusion_jax.mlp import GatedMlp
 from fusion_jax.models import moe
 from fusion_jax.models.llama import Llama, LlamaConfig
+from fusion_jax.nn.mlp import GatedMlp
 
 EXPERTS, TOP_K, D = 8, 2, 6
 

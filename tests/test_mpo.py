@@ -13,10 +13,10 @@ from jax.extend.core import jaxprs_in_params
 
 import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.finetune.squeeze import Cut, cheapest_cut, cut
-from fusion_jax.forms import matrix_of
-from fusion_jax.methods.base import method_from_json
+from fusion_jax.methods.registry import method_from_json
 from fusion_jax.mpo import Layout, full_bonds, products
+from fusion_jax.nn.linear_forms import matrix_of
+from fusion_jax.training.methods.squeezing import Cut, cheapest_cut, cut
 from tests.conftest import unchecked
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))

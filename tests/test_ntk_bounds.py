@@ -10,16 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusion_jax.fused import factors
-from ntk import activations, apriori
-from ntk.balls import EVALUATION, ball_units
-from ntk.bounds import fit_sketch, kernel_change, output_change, pair, uniform_bound
-from ntk.certificate import certify
+from fusion_jax.nn.fused import factors
+from ntk import activations
+from ntk.bounds import a_priori as apriori
+from ntk.bounds.balls import EVALUATION, ball_units
+from ntk.bounds.certificates import certify
+from ntk.bounds.changes import fit_sketch, kernel_change, output_change, pair, uniform_bound
+from ntk.bounds.jensen import wide_norms
+from ntk.bounds.output_blocks import block_change
+from ntk.bounds.pairs import Pair
 from ntk.errors import InputError
-from ntk.jensen import wide_norms
 from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
-from ntk.output_blocks import block_change
-from ntk.pair import Pair
 from ntk.units import units
 
 ACTS = list(activations.FUNCTIONS)

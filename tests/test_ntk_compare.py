@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk.compare import apart_bound, compare
+from ntk.comparison import apart_bound, compare
 from ntk.errors import InputError
 
 

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ntk
 from ntk import empirical
-from ntk.blocks import fitted
-from ntk.engine import Task
-from ntk.engine_jacobian import Factored, JacobianEngine
+from ntk.engines.base import Task
+from ntk.engines.blocks import fitted
+from ntk.engines.jacobian import Factored, JacobianEngine
 from tests.ntk_models import MODELS, contracted, jacobian, mlp, reference, relative
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import fusion_jax
 from fusion_jax import FusedGatedMlp, FusedMlp, GatedMlp, Mlp
-from fusion_jax.fused import Factors, factors
+from fusion_jax.nn.fused import Factors, factors
 from ntk.errors import InputError
 from ntk.mlp import MlpWeights, full_kernel, mlp_weights, traced_kernel, upstream_kernel
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_jax.demo import HUB_ID, find_model
+from fusion_jax.cli.demo import HUB_ID, find_model
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 import fusion_jax as fj
 from benchmarks.small_models import hf_folder, shakespeare_ids
-from fusion_jax.finetune import nats_per_token
-from fusion_jax.generate import generate
+from fusion_jax.models.decoding import generate
+from fusion_jax.training import nats_per_token
 
 DATA = Path(os.environ.get("FUSION_JAX_DATA", "nowhere"))
 pytestmark = pytest.mark.skipif(

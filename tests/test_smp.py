@@ -13,16 +13,16 @@ import safetensors.numpy
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax import files
-from fusion_jax.checkpoint import dtype_name
-from fusion_jax.cli import main
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import GLUE, LABEL_WORDS, finished, losses, measure, predict, scored
-from fusion_jax.finetune.parts import Parts
-from fusion_jax.finetune.smp import SCORES, penalised
-from fusion_jax.forms import Frozen, Masked, Scored, forms
-from fusion_jax.mlp import Mlp, experts
+from fusion_jax.checkpoint import dtype_name, files
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.cli.main import main
 from fusion_jax.models.bert import Bert, BertConfig
+from fusion_jax.nn.linear_forms import Frozen, Masked, Scored, forms
+from fusion_jax.nn.mlp import Mlp, experts
+from fusion_jax.training import GLUE, LABEL_WORDS, finished, measure, predict, scored
+from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.methods.static_pruning import SCORES, penalised
 from tests import glue, tiny
 
 

@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune import lightweight, lottery
-from fusion_jax.forms import forms
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.nn.linear_forms import forms
+from fusion_jax.training import lightweight, lottery
 from tests import tiny
 from tests.test_compress import method, methods
 from tests.test_finetune import flat, moved

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.demo import bit_equal
-from fusion_jax.finetune.losses import next_token
-from fusion_jax.finetune.parts import Parts
-from fusion_jax.uneven import UnevenExperts, by_use
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.nn.uneven_experts import UnevenExperts, by_use
+from fusion_jax.training.engine.losses import next_token
+from fusion_jax.training.engine.partition import Parts
 from tests import tiny
 
 METHOD = fj.Fusion(width=12, by_use=1.0)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax import svg
-from fusion_jax.cli import main
-from fusion_jax.page import page
-from fusion_jax.text import Batch
-from fusion_jax.verify import load_original, verify
+from fusion_jax.cli.main import main
+from fusion_jax.models.tokens import Batch
+from fusion_jax.verification import charts as svg
+from fusion_jax.verification.checks import load_original, verify
+from fusion_jax.verification.page import page
 from tests import tiny
 
 

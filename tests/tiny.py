@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from fusion_jax.models import FAMILIES
+from fusion_jax.models.registry import FAMILIES
 
 GOLDENS = Path(__file__).parent / "goldens"
 

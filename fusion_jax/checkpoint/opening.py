@@ -11,13 +11,13 @@ from typing import Any
 
 from jaxtyping import Array, Key
 
-from fusion_jax import files
+from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.models import FAMILIES
 from fusion_jax.models.base import Head, Model
-from fusion_jax.origin import Origin
-from fusion_jax.text import load_tokenizer
+from fusion_jax.models.provenance import Origin
+from fusion_jax.models.registry import FAMILIES
+from fusion_jax.models.tokens import load_tokenizer
 
 
 def load(
@@ -136,7 +136,7 @@ def open_checkpoint(
         history = tuple(json.dumps(step) for step in artefact["history"])
         origin = Origin(artefact["base"], origin.folder, text, head, history)
     if artefact is not None and "masks" in artefact:
-        from fusion_jax.masks import MaskFiles
+        from fusion_jax.checkpoint.masks import MaskFiles
 
         tensors = MaskFiles(folder, artefact, base)
         if base is not None:

@@ -13,17 +13,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from fusion_jax import files
+from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
-from fusion_jax.forms import Form, at, replaced
-from fusion_jax.methods import FORMS, MODULES
-from fusion_jax.mlp import Mlp
-from fusion_jax.models import Family
-from fusion_jax.models.base import Model
+from fusion_jax.methods.registry import FORMS, MODULES
+from fusion_jax.models.base import Family, Model
+from fusion_jax.models.provenance import Origin
 from fusion_jax.models.rules import KeyRules, Source
-from fusion_jax.origin import Origin
-from fusion_jax.sites import Site, sites
-from fusion_jax.uneven import UnevenExperts, some
+from fusion_jax.nn.linear_forms import Form
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.site import Site, sites
+from fusion_jax.nn.surgery import at, replaced
+from fusion_jax.nn.uneven_experts import UnevenExperts, some
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 

@@ -14,15 +14,16 @@ import numpy as np
 from flax import nnx
 
 import fusion_jax
-from fusion_jax import files
+from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
-from fusion_jax.forms import forms, multiplied_out, params_dtype, replaced
-from fusion_jax.models import FAMILIES
 from fusion_jax.models.base import Model
+from fusion_jax.models.provenance import Origin
+from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
-from fusion_jax.origin import Origin
+from fusion_jax.nn.linear_forms import forms, multiplied_out, params_dtype
+from fusion_jax.nn.site import sites
+from fusion_jax.nn.surgery import replaced
 from fusion_jax.report import Report
-from fusion_jax.sites import sites
 
 _ALIGNED = 16
 """Bytes that the width of an exported expert is a multiple of."""

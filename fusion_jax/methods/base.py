@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Array, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.geometry import Calibration
-from fusion_jax.mlp import Mlp
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.submlps import SubMLPs
 
 
 class Solution(NamedTuple):
@@ -32,6 +32,8 @@ class Method:
     arrays to arrays, `build` makes the module.
     """
 
+    name: ClassVar[str] = ""
+    """Its name in JSON, and of its subcommand; the class's if empty."""
     modules: ClassVar[tuple[type[Mlp], ...]] = ()
     """The modules that `build` makes, besides `Mlp` and `GatedMlp`."""
 
@@ -128,41 +130,13 @@ class Method:
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON values, with the method's name under ``"method"``."""
-        from fusion_jax.methods import METHODS
-
-        name = next((n for n, cls in METHODS.items() if cls is type(self)), type(self).__name__)
-        return {"method": name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        return {"method": type(self).name or type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
 def check_method(method: Any) -> None:
     """Raises `InputError` unless it is a method."""
     if not isinstance(method, Method):
         raise InputError(f"a method is an object such as fusion_jax.Svd(); got {method!r}")
-
-
-def method_from_json(fields: dict[str, Any]) -> Method:
-    """The method that `Method.to_json` wrote.
-
-    Args:
-        fields: JSON values with the method's name under ``"method"``.
-
-    Returns:
-        The method.
-
-    Raises:
-        InputError: The method or one of its fields is unknown.
-
-    Example:
-        >>> method_from_json({"method": "fusion", "width": 768}).width
-        768
-    """
-    from fusion_jax.methods import METHODS
-
-    fields = dict(fields)
-    name = fields.pop("method", None)
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
-    return METHODS[name](**fields)
 
 
 def check_width(width: int | float) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from fusion_jax.geometry import Calibration
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.nn.submlps import SubMLPs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Clustering(Narrower):
         >>> Clustering(width=0.5).to_json()["method"]
         'clustering'
     """
+
+    name: ClassVar[str] = "clustering"
 
     n_init: int = 1
     """Starts of the clustering, if they are random; the best is kept."""

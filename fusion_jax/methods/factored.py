@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
-from fusion_jax.forms import AnyLinear, Form, check_plain
-from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Method, Solution
-from fusion_jax.mlp import Mlp
-from fusion_jax.submlps import SubMLPs, wide
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.linear_forms import AnyLinear, Form, check_plain
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.submlps import SubMLPs
 
 
 class FactoredFacts(NamedTuple):

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.clusters import sum_by_label
+from fusion_jax.calibration.data import Calibration
+from fusion_jax.clustering.engine import Init, Refine, kmeans
+from fusion_jax.clustering.labels import sum_by_label
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.fitting import matched, refitted
-from fusion_jax.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
-from fusion_jax.geometry import Calibration, Metric, points
-from fusion_jax.kmeans import Init, Refine, kmeans
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
-from fusion_jax.mlp import GatedMlp, Mlp
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.methods.geometry import Metric, points
+from fusion_jax.methods.least_squares import matched, refitted
+from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
+from fusion_jax.nn.mlp import GatedMlp, Mlp
+from fusion_jax.nn.submlps import SubMLPs
 
 
 class FusionParts(NamedTuple):
@@ -86,6 +87,8 @@ class Fusion(Method):
         >>> Fusion(width=0.25).to_json()["method"], Fusion.paper(width=0.25).init
         ('fusion', 'k-means++')
     """
+
+    name: ClassVar[str] = "fusion"
 
     width: int | float = 0.25
     """Hidden units to keep: an int, or a fraction of the MLP's width."""

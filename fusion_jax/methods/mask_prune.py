@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.forms import Masked
-from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.factored import Factored, matrices_of, relative_error
-from fusion_jax.sites import Layers, gradients_of, select, sites
-from fusion_jax.submlps import SubMLPs
-from fusion_jax.topk import count_of, top_mask, top_masks
+from fusion_jax.nn.linear_forms import Masked
+from fusion_jax.nn.masking import count_of, top_mask, top_masks
+from fusion_jax.nn.site import Layers, gradients_of, select, sites
+from fusion_jax.nn.submlps import SubMLPs
 
 
 class MaskFacts(NamedTuple):
@@ -53,6 +53,8 @@ class MaskPrune(Factored):
         >>> MaskPrune(keep=0.25).to_json()
         {'method': 'mask-prune', 'keep': 0.25, 'score': 'magnitude'}
     """
+
+    name: ClassVar[str] = "mask-prune"
 
     keep: float = 0.25
     """The share of the weights to keep."""
@@ -147,14 +149,14 @@ def globally(
     Args:
         model: The model.
         method: The method, whose ``keep`` is the share of all their weights together.
-        layers: Which MLPs, see `fusion_jax.sites.select`.
+        layers: Which MLPs, see `fusion_jax.nn.site.select`.
         gradients: As for `fusion_jax.compress`.
 
     Returns:
         Methods by site path, for `fusion_jax.compress`; a weight at least is kept in each.
 
     Example:
-        >>> from fusion_jax.mlp import Mlp
+        >>> from fusion_jax.nn.mlp import Mlp
         >>> pair = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
         >>> chosen = globally(pair, MaskPrune(keep=0.25))
         >>> round(sum(m.keep for m in chosen.values()) / 2, 3)

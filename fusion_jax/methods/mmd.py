@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.nn.submlps import SubMLPs
 
 Outside = Literal["outputs", "everywhere"]
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -101,6 +101,8 @@ class MMD(Narrower):
         >>> MMD(width=0.25).to_json()["steps"]
         300
     """
+
+    name: ClassVar[str] = "mmd"
 
     outside: Outside = "outputs"
     """Where p / k goes: into the output weights, or its root into all weights (published code)."""

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -46,6 +46,8 @@ class MPO(Factored):
         >>> MPO(bond=None).spec(768, 3072)["inputs"]
         (3, 4, 4, 4, 4)
     """
+
+    name: ClassVar[str] = "mpo"
 
     bond: int | float | None = 0.25
     """Largest bond: an int; the share of each matrix's parameters to use; None for no limit."""

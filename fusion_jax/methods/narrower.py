@@ -8,8 +8,8 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
-from fusion_jax.mlp import Mlp
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.submlps import SubMLPs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.submlps import SubMLPs, responses, wide
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.submlps import SubMLPs, responses
 
 Score = Literal["magnitude", "activation", "gradient"]
 
@@ -53,6 +54,8 @@ class Prune(Narrower):
         >>> Prune(width=0.25).to_json()["score"]
         'magnitude'
     """
+
+    name: ClassVar[str] = "prune"
 
     score: Score = "magnitude"
     """What makes a unit important; ``"activation"`` needs calibration, ``"gradient"``

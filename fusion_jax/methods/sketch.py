@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
-from fusion_jax.geometry import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.methods.prune import importance
-from fusion_jax.submlps import SubMLPs
+from fusion_jax.nn.submlps import SubMLPs
 
 
 class SketchFacts(NamedTuple):
@@ -43,6 +43,8 @@ class Sketch(Narrower):
         >>> Sketch(width=768, keep=1 / 3).to_json()["method"]
         'sketch'
     """
+
+    name: ClassVar[str] = "sketch"
 
     keep: float = 0.0
     """The share of the remaining width for the units with the largest |w_i| |v_i| as they are."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
-from fusion_jax.forms import LowRank
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.factored import Factored, FactoredFacts, relative_error
 from fusion_jax.mpo.cores import signed_svd
+from fusion_jax.nn.linear_forms import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Svd(Factored):
         >>> Svd(rank=0.25).spec(768, 3072), Svd.paper().rank
         ({'rank': 153}, 153)
     """
+
+    name: ClassVar[str] = "svd"
 
     rank: int | float = 0.25
     """Singular values to keep: an int, or the share of each matrix's parameters."""

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import Origin
 from fusion_jax.models.rules import KeyRules
-from fusion_jax.origin import Origin
 
 Head = Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"]
 

@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import EncoderOutput, Family, Head, Model, read_fields
 from fusion_jax.models.layers import ArrayLike, LayerNorm, attention
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Leaf, Rule
 from fusion_jax.mpo import AnyEmbed
-from fusion_jax.submlps import activation
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)

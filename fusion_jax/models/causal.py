@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from fusion_jax.forms import dtype_of
 from fusion_jax.models.base import DecoderOutput, Generative, Head
 from fusion_jax.models.layers import ArrayLike, Cache, Memory, window
 from fusion_jax.mpo import AnyEmbed
+from fusion_jax.nn.linear_forms import dtype_of
 
 
 class CausalLm(Generative):

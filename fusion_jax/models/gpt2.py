@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import Mlp
 from fusion_jax.models.base import Family, Head, read_fields
 from fusion_jax.models.causal import CausalLm
 from fusion_jax.models.layers import LayerNorm, Memory, Window, attention
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRules, Rule
-from fusion_jax.submlps import activation
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.submlps import wide
+from fusion_jax.nn.dtypes import wide
 
 ArrayLike = Array | np.ndarray
 """What models take: JAX arrays, or NumPy's as tokenizers give them."""

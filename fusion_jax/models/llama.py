@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import GatedMlp
 from fusion_jax.models.base import Family, Head, read_fields
 from fusion_jax.models.causal import CausalLm
 from fusion_jax.models.layers import Memory, RmsNorm, Window, attention
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
-from fusion_jax.submlps import activation
+from fusion_jax.nn.mlp import GatedMlp
+from fusion_jax.nn.submlps import activation
 
 # Where the defaults of a model type are not those of Llama, for what its config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {

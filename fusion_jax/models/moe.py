@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from fusion_jax.forms import matrix_of
-from fusion_jax.mlp import Mlp, experts
-from fusion_jax.submlps import wide
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.linear_forms import matrix_of
+from fusion_jax.nn.mlp import Mlp, experts
 
 MANY = 256
 """Positions from which on the number of slots follows their use."""

@@ -14,12 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.mlp import GatedMlp, Mlp
 from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, read_fields
 from fusion_jax.models.layers import ArrayLike, Cache, Memory, RmsNorm, Window, attention, window
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
-from fusion_jax.submlps import activation
+from fusion_jax.nn.mlp import GatedMlp, Mlp
+from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from fusion_jax.mpo.cores import Train
 from fusion_jax.mpo.products import contract
-from fusion_jax.submlps import wide
+from fusion_jax.nn.dtypes import wide
 
 
 def excess(matrix: Float[Array, "d o"], train: Train) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fusion_jax.mpo.layouts import Layout
-from fusion_jax.submlps import wide
+from fusion_jax.nn.dtypes import wide
 
 
 class Train(NamedTuple):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.forms import Form, Frozen, dtype_of
 from fusion_jax.mpo.layouts import Layout
 from fusion_jax.mpo.products import contract, plan, product, rows
+from fusion_jax.nn.linear_forms import Form, Frozen, dtype_of
 
 
 class Mpo(Form):

@@ -15,7 +15,7 @@ import opt_einsum
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.mpo.layouts import Layout
-from fusion_jax.submlps import wide
+from fusion_jax.nn.dtypes import wide
 
 WRITE = 128
 """What writing a number of an intermediate result costs, in multiply-adds: operations alone favour

@@ -1,0 +1,1 @@
+"""What the MLPs of a model see on calibration text."""

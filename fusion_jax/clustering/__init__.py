@@ -1,0 +1,1 @@
+"""k-means for few points per cluster in high dimension."""

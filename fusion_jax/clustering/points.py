@@ -1,0 +1,107 @@
+"""Clustering in the space of the points, for so many of them that a Gram matrix does not fit.
+
+Distances are computed for blocks of points, so that beside points and centroids only a block's
+distances are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fusion_jax.clustering.labels import Labels, Refined, Weights, first_min, refilled, sum_by_label
+
+Points = Float[Array, "n d"]
+Centroids = Float[Array, "k d"]
+
+_BLOCK_BYTES = 64 * 2**20
+
+
+def by_blocks(f: Callable[[Array], Any], x: Points, size: int) -> Any:
+    """``f`` of blocks of rows, one after the other, as if it had been given all rows at once."""
+    n = x.shape[0]
+    if n <= size:
+        return f(x)
+    count = -(-n // size)
+    padded = jnp.pad(x, ((0, count * size - n), (0, 0))).reshape(count, size, -1)
+    return jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:])[:n], lax.map(f, padded))
+
+
+def nearest(x: Points, centroids: Centroids) -> tuple[Labels, Float[Array, " n"]]:
+    """The nearest centroid of each point, and the squared distance to it."""
+    k = centroids.shape[0]
+    squares = jnp.square(centroids).sum(1)
+
+    def block(rows: Array) -> tuple[Array, Array]:
+        relative = squares[:, None] - 2 * jnp.matmul(centroids, rows.T, precision="highest")
+        least, label = first_min(relative)
+        return label, jnp.maximum(least + jnp.square(rows).sum(1), 0)
+
+    return by_blocks(block, x, max(1, _BLOCK_BYTES // (k * x.dtype.itemsize)))
+
+
+def distances_from(x: Points, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
+    """Squared distances from some of the points to all; exactly 0 for duplicates."""
+    square = jnp.square(x).sum(1)
+    norms = square[chosen][:, None] + square[None]
+    d = norms - 2 * jnp.matmul(x[chosen], x.T, precision="highest")
+    return jnp.where(d > 32 * jnp.finfo(x.dtype).eps * norms, d, 0)
+
+
+def means(
+    x: Points, weights: Weights, labels: Labels, k: int
+) -> tuple[Centroids, Float[Array, " k"]]:
+    """Weighted means by label, and sums of weights; no label is without weight."""
+    sizes = sum_by_label(weights, labels, k)
+    return sum_by_label(x * weights[:, None], labels, k) / sizes[:, None], sizes
+
+
+def objective(x: Points, weights: Weights, labels: Labels, k: int) -> Float[Array, ""]:
+    """The weighted sum of squared distances to the own centroid."""
+    centroids, _ = means(x, weights, labels, k)
+    return (jnp.square(x - centroids[labels]).sum(1) * weights).sum()
+
+
+def lloyd(
+    x: Points,
+    weights: Weights,
+    labels: Labels,
+    k: int,
+    max_iters: Int[Array, ""],
+    tol: Float[Array, ""],
+) -> Refined:
+    """Lloyd's iterations over blocks of points, without empty clusters.
+
+    Args:
+        x: The points.
+        weights: The weights.
+        labels: Where to start.
+        k: The number of clusters.
+        max_iters: Most iterations.
+        tol: Stop when an iteration lowers the objective by no more than this fraction of it.
+
+    Returns:
+        The refined labels.
+    """
+
+    def step(state: tuple) -> tuple:
+        labels, value, iteration, _ = state
+        new, distance = nearest(x, means(x, weights, labels, k)[0])
+        new = refilled(new, weights, distance, k)
+        new_value = objective(x, weights, new, k)
+        improved = new_value < value
+        done = ~improved | (value - new_value <= tol * value)
+        labels, value = (jnp.where(improved, a, b) for a, b in ((new, labels), (new_value, value)))
+        return labels, value, iteration + 1, done
+
+    labels = refilled(labels, weights, jnp.zeros(x.shape[0], x.dtype), k)
+    state = labels, objective(x, weights, labels, k), jnp.int32(0), jnp.array(False)
+    labels, value, iterations, converged = lax.while_loop(
+        lambda state: ~state[3] & (state[2] < max_iters), step, state
+    )
+    return Refined(labels, value, iterations, converged)

@@ -1,0 +1,1 @@
+"""Applies methods to models."""

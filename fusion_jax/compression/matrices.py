@@ -1,0 +1,190 @@
+"""Puts any matrices of a model into another form: attention, MLPs, embeddings."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fusion_jax.errors import InputError
+from fusion_jax.meshes import on_auto_axes
+from fusion_jax.methods.base import Solution, check_method
+from fusion_jax.methods.factored import Factored
+from fusion_jax.methods.mpo import MPO
+from fusion_jax.models.provenance import Origin
+from fusion_jax.mpo import MpoEmbed
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.linear_forms import check_plain, linears, matrix_of, stack_of
+from fusion_jax.nn.site import sites
+from fusion_jax.nn.surgery import replaced
+from fusion_jax.progress import progress as show_progress
+from fusion_jax.report import Report, SiteReport, num_params, size_of
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+Matrices = str | Callable[[str], bool]
+"""Which matrices: a regular expression for whole paths, or a function of a path."""
+
+LAYERS = r"(?!.*\.(router|shared_gate)$)(.*\.)?layers\..*"
+"""The matrices of all layers: attention and MLPs, but not those that weight experts."""
+
+
+def matrices(model: nnx.Module) -> dict[str, Any]:
+    """The layers of a model that have a matrix: linear layers and embeddings, by path.
+
+    Example:
+        >>> from fusion_jax.nn.mlp import Mlp
+        >>> list(matrices(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
+        ['down', 'up']
+    """
+    embeds = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Embed)
+    }
+    return {**embeds, **linears(model)}
+
+
+def select_matrices(model: nnx.Module, chosen: Matrices) -> dict[str, Any]:
+    """The matrices that a choice means.
+
+    Args:
+        model: The model.
+        chosen: Which.
+
+    Returns:
+        Layers by path.
+
+    Raises:
+        InputError: The choice matches nothing; lists the matrices.
+    """
+    found = matrices(model)
+    if callable(chosen):
+        picked = {path: layer for path, layer in found.items() if chosen(path)}
+    else:
+        try:
+            pattern = re.compile(chosen)
+        except re.error as error:
+            raise InputError(f"matrices {chosen!r} is no regular expression: {error}") from None
+        picked = {path: layer for path, layer in found.items() if pattern.fullmatch(path)}
+    if not picked:
+        raise InputError(
+            f"matrices {chosen!r} matches none (a pattern must match a whole path); "
+            f"they are {', '.join(found)}"
+        )
+    return picked
+
+
+@on_auto_axes
+def compress_matrices(
+    model: ModelT,
+    method: Factored,
+    *,
+    matrices: Matrices,
+    progress: bool | None = None,
+) -> tuple[ModelT, Report]:
+    """Puts matrices of a model into another form; the model itself is not changed.
+
+    Unlike `compress`, which looks at MLPs, this takes any linear layer, of a fused MLP too; `MPO`
+    takes embeddings as well.
+
+    Args:
+        model: The model.
+        method: `MPO`, `Svd` or `MaskPrune`.
+        matrices: Which: a regular expression for whole paths, or a function of a path.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
+
+    Returns:
+        The new model, which shares all other arrays with the original, and a report.
+
+    Raises:
+        InputError: No matrix was chosen, or one cannot have the form.
+
+    Example:
+        >>> from fusion_jax.nn.mlp import Mlp
+        >>> mlp = Mlp(16, 64, act="relu", rngs=nnx.Rngs(0))
+        >>> smaller, report = compress_matrices(mlp, MPO(bond=0.5, cores=3), matrices="up|down")
+        >>> report.rows[0].params_after < report.rows[0].params_before
+        True
+    """
+    check_method(method)
+    if not isinstance(method, Factored):
+        raise InputError(f"{type(method).__name__} is for MLPs; see fusion_jax.compress")
+    picked = select_matrices(model, matrices)
+    for path, layer in picked.items():
+        try:
+            if isinstance(layer, nnx.Embed):
+                if not isinstance(method, MPO):
+                    raise InputError(f"{type(method).__name__} takes no embeddings")
+                method.spec(layer.num_embeddings, layer.features)
+            else:
+                check_plain(layer, "the layer")
+                method.spec(layer.in_features, layer.out_features)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    bad = [path for path, layer in picked.items() if not _finite(layer)]
+    if bad:
+        raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
+    new: Any = nnx.clone(model)
+    rows = []
+    with show_progress("Factorising", len(picked), progress) as advance:
+        for path, layer in picked.items():
+            start = time.perf_counter()
+            solution = jax.block_until_ready(_factor(method, layer))
+            method.verify(solution)
+            form = _formed(method, layer, solution)
+            new = replaced(new, path, form)
+            row = SiteReport(
+                site=path,
+                width_before=None,
+                width_after=None,
+                params_before=num_params(layer),
+                params_after=num_params(form),
+                facts={k: v.mean().item() for k, v in solution.facts._asdict().items()},
+                seconds=time.perf_counter() - start,
+            )
+            rows.append(row)
+            advance(path)
+    origin = getattr(new, "origin", None)
+    if isinstance(origin, Origin):
+        new.origin = origin.after({"compress": method.to_json(), "matrices": list(picked)})
+    report = Report(
+        method=method.to_json(),
+        rows=tuple(rows),
+        before=size_of(model, (site.mlp for site in sites(model))),
+        after=size_of(new, (site.mlp for site in sites(new))),
+    )
+    return new, report
+
+
+def _finite(layer: Any) -> bool:
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(nnx.state(layer, nnx.Param)))
+
+
+def _factor(method: Factored, layer: Any) -> Solution:
+    weights = layer.embedding[...] if isinstance(layer, nnx.Embed) else matrix_of(layer)
+    stack = () if isinstance(layer, nnx.Embed) else stack_of(layer)
+    return _factor_all(method, weights, len(stack))
+
+
+@partial(jax.jit, static_argnames=("method", "stacked"))
+def _factor_all(method: Factored, weights: Float[Array, "*s d o"], stacked: int) -> Solution:
+    def one(matrix: Array) -> Solution:
+        return method.factor({"": wide(matrix)})
+
+    return jax.lax.map(one, weights) if stacked else one(weights)
+
+
+def _formed(method: Factored, layer: Any, solution: Solution) -> Any:
+    (arrays,) = solution.parts.values()
+    if not isinstance(layer, nnx.Embed):
+        return method.formed(layer, arrays)
+    form = MpoEmbed.abstract(layer, **method.spec(layer.num_embeddings, layer.features))
+    form.load(arrays, None)
+    return form

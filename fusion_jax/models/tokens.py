@@ -1,0 +1,145 @@
+"""Text for models: a folder's tokenizer, and batches of token ids."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from fusion_jax.errors import InputError
+from fusion_jax.models.base import Model, positions
+
+MAX_LENGTH = 128
+"""Tokens that texts are cut off at where nothing else is said."""
+
+
+class Batch(NamedTuple):
+    """Tokenised texts.
+
+    Args:
+        input_ids: (b, t) token ids.
+        attention_mask: (b, t), False at padding.
+    """
+
+    input_ids: Int[Array, "b t"]
+    attention_mask: Bool[Array, "b t"]
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model's folder.
+
+    Args:
+        folder: A folder with tokenizer files, such as ``model.origin.folder``.
+
+    Returns:
+        A tokenizer of `transformers`.
+
+    Raises:
+        InputError: The folder has none, or one that cannot be read.
+    """
+    # transformers advises at import to install PyTorch, which tokenizers do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} has no tokenizer that can be read: {what}") from None
+    # Without files, transformers makes one that knows special tokens alone, and T5's a space.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
+        raise InputError(f"{folder} has no tokenizer; add its files, such as tokenizer.json")
+    return tokenizer
+
+
+def length_for(model: Model) -> int:
+    """The tokens that a model's texts are cut off at: `MAX_LENGTH`, if it has the positions."""
+    return min(MAX_LENGTH, positions(model) or MAX_LENGTH)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH) -> Batch:
+    """Texts as one batch, padded to the longest.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        texts: The texts.
+        max_length: Longer ones are cut off at this many tokens; None to cut off nothing.
+
+    Returns:
+        The batch.
+    """
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token
+    out = tokenizer(
+        list(texts),
+        padding=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="np",
+    )
+    mask = jnp.asarray(out["attention_mask"]).astype(bool)
+    return Batch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
+
+
+def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
+    """Texts to continue, padded on the left; not cut off.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        texts: The texts.
+
+    Returns:
+        The batch.
+    """
+    tokenizer.padding_side = "left"
+    return tokenize(tokenizer, texts, max_length=None)
+
+
+def batches(
+    tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = MAX_LENGTH
+) -> list[Batch]:
+    """Texts as batches of few shapes, so that programs compile a few times: sorted by length.
+
+    Args:
+        tokenizer: From `load_tokenizer`.
+        texts: The texts, at least one.
+        size: Texts per batch; the last batch may have fewer.
+        max_length: Longer texts are cut off at this many tokens.
+
+    Returns:
+        The batches, whose lengths are powers of two or ``max_length``.
+    """
+    ordered = sorted(texts, key=len)
+    result = []
+    for start in range(0, len(ordered), size):
+        group = ordered[start : start + size]
+        batch = tokenize(tokenizer, group, max_length)
+        length = min(max_length, 1 << max(3, (batch.input_ids.shape[1] - 1).bit_length()))
+        result.append(padded(batch, length, tokenizer.pad_token_id or 0))
+    return result
+
+
+def padded(batch: Batch, length: int, token: int) -> Batch:
+    """A batch with padding at the end up to a length.
+
+    Args:
+        batch: The batch.
+        length: At least its own.
+        token: The token id of padding.
+
+    Returns:
+        The longer batch.
+    """
+    more = ((0, 0), (0, length - batch.input_ids.shape[1]))
+    ids = jnp.pad(batch.input_ids, more, constant_values=token)
+    return Batch(ids, jnp.pad(batch.attention_mask, more))
+
+
+def sentences() -> list[str]:
+    """English sentences, of which the package has a few dozen."""
+    text = importlib.resources.files("fusion_jax").joinpath("models/sentences.txt")
+    return text.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,1 @@
+"""What an MLP is, and what it becomes when it is compressed."""

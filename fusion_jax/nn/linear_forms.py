@@ -1,0 +1,387 @@
+"""What can stand in for a linear layer: modules whose matrix is made of other arrays.
+
+Axis letters in shapes: d inputs, o outputs, r rank, n positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from fusion_jax.errors import InputError
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.masking import top_mask_of_share
+from fusion_jax.nn.surgery import replaced
+
+
+class Frozen(nnx.Variable):
+    """A variable that neither trains nor enters an NTK, such as the sizes of clusters."""
+
+
+class Precise(nnx.Param):
+    """A parameter in float32 at least, whatever dtype the model is or computes in."""
+
+
+class Form(nnx.Module):
+    """Base of the forms of a linear layer ``x W + b``.
+
+    The arrays that W is made of may have leading axes, for the experts of a mixture; a call is then
+    under ``vmap``.
+
+    Args:
+        d_in: Inputs d.
+        d_out: Outputs o.
+        use_bias: Whether there is a bias b, which every form keeps as it is.
+        param_dtype: The dtype of the parameters, in which the module also computes.
+    """
+
+    kind: ClassVar[str]
+    """The name of the form in files."""
+    _axes: ClassVar[int] = 2
+    """Axes of the first array, without those of experts."""
+
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: Any):
+        self.in_features, self.out_features = d_in, d_out
+        self.bias = nnx.Param(jnp.zeros(d_out, param_dtype)) if use_bias else None
+
+    def arrays(self) -> list[nnx.Variable]:
+        """The variables that the matrix is made of."""
+        raise NotImplementedError
+
+    def matrix(self) -> Float[Array, "*s d o"]:
+        """The matrix W, computed."""
+        return self._each(lambda form: form._matrix())
+
+    def _each(self, make: Callable[[Any], Array]) -> Array:
+        for _ in self.stack:
+            make = jax.vmap(make)
+        return make(self)
+
+    def _matrix(self) -> Array:
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """The outputs ``x W + b``."""
+        return self.with_bias(self.times(x))
+
+    def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """``x W``."""
+        return x @ self._matrix().astype(x.dtype)
+
+    def with_bias(self, y: Array) -> Array:
+        """An output with the bias added, if there is one."""
+        if self.bias is None:
+            return y
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """(e,) for the layers of e experts, () for one layer."""
+        return self.arrays()[0].get_value().shape[: -self._axes]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the parameters."""
+        return self.arrays()[0].get_value().dtype
+
+    @property
+    def flops(self) -> int:
+        """Operations (two a multiply-add) of the products for one position."""
+        return 2 * sum(math.prod(v.get_value().shape[-self._axes :]) for v in self.arrays())
+
+    def spec(self) -> dict[str, Any]:
+        """What, besides the plain layer, says how to build this one: JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def abstract(cls, linear: Any, **spec: Any) -> Any:
+        """A form in the place of a layer.
+
+        Args:
+            linear: The layer: its sizes, dtype, bias and experts count.
+            **spec: What the constructor takes besides.
+
+        Returns:
+            The form, with shapes in place of arrays.
+        """
+
+        def make(_: Any) -> Any:
+            return cls(
+                linear.in_features,
+                linear.out_features,
+                use_bias=linear.bias is not None,
+                param_dtype=dtype_of(linear),
+                **spec,
+            )
+
+        for _ in stack_of(linear):
+            make = jax.vmap(make)
+        return nnx.eval_shape(make, jax.ShapeDtypeStruct(stack_of(linear), jnp.int32))
+
+    def load(self, arrays: Sequence[Array], bias: Float[Array, "*s o"] | None) -> None:
+        """Overwrites the variables, casting to their dtypes.
+
+        Args:
+            arrays: What the matrix is made of, in the order of `arrays`.
+            bias: The bias, or None if there is none.
+        """
+        for variable, value in zip(self.arrays(), arrays, strict=True):
+            variable.set_value(value.astype(variable.get_value().dtype))
+        if self.bias is not None:
+            assert bias is not None
+            self.bias.set_value(bias.astype(self.bias.get_value().dtype))
+
+    def plain(self) -> nnx.Module:
+        """The same function as a plain layer."""
+        return plain_linear(self.matrix(), None if self.bias is None else self.bias[...])
+
+
+class LowRank(Form):
+    """A matrix of low rank, ``W = A B``.
+
+    Args:
+        *args: As for `Form`.
+        rank: Columns r of A.
+        **kwargs: As for `Form`.
+
+    Example:
+        >>> layer = LowRank(6, 4, rank=2, use_bias=True, param_dtype=jnp.float32)
+        >>> layer(jnp.ones((3, 6))).shape, layer.flops
+        ((3, 4), 40)
+    """
+
+    kind = "low-rank"
+
+    def __init__(self, *args: Any, rank: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        dtype = kwargs["param_dtype"]
+        self.first = nnx.Param(jnp.zeros((self.in_features, rank), dtype))
+        self.second = nnx.Param(jnp.zeros((rank, self.out_features), dtype))
+
+    def arrays(self) -> list[nnx.Variable]:
+        """A (d, r) and B (r, o)."""
+        return [self.first, self.second]
+
+    def _matrix(self) -> Array:
+        return jnp.matmul(self.first[...], self.second[...], precision="highest")
+
+    def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """``x A B``."""
+        return (x @ self.first[...].astype(x.dtype)) @ self.second[...].astype(x.dtype)
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.first.get_value().shape[-1]
+
+    def spec(self) -> dict[str, Any]:
+        """The form and its rank."""
+        return {"form": self.kind, "rank": self.rank}
+
+
+class Masked(Form):
+    """A matrix of which single weights are 0 and stay 0, ``W = K * M``.
+
+    Example:
+        >>> layer = Masked(6, 4, use_bias=False, param_dtype=jnp.float32)
+        >>> layer.load([jnp.ones((6, 4)), jnp.eye(6, 4, dtype=bool)], None)
+        >>> layer(jnp.ones((1, 6))).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+
+    kind = "masked"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        shape = self.in_features, self.out_features
+        self.kernel = nnx.Param(jnp.zeros(shape, kwargs["param_dtype"]))
+        self.mask = Frozen(jnp.ones(shape, bool))
+
+    def arrays(self) -> list[nnx.Variable]:
+        """K (d, o) and M (d, o), true where weights are kept."""
+        return [self.kernel, self.mask]
+
+    def _matrix(self) -> Array:
+        kernel = self.kernel[...]
+        return jnp.where(self.mask[...], kernel, jnp.zeros((), kernel.dtype))
+
+    @property
+    def flops(self) -> int:
+        """Those of the whole matrix: zeros at single places save nothing in a dense product."""
+        return 2 * self.in_features * self.out_features
+
+    def spec(self) -> dict[str, Any]:
+        """The form."""
+        return {"form": self.kind}
+
+
+class Scored(Form):
+    """A matrix of which the weights with the largest scores count, ``W = K * M``.
+
+    The kernel K is Frozen, the scores S train. The mask M has the ``keep * size`` largest scores,
+    rounded down. Gradients go straight through it, dL/dS = dL/dW * K with the whole of K, so that a
+    weight that does not count now may come back.
+
+    References:
+        Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning.
+
+    Example:
+        >>> layer = Scored(2, 2, use_bias=False, param_dtype=jnp.float32)
+        >>> kernel, scores = jnp.ones((2, 2)), jnp.array([[3.0, 1.0], [0.0, 2.0]])
+        >>> layer.load([kernel, scores, jnp.array(0.5), jnp.array(0.0)], None)
+        >>> layer(jnp.ones((1, 2))).tolist()
+        [[1.0, 1.0]]
+    """
+
+    kind = "scored"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        zeros = jnp.zeros((self.in_features, self.out_features), kwargs["param_dtype"])
+        self.kernel = Frozen(zeros)
+        self.scores = Precise(wide(zeros))
+        self.keep = Frozen(jnp.ones((), jnp.float32))
+        self.penalty = Frozen(jnp.zeros((), jnp.float32))
+
+    def arrays(self) -> list[nnx.Variable]:
+        """K and S (d, o), the share to keep, and what the size of scores costs in the loss."""
+        return [self.kernel, self.scores, self.keep, self.penalty]
+
+    def mask(self) -> Bool[Array, "*s d o"]:
+        """M, true where weights count."""
+        return self._each(lambda form: form._mask())
+
+    def _mask(self) -> Array:
+        return top_mask_of_share(lax.stop_gradient(self.scores[...]), self.keep[...])
+
+    def _matrix(self) -> Array:
+        kernel, scores = self.kernel[...], self.scores[...]
+        kept = jnp.where(self._mask(), kernel, jnp.zeros((), kernel.dtype))
+        # This is 0, and its derivative by the scores is the kernel.
+        straight = kernel.astype(scores.dtype) * (scores - lax.stop_gradient(scores))
+        return kept + straight.astype(kernel.dtype)
+
+    @property
+    def flops(self) -> int:
+        """Those of the whole matrix, as for `Masked`."""
+        return 2 * self.in_features * self.out_features
+
+    def spec(self) -> dict[str, Any]:
+        """The form."""
+        return {"form": self.kind}
+
+
+AnyLinear = nnx.Linear | Form
+
+
+def matrix_of(linear: AnyLinear) -> Float[Array, "*s d o"]:
+    """The matrix of a layer, plain or not."""
+    return linear.matrix() if isinstance(linear, Form) else linear.kernel[...]
+
+
+def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
+    """The dtype of a layer's or an embedding's parameters."""
+    if isinstance(layer, Form):
+        return layer.dtype
+    weights = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+    return weights.dtype
+
+
+def params_dtype(model: nnx.Module) -> Any:
+    """The dtype of a model's parameters, by the first; `Precise` ones do not count."""
+    state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and not isinstance(v, Precise))
+    plain = jax.tree.leaves(state)
+    return plain[0].dtype if plain else next(iter(forms(model).values())).dtype
+
+
+def stack_of(linear: AnyLinear) -> tuple[int, ...]:
+    """(e,) for the layers of e experts, () for one layer."""
+    return linear.stack if isinstance(linear, Form) else linear.kernel.shape[:-2]
+
+
+def flops_of(linear: AnyLinear) -> int:
+    """Operations (two a multiply-add) of a layer's products for one position."""
+    return (
+        linear.flops if isinstance(linear, Form) else 2 * linear.in_features * linear.out_features
+    )
+
+
+def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | None) -> nnx.Linear:
+    """A plain layer with given arrays.
+
+    Args:
+        kernel: Its matrix.
+        bias: Its bias, or None.
+
+    Returns:
+        The layer.
+    """
+
+    def make(_: Any) -> nnx.Linear:
+        d, o = kernel.shape[-2:]
+        use = bias is not None
+        return nnx.Linear(d, o, use_bias=use, param_dtype=kernel.dtype, rngs=nnx.Rngs(0))
+
+    stack = kernel.shape[:-2]
+    for _ in stack:
+        make = jax.vmap(make)
+    new: Any = nnx.eval_shape(make, jax.ShapeDtypeStruct(stack, jnp.int32))
+    new.kernel.set_value(kernel)
+    if bias is not None:
+        new.bias.set_value(bias)
+    return new
+
+
+def linears(model: nnx.Module) -> dict[str, Any]:
+    """The linear layers of a model by path, plain or not.
+
+    Args:
+        model: Any NNX module.
+
+    Returns:
+        In the order of the model's layers; of a form, not what is inside it.
+
+    Example:
+        >>> from fusion_jax.nn.mlp import Mlp
+        >>> sorted(linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
+        ['down', 'up']
+    """
+    found = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | Form)]
+    found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
+    return {".".join(map(str, path)): module for path, module in found}
+
+
+def forms(model: nnx.Module) -> dict[str, Form]:
+    """The layers of a model that are not plain, by path."""
+    return {path: layer for path, layer in linears(model).items() if isinstance(layer, Form)}
+
+
+def multiplied_out(model: Any) -> Any:
+    """The same function with plain layers in the place of all forms; the model is left as it is.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A clone, which shares all other arrays with the model.
+    """
+    model = nnx.clone(model)
+    for path, form in forms(model).items():
+        model = replaced(model, path, form.plain())
+    return model
+
+
+def check_plain(linear: AnyLinear, path: str) -> None:
+    """Raises `InputError` if a layer is not plain."""
+    if isinstance(linear, Form):
+        raise InputError(
+            f"{path or 'the layer'} is {linear.kind} already; start from a plain one "
+            "(fusion_jax.plain makes everything plain)"
+        )

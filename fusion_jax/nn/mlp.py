@@ -1,0 +1,290 @@
+"""MLPs as Flax modules, as models hold them; `fusion_jax.nn.fused` has what fusing leaves of them.
+
+The experts of a mixture are one module whose arrays have a leading axis: see `experts`.
+
+Axis letters in shapes: p width, d inputs, o outputs, e experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fusion_jax.nn.linear_forms import dtype_of, flops_of, matrix_of, stack_of
+from fusion_jax.nn.submlps import SubMLPs, activation
+
+MlpT = TypeVar("MlpT", bound="Mlp")
+
+_lecun = nnx.initializers.lecun_normal()
+
+
+class Mlp(nnx.Module):
+    """A plain MLP, ``f(x) = sum_i v_i s(w_i . x + b_i) + b_out``.
+
+    Args:
+        d_in: Inputs d.
+        width: Hidden units p.
+        d_out: Outputs o; None for d.
+        act: Activation, a key of `ACTIVATIONS`.
+        use_bias: Whether there are biases.
+        param_dtype: The dtype of the parameters, in which the module also computes.
+        kernel_init: Initialiser of both matrices.
+        rngs: Random keys of the initial parameters.
+
+    Example:
+        >>> mlp = Mlp(4, 16, act="gelu", rngs=nnx.Rngs(0))
+        >>> mlp(jnp.ones((2, 4))).shape, mlp.width
+        ((2, 4), 16)
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        width: int,
+        d_out: int | None = None,
+        *,
+        act: str,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float32,
+        kernel_init: nnx.Initializer = _lecun,
+        rngs: nnx.Rngs,
+    ):
+        activation(act)
+        self.act = act
+        self.top_k = 1
+        linear = partial(
+            nnx.Linear,
+            use_bias=use_bias,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        self._add_inputs(linear, d_in, width)
+        self.down = linear(width, d_in if d_out is None else d_out)
+
+    def _add_inputs(self, linear: Callable[[int, int], nnx.Linear], d_in: int, width: int) -> None:
+        self.up = linear(d_in, width)
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """The outputs f(x); experts take (e, n, d), the inputs of each."""
+        if self.stack:
+            return jax.vmap(lambda expert, x: expert(x))(self, x)
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
+        """What each sub-MLP hands to its output weights."""
+        return activation(self.act)(self.up(x))
+
+    def linears(self) -> dict[str, Any]:
+        """The linear layers by name."""
+        return {"up": self.up, "down": self.down}
+
+    @property
+    def d_in(self) -> int:
+        """The number d of inputs."""
+        return self.up.in_features
+
+    @property
+    def d_out(self) -> int:
+        """The number o of outputs."""
+        return self.down.out_features
+
+    @property
+    def width(self) -> int:
+        """The number p of sub-MLPs."""
+        return self.up.out_features
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the MLP has biases."""
+        return self.up.bias is not None
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the parameters."""
+        return dtype_of(self.up)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """(e,) for e experts, () for a single MLP."""
+        return stack_of(self.up)
+
+    @property
+    def flops(self) -> int:
+        """Operations (two a multiply-add) of the matrix products for one position.
+
+        Of experts, those that one position is routed to count.
+        """
+        return self.top_k * sum(flops_of(linear) for linear in self.linears().values())
+
+    def sub_mlps(self) -> SubMLPs:
+        """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
+        bias = self.up.bias
+        return SubMLPs(
+            up=matrix_of(self.up).mT,
+            up_bias=None if bias is None else bias[...],
+            down=matrix_of(self.down),
+        )
+
+    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, "*s o"] | None) -> None:
+        """Overwrites the parameters, casting them to the module's dtype.
+
+        Args:
+            subs: As many sub-MLPs as the module is wide.
+            out_bias: The output bias b_out, or None if the module has none.
+        """
+        _load(self.up, subs.up.mT, subs.up_bias)
+        _load(self.down, subs.down, out_bias)
+
+    def out_bias(self) -> Float[Array, "*s o"] | None:
+        """The output bias b_out."""
+        return None if self.down.bias is None else self.down.bias[...]
+
+    def abstract(self, cls: type[Mlp], width: int, **fields: Any) -> Any:
+        """A module of class ``cls`` with this one's inputs, outputs, activation, dtype and experts.
+
+        Args:
+            cls: The class of the new module.
+            width: Its width.
+            **fields: What else its constructor takes.
+
+        Returns:
+            The module, with shapes in place of parameters: nothing is allocated.
+        """
+        make = partial(
+            cls,
+            self.d_in,
+            width,
+            self.d_out,
+            act=self.act,
+            use_bias=self.use_bias,
+            param_dtype=self.dtype,
+            **fields,
+        )
+        count = self.stack[0] if self.stack else None
+        return nnx.eval_shape(
+            lambda: (
+                experts(make, count, top_k=self.top_k, rngs=nnx.Rngs(0))
+                if count
+                else make(rngs=nnx.Rngs(0))
+            )
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """What, besides the original module, says how to build this one: JSON values.
+
+        Returns:
+            The name of its class under ``"module"``, and the arguments for `abstract`.
+        """
+        return {"module": type(self).__name__, "width": self.width}
+
+    def plain(self) -> Mlp:
+        """The same function as a module that any framework has: itself."""
+        return self
+
+    def padded(self, width: int) -> Mlp:
+        """The same function with units that are all zero added up to a width.
+
+        Every activation here is 0 at 0 or meets a zero output weight, so that the outputs are
+        equal to the bit.
+
+        Args:
+            width: At least the module's width.
+
+        Returns:
+            A module of the class that `plain` gives.
+        """
+        plain = self.plain()
+        if width == plain.width:
+            return plain
+        rows = plain.sub_mlps().rows()
+        new = plain.abstract(type(plain), width)
+        rows = jnp.pad(rows, (*[(0, 0)] * len(self.stack), (0, width - plain.width), (0, 0)))
+        new.load_sub_mlps(plain.sub_mlps().with_rows(rows), plain.out_bias())
+        return new
+
+
+def experts(
+    make: Callable[..., MlpT], count: int, *, top_k: int = 1, rngs: nnx.Rngs, **fields: Any
+) -> MlpT:
+    """The experts of a mixture as one module, in whose arrays expert e has index e of axis 0.
+
+    All that is said of one MLP holds for each expert on its own, and methods compress the experts
+    of a layer in one call.
+
+    Args:
+        make: Makes one expert, such as the class `Mlp`.
+        count: How many.
+        top_k: To how many of them the model routes one position.
+        rngs: Random keys of the initial parameters.
+        **fields: Further arguments for ``make``.
+
+    Returns:
+        A module of the class that ``make`` gives, which maps (e, n, d) to (e, n, o).
+
+    Example:
+        >>> from functools import partial
+        >>> both = experts(partial(Mlp, 4, 16, act="relu"), 2, rngs=nnx.Rngs(0))
+        >>> both.stack, both(jnp.ones((2, 5, 4))).shape
+        ((2,), (2, 5, 4))
+    """
+    keys = jax.random.split(rngs.params(), count)
+    stacked = jax.vmap(lambda key: make(rngs=nnx.Rngs(key), **fields))(keys)
+    stacked.top_k = top_k
+    return stacked
+
+
+def _load(linear: nnx.Linear, kernel: Array, bias: Array | None) -> None:
+    dtype = linear.kernel.get_value().dtype
+    linear.kernel.set_value(kernel.astype(dtype))
+    if linear.bias is not None:
+        assert bias is not None
+        linear.bias.set_value(bias.astype(dtype))
+
+
+class GatedMlp(Mlp):
+    """A gated MLP, ``f(x) = sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out``.
+
+    The arguments are those of `Mlp`. The activation is on the gate, as in Llama and T5 v1.1.
+
+    Example:
+        >>> mlp = GatedMlp(4, 16, act="silu", use_bias=False, rngs=nnx.Rngs(0))
+        >>> mlp(jnp.ones((2, 4))).shape
+        (2, 4)
+    """
+
+    def _add_inputs(self, linear: Callable[[int, int], nnx.Linear], d_in: int, width: int) -> None:
+        self.gate = linear(d_in, width)
+        self.up = linear(d_in, width)
+
+    def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
+        """What each sub-MLP hands to its output weights."""
+        return activation(self.act)(self.gate(x)) * self.up(x)
+
+    def linears(self) -> dict[str, Any]:
+        """The linear layers by name."""
+        return {"gate": self.gate, **super().linears()}
+
+    def sub_mlps(self) -> SubMLPs:
+        """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
+        bias = self.gate.bias
+        return (
+            super()
+            .sub_mlps()
+            ._replace(
+                gate=matrix_of(self.gate).mT,
+                gate_bias=None if bias is None else bias[...],
+            )
+        )
+
+    def load_sub_mlps(self, subs: SubMLPs, out_bias: Float[Array, "*s o"] | None) -> None:
+        """Overwrites the parameters, casting them to the module's dtype."""
+        super().load_sub_mlps(subs, out_bias)
+        assert subs.gate is not None
+        _load(self.gate, subs.gate.mT, subs.gate_bias)

@@ -1,0 +1,228 @@
+"""Sub-MLPs: an MLP as a bundle of one-unit MLPs, in rows.
+
+An MLP of width p is a sum of p one-unit sub-MLPs, one per hidden unit,
+
+    plain:  f(x) = sum_i v_i s(w_i . x + b_i) + b_out
+    gated:  f(x) = sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out
+
+Axis letters in shapes: p width, c clusters, d inputs, o outputs, t positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.nn.dtypes import wide
+
+_gelu_exact = partial(jax.nn.gelu, approximate=False)
+_gelu_tanh = partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "gelu": _gelu_exact,
+        "gelu_new": _gelu_tanh,
+        "gelu_fast": _gelu_tanh,
+        "gelu_pytorch_tanh": _gelu_tanh,
+        "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "tanh": jnp.tanh,
+    }
+)
+"""Activations by their Hugging Face names."""
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation function of a Hugging Face name.
+
+    Args:
+        name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
+
+    Returns:
+        An elementwise function of arrays.
+
+    Raises:
+        InputError: The name is unknown.
+
+    Example:
+        >>> float(activation("relu")(jnp.array(-1.0)))
+        0.0
+    """
+    if name not in ACTIVATIONS:
+        raise InputError(f"unknown activation {name!r}{nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class SubMLPs(NamedTuple):
+    """The sub-MLPs of one MLP as rows, or of several MLPs of one shape along leading axes.
+
+    Args:
+        up: Input weights, (..., p, d).
+        down: Output weights, (..., p, o).
+        up_bias: Input biases, (..., p), or None.
+        gate: Weights inside the activation of a gated MLP, (..., p, d), or None if not gated.
+        gate_bias: Their biases, (..., p), or None.
+
+    Example:
+        >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)), up_bias=jnp.zeros(8))
+        >>> subs.width, subs.rows().shape
+        (8, (8, 6))
+    """
+
+    up: Float[Array, "*s p d"]
+    down: Float[Array, "*s p o"]
+    up_bias: Float[Array, "*s p"] | None = None
+    gate: Float[Array, "*s p d"] | None = None
+    gate_bias: Float[Array, "*s p"] | None = None
+
+    @property
+    def width(self) -> int:
+        """The number p of sub-MLPs."""
+        return self.up.shape[-2]
+
+    def _blocks(self) -> dict[str, Array]:
+        # A bias joins the row as one more coordinate. The order is that of the paper's rows.
+        blocks = {
+            "gate": self.gate,
+            "gate_bias": self.gate_bias,
+            "up": self.up,
+            "up_bias": self.up_bias,
+            "down": self.down,
+        }
+        return {
+            name: x[..., None] if name.endswith("bias") else x
+            for name, x in blocks.items()
+            if x is not None
+        }
+
+    def rows(self) -> Float[Array, "*s p row"]:
+        """The points to cluster: each sub-MLP's numbers in one row, [g, c, u, a, v] or [w, b, v].
+
+        Returns:
+            Rows in float32, or in float64 if the weights are.
+
+        References:
+            MLP Fusion (arXiv 2307.08941), section 4.2.
+        """
+        blocks = [wide(x) for x in self._blocks().values()]
+        return jnp.concatenate(blocks, axis=-1)
+
+    def with_rows(self, rows: Float[Array, "*s c row"]) -> SubMLPs:
+        """Sub-MLPs of the same layout, read from rows as `rows` writes them.
+
+        Args:
+            rows: (..., c, row) for any number c of rows.
+
+        Returns:
+            The sub-MLPs, in the dtype of the rows.
+        """
+        fields, start = {}, 0
+        for name, block in self._blocks().items():
+            size = block.shape[-1]
+            part = rows[..., start : start + size]
+            fields[name] = part[..., 0] if name.endswith("bias") else part
+            start += size
+        return self._replace(**fields)
+
+    def scaled(
+        self, *, down: Float[Array, "*s p"], up: Float[Array, "*s p"], gate: Float[Array, "*s p"]
+    ) -> SubMLPs:
+        """Weights and biases times factors, one for each sub-MLP, in float32 or float64.
+
+        Args:
+            down: The factors of the output weights.
+            up: Those of the input weights and biases.
+            gate: Those of the gate's, if there is one.
+
+        Returns:
+            The scaled sub-MLPs.
+        """
+
+        def times(x: Any, factor: Array) -> Any:
+            if x is None:
+                return None
+            x = wide(x)
+            factor = factor.astype(x.dtype)
+            return x * (factor if x.ndim == factor.ndim else factor[..., None])
+
+        return SubMLPs(
+            up=times(self.up, up),
+            down=times(self.down, down),
+            up_bias=times(self.up_bias, up),
+            gate=times(self.gate, gate),
+            gate_bias=times(self.gate_bias, gate),
+        )
+
+    def check(self) -> SubMLPs:
+        """Returns itself if the shapes fit together.
+
+        Raises:
+            InputError: They do not; the message names the field.
+        """
+        if self.up.ndim < 2 or 0 in self.up.shape:
+            raise InputError(f"up must be (..., p, d) and not empty; got {self.up.shape}")
+        stack, width = self.up.shape[:-2], self.up.shape[-2]
+        if self.gate is None and self.gate_bias is not None:
+            raise InputError("gate_bias is given, gate is not")
+        for name in ("down", "gate", "up_bias", "gate_bias"):
+            x = getattr(self, name)
+            if x is None:
+                continue
+            want = (*stack, width) if name.endswith("bias") else (*stack, width, x.shape[-1])
+            if x.shape != want or (name == "gate" and x.shape != self.up.shape):
+                raise InputError(f"{name} has shape {x.shape}, which does not fit {self.up.shape}")
+        return self
+
+
+class Responses(NamedTuple):
+    """What each unit does at each of t positions.
+
+    Args:
+        hidden: (t, p) what it hands to its output weights.
+        slopes: The derivatives of that by the pre-activations: (t, p) by the one of a plain MLP;
+            by the gate's and by the linear factor of a gated one.
+    """
+
+    hidden: Float[Array, "t p"]
+    slopes: tuple[Float[Array, "t p"], ...]
+
+
+def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> Responses:
+    """What the units of an MLP do at given inputs.
+
+    Args:
+        subs: Its sub-MLPs, not stacked.
+        x: Inputs.
+        act: The activation's name.
+
+    Returns:
+        Hidden values and slopes, in float32 or float64.
+
+    Example:
+        >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)))
+        >>> responses(subs, jnp.ones((5, 3)), "gelu").hidden.shape
+        (5, 8)
+    """
+    x = wide(x)
+
+    def linear(weights: Array, bias: Array | None) -> Array:
+        z = jnp.matmul(x, wide(weights).T, precision="highest")
+        return z if bias is None else z + wide(bias)[None]
+
+    def activated(z: Array) -> tuple[Array, Array]:
+        return jax.jvp(activation(act), (z,), (jnp.ones_like(z),))
+
+    up = linear(subs.up, subs.up_bias)
+    if subs.gate is None:
+        value, slope = activated(up)
+        return Responses(value, (slope,))
+    value, slope = activated(linear(subs.gate, subs.gate_bias))
+    return Responses(up * value, (up * slope, value))

@@ -1,0 +1,1 @@
+"""Trains any model on any loss: batches, the compiled step, checkpoints."""

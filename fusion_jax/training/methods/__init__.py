@@ -1,0 +1,1 @@
+"""Ways of training: layer-wise, by static pruning, as chains, in rounds."""

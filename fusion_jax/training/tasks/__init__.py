@@ -1,0 +1,1 @@
+"""Tasks: data, metrics and losses of classification, pairs of texts, and plain text."""

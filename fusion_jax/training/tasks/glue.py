@@ -1,0 +1,356 @@
+"""Tasks: GLUE's, from its files or the hub, and any table with text and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from fusion_jax.errors import InputError, nearest
+from fusion_jax.training.engine.batches import Examples
+from fusion_jax.training.tasks import tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be learnt.
+
+    Args:
+        name: Its name.
+        labels: The names of the classes; None for regression.
+        metrics: Metrics by name; the first decides which checkpoint is the best.
+    """
+
+    name: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: 1 for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """The task as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Task:
+        """The task that `to_json` wrote."""
+        labels = fields["labels"]
+        return cls(
+            name=fields["name"],
+            labels=None if labels is None else tuple(labels),
+            metrics=tuple(fields["metrics"]),
+        )
+
+
+class Texts(NamedTuple):
+    """Texts with labels.
+
+    Args:
+        texts: One or two texts each.
+        labels: (n,) classes as int32, numbers as float32, or None.
+        names: Where each comes from, such as ``"SST-2/train.tsv:12"``.
+    """
+
+    texts: Sequence[tuple[str, ...]]
+    labels: Shaped[np.ndarray, " n"] | None
+    names: Sequence[str]
+
+
+class TaskData(NamedTuple):
+    """A task and its texts.
+
+    Args:
+        task: The task.
+        train: To train on.
+        dev: To measure on, by name.
+    """
+
+    task: Task
+    train: Texts
+    dev: Mapping[str, Texts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Glue:
+    """How a GLUE task is distributed: as a folder of tsv files, and on the hub."""
+
+    folder: str
+    texts: tuple[str, ...]
+    hub_texts: tuple[str, ...]
+    label: str = "label"
+    labels: tuple[str, ...] | None = ("0", "1")
+    metrics: tuple[str, ...] = ("accuracy",)
+    header: tuple[str, ...] | None = None
+    dev: tuple[tuple[str, str], ...] = (("dev", "dev.tsv"),)
+    skip_broken: bool = False
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+_GLUE: Mapping[str, _Glue] = MappingProxyType(
+    {
+        "sst2": _Glue(folder="SST-2", texts=("sentence",), hub_texts=("sentence",)),
+        "cola": _Glue(
+            folder="CoLA",
+            texts=("sentence",),
+            hub_texts=("sentence",),
+            metrics=("matthews",),
+            header=("source", "label", "mark", "sentence"),
+        ),
+        "mrpc": _Glue(
+            folder="MRPC",
+            texts=("#1 String", "#2 String"),
+            hub_texts=_PAIR,
+            label="Quality",
+            metrics=("accuracy", "f1"),
+        ),
+        "stsb": _Glue(
+            folder="STS-B",
+            texts=_PAIR,
+            hub_texts=_PAIR,
+            label="score",
+            labels=None,
+            metrics=("pearson", "spearman"),
+        ),
+        "qqp": _Glue(
+            folder="QQP",
+            texts=("question1", "question2"),
+            hub_texts=("question1", "question2"),
+            label="is_duplicate",
+            metrics=("accuracy", "f1"),
+            skip_broken=True,  # the distributed files hold some rows without a label
+        ),
+        "mnli": _Glue(
+            folder="MNLI",
+            texts=_PAIR,
+            hub_texts=("premise", "hypothesis"),
+            label="gold_label",
+            labels=("entailment", "neutral", "contradiction"),
+            dev=(("matched", "dev_matched.tsv"), ("mismatched", "dev_mismatched.tsv")),
+        ),
+        "qnli": _Glue(
+            folder="QNLI",
+            texts=("question", "sentence"),
+            hub_texts=("question", "sentence"),
+            labels=_ENTAILMENT,
+        ),
+        "rte": _Glue(folder="RTE", texts=_PAIR, hub_texts=_PAIR, labels=_ENTAILMENT),
+        "wnli": _Glue(folder="WNLI", texts=_PAIR, hub_texts=_PAIR),
+    }
+)
+GLUE: Mapping[str, Task] = MappingProxyType(
+    {name: Task(name=name, labels=g.labels, metrics=g.metrics) for name, g in _GLUE.items()}
+)
+"""The tasks of GLUE by name.
+
+References:
+    Wang et al. (2019), GLUE: A Multi-Task Benchmark and Analysis Platform.
+"""
+
+
+def load_task(name: str, data: str | Path) -> TaskData:
+    """A task of GLUE.
+
+    Args:
+        name: A key of `GLUE`, such as ``"sst2"``.
+        data: The folder of the task's tsv files as distributed, one that holds it under GLUE's
+            name (``SST-2``), or ``"hub"`` for the Hugging Face hub through `datasets`.
+
+    Returns:
+        Its training and dev texts.
+
+    Raises:
+        InputError: The task is unknown, or the data is missing or wrong: the first broken line of
+            a file is named.
+    """
+    if name not in _GLUE:
+        raise InputError(f"unknown task {name!r}{nearest(name, _GLUE)}")
+    if data == "hub":
+        return _from_hub(name)
+    glue, task = _GLUE[name], GLUE[name]
+    folder = Path(data)
+    if (folder / glue.folder).is_dir():
+        folder = folder / glue.folder
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}; give GLUE's, or hub")
+
+    def split(file: str) -> Texts:
+        table = tables.read(folder / file, glue.header)
+        return texts_of(
+            table, glue.texts, glue.label, labels=task.labels, skip_broken=glue.skip_broken
+        )
+
+    return TaskData(task, split("train.tsv"), {n: split(file) for n, file in glue.dev})
+
+
+def _from_hub(name: str) -> TaskData:
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError(
+            "data from the hub needs datasets: pip install 'fusion-jax[hub]'"
+        ) from None
+    glue, task = _GLUE[name], GLUE[name]
+    loaded = datasets.load_dataset("nyu-mll/glue", name)
+
+    def split(part: str) -> Texts:
+        rows = loaded[part]
+        texts = list(zip(*(rows[column] for column in glue.hub_texts), strict=True))
+        dtype = np.float32 if task.labels is None else np.int32
+        names = [f"{name} {part}[{i}]" for i in range(len(texts))]
+        return Texts(texts, np.asarray(rows["label"], dtype), names)
+
+    parts = {n: "validation" if n == "dev" else f"validation_{n}" for n, _ in glue.dev}
+    return TaskData(task, split("train"), {n: split(part) for n, part in parts.items()})
+
+
+def read_task(
+    train: str | Path,
+    dev: str | Path | None = None,
+    *,
+    text: Sequence[str] = ("text",),
+    label: str = "label",
+    regression: bool = False,
+) -> TaskData:
+    """A task from files of one's own.
+
+    Args:
+        train: A .csv, .tsv or .jsonl file with a row per example.
+        dev: Another to measure on, or None.
+        text: The column with the text, or the two with a pair of texts.
+        label: The column with the label: any words or numbers.
+        regression: Whether labels are numbers to predict, not classes.
+
+    Returns:
+        The task, whose classes are the labels in the training file, sorted.
+
+    Raises:
+        InputError: A column is missing, a text is empty, a label is missing or not among those
+            of the training file; names file and line.
+    """
+    table = tables.read(Path(train))
+    labels = None
+    if not regression:
+        values = {str(v) for v in table.column(label) if v is not None and str(v).strip()}
+        numeric = all(v.removeprefix("-").isdigit() for v in values)
+        labels = tuple(sorted(values, key=int if numeric else None))
+        if len(labels) < 2:
+            raise InputError(f"{train}: column {label!r} holds fewer than two classes")
+    metrics = ("pearson", "spearman") if regression else ("accuracy", "matthews")
+    if labels == ("0", "1"):
+        metrics = ("accuracy", "f1", "matthews")
+    task = Task(name=Path(train).stem, labels=labels, metrics=metrics)
+    devs = (
+        {} if dev is None else {"dev": texts_of(tables.read(Path(dev)), text, label, labels=labels)}
+    )
+    return TaskData(task, texts_of(table, text, label, labels=labels), devs)
+
+
+def texts_of(
+    table: tables.Table,
+    text: Sequence[str],
+    label: str | None,
+    *,
+    labels: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Texts:
+    """The texts of a table, checked.
+
+    Args:
+        table: The table.
+        text: One or two columns with text.
+        label: The column with labels, or None for texts without.
+        labels: The names of the classes; None for regression.
+        skip_broken: Whether to leave out rows without text or label instead of raising.
+
+    Returns:
+        The texts, with labels unless ``label`` is None.
+
+    Raises:
+        InputError: A column is missing, a text is empty, or a label is not among the known.
+    """
+    if not 1 <= len(text) <= 2:
+        raise InputError(f"text must be one or two columns; got {', '.join(text)}")
+    columns = [table.column(name) for name in text]
+    given = None if label is None else table.column(label)
+    numbers = {name: i for i, name in enumerate(labels or ())}
+    texts, values, names = [], [], []
+    for i, row in enumerate(zip(*columns, strict=True)):
+        try:
+            for name, cell in zip(text, row, strict=True):
+                if not isinstance(cell, str) or not cell.strip():
+                    raise InputError(f"no text in column {name!r}")
+            if given is not None:
+                values.append(_label(given[i], None if labels is None else numbers))
+        except InputError as error:
+            if skip_broken:
+                continue
+            raise InputError(f"{table.path}:{table.lines[i]}: {error}") from None
+        texts.append(row)
+        names.append(table.place(i))
+    dtype = np.float32 if labels is None else np.int32
+    return Texts(texts, None if given is None else np.array(values, dtype), names)
+
+
+def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
+    if cell is None or not str(cell).strip():
+        raise InputError("no label")
+    if numbers is not None:
+        if str(cell) not in numbers:
+            known = ", ".join(list(numbers)[:20])
+            raise InputError(f"label {str(cell)!r} is none of {known}")
+        return numbers[str(cell)]
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"label {cell!r} is no number")
+    return number
+
+
+def encode(tokenizer: Any, texts: Texts, *, max_length: int, truncate: bool = False) -> Examples:
+    """Tokenises texts.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`.
+        texts: The texts.
+        max_length: Most tokens.
+        truncate: Whether longer texts are cut off.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A text is longer and ``truncate`` is False; names file and line.
+    """
+    first = [pair[0] for pair in texts.texts]
+    second = [pair[1] for pair in texts.texts] if texts.texts and len(texts.texts[0]) > 1 else None
+    out = tokenizer(
+        first,
+        second,
+        truncation=truncate,
+        max_length=max_length if truncate else None,
+        verbose=False,
+    )
+    tokens = [np.asarray(ids, np.int32) for ids in out["input_ids"]]
+    for ids, name in zip(tokens, texts.names, strict=True):
+        if len(ids) > max_length:
+            raise InputError(
+                f"{name}: {len(ids)} tokens, above {max_length}; allow more with max_length if the "
+                "model has positions for them, or have texts cut off with truncate"
+            )
+    types = None
+    if "token_type_ids" in out:
+        types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
+    return Examples(tokens, types, texts.labels, texts.names)

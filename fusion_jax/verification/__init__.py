@@ -1,0 +1,1 @@
+"""What compressing did to a model."""

@@ -1,0 +1,209 @@
+"""One self-contained HTML page on a compressed model: what changed, in figures and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_jax.verification import charts as svg
+from fusion_jax.verification.checks import Verification
+from ntk.bounds.certificates import Certificate
+
+_STYLE = """
+:root{--paper:#fbfbf9;--card:#fff;--ink:#1d2433;--soft:#5d6675;--faint:#cfd4dc;--c0:#2456a6;
+--c1:#d9822b;--c2:#7a8794;--good:#1b7f4b;--bad:#b3261e}
+@media (prefers-color-scheme:dark){:root{--paper:#14171d;--card:#1c2129;--ink:#e8ebf0;
+--soft:#9aa4b2;--faint:#39414d;--c0:#7eb0ff;--c1:#ffb066;--c2:#98a4b3;--good:#63d297;--bad:#ff8a80}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1060px;padding:32px 20px 64px;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:1.7rem;margin:0}h2{font-size:1.15rem;margin:40px 0 4px}p{margin:4px 0 12px}
+.soft,figcaption{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}
+.row{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(220px,1fr))}
+.two{grid-template-columns:repeat(auto-fit,minmax(380px,1fr))}
+figure,.fact{margin:0;background:var(--card);border:1px solid var(--faint);border-radius:10px;
+padding:14px}
+figcaption{font-size:.85rem;margin-bottom:8px}.fact b{display:block;font-size:1.5rem}
+.fact span{font-size:.85rem;color:var(--soft)}
+svg{display:block;width:100%;height:auto}svg text{fill:var(--ink)}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;width:100%}
+th,td{padding:5px 10px;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+"""
+
+_KINDS = {"sgd": "SGD", "adam": "Adam"}
+
+
+def page(verification: Verification, artefact: Path, original: str, sizes: tuple[int, int]) -> str:
+    """The page of a compressed model.
+
+    Args:
+        verification: What `fusion_jax.verification.checks.verify` found.
+        artefact: The folder of the compressed model.
+        original: The name of the original.
+        sizes: Parameters of the original and of the compressed model.
+
+    Returns:
+        HTML that needs no other file.
+    """
+    v = verification
+    file = artefact / "report.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    scaling = None if report is None else report["method"].get("scaling")
+    kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # the one it is made for first
+    sections = [
+        _facts(v, sizes, kinds, scaling),
+        *(_kernels(v, kind) for kind in kinds),
+        "" if report is None else _report(report),
+        _sites(v.certificates),
+        _how(v),
+    ]
+    title = f"{artefact.name}: what compressing changed"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1>"
+        f'<p class="soft">Original: {escape(Path(original).name or original)}. Neural tangent '
+        f"kernels say how a model fine-tunes; here they are exact, on {v.examples} texts.</p>"
+        f"{''.join(sections)}</body></html>\n"
+    )
+
+
+def _facts(
+    v: Verification, sizes: tuple[int, int], kinds: Sequence[str], scaling: str | None
+) -> str:
+    before, after = sizes
+    facts = [
+        (f"{before / 1e6:.1f} M → {after / 1e6:.1f} M", f"parameters, {after / before - 1:+.0%}")
+    ]
+    for kind in kinds:
+        c = v.comparisons[kind]
+        other = scaling in kinds and kind != scaling
+        note = f"; the scaling {scaling!r} keeps the other kernel" if other else ""
+        facts.append((f"{c.frobenius:.1%}", f"change of the {_KINDS[kind]} kernel{note}"))
+        facts.append(
+            (f"{c.alignment:.3f}", f"alignment of the {_KINDS[kind]} kernels (1 is equal)")
+        )
+    cards = "".join(f'<div class="fact"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
+    failures = v.failures()
+    if failures:
+        said = f'<p class="bad">{escape("; ".join(failures))}.</p>'
+    else:
+        checks = ["every certified bound holds"] if v.certificates else []
+        checks += ["all engines agree"] if v.apart else []
+        said = f'<p class="good">✓ {escape(" and ".join(checks))}</p>' if checks else ""
+    return f'<h2>At a glance</h2>{said}<div class="row">{cards}</div>'
+
+
+def _kernels(v: Verification, kind: str) -> str:
+    first, second = v.kernels[kind]
+    comparison = v.comparisons[kind]
+    largest = float(max(np.abs(first).max(), np.abs(second).max()))
+    pictures = [
+        (first, "original"),
+        (second, "compressed"),
+        (first - second, "difference, same colours"),
+    ]
+    maps = "".join(_figure(text, svg.heatmap(k, largest, text)) for k, text in pictures)
+    ranks = np.arange(1, len(first) + 1)
+    spectra = [
+        svg.Line(name, ranks, values)
+        for name, values in zip(("original", "compressed"), comparison.spectra, strict=True)
+    ]
+    values = "eigenvalue" if comparison.symmetric else "singular value"
+    charts = _figure(
+        f"Spectrum: the {values}s from the largest on",
+        svg.lines(spectra, "rank", values, log_y=True),
+    )
+    training = comparison.training
+    if training is not None:
+        losses = [
+            svg.Line(name, training.times, loss)
+            for name, loss in zip(("original", "compressed"), training.losses, strict=True)
+        ]
+        losses.append(svg.Line("outputs apart", training.times, training.apart))
+        flow = training.dynamics == "gradient flow"
+        charts += _figure(
+            f"Predicted training (linearised {training.dynamics}, random targets)",
+            svg.lines(losses, "learning rate times steps", "loss, relative", log_x=flow),
+        )
+    return (
+        f"<h2>{_KINDS[kind]} kernel</h2>"
+        '<p class="soft">One square per pair of texts; darker is larger.</p>'
+        f'<div class="row">{maps}</div><p></p><div class="row two">{charts}</div>'
+    )
+
+
+def _sites(certificates: dict[str, Certificate]) -> str:
+    if not certificates:
+        return ""
+    figures = []
+    names = [line.quantity for line in next(iter(certificates.values())).lines]
+    labels = ("measured", "at most, from data", "at most, a priori")
+    for i, name in enumerate(names):
+        rows = [
+            (site, (c.lines[i].measured, c.lines[i].data, c.lines[i].a_priori))
+            for site, c in certificates.items()
+        ]
+        figures.append(_figure(name.capitalize().replace("Sgd", "SGD"),
+                               svg.dots(rows, labels, "relative change")))  # fmt: skip
+    return (
+        "<h2>Each MLP, with certified bounds</h2>"
+        '<p class="soft">At the inputs that it has in the original. The change can be no larger '
+        "than a bound: from norms of the weights alone (a priori), or from a sketch of each input."
+        f'</p><div class="row two">{"".join(figures)}</div>'
+    )
+
+
+def _report(report: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["facts"]))
+    head = ["site", "width", "parameters", *names]
+    rows = [
+        [
+            row["site"],
+            f"{row['width_before']:,} → {row['width_after']:,}",
+            f"{row['params_before']:,} → {row['params_after']:,}",
+            *(_cell(row["facts"].get(name)) for name in names),
+        ]
+        for row in report["rows"]
+    ]
+    method = ", ".join(f"{name} {value}" for name, value in report["method"].items())
+    return f'<h2>What was done</h2><p class="soft">{escape(method)}</p>{_table([head, *rows])}'
+
+
+def _how(v: Verification) -> str:
+    said = "neural-tangents is not installed here, so that engines were not compared."
+    if v.apart is not None:
+        found = ", ".join(f"{name} {x:.0e}" for name, x in v.apart.items())
+        said = f"Largest relative distance of other engines from ours: {found or 'not measured'}."
+    return (
+        '<h2>How</h2><p class="soft">The kernel of one scalar, the softmax probability of class 0 '
+        "(of a random head, if the model has none), with respect to all parameters. SGD: inner "
+        f"products of gradients; Adam: of gradients and signs of gradients. {escape(said)}</p>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _figure(caption: str, picture: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{picture}</figure>"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f'<div class="scroll"><table>{line(rows[0], "th")}{body}</table></div>'

@@ -1,0 +1,200 @@
+"""Runs an engine over blocks of examples: sizes them to a memory limit, lays them on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
+from jaxtyping import Array
+
+from ntk.engines.base import Engine
+from ntk.engines.contraction import Kernel
+from ntk.progress import progress as show_progress
+
+
+def caller_mesh(arrays: Any) -> Mesh | None:
+    """The mesh that the caller works on.
+
+    Args:
+        arrays: Pytree of arrays.
+
+    Returns:
+        The mesh of the first array on several devices; if there is none, that of `jax.set_mesh`;
+        None if there is none.
+    """
+    for x in jax.tree.leaves(arrays):
+        if _on_mesh(x) and x.sharding.mesh.size > 1:
+            return x.sharding.mesh
+    ambient = get_mesh()
+    return None if ambient.empty else ambient
+
+
+@contextmanager
+def automatic(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
+    """Works on a mesh with axes for which the compiler decides how results are sharded.
+
+    With explicit axes, a function would have to say so for each of its results.
+
+    Args:
+        mesh: The caller's mesh, or None.
+
+    Yields:
+        A function that lays a pytree of arrays on that mesh, in the places where they are.
+    """
+    if mesh is None:
+        yield lambda tree: tree
+        return
+    same = Mesh(mesh.devices, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))
+    with jax.set_mesh(same):
+        yield lambda tree: jax.tree.map(partial(laid, mesh=same), tree)
+
+
+def laid(x: Array, mesh: Mesh | None) -> Array:
+    """An array on a mesh, sharded as it is; unchanged if there is no mesh."""
+    if mesh is None:
+        return x
+    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def _on_mesh(x: Array) -> bool:
+    return isinstance(x.sharding, NamedSharding)
+
+
+def shards(inputs: Sequence[Array]) -> int:
+    """Over how many devices the examples are laid."""
+    sharding = inputs[0].sharding
+    if not isinstance(sharding, NamedSharding) or not sharding.spec:
+        return 1
+    (first, *_) = sharding.spec
+    names = first if isinstance(first, tuple) else () if first is None else (first,)
+    return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
+
+
+def fitted(
+    engine: Engine, values: Any, inputs: tuple[Any, Any], most: int, limit: int
+) -> tuple[Any, int]:
+    """The largest plan that an engine finds for a memory limit.
+
+    Args:
+        engine: The engine.
+        values: The parameters and the program's constants.
+        inputs: The arrays of both arguments.
+        most: Most examples in a block.
+        limit: The bytes.
+
+    Returns:
+        The plan, and the bytes it needs, which are over the limit if even the smallest plan's are.
+    """
+    task = engine.task
+
+    def needed(plan: Any) -> int:
+        # Asking the compiler takes longer than a small kernel.
+        key = (type(engine), plan, task.n1, task.kept, task.same, task.sign, task.shards)
+        if key not in task.program.measured:
+            blocks = (_abstract(inputs[0], plan.rows), _abstract(inputs[1], plan.columns))
+            task.program.measured[key] = engine.memory(plan, values, blocks)
+        return task.program.measured[key]
+
+    smallest = engine.plan(1, 1.0)
+    budget = float(limit)
+    plan = engine.plan(most, budget)
+    need = needed(plan)
+    while need > limit and plan != smallest:
+        budget = max(1.0, budget * min(0.7, max(0.2, 0.9 * limit / need)))
+        new = engine.plan(most, budget)
+        if new != plan:
+            plan, need = new, needed(new)
+    return plan, need
+
+
+def run(
+    engine: Engine, plan: Any, values: Any, inputs: tuple[Any, Any], progress: bool | None
+) -> Kernel:
+    """Computes a kernel block by block.
+
+    Args:
+        engine: The engine.
+        plan: Its plan.
+        values: The parameters and the program's constants.
+        inputs: The arrays of both arguments.
+        progress: Whether to show progress, see `ntk.progress`.
+
+    Returns:
+        The kernel, (n, r, m, r).
+    """
+    task = engine.task
+    rows, columns = -(-task.n1 // plan.rows), -(-task.n2 // plan.columns)
+    blocks: dict[tuple[int, int], Kernel] = {}
+    order = list(_snake(rows, columns, task.mirrored))
+    total = sum(engine.steps(plan, group) for group in range(plan.groups)) * len(order)
+    with show_progress("Kernel", total, progress) as advance:
+        for group in range(plan.groups):
+            one = two = None
+            at = (-1, -1)
+            for i, j in order:
+                # What is not needed any more is let go before the next is made.
+                if i != at[0]:
+                    one = None
+                    one = engine.side(plan, group, values, _block(inputs[0], i, plan.rows))
+                alone = task.same and i == j
+                if not alone and (j != at[1] or two is None):
+                    two = None
+                    two = engine.side(plan, group, values, _block(inputs[1], j, plan.columns))
+                at = (i, j)
+                start = blocks.get((i, j))
+                if start is None:
+                    shape = task.block(plan.rows, plan.columns)
+                    start = jnp.zeros(shape.shape, shape.dtype)
+                sides = (one, None if alone else two)
+                step = f"block {i * columns + j + 1} of {rows * columns}"
+                blocks[i, j] = engine.add(plan, group, start, sides, lambda s=step: advance(s))
+    return _assembled(blocks, rows, columns, task.mirrored)[: task.n1, :, : task.n2]
+
+
+def _snake(rows: int, columns: int, upper: bool) -> Iterator[tuple[int, int]]:
+    """Pairs of blocks, row by row and to and fro, so that a row begins where the last one ended."""
+    for i in range(rows):
+        row = range(i if upper else 0, columns)
+        yield from ((i, j) for j in (reversed(row) if i % 2 else row))
+
+
+def _assembled(
+    blocks: dict[tuple[int, int], Kernel], rows: int, columns: int, mirrored: bool
+) -> Array:
+    if mirrored:
+        for (i, j), block in list(blocks.items()):
+            flipped = block.transpose(2, 3, 0, 1)
+            blocks[j, i] = (block + flipped) / 2 if i == j else flipped
+    if rows == columns == 1:
+        return blocks[0, 0]
+    return jnp.concatenate(
+        [jnp.concatenate([blocks[i, j] for j in range(columns)], 2) for i in range(rows)]
+    )
+
+
+def _abstract(inputs: Sequence[Array], size: int) -> list[Any]:
+    def shape(x: Array) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding if _on_mesh(x) else None
+        return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return [shape(x) for x in inputs]
+
+
+def _block(inputs: Sequence[Array], index: int, size: int) -> list[Array]:
+    """The arrays of one block of examples; the last one is filled up with the last example."""
+
+    def part(x: Array) -> Array:
+        if size == x.shape[0]:
+            return x
+        chosen = np.minimum(np.arange(index * size, (index + 1) * size), x.shape[0] - 1)
+        taken = jnp.take(x, jnp.asarray(chosen), axis=0)
+        return jax.device_put(taken, x.sharding) if _on_mesh(x) else taken
+
+    return [part(x) for x in inputs]
