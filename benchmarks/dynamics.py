@@ -122,7 +122,7 @@ def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
     n, held = (4, 4) if quick else (TRAIN, HELD_OUT)
     dense = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
     texts, labels = examples(data, n + held)
-    batch = tokenize(load_tokenizer(dense.origin.folder), texts, max_length=24)._asdict()
+    batch = tokenize(load_tokenizer(dense.provenance.folder), texts, max_length=24)._asdict()
     targets = labels[:n]
     rows, curves = [], {}
     rate, steps = 0.0, (8 if quick else {"sgd": 100, "adam": 10 * n}[kind])

@@ -50,7 +50,7 @@ from fusion_jax.checkpoint.masks import save_masks
 from fusion_jax.cli.demo import find_model
 from fusion_jax.compression.matrices import select_matrices
 from fusion_jax.models.tokens import batches, load_tokenizer
-from fusion_jax.nn.linear_forms import Masked, forms
+from fusion_jax.nn.linear_forms import Masked, find_forms
 from fusion_jax.report import num_params
 from fusion_jax.training import (
     GLUE,
@@ -342,7 +342,7 @@ def counted(model: Any) -> tuple[int, int]:
     chosen = fj.sites(model)[LAYERS]
     lost = {
         path: int((~np.asarray(form.mask[...])).sum())
-        for path, form in forms(model).items()
+        for path, form in find_forms(model).items()
         if isinstance(form, Masked)
     }
     inside = sum(n for path, n in lost.items() if path.startswith(tuple(s.path for s in chosen)))
@@ -385,7 +385,7 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
 
 def errors(cell: Cell, run: Run, made: Any) -> dict[str, float]:
     """Relative errors of outputs and kernels."""
-    tokenizer = load_tokenizer(run.model.origin.folder)
+    tokenizer = load_tokenizer(run.model.provenance.folder)
     text = [text for text, *_ in next(iter(run.data.dev.values())).texts]
     inputs = fj.calibrate(
         run.model, batches(tokenizer, text[:300]), key=jax.random.key(1), max_positions=300

@@ -38,7 +38,7 @@ import fusion_jax as fj
 from benchmarks.common import finish, parser
 from benchmarks.finetune import CALIBRATION, Cell, OutOfTimeError, cells, mean_seconds, method
 from fusion_jax.models.gpt2 import Gpt2, Gpt2Config
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.report import num_params
 from fusion_jax.training import TextData, measure_pairs
@@ -103,7 +103,7 @@ def pretrained(
     }
     config = json.dumps(fields)
     model = Gpt2(Gpt2Config.from_json(fields), head="causal-lm", rngs=nnx.Rngs(0))
-    model.origin = Origin(str(raw), str(raw), config, "causal-lm")
+    model.provenance = Provenance(str(raw), str(raw), config, "causal-lm")
     ids = [i for row in reader([t + END for t in texts])["input_ids"] for i in row]
     held_out = len(ids) // 100
     training = fj.TrainConfig(

@@ -70,7 +70,7 @@ def texts(data: Path | None) -> list[str]:
 
 def minilm(network: Any, text: list[str], layers: list[int], inputs: int) -> Iterator[Mlp]:
     """MiniLM's MLPs, in float64, with token positions of sentences as inputs."""
-    batch = tokenize(load_tokenizer(network.origin.folder), text)
+    batch = tokenize(load_tokenizer(network.provenance.folder), text)
     seen = mlp_inputs(network, *batch)
     real = np.asarray(batch.attention_mask)
     chosen = np.random.default_rng(0).permutation(real.sum())

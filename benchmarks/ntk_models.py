@@ -47,7 +47,7 @@ def main() -> int:
     path = arguments.model or find_model()
     network = fj.load(path, head="classification", num_labels=2, key=jax.random.key(0))
     text = texts(arguments.data)[: 4 if arguments.quick else 64]
-    batch = tokenize(load_tokenizer(network.origin.folder), text, max_length=32)._asdict()
+    batch = tokenize(load_tokenizer(network.provenance.folder), text, max_length=32)._asdict()
     source = calibration(arguments.data)
 
     def kernel(model: Any, kind: str, wrt: str | None) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 import fusion_jax as fj
 from benchmarks.common import finish, parser, pyplot, show
 from fusion_jax.cli.demo import find_model
-from fusion_jax.models.tokens import Batch, batches, load_tokenizer, sentences
+from fusion_jax.models.tokens import TokenBatch, batches, load_tokenizer, sentences
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 
 POSITIONS = 300
@@ -137,7 +137,7 @@ class Agreement:
     """Compares sentence embeddings with those of the original model."""
 
     def __init__(self, model: Any, sentences: Sequence[str]):
-        self.batches = batches(load_tokenizer(model.origin.folder), sentences, max_length=64)
+        self.batches = batches(load_tokenizer(model.provenance.folder), sentences, max_length=64)
         self.original = self.embeddings(model)
         first, second = np.triu_indices(len(sentences), 1)
         similarity = (self.original[first] * self.original[second]).sum(1)
@@ -172,7 +172,7 @@ class Agreement:
 
 
 @jax.jit
-def _pooled(model: Any, batch: Batch) -> jax.Array:
+def _pooled(model: Any, batch: TokenBatch) -> jax.Array:
     hidden = model(*batch).last_hidden_state
     return (hidden * batch.attention_mask[..., None]).sum(1)
 
@@ -210,7 +210,7 @@ def main() -> int:
     held_out = {}
     for domain, held in (("", text.held_out), ("_other_domain", text.other[:300])):
         # As token batches, so that no random tokens are among them.
-        tokens = batches(load_tokenizer(model.origin.folder), held)
+        tokens = batches(load_tokenizer(model.provenance.folder), held)
         held_out[domain] = fj.calibrate(
             model, tokens, key=jax.random.key(1), max_positions=POSITIONS
         )

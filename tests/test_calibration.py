@@ -16,7 +16,7 @@ from fusion_jax.compression import allocation
 from fusion_jax.methods.geometry import points
 from fusion_jax.methods.least_squares import RIDGE_OF_FACTORS, matched, refitted
 from fusion_jax.models.moe import Moe
-from fusion_jax.models.tokens import Batch
+from fusion_jax.models.tokens import TokenBatch
 from fusion_jax.nn.fused import Factors
 from fusion_jax.nn.mlp import experts
 from fusion_jax.nn.submlps import responses
@@ -540,7 +540,7 @@ def test_texts_longer_than_the_model_are_cut_off(tmp_path):
         seen = fj.calibrate(model, source, key=KEY) if source == long else None
         assert seen is None or all(np.isfinite(x).all() for x in seen.values())
         fj.compress(model, fj.Fusion(width=8), layers=0, key=KEY, calibration=source)
-    batch = Batch(jnp.ones((2, most + 1), jnp.int32), jnp.ones((2, most + 1), bool))
+    batch = TokenBatch(jnp.ones((2, most + 1), jnp.int32), jnp.ones((2, most + 1), bool))
     with pytest.raises(fj.InputError, match=f"{most + 1} tokens a row; the model has {most}"):
         fj.compress(model, fj.Fusion(width=8), key=KEY, calibration=[batch])
 

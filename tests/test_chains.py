@@ -15,7 +15,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax import mpo
 from fusion_jax.compression.matrices import matrices
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.surgery import at
 from fusion_jax.training import (
     Chains,
@@ -65,7 +65,7 @@ def logits(model):
 def test_chains_are_exact_both_ways(model):
     paths = [path for path in matrices(model) if path.startswith("layers.")]
     chained = overparameterise(model, paths, cores=6)
-    assert sorted(forms(chained)) == sorted(paths)
+    assert sorted(find_forms(chained)) == sorted(paths)
     for path in paths:
         before, after = at(model, path).kernel[...], at(chained, path).matrix()
         np.testing.assert_allclose(after, before, atol=1e-5)
@@ -73,7 +73,7 @@ def test_chains_are_exact_both_ways(model):
             np.testing.assert_allclose(core[:, 0, 0], np.eye(core.shape[0]), atol=1e-6)
     np.testing.assert_allclose(logits(chained), logits(model), atol=1e-5)
     back = fj.plain(chained)
-    assert not forms(back)
+    assert not find_forms(back)
     np.testing.assert_allclose(logits(back), logits(chained), atol=1e-5)
     # Inference costs what it did.
     assert {p: x[1].shape for p, x in flat(back).items()} == {
@@ -219,8 +219,8 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
     assert len(growth.scores) == 2 and len(growth.scores[0]) == 4 and len(growth.scores[1]) == 2
     chosen = {p.partition(".cores.")[0] for p in seen[3]}
     assert chosen == set(top_of_each_type(growth.scores[0], 1))
-    assert len(forms(whole.model)) == 4
-    for form in forms(whole.model).values():
+    assert len(find_forms(whole.model)) == 4
+    for form in find_forms(whole.model).values():
         for core in list(form.cores)[1:-1]:
             assert not np.allclose(core[:, 0, 0], np.eye(core.shape[0]), atol=1e-6)
 
@@ -266,8 +266,8 @@ def test_cores_train_if_their_matrix_did(train, model, data, source, key):
         growth=growing(source),
         on_step=lambda step, state: seen.update({step: set(state.params)}),
     )
-    assert len(forms(fit.model)) == 4 and set(trains) == seen[2]
-    for path, form in forms(fit.model).items():
+    assert len(find_forms(fit.model)) == 4 and set(trains) == seen[2]
+    for path, form in find_forms(fit.model).items():
         cores = {f"{path}.cores.{i}" for i in range(3)}
         did = f"{path}.kernel" in trains
         assert did == (cores <= seen[6]) == (not cores.isdisjoint(seen[6]))
@@ -314,7 +314,7 @@ def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
         multipliers={f"layers.{i}.mlp.up.kernel": 0.25 for i in range(2)},
         on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
     )
-    paths = sorted(forms(fit.model))
+    paths = sorted(find_forms(fit.model))
     assert sorted(path.rpartition(".")[2] for path in paths) == ["query", "up"]
     before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
     grads = mean_gradients(before, One(batches(2)), loss)
@@ -337,7 +337,7 @@ def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, k
         fj.finetune(model, data, config, multipliers=rows, **options)
     del rows["layers.0.mlp.up.kernel"]
     rows["layers.0.mlp.up.bias"] = np.ones(48)
-    assert forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
+    assert find_forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
 
 
 def test_each_round_takes_the_most_important_of_its_step(three, data, key):
@@ -397,7 +397,7 @@ def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
         )
         assert {f"{name}.query" for name in names} <= set(types)
     grown = growth.apply(model, chosen)
-    assert sorted(forms(grown)) == sorted(chosen)
+    assert sorted(find_forms(grown)) == sorted(chosen)
     for after in (grown, fj.plain(grown)):
         np.testing.assert_allclose(after(**rows).logits, model(**rows).logits, atol=1e-5)
 
@@ -637,8 +637,8 @@ def test_lottery_prunes_what_training_leaves_small(model, data, key):
 
     ticket = lottery(model, train, keep=0.25, rounds=2, layers=-1).model
     about = {"lottery": {"keep": 0.25, "rounds": 2}, "sites": ["layers.1.mlp"]}
-    assert [json.loads(step) for step in ticket.origin.history] == [about]
-    assert not [p for p in forms(ticket) if not p.startswith("layers.1.mlp")]
+    assert [json.loads(step) for step in ticket.provenance.history] == [about]
+    assert not [p for p in find_forms(ticket) if not p.startswith("layers.1.mlp")]
     kept = np.ones(2 * 32 * 48, bool)
     for round_, model_after in enumerate(trained):
         kernels = [at(model_after, f"layers.1.mlp.{n}").kernel[...] for n in ("down", "up")]
@@ -683,8 +683,8 @@ def test_chains_grow_from_float32_weights_of_a_bfloat16_model(tmp_path, data, ke
 
     growth = growing((batches, loss))
     fit = fj.finetune(model, data, config, key=key, on_step=watch, growth=growth)
-    assert len(forms(fit.model)) == 2
-    for path, form in forms(fit.model).items():
+    assert len(find_forms(fit.model)) == 2
+    for path, form in find_forms(fit.model).items():
         assert {core.dtype.name for core in form.cores} == {"bfloat16"}
         master = seen[2][f"{path}.kernel"]
         cores = [jnp.asarray(seen[3][f"{path}.cores.{k}"]) for k in range(3)]
@@ -706,7 +706,7 @@ def test_what_grows_begins_at_the_full_rate(model, data, source, key):
         growth=growing(source),
         on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
     )
-    paths = sorted(forms(fit.model))
+    paths = sorted(find_forms(fit.model))
     before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
     for path in paths:
         moves = [np.abs(a[...] - b[...]) for a, b in

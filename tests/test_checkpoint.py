@@ -238,9 +238,9 @@ def test_artefact_of_a_fused_classifier(tmp_path, key):
     again = fj.load(fj.save(smaller, tmp_path / "artefact"))
     assert bit_equal(smaller, again)
     assert [site.mlp.width for site in fj.sites(again)] == [12, 7, 12]
-    assert again.origin.head == "classification"
-    assert again.origin.name == os.fspath(folder)
-    assert len(again.origin.history) == 2
+    assert again.provenance.head == "classification"
+    assert again.provenance.name == os.fspath(folder)
+    assert len(again.provenance.history) == 2
     original = (folder / "config.json").read_bytes()
     assert (tmp_path / "artefact" / "config.json").read_bytes() == original
 
@@ -428,7 +428,7 @@ import fusion_jax as fj
 for name in sys.argv[1:]:
     try:
         model = fj.load(name)
-        print(name, model.origin.name, len(fj.sites(model)))
+        print(name, model.provenance.name, len(fj.sites(model)))
     except fj.InputError as error:
         print("error:", error)
 """

@@ -66,7 +66,7 @@ def test_artefact_loads_back_equal(name, model, key, tmp_path):
     again = fj.load(fj.save(smaller, tmp_path / "a", report=report))
     assert bit_equal(smaller, again)
     assert (output(smaller) == output(again)).all()
-    assert again.origin.history == smaller.origin.history
+    assert again.provenance.history == smaller.provenance.history
     assert json.loads((tmp_path / "a/report.json").read_text()) == report.to_json()
 
 

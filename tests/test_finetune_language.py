@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.surgery import at
 from fusion_jax.training import Chains, Windows, nats_per_token
 from fusion_jax.training.engine import losses
@@ -163,7 +163,7 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
         about={"why": "a test"},
         progress=False,
     )
-    grown = forms(result.model)
+    grown = find_forms(result.model)
     assert sorted(map(type_of, grown)) == [
         f"layers.#.{name}" for name in ("mlp.down", "mlp.up", "out", "qkv")
     ]
@@ -178,7 +178,7 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
     assert set(saved) == {"best.new", "last.new"}
     ids = jnp.asarray(text[:24].reshape(3, 8))
     plain = fj.plain(result.model)
-    assert not forms(plain)
+    assert not find_forms(plain)
     np.testing.assert_allclose(plain(ids).logits, result.model(ids).logits, rtol=1e-5, atol=1e-5)
     options = {"trains": r"layers\..*\.kernel", "growth": growth, "about": {"why": "another"}}
     with pytest.raises(fj.InputError, match=r"other settings \(why 'a test', now 'another'\)"):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.training import Chains, fit, lightweight
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
@@ -120,9 +120,9 @@ def test_chains_grow_on_a_mesh_as_on_one_device(model):
         )
 
     alone, ours, specs = both_ways(model, growth=growth)
-    assert len(forms(alone)) == 2 and forms(alone).keys() == forms(ours).keys()
+    assert len(find_forms(alone)) == 2 and find_forms(alone).keys() == find_forms(ours).keys()
     assert_close(numbers(fj.plain(alone)), numbers(fj.plain(ours)))
-    assert any("fsdp" in specs[f"{path}.cores.{i}"] for path in forms(ours) for i in range(3))
+    assert any("fsdp" in specs[f"{path}.cores.{i}"] for path in find_forms(ours) for i in range(3))
 
 
 def test_auxiliary_tensors_train_on_a_mesh_as_on_one_device(model):

@@ -17,7 +17,7 @@ import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.decoding import Beams, Sampling, generate
 from fusion_jax.models.tokens import load_tokenizer, tokenize
-from fusion_jax.nn.linear_forms import forms, linears
+from fusion_jax.nn.linear_forms import find_forms, find_linears
 from fusion_jax.training import Chains, Pairs, measure_pairs, pairs_source
 from fusion_jax.training.engine import losses
 from fusion_jax.training.methods.importance import type_of
@@ -323,7 +323,7 @@ def test_texts_are_those_of_sources_alone(family, beams, models):
     model = models[family]
     sources = ["abcabcabc", "b", "cab", "c", "abc"]
     texts = fj.generate_texts(model, sources, max_new_tokens=6, beams=beams, batch_size=2, shapes=2)
-    tokenizer = load_tokenizer(model.origin.folder)
+    tokenizer = load_tokenizer(model.provenance.folder)
     for source, text in zip(sources, texts, strict=True):
         ids = numbers(f"{source}\n") if model.reads_prompts else [*numbers(source), 1]
         out = generate(
@@ -388,9 +388,11 @@ def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_pat
         about={"why": "a test"},
         on_step=lambda step, state: last.update(params=sorted(state.params)),
     )
-    grown = forms(result.model)
+    grown = find_forms(result.model)
     types = [type_of(path) for path in grown]
-    assert sorted(types) == sorted({type_of(path) for path in linears(model) if "layers" in path})
+    assert sorted(types) == sorted(
+        {type_of(path) for path in find_linears(model) if "layers" in path}
+    )
     assert all(f"{path}.cores.{i}" in last["params"] for path in grown for i in range(3))
     for form in grown.values():
         assert not np.allclose(form.cores[1][:, 0, 0], np.eye(form.cores[1].shape[0]), atol=1e-5)
@@ -398,7 +400,7 @@ def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_pat
     want = result.model(**batch).logits
     assert not np.allclose(want, model(**batch).logits, atol=1e-2)
     plain = fj.plain(result.model)
-    assert not forms(plain)
+    assert not find_forms(plain)
     for after in (plain, fj.load(tmp_path / "run" / "last")):
         np.testing.assert_allclose(after(**batch).logits, want, atol=1e-5)
 

@@ -11,7 +11,7 @@ import ntk
 from fusion_jax import mpo
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression.matrices import matrices
-from fusion_jax.nn.linear_forms import forms, linears
+from fusion_jax.nn.linear_forms import find_forms, find_linears
 from fusion_jax.training.engine.partition import Parts
 from fusion_jax.training.methods.squeezing import lightweight
 from ntk.mlp import mlp_weights
@@ -47,15 +47,15 @@ def all_but_routers(path):
 def test_every_matrix_as_a_chain_is_the_same_function(family, tmp_path):
     model = load(tmp_path, family)
     chained, report = fj.compress_matrices(model, EXACT, matrices=all_but_routers)
-    assert forms(chained).keys() == {p for p in matrices(model) if all_but_routers(p)}
-    assert not forms(model)
+    assert find_forms(chained).keys() == {p for p in matrices(model) if all_but_routers(p)}
+    assert not find_forms(model)
     np.testing.assert_allclose(logits(chained, family), logits(model, family), atol=1e-4)
     assert all(row.facts["error"] < 1e-5 for row in report.rows)
     again = fj.load(fj.save(chained, tmp_path / "artefact", report=report))
     assert bit_equal(chained, again)
     assert (logits(again, family) == logits(chained, family)).all()
     exported = fj.load(fj.export_hf(chained, tmp_path / "hf"), head=HEADS[family])
-    assert not forms(exported)
+    assert not find_forms(exported)
     np.testing.assert_allclose(logits(exported, family), logits(model, family), atol=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_plain_and_a_forms_arrays(tmp_path):
     model = load(tmp_path, "bert")
     smaller, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices=r"layers\.\d\.attention\..*")
     plain = fj.plain(smaller)
-    assert not forms(plain) and len(forms(smaller)) == 12
+    assert not find_forms(plain) and len(find_forms(smaller)) == 12
     np.testing.assert_allclose(logits(plain, "bert"), logits(smaller, "bert"), atol=1e-4)
     kernel = np.asarray(model.layers[1].attention.query.kernel)
     left, values, right = np.linalg.svd(kernel)
@@ -99,7 +99,7 @@ def test_embedding_as_a_chain(n):
 def test_fused_mlps_can_be_factored(method, kind, key):
     fused, _ = fj.compress(make(kind), fj.Fusion(width=12), key=key)
     both, _ = fj.compress(fused, method, key=key)
-    assert type(both) is type(fused) and len(forms(both)) == len(linears(fused))
+    assert type(both) is type(fused) and len(find_forms(both)) == len(find_linears(fused))
     np.testing.assert_array_equal(both.sizes, fused.sizes)
     np.testing.assert_allclose(both(inputs()), both.plain()(inputs()), atol=1e-4)
     if method is EXACT:
@@ -179,7 +179,7 @@ def test_a_factored_pooler_loads_back(tmp_path):
     model = fj.load(tiny.checkpoint(tmp_path / "bert"))
     smaller, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices=r"layers\..*|pooler")
     again = fj.load(fj.save(smaller, tmp_path / "artefact"))
-    assert bit_equal(smaller, again) and "pooler" in forms(again)
+    assert bit_equal(smaller, again) and "pooler" in find_forms(again)
 
 
 def test_nan_in_a_matrix_names_it(tmp_path):
@@ -214,6 +214,6 @@ def test_shared_modules_stay_shared(key):
     assert len(report.rows) == 1 and smaller.first is smaller.others[0]
     assert smaller.first.width == 12 and smaller.others[1].width == model.first.width == 48
     low, _ = fj.compress_matrices(model, fj.Svd(rank=4), matrices="first.up|others.0.up")
-    assert low.first is low.others[0] and len(forms(low)) == 1
+    assert low.first is low.others[0] and len(find_forms(low)) == 1
     plain = fj.plain(low)
-    assert plain.first is plain.others[0] and not forms(plain)
+    assert plain.first is plain.others[0] and not find_forms(plain)

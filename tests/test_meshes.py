@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.training import (
     fit,
     importance_by_removal,
@@ -167,7 +167,7 @@ def test_matrices_that_are_split():
         fj.compress_matrices(split, EXACT, matrices=".*", progress=False)[0],
         overparameterise(split, ["layers.0.up"], cores=3),
     ):
-        assert forms(model) and on(model, mesh)
+        assert find_forms(model) and on(model, mesh)
         assert_close(fj.plain(model), Model())
 
 

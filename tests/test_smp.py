@@ -17,7 +17,7 @@ from fusion_jax.checkpoint import dtype_name, files
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
 from fusion_jax.models.bert import Bert, BertConfig
-from fusion_jax.nn.linear_forms import Frozen, Masked, Scored, forms
+from fusion_jax.nn.linear_forms import Frozen, Masked, Scored, find_forms
 from fusion_jax.nn.mlp import Mlp, experts
 from fusion_jax.training import GLUE, LABEL_WORDS, finished, measure, predict, scored
 from fusion_jax.training.engine import losses
@@ -141,7 +141,7 @@ def test_masks_in_a_file(dtype, places, tmp_path, key):
     assert bit_equal(pruned, again)
     stored = safetensors.numpy.load_file(folder / "model.safetensors")
     # Nothing but bits, and the head, which the base does not have.
-    weights = sum(form.mask[...].size for form in forms(pruned).values())
+    weights = sum(form.mask[...].size for form in find_forms(pruned).values())
     bits = {name: x for name, x in stored.items() if name.endswith(".mask")}
     assert sum(x.nbytes for x in bits.values()) == weights / 8
     assert set(stored) - set(bits) == HEAD
@@ -195,7 +195,7 @@ def test_a_run_ends_as_it_should(model, whole):
     assert [h["step"] for h in result.history] == [2, 4, 6, 8]
     found = arrays(result.model)
     shares = {}
-    for path, form in forms(result.model).items():
+    for path, form in find_forms(result.model).items():
         assert type(form) is Masked
         mask = found.pop(f"{path}.mask")
         np.testing.assert_array_equal(
@@ -271,8 +271,8 @@ def test_on_a_mesh(model, data, key, whole):
     with jax.set_mesh(mesh):
         result = run(model, data, key)
     same = []
-    for path, form in forms(whole[0].model).items():
-        other = forms(result.model)[path].mask[...]
+    for path, form in find_forms(whole[0].model).items():
+        other = find_forms(result.model)[path].mask[...]
         assert abs(int(other.sum()) - int(form.mask[...].sum())) <= 2
         same.append(float((other == form.mask[...]).mean()))
     # Scores differ by rounding, which may swap weights at the limit.
@@ -360,7 +360,7 @@ def test_the_penalty_in_the_loss(model):
     new = scored(model)
     rng = np.random.RandomState(0)
     means = []
-    for form in forms(new).values():
+    for form in find_forms(new).values():
         form.scores.set_value(jnp.asarray(rng.normal(size=form.scores[...].shape), jnp.float32))
         form.penalty.set_value(jnp.float32(11))
         means.append((1 / (1 + np.exp(-np.float64(form.scores[...])))).mean())
@@ -371,7 +371,7 @@ def test_the_penalty_in_the_loss(model):
     np.testing.assert_allclose(
         total.total / 2, float(own.total) / 2 + 11 * np.mean(means), rtol=1e-5
     )
-    sizes = [form.scores[...].size for form in forms(new).values()]
+    sizes = [form.scores[...].size for form in find_forms(new).values()]
     total = penalised(losses.classification, of="sum")(new, batch, None)
     np.testing.assert_allclose(
         total.total / 2, float(own.total) / 2 + 11 * np.dot(means, sizes), rtol=1e-5
@@ -454,7 +454,7 @@ def test_scores_stay_precise_where_the_model_computes_in_bfloat16(model):
     assert dtypes["layers.0.mlp.up.scores"] == dtypes["layers.0.mlp.up.kernel"] == "float32"
     assert dtypes["layers.0.mlp.up.bias"] == "bfloat16"
     assert computed(**tiny.batch("bert")).logits.dtype == jnp.bfloat16
-    small = fj.load(model.origin.folder, dtype="bfloat16")
+    small = fj.load(model.provenance.folder, dtype="bfloat16")
     dtypes = {path: x.dtype.name for path, x in arrays(scored(small)).items()}
     assert dtypes["layers.0.mlp.up.scores"] == "float32"
     assert dtypes["layers.0.mlp.up.kernel"] == "bfloat16"
@@ -463,7 +463,7 @@ def test_scores_stay_precise_where_the_model_computes_in_bfloat16(model):
 
 def test_scores_in_an_artefact(model, tmp_path, key):
     new = scored(model)
-    for form in forms(new).values():
+    for form in find_forms(new).values():
         key, own = jax.random.split(key)
         form.scores.set_value(jax.random.normal(own, form.scores[...].shape, jnp.float32))
         form.keep.set_value(jnp.float32(0.7))
@@ -693,7 +693,7 @@ def test_masks_for_an_artefact(places, tmp_path, key):
     assert bit_equal(pruned, fj.load(folder))
     names = safetensors.numpy.load_file(folder / "model.safetensors")
     assert all(name.endswith(".mask") for name in names)
-    assert len(fj.load(folder).origin.history) == 2
+    assert len(fj.load(folder).provenance.history) == 2
 
 
 def test_what_cannot_be_saved_as_masks(model, tmp_path):
@@ -729,7 +729,7 @@ def test_command_line(places, tmp_path, capsys):
     assert "another seed" in capsys.readouterr().err
     pruned = fj.load(tmp_path / "run" / "best")
     total = {}
-    for path, form in forms(pruned).items():
+    for path, form in find_forms(pruned).items():
         total.setdefault(path.split(".", 2)[2], []).append(float(form.mask[...].mean()))
     assert all(abs(np.mean(shares) - 0.5) < 2e-3 for shares in total.values())
     assert main(["evaluate", out, *task]) == 0

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.training import lightweight, lottery
 from tests import tiny
 from tests.test_compress import method, methods
@@ -93,7 +93,7 @@ def test_a_fused_model_is_pruned_statically(fused, data, key, tmp_path):
     smp = fj.StaticPruning(keep=0.5, allocation="L", ramp=6)
     folder = tmp_path / "run"
     fit = fj.static_prune(fused, data, CONFIG, smp, key=key, folder=folder, progress=False)
-    masked = forms(fit.model)
+    masked = find_forms(fit.model)
     rows = [path for path in masked if ".mlp." in path]
     assert rows and all(tuple(masked[p].kernel.shape) in {(32, 16), (16, 32)} for p in rows)
     for path in rows:
@@ -119,12 +119,12 @@ def test_a_fused_model_is_tuned_lightly(fused, data, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=2, learning_rate=1e-3)
     fit = fj.finetune(light, data, config, key=key, folder=tmp_path / "run", progress=False)
     changed = moved(light, fit.model)
-    frozen = {f"{path}.cores.{form.frozen[0]}" for path, form in forms(light).items()}
+    frozen = {f"{path}.cores.{form.frozen[0]}" for path, form in find_forms(light).items()}
     cores = {path for path in changed if ".cores." in path}
     assert len(frozen) == 4 and len(cores) == 8 and not cores & frozen
     assert not any("sizes" in path for path in changed)
     again = fj.load(tmp_path / "run" / "last")
     assert bit_equal(fit.model, again)
     exported = fj.load(fj.export_hf(again, tmp_path / "hf"), head="classification")
-    assert not forms(exported)
+    assert not find_forms(exported)
     np.testing.assert_allclose(logits(exported), logits(fit.model), atol=1e-4)

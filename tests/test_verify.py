@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fusion_jax as fj
 from fusion_jax.cli.main import main
-from fusion_jax.models.tokens import Batch
+from fusion_jax.models.tokens import TokenBatch
 from fusion_jax.verification import charts as svg
 from fusion_jax.verification.checks import load_original, verify
 from fusion_jax.verification.page import page
@@ -37,10 +37,10 @@ def found(artefact):
 
 def verified(artefact):
     smaller = fj.load(artefact)
-    original = load_original(smaller.origin.name, smaller, key=jax.random.key(0))
+    original = load_original(smaller.provenance.name, smaller, key=jax.random.key(0))
     drawn = tiny.batch("bert")
     ids, mask = (jax.numpy.asarray(drawn[name]) for name in ("input_ids", "attention_mask"))
-    batch = Batch(ids.astype("int32"), mask.astype(bool))
+    batch = TokenBatch(ids.astype("int32"), mask.astype(bool))
     return verify(original, smaller, batch, key=jax.random.key(0), positions=8)
 
 
@@ -62,7 +62,7 @@ def test_experts_have_no_certificates(tmp_path, key):
     smaller, _ = fj.compress(model, fj.Fusion(width=8), key=key)
     drawn = tiny.batch("mixtral")
     ids, mask = (jax.numpy.asarray(drawn[name]) for name in ("input_ids", "attention_mask"))
-    batch = Batch(ids.astype("int32"), mask.astype(bool))
+    batch = TokenBatch(ids.astype("int32"), mask.astype(bool))
     found = verify(model, smaller, batch, key=key, cross_check=False)
     assert found.certificates == {} and found.failures() == []
     assert 0 < found.comparisons["adam"].frobenius < 10

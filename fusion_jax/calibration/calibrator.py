@@ -22,13 +22,17 @@ from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model, positions
-from fusion_jax.models.provenance import Origin
-from fusion_jax.models.tokens import MAX_LENGTH, Batch, batches, length_for, load_tokenizer
+from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.tokens import MAX_LENGTH, TokenBatch, batches, length_for, load_tokenizer
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import Layers, Site, select, sites
 
 Source = (
-    Sequence[str] | Sequence[Batch] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | os.PathLike
+    Sequence[str]
+    | Sequence[TokenBatch]
+    | Sequence[Mapping[str, Any]]
+    | Mapping[str, Any]
+    | os.PathLike
 ) | str
 """What calibration can come from, see `fusion_jax.compress`."""
 
@@ -304,7 +308,7 @@ def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[
         items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
     else:
         items = list(source)
-    made = [_arguments(model, item) if isinstance(item, Batch) else item for item in items]
+    made = [_arguments(model, item) if isinstance(item, TokenBatch) else item for item in items]
     if not all(isinstance(item, Mapping) for item in made):
         raise InputError(
             "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
@@ -316,7 +320,7 @@ def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[
     return made
 
 
-def _arguments(model: nnx.Module, batch: Batch) -> Mapping[str, Any]:
+def _arguments(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
     """A batch as arguments; a decoder beside an encoder reads the same text."""
     fields = batch._asdict()
     if "decoder_input_ids" not in inspect.signature(type(model).__call__).parameters:
@@ -325,16 +329,16 @@ def _arguments(model: nnx.Module, batch: Batch) -> Mapping[str, Any]:
 
 
 def _tokenizer(model: nnx.Module) -> Any:
-    origin = getattr(model, "origin", None)
-    if not isinstance(origin, Origin):
+    provenance = getattr(model, "provenance", None)
+    if not isinstance(provenance, Provenance):
         raise InputError(
             "calibration with text needs the tokenizer of a model from fusion_jax.load; give token "
             "batches or inputs"
         )
-    return load_tokenizer(origin.folder)
+    return load_tokenizer(provenance.folder)
 
 
-def scrambled(batch: Batch, tokenizer: Any, key: Key[Array, ""]) -> Batch:
+def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBatch:
     """A batch with every word's token replaced by a random one of the vocabulary.
 
     Text of one kind shows a model a small part of what it can see; with as many random tokens

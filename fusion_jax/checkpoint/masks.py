@@ -15,11 +15,11 @@ from flax import nnx
 
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.opening import open_checkpoint
-from fusion_jax.checkpoint.writing import dtype_name, labels_of, origin_of, write_artefact
+from fusion_jax.checkpoint.writing import dtype_name, labels_of, provenance_of, write_artefact
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Origin
-from fusion_jax.nn.linear_forms import Masked, forms
+from fusion_jax.models.provenance import Provenance
+from fusion_jax.nn.linear_forms import Masked, find_forms
 
 
 def save_masks(
@@ -53,14 +53,14 @@ def save_masks(
         >>> save_masks(pruned, "masks")  # doctest: +SKIP
         >>> pruned = load("masks")  # doctest: +SKIP
     """
-    masked = {path for path, form in forms(model).items() if isinstance(form, Masked)}
+    masked = {path for path, form in find_forms(model).items() if isinstance(form, Masked)}
     if not masked:
         raise InputError("the model has no masks; fusion_jax.save keeps it whole")
-    origin = origin_of(model)
+    provenance = provenance_of(model)
     files.check_new_folder(folder)
-    where = _reference(origin) if base is None else _place(base)
+    where = _reference(provenance) if base is None else _place(base)
     try:
-        opened = _Base(where, origin.head, *labels_of(model), dtype_name(model))
+        opened = _Base(where, provenance.head, *labels_of(model), dtype_name(model))
     except InputError as error:
         raise InputError(f"the base, {where['name']}, does not fit: {error}") from None
     flat = {
@@ -214,17 +214,17 @@ class _Base:
         return np.asarray(self._opened.value(found, variable))
 
 
-def _reference(origin: Origin) -> dict[str, Any]:
+def _reference(provenance: Provenance) -> dict[str, Any]:
     """Where a model's files are, as far as another program can find them."""
-    if origin.base is not None:
-        return _place(origin.base)
-    folder = Path(origin.folder)
+    if provenance.base is not None:
+        return _place(provenance.base)
+    folder = Path(provenance.folder)
     if (folder / files.FUSION).is_file():
         _, fields = files.read_json(folder / files.FUSION)
         return fields["masks"]["base"] if "masks" in fields else _place(folder)
     # In the hub's cache: models--owner--name/snapshots/commit.
-    if f"models--{origin.name.replace('/', '--')}" in folder.parts:
-        return {"name": origin.name, "revision": folder.name}
+    if f"models--{provenance.name.replace('/', '--')}" in folder.parts:
+        return {"name": provenance.name, "revision": folder.name}
     return _place(folder)
 
 

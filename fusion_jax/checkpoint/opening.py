@@ -15,7 +15,7 @@ from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.models.base import Head, Model
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.tokens import load_tokenizer
 
@@ -52,7 +52,7 @@ def load(
         base: For what `save_masks` wrote: the model that it was made of, if it is not where it was.
 
     Returns:
-        The model: a Flax NNX module with the attributes ``config`` and ``origin``.
+        The model: a Flax NNX module with the attributes ``config`` and ``provenance``.
 
     Raises:
         InputError: There is no such model, its type is unknown, a file is damaged, or tensors are
@@ -131,21 +131,21 @@ def open_checkpoint(
         config = family.config(fields)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    origin = Origin(os.fspath(name), str(folder.absolute()), text, head)
+    provenance = Provenance(os.fspath(name), str(folder.absolute()), text, head)
     if artefact is not None:
         history = tuple(json.dumps(step) for step in artefact["history"])
-        origin = Origin(artefact["base"], origin.folder, text, head, history)
+        provenance = Provenance(artefact["base"], provenance.folder, text, head, history)
     if artefact is not None and "masks" in artefact:
         from fusion_jax.checkpoint.masks import MaskFiles
 
         tensors = MaskFiles(folder, artefact, base)
         if base is not None:
-            origin = replace(origin, base=tensors.base)
+            provenance = replace(provenance, base=tensors.base)
     elif base is not None:
         raise InputError(f"base is for what fusion_jax.save_masks wrote; {folder} is none of it")
     else:
         tensors = files.TensorFiles(folder)
-    opened = Checkpoint(family, config, origin, tensors, dtype, artefact)
+    opened = Checkpoint(family, config, provenance, tensors, dtype, artefact)
     if label_words is None:
         return opened
     if not hasattr(config, "label_ids"):

@@ -15,11 +15,11 @@ from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
-from fusion_jax.methods.registry import FORMS, MODULES
+from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.rules import KeyRules, Source
-from fusion_jax.nn.linear_forms import Form
+from fusion_jax.nn.linear_forms import LinearForm
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import Site, sites
 from fusion_jax.nn.surgery import at, replaced
@@ -47,7 +47,7 @@ class Checkpoint:
     Args:
         family: Its architecture.
         config: Its configuration.
-        origin: Where it comes from.
+        provenance: Where it comes from.
         tensors: Its weights, not read yet.
         dtype: The dtype asked for, or None.
         artefact: The fields of ``fusion.json``, or None for a Hugging Face checkpoint.
@@ -55,7 +55,7 @@ class Checkpoint:
 
     family: Family
     config: Any
-    origin: Origin
+    provenance: Provenance
     tensors: files.TensorFiles
     dtype: Any
     artefact: dict[str, Any] | None
@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def _head(self) -> Any:
-        return self.origin.head
+        return self.provenance.head
 
     @property
     def _rules(self) -> KeyRules:
@@ -113,7 +113,7 @@ class Checkpoint:
                 model = replaced(model, site.path, self._site_module(site))
             for path, spec in self.artefact.get("forms", {}).items():
                 model = replaced(model, path, self._form(model, path, spec))
-        model.origin = self.origin
+        model.provenance = self.provenance
         return model
 
     def _site_module(self, site: Site) -> Mlp:
@@ -125,11 +125,11 @@ class Checkpoint:
                 f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
             ) from None
 
-    def _form(self, model: nnx.Module, path: str, spec: Mapping[str, Any]) -> Form:
+    def _form(self, model: nnx.Module, path: str, spec: Mapping[str, Any]) -> LinearForm:
         fields = dict(spec)
         try:
             layer = at(model, path)
-            return FORMS[fields.pop("form")].abstract(layer, **fields)
+            return LINEAR_FORMS[fields.pop("form")].abstract(layer, **fields)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(
                 f"{self.tensors.folder / files.FUSION}: cannot read form {path} ({error})"

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flax
-import jax
 import numpy as np
 from flax import nnx
 
-import fusion_jax
 from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
-from fusion_jax.nn.linear_forms import forms, multiplied_out, params_dtype
+from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.report import Report
@@ -74,30 +72,32 @@ def write_artefact(
     Returns:
         The folder.
     """
-    origin = origin_of(model)
+    provenance = provenance_of(model)
     config = model.config
     num_labels, label_ids = labels_of(model)
     fields = {
         "format": files.FORMAT,
-        "base": origin.name,
+        "base": provenance.name,
         "model_type": config.model_type,
-        "head": origin.head,
+        "head": provenance.head,
         "num_labels": num_labels,
         "label_ids": label_ids,
         "dtype": dtype_name(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
-        "forms": {path: form.spec() for path, form in forms(model).items()},
-        "history": [json.loads(step) for step in origin.history],
-        "versions": {m.__name__: m.__version__ for m in (fusion_jax, jax, flax)},
+        "forms": {path: form.spec() for path, form in find_forms(model).items()},
+        "history": [json.loads(step) for step in provenance.history],
+        "versions": {
+            name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")
+        },
         **(fields or {}),
     }
     with files.new_folder(folder) as new:
         files.write_tensors(new, tensors)
-        (new / files.CONFIG).write_text(origin.config, encoding="utf-8")
+        (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
         _write_json(new / files.FUSION, fields)
         if report is not None:
             _write_json(new / "report.json", report.to_json())
-        files.copy_tokenizer(Path(origin.folder), new)
+        files.copy_tokenizer(Path(provenance.folder), new)
     return Path(folder)
 
 
@@ -127,7 +127,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> export_hf(model, "minilm-hf")  # doctest: +SKIP
     """
-    origin = origin_of(model)
+    provenance = provenance_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
     named = {
@@ -144,8 +144,8 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     made = multiplied_out(model)
     for site in sites(made):
         made = replaced(made, site.path, site.mlp.padded(widths[named[site.path]]))
-    head: Any = origin.head
-    fields = {**json.loads(origin.config), **widths}
+    head: Any = provenance.head
+    fields = {**json.loads(provenance.config), **widths}
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:
@@ -163,7 +163,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     with files.new_folder(folder) as new:
         files.write_tensors(new, _exported(made, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
-        files.copy_tokenizer(Path(origin.folder), new)
+        files.copy_tokenizer(Path(provenance.folder), new)
     return Path(folder)
 
 
@@ -180,7 +180,7 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
     """The classes of a model's classification head, and its label words if it has such."""
-    if origin_of(model).head != "classification":
+    if provenance_of(model).head != "classification":
         return None, None
     ids = getattr(model.config, "label_ids", None)
     return model.config.num_labels, None if ids is None else list(ids)
@@ -191,12 +191,12 @@ def dtype_name(model: Model) -> str:
     return str(params_dtype(model))
 
 
-def origin_of(model: nnx.Module) -> Origin:
+def provenance_of(model: nnx.Module) -> Provenance:
     """Where a model came from; raises `InputError` if it did not come from `load`."""
-    origin = getattr(model, "origin", None)
-    if not isinstance(origin, Origin):
+    provenance = getattr(model, "provenance", None)
+    if not isinstance(provenance, Provenance):
         raise InputError("only models that came from fusion_jax.load can be saved and exported")
-    return origin
+    return provenance
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

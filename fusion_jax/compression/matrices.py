@@ -18,10 +18,10 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Solution, check_method
 from fusion_jax.methods.factored import Factored
 from fusion_jax.methods.mpo import MPO
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.mpo import MpoEmbed
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import check_plain, linears, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import check_plain, find_linears, matrix_of, stack_of
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.progress import progress as show_progress
@@ -48,7 +48,7 @@ def matrices(model: nnx.Module) -> dict[str, Any]:
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Embed)
     }
-    return {**embeds, **linears(model)}
+    return {**embeds, **find_linears(model)}
 
 
 def select_matrices(model: nnx.Module, chosen: Matrices) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def compress_matrices(
             )
             rows.append(row)
             advance(path)
-    origin = getattr(new, "origin", None)
-    if isinstance(origin, Origin):
-        new.origin = origin.after({"compress": method.to_json(), "matrices": list(picked)})
+    provenance = getattr(new, "provenance", None)
+    if isinstance(provenance, Provenance):
+        new.provenance = provenance.after({"compress": method.to_json(), "matrices": list(picked)})
     report = Report(
         method=method.to_json(),
         rows=tuple(rows),

@@ -21,7 +21,7 @@ from fusion_jax.compression.batching import memory, solve, unstacked
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method, Solution, check_method, kept_width
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.site import Layers, Site, gradients_of, select, sites
@@ -193,14 +193,14 @@ def compress(
     described = methods[chosen[0].path].to_json()
     if len(set(methods.values())) > 1:
         described = {site.path: methods[site.path].to_json() for site in chosen}
-    origin = getattr(compressed, "origin", None)
-    if isinstance(origin, Origin):
+    provenance = getattr(compressed, "provenance", None)
+    if isinstance(provenance, Provenance):
         step = {
             "compress": described,
             "sites": [site.path for site in chosen],
             "calibration": None if calibrator is None else calibrator.description,
         }
-        compressed.origin = origin.after(step)
+        compressed.provenance = provenance.after(step)
     report = Report(
         method=described,
         calibration=None if calibrator is None else calibrator.description,

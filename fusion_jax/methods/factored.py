@@ -15,7 +15,7 @@ from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import AnyLinear, Form, check_plain
+from fusion_jax.nn.linear_forms import AnyLinear, LinearForm, check_plain
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import SubMLPs
 
@@ -55,7 +55,7 @@ class Factored(Method):
     They take any MLP, fused ones too, and any other linear layer (`compress_matrices`).
     """
 
-    form: ClassVar[type[Form]]
+    form: ClassVar[type[LinearForm]]
     """The form."""
     any_mlp: ClassVar[bool] = True
 

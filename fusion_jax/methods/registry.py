@@ -16,7 +16,7 @@ from fusion_jax.methods.prune import Prune
 from fusion_jax.methods.sketch import Sketch
 from fusion_jax.methods.svd import Svd
 from fusion_jax.mpo import MpoEmbed
-from fusion_jax.nn.linear_forms import Form, Scored
+from fusion_jax.nn.linear_forms import LinearForm, Scored
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 
 METHODS: dict[str, type[Method]] = {
@@ -40,7 +40,7 @@ MODULES: dict[str, type[Mlp]] = {
 }
 """The modules that can be in place of an MLP, by class name, for loading artefacts."""
 
-FORMS: dict[str, type[Form]] = {
+LINEAR_FORMS: dict[str, type[LinearForm]] = {
     form.kind: form
     for form in (
         *(cls.form for cls in METHODS.values() if issubclass(cls, Factored)),

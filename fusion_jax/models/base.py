@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.rules import KeyRules
 
 Head = Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"]
@@ -21,11 +21,11 @@ class Model(nnx.Module):
 
     Args:
         config: Its configuration.
-        origin: Where it was loaded from; a model that was not loaded has none.
+        provenance: Where it was loaded from; a model that was not loaded has none.
     """
 
     config: Any
-    origin: Origin
+    provenance: Provenance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the architecture says what it takes and gives."""

@@ -8,8 +8,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Travels with a model as its static attribute ``origin``; hashable.
+class Provenance:
+    """Travels with a model as its static attribute ``provenance``; hashable.
 
     Args:
         name: The hub id or folder that was loaded.
@@ -27,6 +27,6 @@ class Origin:
     history: tuple[str, ...] = ()
     base: str | None = None
 
-    def after(self, step: dict[str, Any]) -> Origin:
-        """The origin of a model to which one more thing was done."""
+    def after(self, step: dict[str, Any]) -> Provenance:
+        """The provenance of the model after one more step."""
         return replace(self, history=(*self.history, json.dumps(step)))

@@ -17,7 +17,7 @@ MAX_LENGTH = 128
 """Tokens that texts are cut off at where nothing else is said."""
 
 
-class Batch(NamedTuple):
+class TokenBatch(NamedTuple):
     """Tokenised texts.
 
     Args:
@@ -33,7 +33,7 @@ def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a model's folder.
 
     Args:
-        folder: A folder with tokenizer files, such as ``model.origin.folder``.
+        folder: A folder with tokenizer files, such as ``model.provenance.folder``.
 
     Returns:
         A tokenizer of `transformers`.
@@ -61,7 +61,9 @@ def length_for(model: Model) -> int:
     return min(MAX_LENGTH, positions(model) or MAX_LENGTH)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH) -> Batch:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH
+) -> TokenBatch:
     """Texts as one batch, padded to the longest.
 
     Args:
@@ -82,10 +84,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_
         return_tensors="np",
     )
     mask = jnp.asarray(out["attention_mask"]).astype(bool)
-    return Batch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
+    return TokenBatch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
 
 
-def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
+def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
     """Texts to continue, padded on the left; not cut off.
 
     Args:
@@ -101,7 +103,7 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> Batch:
 
 def batches(
     tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = MAX_LENGTH
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Texts as batches of few shapes, so that programs compile a few times: sorted by length.
 
     Args:
@@ -123,7 +125,7 @@ def batches(
     return result
 
 
-def padded(batch: Batch, length: int, token: int) -> Batch:
+def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
     """A batch with padding at the end up to a length.
 
     Args:
@@ -136,7 +138,7 @@ def padded(batch: Batch, length: int, token: int) -> Batch:
     """
     more = ((0, 0), (0, length - batch.input_ids.shape[1]))
     ids = jnp.pad(batch.input_ids, more, constant_values=token)
-    return Batch(ids, jnp.pad(batch.attention_mask, more))
+    return TokenBatch(ids, jnp.pad(batch.attention_mask, more))
 
 
 def sentences() -> list[str]:

@@ -16,19 +16,19 @@ from jaxtyping import Array, Float, Int
 
 from fusion_jax.mpo.layouts import Layout
 from fusion_jax.mpo.products import contract, plan, product, rows
-from fusion_jax.nn.linear_forms import Form, Frozen, dtype_of
+from fusion_jax.nn.linear_forms import Frozen, LinearForm, dtype_of
 
 
-class Mpo(Form):
+class Mpo(LinearForm):
     """A linear layer whose matrix is made of cores.
 
     Args:
-        *args: As for `Form`.
+        *args: As for `LinearForm`.
         inputs: See `Layout`.
         outputs: See `Layout`.
         bonds: See `Layout`.
         frozen: Numbers of the cores that do not train.
-        **kwargs: As for `Form`.
+        **kwargs: As for `LinearForm`.
 
     Example:
         >>> sizes = dict(inputs=(2, 3), outputs=(2, 2), bonds=(2,))

@@ -29,7 +29,7 @@ class Precise(nnx.Param):
     """A parameter in float32 at least, whatever dtype the model is or computes in."""
 
 
-class Form(nnx.Module):
+class LinearForm(nnx.Module):
     """Base of the forms of a linear layer ``x W + b``.
 
     The arrays that W is made of may have leading axes, for the experts of a mixture; a call is then
@@ -143,13 +143,13 @@ class Form(nnx.Module):
         return plain_linear(self.matrix(), None if self.bias is None else self.bias[...])
 
 
-class LowRank(Form):
+class LowRank(LinearForm):
     """A matrix of low rank, ``W = A B``.
 
     Args:
-        *args: As for `Form`.
+        *args: As for `LinearForm`.
         rank: Columns r of A.
-        **kwargs: As for `Form`.
+        **kwargs: As for `LinearForm`.
 
     Example:
         >>> layer = LowRank(6, 4, rank=2, use_bias=True, param_dtype=jnp.float32)
@@ -186,7 +186,7 @@ class LowRank(Form):
         return {"form": self.kind, "rank": self.rank}
 
 
-class Masked(Form):
+class Masked(LinearForm):
     """A matrix of which single weights are 0 and stay 0, ``W = K * M``.
 
     Example:
@@ -222,7 +222,7 @@ class Masked(Form):
         return {"form": self.kind}
 
 
-class Scored(Form):
+class Scored(LinearForm):
     """A matrix of which the weights with the largest scores count, ``W = K * M``.
 
     The kernel K is Frozen, the scores S train. The mask M has the ``keep * size`` largest scores,
@@ -278,17 +278,17 @@ class Scored(Form):
         return {"form": self.kind}
 
 
-AnyLinear = nnx.Linear | Form
+AnyLinear = nnx.Linear | LinearForm
 
 
 def matrix_of(linear: AnyLinear) -> Float[Array, "*s d o"]:
     """The matrix of a layer, plain or not."""
-    return linear.matrix() if isinstance(linear, Form) else linear.kernel[...]
+    return linear.matrix() if isinstance(linear, LinearForm) else linear.kernel[...]
 
 
 def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
     """The dtype of a layer's or an embedding's parameters."""
-    if isinstance(layer, Form):
+    if isinstance(layer, LinearForm):
         return layer.dtype
     weights = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
     return weights.dtype
@@ -298,18 +298,20 @@ def params_dtype(model: nnx.Module) -> Any:
     """The dtype of a model's parameters, by the first; `Precise` ones do not count."""
     state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and not isinstance(v, Precise))
     plain = jax.tree.leaves(state)
-    return plain[0].dtype if plain else next(iter(forms(model).values())).dtype
+    return plain[0].dtype if plain else next(iter(find_forms(model).values())).dtype
 
 
 def stack_of(linear: AnyLinear) -> tuple[int, ...]:
     """(e,) for the layers of e experts, () for one layer."""
-    return linear.stack if isinstance(linear, Form) else linear.kernel.shape[:-2]
+    return linear.stack if isinstance(linear, LinearForm) else linear.kernel.shape[:-2]
 
 
 def flops_of(linear: AnyLinear) -> int:
     """Operations (two a multiply-add) of a layer's products for one position."""
     return (
-        linear.flops if isinstance(linear, Form) else 2 * linear.in_features * linear.out_features
+        linear.flops
+        if isinstance(linear, LinearForm)
+        else 2 * linear.in_features * linear.out_features
     )
 
 
@@ -339,7 +341,7 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
     return new
 
 
-def linears(model: nnx.Module) -> dict[str, Any]:
+def find_linears(model: nnx.Module) -> dict[str, Any]:
     """The linear layers of a model by path, plain or not.
 
     Args:
@@ -350,17 +352,19 @@ def linears(model: nnx.Module) -> dict[str, Any]:
 
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
-        >>> sorted(linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
+        >>> sorted(find_linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
         ['down', 'up']
     """
-    found = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | Form)]
+    found = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | LinearForm)]
     found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
     return {".".join(map(str, path)): module for path, module in found}
 
 
-def forms(model: nnx.Module) -> dict[str, Form]:
+def find_forms(model: nnx.Module) -> dict[str, LinearForm]:
     """The layers of a model that are not plain, by path."""
-    return {path: layer for path, layer in linears(model).items() if isinstance(layer, Form)}
+    return {
+        path: layer for path, layer in find_linears(model).items() if isinstance(layer, LinearForm)
+    }
 
 
 def multiplied_out(model: Any) -> Any:
@@ -373,14 +377,14 @@ def multiplied_out(model: Any) -> Any:
         A clone, which shares all other arrays with the model.
     """
     model = nnx.clone(model)
-    for path, form in forms(model).items():
+    for path, form in find_forms(model).items():
         model = replaced(model, path, form.plain())
     return model
 
 
 def check_plain(linear: AnyLinear, path: str) -> None:
     """Raises `InputError` if a layer is not plain."""
-    if isinstance(linear, Form):
+    if isinstance(linear, LinearForm):
         raise InputError(
             f"{path or 'the layer'} is {linear.kind} already; start from a plain one "
             "(fusion_jax.plain makes everything plain)"

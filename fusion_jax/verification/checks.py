@@ -18,7 +18,7 @@ from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.checkpoint import load
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import Batch, length_for, load_tokenizer, sentences, tokenize
+from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, table
@@ -167,9 +167,9 @@ def verify_files(
         raise InputError(f"{text} has fewer than two lines of text")
     key = jax.random.key(seed)
     smaller = load(compressed, dtype=jnp.float32)
-    name = smaller.origin.name if original is None else original
+    name = smaller.provenance.name if original is None else original
     larger = load_original(name, smaller, key=key)
-    tokenizer = load_tokenizer(smaller.origin.folder)
+    tokenizer = load_tokenizer(smaller.provenance.folder)
     batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
     found = verify(larger, smaller, batch, key=key)
     return Verified(found, Path(compressed), name, (num_params(larger), num_params(smaller)))
@@ -189,7 +189,7 @@ def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
     Raises:
         InputError: It cannot be loaded, or is another model.
     """
-    head: Any = smaller.origin.head
+    head: Any = smaller.provenance.head
     labels = smaller.config.num_labels if head == "classification" else None
     original: Any = load(name, head=head, num_labels=labels, dtype=jnp.float32, key=key)
     if head is not None:
@@ -201,7 +201,7 @@ def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
 def verify(
     original: Model,
     smaller: Model,
-    batch: Batch,
+    batch: TokenBatch,
     *,
     key: Key[Array, ""],
     positions: int = 64,
@@ -274,7 +274,7 @@ def verify(
     )
 
 
-def _engines_apart(model: nnx.Module, batch: Batch, path: str) -> dict[str, float] | None:
+def _engines_apart(model: nnx.Module, batch: TokenBatch, path: str) -> dict[str, float] | None:
     """Relative distances of engines on a few texts, by the parameters of one MLP."""
     where = re.escape(f"model.{path}" if path else "model")
     f, params = ntk.functional(model, wrt=rf"{where}\..*")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
-from fusion_jax.nn.linear_forms import forms
+from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
@@ -142,7 +142,7 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
 
 def _what(mlp: Mlp) -> tuple[Any, ...]:
     """What kind of MLP it is, matrices in other forms included."""
-    return mlp.spec(), {path: form.spec() for path, form in forms(mlp).items()}
+    return mlp.spec(), {path: form.spec() for path, form in find_forms(mlp).items()}
 
 
 def _in_dtype(teacher: Model, config: TrainConfig) -> Any:

@@ -16,7 +16,7 @@ from flax import nnx
 from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
 from fusion_jax.methods.mask_prune import MaskPrune
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import Layers, select, sites
@@ -91,10 +91,12 @@ def lottery(
         model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0), progress=False
     )
     chosen = [site.path for site in select(sites(model), layers)]
-    origin = getattr(model, "origin", None)
-    if isinstance(origin, Origin):
+    provenance = getattr(model, "provenance", None)
+    if isinstance(provenance, Provenance):
         # In place of what `compress` wrote, which kept all.
-        ticket.origin = origin.after({"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen})
+        ticket.provenance = provenance.after(
+            {"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen}
+        )
     kept = Rounds(folder, "ticket", model, {"keep": keep, "rounds": rounds, "sites": chosen})
     read, finished = kept.notes(), True
     done = 0 if read is None else read["done"]

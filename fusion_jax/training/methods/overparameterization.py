@@ -16,7 +16,7 @@ from fusion_jax.compression.matrices import LAYERS, Matrices, select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import Form, check_plain, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import LinearForm, check_plain, matrix_of, stack_of
 from fusion_jax.nn.surgery import at, replaced
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.trainer import Source
@@ -64,7 +64,7 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
             layer = at(new, path)
         except (AttributeError, KeyError, IndexError, TypeError):
             layer = None
-        if not isinstance(layer, nnx.Linear | Form):
+        if not isinstance(layer, nnx.Linear | LinearForm):
             raise InputError(f"{path} is no linear layer")
         check_plain(layer, path)
         layout = mpo.chain(layer.in_features, layer.out_features, cores)
@@ -154,7 +154,7 @@ class Chains:
         for path, layer in found.items():
             if self._grew(layer):
                 grown[type_of(path)] = grown.get(type_of(path), 0) + 1
-        plain = {path for path, layer in found.items() if not isinstance(layer, Form)}
+        plain = {path for path, layer in found.items() if not isinstance(layer, LinearForm)}
         open_paths = {path for path in plain if grown.get(type_of(path), 0) < self.total}
         if not open_paths:
             return None

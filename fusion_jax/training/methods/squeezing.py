@@ -20,7 +20,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import Frozen, forms
+from fusion_jax.nn.linear_forms import Frozen, find_forms
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.progress import progress as show_progress
 from fusion_jax.training.methods.stages import Rounds, outcome
@@ -79,7 +79,7 @@ def _with_frozen(model: ModelT, frozen: Callable[[Mpo], tuple[int, ...]]) -> Mod
 
 def chains(model: nnx.Module) -> dict[str, Mpo]:
     """The layers of a model that are chains, by path; raises `InputError` if there are none."""
-    found = {path: form for path, form in forms(model).items() if isinstance(form, Mpo)}
+    found = {path: form for path, form in find_forms(model).items() if isinstance(form, Mpo)}
     if not found:
         raise InputError("the model has no matrix product operator; see fusion_jax.MPO")
     return found

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine.artefacts import replace
 from fusion_jax.training.engine.fingerprints import fingerprint_of_model
 from fusion_jax.training.engine.trainer import Fit, check_same
@@ -63,7 +63,7 @@ class Rounds:
         self.folder = None if folder is None else Path(folder)
         self._name, self._settings = name, dict(settings)
         if folder is not None:
-            if not isinstance(getattr(model, "origin", None), Origin):
+            if not isinstance(getattr(model, "provenance", None), Provenance):
                 raise InputError(
                     "only models that came from fusion_jax.load can be kept in a folder; leave "
                     "folder out"
@@ -96,8 +96,8 @@ class Rounds:
         assert self.folder is not None
         found = load(self.folder / f"{self._name}-{count}")
         # Its own folder goes with the next round, and the tokenizer with it.
-        place = {"name": first.origin.name, "folder": first.origin.folder}
-        found.origin = dataclasses.replace(found.origin, **place)
+        place = {"name": first.provenance.name, "folder": first.provenance.folder}
+        found.provenance = dataclasses.replace(found.provenance, **place)
         return found
 
     def run(self, count: int) -> Path | None:

@@ -23,9 +23,9 @@ from fusion_jax.compression.matrices import LAYERS, Matrices, select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import Masked, Scored, check_plain, forms
+from fusion_jax.nn.linear_forms import Masked, Scored, check_plain, find_forms
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.config import TrainConfig
@@ -219,7 +219,7 @@ def _left(step: Array, steps: int) -> Array:
 
 
 def _scored(model: nnx.Module) -> dict[str, Scored]:
-    found = {path: form for path, form in forms(model).items() if isinstance(form, Scored)}
+    found = {path: form for path, form in find_forms(model).items() if isinstance(form, Scored)}
     if not found:
         raise InputError("the model has no scores; see fusion_jax.training.scored")
     return found
@@ -384,11 +384,11 @@ def static_prune(
     student = scored(model, matrices=smp.matrices)
     about = {
         **dataclasses.asdict(smp),
-        "teacher": None if teacher is None else teacher.origin.folder,
+        "teacher": None if teacher is None else teacher.provenance.folder,
     }
-    origin = getattr(student, "origin", None)
-    if isinstance(origin, Origin):
-        student.origin = origin.after({"static pruning": about})
+    provenance = getattr(student, "provenance", None)
+    if isinstance(provenance, Provenance):
+        student.provenance = provenance.after({"static pruning": about})
 
     def made(own: Loss) -> Loss:
         if teacher is not None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, positions
-from fusion_jax.models.provenance import Origin
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.artefacts import Write, fit_and_keep
@@ -151,8 +151,8 @@ def task_source(
 
 def check_head(model: Model, task: Task) -> None:
     """Raises `InputError` if the model's head is not for the task."""
-    origin = getattr(model, "origin", None)
-    if origin is None or origin.head != "classification":
+    provenance = getattr(model, "provenance", None)
+    if provenance is None or provenance.head != "classification":
         raise InputError(
             "the model has no classification head; load it with head='classification', "
             f"num_labels={task.num_labels} and a key"
@@ -186,9 +186,9 @@ class Encoder:
             raise InputError(f"max_length {max_length} is above the model's {most} positions")
         self.max_length = most if max_length is None else max_length
         self.truncate = truncate
-        if not isinstance(getattr(model, "origin", None), Origin):
+        if not isinstance(getattr(model, "provenance", None), Provenance):
             raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
-        self.tokenizer = load_tokenizer(model.origin.folder)
+        self.tokenizer = load_tokenizer(model.provenance.folder)
         # Language models may have none; what stands under the mask does not matter.
         self.pad_id: int = getattr(model.config, "pad_token_id", None) or 0
 

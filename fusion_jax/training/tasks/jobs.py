@@ -218,7 +218,7 @@ def ids_of(model: Any, path: Path) -> np.ndarray:
     Raises:
         InputError: The file is missing or no UTF-8.
     """
-    tokenizer = load_tokenizer(model.origin.folder)
+    tokenizer = load_tokenizer(model.provenance.folder)
     out = tokenizer(tables.read_text(path), add_special_tokens=False, verbose=False)
     return np.array(out["input_ids"], np.int32)
 

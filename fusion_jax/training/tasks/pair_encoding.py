@@ -95,7 +95,7 @@ class PairEncoder:
         self.truncate = truncate
         self.prompts = model.reads_prompts
         """Whether the model reads source and target one after the other."""
-        self.tokenizer = load_tokenizer(model.origin.folder)
+        self.tokenizer = load_tokenizer(model.provenance.folder)
         known = model.config.eos_token_id
         known = () if known is None else (known,) if isinstance(known, int) else tuple(known)
         own = self.tokenizer.eos_token_id

@@ -191,8 +191,8 @@ def finetune_language(
     config = TrainConfig() if config is None else config
     if config.max_length is not None or config.truncate:
         raise InputError("max_length and truncate do not apply to plain text; see context")
-    origin = getattr(model, "origin", None)
-    if origin is not None and origin.head != "causal-lm":
+    provenance = getattr(model, "provenance", None)
+    if provenance is not None and provenance.head != "causal-lm":
         check_context(model, context)
         raise InputError("the model has no language head; load it with head='causal-lm'")
     check_context(model, context)
