@@ -371,6 +371,19 @@ def test_only_loaded_models_are_written(write, tmp_path):
         write(Bert(BertConfig.from_json(tiny.BERT), rngs=nnx.Rngs(0)), tmp_path / "a")
 
 
+def test_text_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.write_text(path, "new and longer")
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("write", [fj.save, fj.export_hf])
 def test_a_full_disk_leaves_nothing(write, folder, tmp_path, monkeypatch):
     model = fj.load(folder)

@@ -192,7 +192,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: See `check_new_folder`.
-        OSError: Writing failed, for example because the disk is full; no files are left behind.
+        OSError: Writing failed, for example because the disk is full; nothing is left behind.
     """
     path = check_new_folder(path)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)

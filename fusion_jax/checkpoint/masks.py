@@ -47,7 +47,7 @@ def save_masks(
     Raises:
         InputError: The model has no masks or did not come from `fusion_jax.load`, the base cannot
             be read, or the folder is not empty.
-        OSError: Writing failed, for example because the disk is full; no files are left behind.
+        OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
         >>> pruned, report = compress(model, MaskPrune(keep=0.5), key=key)  # doctest: +SKIP
