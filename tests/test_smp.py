@@ -660,7 +660,7 @@ def test_another_base_is_refused(artefact, tmp_path):
     wide = tiny.write_folder(tmp_path / "wide", {**config, "intermediate_size": 50}, tensors)
     with pytest.raises(fj.InputError, match=r"is not the model.*layers\.0\.mlp\.\w+\.\w+ differs"):
         fj.load(folder, base=wide)
-    with pytest.raises(fj.InputError, match=r"base is for what fusion_jax\.save_masks wrote"):
+    with pytest.raises(fj.InputError, match=r"base is for artefacts of fusion_jax\.save_masks"):
         fj.load(near, base=near)
 
 
