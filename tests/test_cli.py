@@ -74,6 +74,7 @@ def test_compress_with_a_new_head(folder, tmp_path):
         (["compress", "MODEL", "MODEL", "fusion"], 1, "not an empty folder"),
         (["compress", "./nothing", "MODEL", "fusion"], 1, "not an empty folder"),
         (["export", "MODEL", "MODEL"], 1, "not an empty folder"),
+        (["generate", "MODEL"], 1, "give at least one prompt"),
     ],
 )
 def test_errors(arguments, code, message, folder, tmp_path, capsys):

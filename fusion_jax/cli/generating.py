@@ -16,7 +16,9 @@ from fusion_jax.models.tokens import load_tokenizer, tokenize_prompts
 
 def generate(
     model: Positional[ModelName],
-    prompts: Positional[Annotated[list[str], arg(metavar="PROMPT...")]],
+    prompts: Positional[
+        Annotated[list[str], arg(metavar="PROMPT...", help_behavior_hint="(one or more)")]
+    ],
     max_new_tokens: int = 50,
     beams: int = 1,
     temperature: float | None = None,
@@ -38,6 +40,8 @@ def generate(
         dtype: Type of the parameters.
         seed: Seed of the random tokens.
     """
+    if not prompts:
+        raise InputError("give at least one prompt")
     drawn = temperature is not None or top_k != 0 or top_p != 1
     sampling = decoding.Sampling(1.0 if temperature is None else temperature, top_k, top_p)
     search = None if beams == 1 else decoding.Beams(beams)
