@@ -87,15 +87,7 @@ def finish(
     *packages: str,
     shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
-    """Prints the results, and writes them to the file of ``--json``.
-
-    Args:
-        arguments: The parsed arguments.
-        rows: The rows of the table.
-        summary: The lines below the table.
-        *packages: Further packages whose versions are recorded.
-        shown: The rows to print, if they differ from those to write.
-    """
+    """Prints the results (``shown`` in place of ``rows``, if given); writes them to ``--json``."""
     show(rows if shown is None else shown, summary)
     if arguments.json is not None:
         result = {"env": environment(*packages), "rows": list(rows), "summary": summary}

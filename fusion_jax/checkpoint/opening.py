@@ -91,16 +91,7 @@ def open_checkpoint(
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Opens a model's files without reading the weights.
-
-    Args:
-        name: As for `load`, like all arguments.
-        head: The head, or None.
-        num_labels: The number of classes of the classification head.
-        label_words: A word or token id for each class.
-        dtype: The dtype of the parameters.
-        revision: The branch, tag or commit on the hub.
-        base: The base model of an artefact of `save_masks`.
+    """Opens a model's files without reading the weights; the arguments are those of `load`.
 
     Returns:
         The opened checkpoint, whose ``abstract`` is the model with shapes in place of arrays.
@@ -166,18 +157,7 @@ def open_base(
     label_ids: Sequence[int] | None,
     dtype: str,
 ) -> BaseModel:
-    """Opens the model that masks belong to.
-
-    Args:
-        reference: Its ``name`` and ``revision``.
-        head: The head of the masked model.
-        num_labels: The number of its classes, or None.
-        label_ids: The token ids of its label words, or None.
-        dtype: The dtype of its parameters.
-
-    Returns:
-        The base model.
-    """
+    """Opens the base model with this ``name`` and ``revision``, with the head of a masked model."""
     opened = open_checkpoint(
         reference["name"],
         head=head,

@@ -13,14 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import EncoderOutput, Family, Head, Model, config_from_fields
-from fusion_jax.models.layers import (
-    ArrayLike,
-    Dropout,
-    LayerNorm,
-    attention,
-    split_key,
-    token_mask,
-)
+from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.mlp import Mlp
@@ -54,17 +47,7 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> BertConfig:
-        """Reads a ``config.json``.
-
-        Args:
-            config: The fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: The variant is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("position_embedding_type", "absolute") != "absolute":
             raise InputError("only absolute position embeddings are implemented")
         if config.get("is_decoder") or config.get("add_cross_attention"):

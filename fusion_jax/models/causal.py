@@ -9,14 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.models.base import DecoderOutput, Generative, Head
-from fusion_jax.models.layers import (
-    ArrayLike,
-    Cache,
-    CacheUpdate,
-    split_key,
-    token_mask,
-    window,
-)
+from fusion_jax.models.layers import ArrayLike, Cache, CacheUpdate, split_key, token_mask, window
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.linear_forms import dtype_of
 

@@ -14,14 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Head, config_from_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import (
-    CacheUpdate,
-    Dropout,
-    LayerNorm,
-    Window,
-    attention,
-    split_key,
-)
+from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
@@ -51,17 +44,7 @@ class Gpt2Config:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Gpt2Config:
-        """Reads a ``config.json``.
-
-        Args:
-            config: The fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: The variant is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("add_cross_attention"):
             raise InputError("add_cross_attention is not implemented")
         result = config_from_fields(cls, config)

@@ -14,14 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Head, config_from_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import (
-    CacheUpdate,
-    Dropout,
-    RmsNorm,
-    Window,
-    attention,
-    split_key,
-)
+from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, Window, attention, split_key
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
@@ -97,17 +90,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Reads a ``config.json``.
-
-        Args:
-            config: The fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: The variant is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         model_type = config["model_type"]
         config = {**_DEFAULTS[model_type], **config}
         result = config_from_fields(cls, config, rope=Rope.from_json(config))

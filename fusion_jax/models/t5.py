@@ -74,17 +74,7 @@ class T5Config:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> T5Config:
-        """Reads a ``config.json``.
-
-        Args:
-            config: The fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: The variant is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         tied = bool(config.get("tie_word_embeddings", True))
         given: dict[str, Any] = {"num_decoder_layers": config.get("num_decoder_layers")}
         given["num_decoder_layers"] = given["num_decoder_layers"] or config.get("num_layers", 6)
