@@ -1,4 +1,4 @@
-"""What the benchmarks share: the facts of the machine, JSON, and peak memory."""
+"""Shared by the benchmarks: options, facts about the machine, tables, JSON, and peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusion_jax.report import table
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """An argument parser with the options that all benchmarks have."""
+    """Returns an argument parser with the options that all benchmarks have."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,7 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """The machine and the versions that a measurement was made with."""
+    """Returns facts about the machine, and the versions of packages."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -53,19 +53,19 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def _arguments() -> list[str]:
-    """The command's arguments, with names like DIR for what is a path of one machine."""
+    """Returns the command's arguments, with names such as DIR in place of paths on this machine."""
     names = {"--data": "DIR", "--json": "FILE", "--model": "PATH", "--runs": "DIR"}
     before = ["", *sys.argv[1:]]
     return [names.get(last, each) for last, each in zip(before, sys.argv[1:], strict=False)]
 
 
 def peak_gib() -> float:
-    """The most memory that this process has held so far, in GiB."""
+    """Returns the peak memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def show(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Prints rows as a table, and the summary below."""
+    """Prints rows as a table, with the summary below it."""
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))
         print(table([names, *([_cell(row.get(name, "")) for name in names] for row in rows)]))
@@ -87,7 +87,7 @@ def finish(
     *packages: str,
     shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
-    """Shows the results, ``shown`` in place of rows if given; writes them where ``--json`` says."""
+    """Prints the results (``shown`` in place of ``rows``, if given); writes them to ``--json``."""
     show(rows if shown is None else shown, summary)
     if arguments.json is not None:
         result = {"env": environment(*packages), "rows": list(rows), "summary": summary}
@@ -96,7 +96,7 @@ def finish(
 
 
 def pyplot() -> Any:
-    """Matplotlib for figures that are the same file from the same rows; by the extra ``bench``."""
+    """Returns matplotlib's pyplot, set up to write the same file from the same rows."""
     matplotlib: Any = import_module("matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fusion_jax"

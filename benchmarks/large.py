@@ -71,10 +71,10 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     def tensors():
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             shape = variable.get_value().shape
-            source = rules.source(".".join(map(str, path)))
-            for name in source.tensors(source.names[0], shape):
-                one = shape[1:] if source.stacked else shape
-                one = one[::-1] if source.transposed else one
+            location = rules.locate(".".join(map(str, path)))
+            for name in location.tensors(location.names[0], shape):
+                one = shape[1:] if location.stacked else shape
+                one = one[::-1] if location.transposed else one
                 values = rng.standard_normal(one, np.float32) * np.float32(0.02)
                 yield name, values.astype(jnp.bfloat16)
 

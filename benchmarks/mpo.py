@@ -1,10 +1,10 @@
-"""Products with matrix product operators: the order that is chosen, and what it costs.
+"""Measures products with matrix product operators: the order that is chosen, and its cost.
 
-A 768 x 3,072 matrix in five tensors, with bonds cut at several sizes, times a few and many rows:
-operations of the chosen order, of making the matrix first, and of the dense matrix, and the time of
-each where it is run. It fails if the compiled program does other operations than the plan says, or
-if its result is not that of the matrix; that the order of least cost is not always the fastest is
-no failure, but listed.
+A 768 x 3,072 matrix in five tensors, with bonds cut at several sizes, is multiplied with few and
+many rows. The table shows operations and times of the chosen order, of computing the matrix first,
+and of the dense matrix. The benchmark fails if the compiled program does other operations than the
+plan says, or if its result is not that of the matrix. It lists the cases in which the cheapest
+order is not the fastest, but does not fail.
 
     python -m benchmarks.mpo [--quick] [--json FILE]
 """
@@ -28,7 +28,7 @@ ROWS, COLUMNS, CORES = 768, 3072, 5
 
 
 def seconds(f: Callable[..., Any], *arguments: Any) -> float:
-    """The median time of a call."""
+    """Returns the median time of a call."""
     jax.block_until_ready(f(*arguments))
     times = []
     for _ in range(5):
@@ -75,7 +75,7 @@ def main() -> int:
         if abs(row["mflop_compiled"] / row["mflop"] - 1) > 0.02 or row["difference"] > 1e-5
     ]
     if wrong:
-        print(f"a product is not what was planned: {wrong}", file=sys.stderr)
+        print(f"a product differs from its plan: {wrong}", file=sys.stderr)
     return int(bool(wrong))
 
 

@@ -1,4 +1,4 @@
-"""Small real language models, whose published files are laid out in their own ways, as checkpoints.
+"""Converts small real language models, each published in its own format, to checkpoints.
 
 `--data DIR` of the benchmarks holds them in ``DIR/models``: stories260K (a Llama by A. Karpathy),
 llm-viz-gpt-nano-sort (a GPT-2 that sorts letters, by B. Bycroft) and tinygpt-shakespeare (a GPT-2
@@ -32,7 +32,7 @@ _LLAMA = {
 
 
 def _stories(tensors: Tensors) -> Tensors:
-    """Renames, and puts the rotated pairs of features where Hugging Face has them."""
+    """Renames tensors, and moves rotated pairs of features to where Hugging Face has them."""
     result = {}
     for name, x in tensors.items():
         if name.startswith("layers."):
@@ -48,7 +48,7 @@ def _stories(tensors: Tensors) -> Tensors:
 
 
 def _gpt2(tensors: Tensors) -> Tensors:
-    """Transposes to GPT-2's layout, and adds the biases that one of the models goes without."""
+    """Transposes to GPT-2's layout, and adds the biases that one of the models does not have."""
     result = {}
     for name, x in tensors.items():
         matrix = x.ndim == 2 and name.startswith("h.")
@@ -70,7 +70,7 @@ def hf_folder(data: Path, name: str, folder: Path) -> Path:
     """Writes one of the models as a Hugging Face checkpoint.
 
     Args:
-        data: The folder given as ``--data``.
+        data: The folder of ``--data``.
         name: The model's folder in ``data / "models"``.
         folder: Where to write.
 
@@ -87,11 +87,11 @@ def hf_folder(data: Path, name: str, folder: Path) -> Path:
 
 
 def shakespeare_ids(data: Path, share: float = 0.1) -> Int[Array, " n"]:
-    """The end of tinyshakespeare in the tokens of tinygpt-shakespeare.
+    """Returns the end of tinyshakespeare in the tokens of tinygpt-shakespeare.
 
     Args:
-        data: The folder given as ``--data``.
-        share: How much of the text.
+        data: The folder of ``--data``.
+        share: The share of the text to return.
 
     Returns:
         One token for each character.

@@ -1,4 +1,4 @@
-"""Errors that users can mend: one class for both packages, so that one ``except`` catches all."""
+"""The error for unusable input: one class for both packages, so that one ``except`` catches it."""
 
 from ntk.errors import InputError as InputError
 from ntk.errors import nearest as nearest

@@ -1,4 +1,4 @@
-"""Progress of long work, as in ntk."""
+"""Shows the progress of long work; shared with `ntk`."""
 
 from ntk.progress import Advance as Advance
 from ntk.progress import progress as progress

@@ -19,6 +19,8 @@ import fusion_jax as fj
 from fusion_jax.checkpoint import files
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.bert import Bert, BertConfig
+from fusion_jax.models.registry import FAMILIES
+from fusion_jax.nn.surgery import path_name
 from tests import tiny
 
 
@@ -44,8 +46,8 @@ def fails(folder, *patterns, **arguments):
 
 
 def test_no_folder(tmp_path):
-    fails(tmp_path / "nothing", "no folder")
-    fails("./nothing", "no folder")
+    fails(tmp_path / "nothing", "no such folder")
+    fails("./nothing", "no such folder")
 
 
 def test_no_config(folder):
@@ -55,9 +57,9 @@ def test_no_config(folder):
 
 def test_broken_config(folder):
     (folder / "config.json").write_text("{")
-    fails(folder, "config.json is no valid JSON")
+    fails(folder, "config.json is not valid JSON")
     (folder / "config.json").write_text("[]")
-    fails(folder, "holds no JSON object")
+    fails(folder, "does not hold a JSON object")
 
 
 def test_no_weights(folder):
@@ -79,7 +81,7 @@ def test_unknown_model_type_lists_the_known(tmp_path):
         ({"is_decoder": True}, "only encoders"),
         ({"tie_word_embeddings": False}, "only tied"),
         ({"hidden_act": "gellu"}, "did you mean 'gelu'?"),
-        ({"num_attention_heads": 5}, "no multiple"),
+        ({"num_attention_heads": 5}, "not a multiple"),
     ],
 )
 def test_variants_that_are_not_implemented(tmp_path, fields, message):
@@ -327,7 +329,7 @@ def test_newer_or_damaged_artefact(folder, tmp_path):
         (artefact / "fusion.json").write_text(json.dumps({**fields, **changes}))
 
     write(format=99)
-    fails(artefact, "newer fusion-jax")
+    fails(artefact, "newer version of fusion-jax")
     write(sites={})
     fails(artefact, "cannot read site layers.0.mlp")
     write(sites={p: {"module": "Nothing", "width": 3} for p in fields["sites"]})
@@ -369,6 +371,19 @@ def test_only_loaded_models_are_written(write, tmp_path):
         write(Bert(BertConfig.from_json(tiny.BERT), rngs=nnx.Rngs(0)), tmp_path / "a")
 
 
+def test_text_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.write_text(path, "new and longer")
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("write", [fj.save, fj.export_hf])
 def test_a_full_disk_leaves_nothing(write, folder, tmp_path, monkeypatch):
     model = fj.load(folder)
@@ -397,7 +412,7 @@ except OSError as error:
 KILLED = """
 import os, signal, sys
 import fusion_jax as fj
-from fusion_jax import files
+from fusion_jax.checkpoint import files
 model = fj.load(sys.argv[1])
 files.copy_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 fj.save(model, sys.argv[2])
@@ -451,7 +466,7 @@ def test_hub_cache_and_offline_mode(folder, tmp_path):
     )
     first, second = done.stdout.splitlines()
     assert first == "someone/tiny-bert someone/tiny-bert 3"
-    assert second.startswith("error: someone/missing is no folder here, and the hub did not give")
+    assert second.startswith("error: someone/missing is not a local folder, and it could not be")
     assert "HF_HUB_OFFLINE=0" in second
 
 
@@ -472,18 +487,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     config = {**tiny.BERT, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
     config["num_attention_heads"] = 4
-    from fusion_jax.models.registry import FAMILIES
-
     family = FAMILIES["bert"]
     abstract = nnx.eval_shape(
         lambda: family.model(family.config(config), rngs=nnx.Rngs(0), pooler=True)
     )
     tensors, rules = {}, family.rules(abstract.config, None)
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
-        source = rules.source(".".join(map(str, path)))
+        location = rules.locate(path_name(path))
         shape = variable.get_value().shape
-        shape = shape[::-1] if source.transposed else shape
-        tensors[source.names[0]] = np.ones(shape, np.float32)
+        shape = shape[::-1] if location.transposed else shape
+        tensors[location.names[0]] = np.ones(shape, np.float32)
     size = sum(x.nbytes for x in tensors.values())
     folder = tiny.write_folder(tmp_path / "model", config, tensors)
     done = child(code, folder)

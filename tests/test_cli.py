@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import fusion_jax as fj
+from fusion_jax.cli.compressing import parse_layers
 from fusion_jax.cli.demo import _MARK, HUB_ID, bit_equal, find_model
-from fusion_jax.cli.main import main, parse_layers
+from fusion_jax.cli.main import main
 from tests import tiny
 
 
@@ -66,13 +67,14 @@ def test_compress_with_a_new_head(folder, tmp_path):
         (["compress", "MODEL", "OUT", "fusionn"], 2, "fusion"),
         (["compress", "MODEL", "OUT"], 2, "fusion"),
         (["inspekt"], 2, "inspect"),
-        (["inspect", "./nothing"], 1, "error: no folder ./nothing"),
+        (["inspect", "./nothing"], 1, "error: no such folder: ./nothing"),
         (["compress", "MODEL", "OUT", "fusion", "--width", "0"], 2, "width must be at least 1"),
         (["compress", "MODEL", "OUT", "fusion", "--width", "99"], 1, "the MLP's own, 48"),
         (["compress", "MODEL", "OUT", "fusion", "--layers", "7"], 1, "0: layers.0.mlp"),
         (["compress", "MODEL", "MODEL", "fusion"], 1, "not an empty folder"),
         (["compress", "./nothing", "MODEL", "fusion"], 1, "not an empty folder"),
         (["export", "MODEL", "MODEL"], 1, "not an empty folder"),
+        (["generate", "MODEL"], 1, "give at least one prompt"),
     ],
 )
 def test_errors(arguments, code, message, folder, tmp_path, capsys):
@@ -90,11 +92,21 @@ def test_help(command, capsys):
     assert "usage: fusion-jax" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", ["fusion_jax.cli", "fusion_jax.cli.main"])
+def test_version(module):
+    run = "import sys; from fusion_jax.cli.main import main; sys.exit(main())"
+    command = ["-m", module] if module == "fusion_jax.cli" else ["-c", run]
+    done = subprocess.run(
+        [sys.executable, *command, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"fusion-jax {fj.__version__}\n"
+
+
 def test_interrupted(folder, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fusion_jax.checkpoint.open_checkpoint", stop)
+    monkeypatch.setattr("fusion_jax.cli.compressing.open_checkpoint", stop)
     assert main(["inspect", folder]) == 130
 
 
@@ -147,7 +159,7 @@ def test_generate(words, capsys):
 
 def test_generate_needs_a_language_model(folder, capsys):
     assert main(["generate", folder, "w7"]) == 1
-    assert "no model that generates text" in capsys.readouterr().err
+    assert "cannot generate text" in capsys.readouterr().err
 
 
 def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys):

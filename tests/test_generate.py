@@ -47,7 +47,7 @@ def test_step_by_step_equals_at_once(family, tmp_path):
     ids, mask = prompts(family)
     real = mask.astype(bool)
     whole = model(ids, mask).logits
-    cache = Cache.empty(3, 11, 3, model.groups, model.head_dim, jnp.float32)
+    cache = Cache.empty(3, 11, 3, model.kv_heads, model.head_dim, jnp.float32)
     pieces = []
     read = jax.jit(lambda m, i, a, c: m(i, a, cache=c))
     for piece in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)):

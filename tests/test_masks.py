@@ -12,7 +12,7 @@ from fusion_jax.cli.demo import bit_equal
 from tests import tiny
 
 NEW = {16: 6, 24: 7, 48: 18}
-"""Sizes in place of the tiny model's, with which matrices are no whole number of bytes."""
+"""Sizes in place of the tiny model's: the bits of a mask do not fill whole bytes."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def pruned(base):
     return fj.compress(fj.load(base), fj.MaskPrune(keep=0.4), key=jax.random.key(0))[0]
 
 
-def test_masks_that_are_no_whole_number_of_bytes(pruned, tmp_path):
+def test_masks_that_do_not_fill_whole_bytes(pruned, tmp_path):
     folder = fj.save_masks(pruned, tmp_path / "masks")
     packed = safetensors.numpy.load_file(folder / "model.safetensors")
     mlp = pruned.layers[0].mlp

@@ -207,7 +207,7 @@ def test_switch_drops_tokens(tmp_path):
 def test_experts_compute_what_a_loop_computes(key):
     make = partial(fj.GatedMlp, 8, 6, act="silu", use_bias=False)
     init = nnx.initializers.normal(1.0)
-    common = {"normalised": True, "kernel_init": init, "param_dtype": jnp.float32}
+    common = {"normalized": True, "kernel_init": init, "param_dtype": jnp.float32}
     moe = Moe(make, 8, 4, top_k=2, rngs=nnx.Rngs(0), **common)
     x = jax.random.normal(key, (2, 5, 8))
     y, logits = moe(x, None)
@@ -243,11 +243,11 @@ def test_fields_that_qwen2_moe_may_leave_out():
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (60, 4, False)
     assert (config.moe_intermediate_size, config.shared_expert_intermediate_size) == (1408, 5632)
     assert config.qkv_bias and not config.out_bias and config.sparse == (True,) * 3
-    assert config.reaches == (None,) * 3
+    assert config.sliding_windows == (None,) * 3
     fields = {"model_type": "qwen2_moe", "num_hidden_layers": 3, "use_sliding_window": True}
-    assert LlamaConfig.from_json(fields).reaches == (4096, None, 4096)
+    assert LlamaConfig.from_json(fields).sliding_windows == (4096, None, 4096)
     fields["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
-    assert LlamaConfig.from_json(fields).reaches == (None, 4096, None)
+    assert LlamaConfig.from_json(fields).sliding_windows == (None, 4096, None)
 
 
 def test_rope_of_an_unknown_type():

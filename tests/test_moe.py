@@ -21,7 +21,7 @@ def layer(**options):
     make = partial(GatedMlp, D, 5, D, act="silu", use_bias=False)
     init = nnx.initializers.normal(1.0)
     return moe.Moe(
-        make, D, EXPERTS, top_k=TOP_K, normalised=True, kernel_init=init,
+        make, D, EXPERTS, top_k=TOP_K, normalized=True, kernel_init=init,
         param_dtype=jnp.float32, rngs=rngs, router_bias=True, **options,
     )  # fmt: skip
 
@@ -33,12 +33,12 @@ def by_hand(made, x):
     return jnp.einsum("end,ne->nd", made.experts(rows), weights.reshape(-1, EXPERTS))
 
 
-@pytest.mark.parametrize(("favoured", "slots"), [(0.0, 32), (2.0, 64)])
-def test_equals_all_experts_everywhere_however_they_are_used(favoured, slots, key, monkeypatch):
-    monkeypatch.setattr(moe, "MANY", 16)
+@pytest.mark.parametrize(("favored", "slots"), [(0.0, 32), (2.0, 64)])
+def test_equals_all_experts_everywhere_however_they_are_used(favored, slots, key, monkeypatch):
+    monkeypatch.setattr(moe, "MANY_POSITIONS", 16)
     made, x = layer(), jax.random.normal(key, (2, 32, D))
-    made.router.bias[...] = jnp.zeros(EXPERTS).at[3].set(favoured * 10)
-    assert made.slots(2, 32) == [32, 64]
+    made.router.bias[...] = jnp.zeros(EXPERTS).at[3].set(favored * 10)
+    assert made.slot_counts(2, 32) == [32, 64]
     _, chosen = made.routes(made.router_logits(x, None))
     most = int(chosen.sum((0, 1)).max())
     assert slots / 2 < most <= slots
@@ -55,21 +55,24 @@ def test_equals_all_experts_everywhere_however_they_are_used(favoured, slots, ke
 
 
 def test_few_positions_or_a_capacity_have_one_program():
-    assert layer().slots(1, 1) == [1]
-    assert layer().slots(1, moe.MANY - 1) == [moe.MANY - 1]
-    assert layer().slots(4, moe.MANY) == [2 * moe.MANY, 4 * moe.MANY]
-    assert layer(capacity=7).slots(4, moe.MANY) == [28]
+    assert layer().slot_counts(1, 1) == [1]
+    assert layer().slot_counts(1, moe.MANY_POSITIONS - 1) == [moe.MANY_POSITIONS - 1]
+    assert layer().slot_counts(4, moe.MANY_POSITIONS) == [
+        2 * moe.MANY_POSITIONS,
+        4 * moe.MANY_POSITIONS,
+    ]
+    assert layer(capacity=7).slot_counts(4, moe.MANY_POSITIONS) == [28]
 
 
 def test_one_program_keeps_what_its_backward_pass_needs(key):
     grad = jax.grad(lambda made, x: made(x, None)[0].sum(), allow_int=True)
     for made, again in ((layer(), True), (layer(capacity=7), False)):
-        x = jax.random.normal(key, (4, moe.MANY, D))
+        x = jax.random.normal(key, (4, moe.MANY_POSITIONS, D))
         assert ("remat" in str(jax.make_jaxpr(grad)(made, x))) == again
 
 
 def test_a_batch_over_devices(key, monkeypatch):
-    monkeypatch.setattr(moe, "MANY", 16)
+    monkeypatch.setattr(moe, "MANY_POSITIONS", 16)
     made, x = layer(), jax.random.normal(key, (8, 8, D))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
@@ -79,7 +82,7 @@ def test_a_batch_over_devices(key, monkeypatch):
 
 
 def test_padding_crowds_no_expert(key, monkeypatch):
-    monkeypatch.setattr(moe, "MANY", 16)
+    monkeypatch.setattr(moe, "MANY_POSITIONS", 16)
     used, switch = [], jax.lax.switch
     monkeypatch.setattr(jax.lax, "switch", lambda i, *rest: used.append(int(i)) or switch(i, *rest))
     made, real = layer(), jnp.tile(jnp.arange(32)[None] < 12, (2, 1))

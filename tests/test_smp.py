@@ -597,7 +597,7 @@ def test_words_become_tokens(places, tmp_path):
         ({"label_words": ("w1", "nothing")}, r"label word 'nothing' is not one token"),
         ({"label_words": ("w1", "w2 w3")}, r"label word 'w2 w3' is not one token"),
         ({"label_words": ("w1", "w1")}, "different from each other"),
-        ({"label_words": ("w1", "w2"), "num_labels": 3}, "num_labels is 3, but label_words are 2"),
+        ({"label_words": ("w1", "w2"), "num_labels": 3}, "num_labels is 3, but label_words has 2"),
         ({"label_words": (1, 99)}, "not all below vocab_size 99"),
         ({"label_words": (1, 2), "head": "masked-lm"}, "is for head='classification'"),
     ],
@@ -660,7 +660,7 @@ def test_another_base_is_refused(artefact, tmp_path):
     wide = tiny.write_folder(tmp_path / "wide", {**config, "intermediate_size": 50}, tensors)
     with pytest.raises(fj.InputError, match=r"is not the model.*layers\.0\.mlp\.\w+\.\w+ differs"):
         fj.load(folder, base=wide)
-    with pytest.raises(fj.InputError, match=r"base is for what fusion_jax\.save_masks wrote"):
+    with pytest.raises(fj.InputError, match=r"base is for artefacts of fusion_jax\.save_masks"):
         fj.load(near, base=near)
 
 

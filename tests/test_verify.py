@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import fusion_jax as fj
 from fusion_jax.cli.main import main
 from fusion_jax.models.tokens import TokenBatch
-from fusion_jax.verification import charts as svg
-from fusion_jax.verification.checks import load_original, verify
-from fusion_jax.verification.page import page
+from fusion_jax.verification import charts
+from fusion_jax.verification.checks import VerifiedArtefact, load_original, verify
+from fusion_jax.verification.page import html_page
 from tests import tiny
 
 
@@ -47,7 +47,7 @@ def verified(artefact):
 def test_bounds_hold_and_engines_agree(found):
     assert found.failures() == []
     assert list(found.certificates) == ["layers.2.mlp"]
-    assert set(found.apart) == {"vector-product", "neural-tangents"}
+    assert set(found.engine_differences) == {"vector-product", "neural-tangents"}
     assert 0 < found.comparisons["sgd"].frobenius < 10
     sgd = found.kernels["sgd"]
     assert sgd.shape == (2, 3, 3)
@@ -74,13 +74,15 @@ def test_a_violated_bound_and_a_wrong_engine_are_failures(found):
     wrong = replace(certificate, lines=(line, *certificate.lines[1:]))
     for bad in (1.0, float("nan")):
         changed = replace(
-            found, certificates={"layers.2.mlp": wrong}, apart={"vector-product": bad}
+            found,
+            certificates={"layers.2.mlp": wrong},
+            engine_differences={"vector-product": bad},
         )
         assert len(changed.failures()) == 2
 
 
 def test_the_page_is_whole(found, artefact):
-    html = page(found, artefact, "<model> & more", (100, 80))
+    html = html_page(VerifiedArtefact(found, artefact, "<model> & more", (100, 80)))
     assert "&lt;model&gt; &amp; more" in html
     assert "every certified bound holds" in html
     assert "layers.2.mlp" in html
@@ -97,9 +99,11 @@ def test_the_page_is_whole(found, artefact):
     log_y=st.booleans(),
 )
 def test_charts_of_any_values_are_numbers(values, log_x, log_y):
-    line = svg.Line("a", np.arange(len(values)), values)
-    chart = svg.lines([line], "x", "y", log_x=log_x, log_y=log_y)
-    chart += svg.dots([("a", values)], ["b"], "x") + svg.heatmap(np.array([values]), 1.0, "k")
+    line = charts.Line("a", np.arange(len(values)), values)
+    chart = charts.line_chart([line], "x", "y", log_x=log_x, log_y=log_y)
+    chart += charts.dot_chart([("a", values)], ["b"], "x") + charts.heatmap(
+        np.array([values]), 1.0, "k"
+    )
     assert "nan" not in chart
     assert "inf" not in chart
 

@@ -21,7 +21,7 @@ from fusion_jax.calibration.capture import Routed, routed_inputs
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.models.base import Model, positions
+from fusion_jax.models.base import Model, max_positions
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import MAX_LENGTH, TokenBatch, batches, length_for, load_tokenizer
 from fusion_jax.nn.mlp import Mlp
@@ -292,7 +292,7 @@ def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[
     """Token batches as keyword arguments of the model."""
     items: list[Any]
     ours = isinstance(model, Model)
-    most = positions(model) if ours else None
+    most = max_positions(model) if ours else None
     longest = length_for(model) if ours else MAX_LENGTH
     if isinstance(source, str):
         tokenizer = _tokenizer(model)

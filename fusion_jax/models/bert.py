@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import EncoderOutput, Family, Head, Model, read_fields
-from fusion_jax.models.layers import ArrayLike, LayerNorm, attention
-from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Leaf, Rule
+from fusion_jax.models.base import EncoderOutput, Family, Head, Model, config_from_fields
+from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
+from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
@@ -23,7 +22,7 @@ from fusion_jax.nn.submlps import activation
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The fields of a BERT or RoBERTa ``config.json`` that matter here, with its defaults."""
+    """The fields of a BERT or RoBERTa ``config.json`` that the model uses, with its defaults."""
 
     model_type: str
     vocab_size: int = 30522
@@ -42,23 +41,13 @@ class BertConfig:
     pad_token_id: int = 0
     num_labels: int = 2
     label_ids: tuple[int, ...] | None = None
-    """Token ids of label words: the classification head is then `LabelWordHead`."""
+    """The token ids of label words, for a classification head that is a `LabelWordHead`."""
     label_transform: bool = True
-    """Whether that head has the layers of the masked-language-model head."""
+    """Whether a head of label words has the layers of the masked-language-model head."""
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> BertConfig:
-        """Reads a ``config.json``.
-
-        Args:
-            config: Its fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: It asks for a variant that is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("position_embedding_type", "absolute") != "absolute":
             raise InputError("only absolute position embeddings are implemented")
         if config.get("is_decoder") or config.get("add_cross_attention"):
@@ -71,25 +60,25 @@ class BertConfig:
             defaults["num_labels"] = len(config["id2label"])
         if config.get("label_ids"):
             config = {**config, "num_labels": len(config["label_ids"])}
-        result = read_fields(cls, {**defaults, **config})
+        result = config_from_fields(cls, {**defaults, **config})
         if any(not 0 <= i < result.vocab_size for i in result.label_ids or ()):
             raise InputError(f"label_ids are not all below vocab_size {result.vocab_size}")
         activation(result.hidden_act)
         if result.hidden_size % result.num_attention_heads:
             raise InputError(
-                f"hidden_size {result.hidden_size} is no multiple of "
+                f"hidden_size {result.hidden_size} is not a multiple of "
                 f"num_attention_heads {result.num_attention_heads}"
             )
         return result
 
     @property
     def is_roberta(self) -> bool:
-        """Whether positions and heads are RoBERTa's."""
+        """Whether the positions and heads are those of RoBERTa."""
         return self.model_type == "roberta"
 
 
-class _Parts:
-    """Makes the layers of a model: its initialiser, dtype, epsilon and keys in one place."""
+class _LayerFactory:
+    """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
 
     def __init__(self, config: BertConfig, param_dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
@@ -102,18 +91,18 @@ class _Parts:
 
 
 class Embeddings(nnx.Module):
-    """The sum of word, position and token-type embeddings, normalised."""
+    """The sum of word, position and token-type embeddings, normalized."""
 
-    def __init__(self, config: BertConfig, parts: _Parts):
+    def __init__(self, config: BertConfig, make: _LayerFactory):
         self.config = config
-        self.word = parts.embed(config.vocab_size, config.hidden_size)
-        self.position = parts.embed(config.max_position_embeddings, config.hidden_size)
-        self.token_type = parts.embed(config.type_vocab_size, config.hidden_size)
-        self.norm = parts.norm()
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.word = make.embed(config.vocab_size, config.hidden_size)
+        self.position = make.embed(config.max_position_embeddings, config.hidden_size)
+        self.token_type = make.embed(config.type_vocab_size, config.hidden_size)
+        self.norm = make.norm()
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-        """Position ids: 0, 1, ... for BERT; RoBERTa counts from padding_idx + 1, past padding."""
+        """Returns position ids: 0, 1, ...; in RoBERTa from pad_token_id + 1, without padding."""
         if self.config.is_roberta:
             real = (input_ids != self.config.pad_token_id).astype(input_ids.dtype)
             return jnp.cumsum(real, axis=1, dtype=input_ids.dtype) * real + self.config.pad_token_id
@@ -126,26 +115,26 @@ class Embeddings(nnx.Module):
         position_ids: Int[Array, "b t"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
-        """The input of the first layer."""
+        """Returns the input of the first layer."""
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         if position_ids is None:
             position_ids = self.positions(input_ids)
         x = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
-        return self.dropout(self.norm(x), rngs=key, deterministic=key is None)
+        return self.dropout(self.norm(x), key)
 
 
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with its output projection."""
 
-    def __init__(self, config: BertConfig, parts: _Parts):
+    def __init__(self, config: BertConfig, make: _LayerFactory):
         d = config.hidden_size
         self.heads = config.num_attention_heads
-        self.query = parts.linear(d, d)
-        self.key = parts.linear(d, d)
-        self.value = parts.linear(d, d)
-        self.out = parts.linear(d, d)
-        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob)
+        self.query = make.linear(d, d)
+        self.key = make.linear(d, d)
+        self.value = make.linear(d, d)
+        self.out = make.linear(d, d)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def __call__(
         self,
@@ -163,14 +152,14 @@ class SelfAttention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One encoder layer: attention and MLP, each with a residual and a norm after it."""
+    """One encoder layer: attention and MLP, each inside a residual connection before a norm."""
 
-    def __init__(self, config: BertConfig, parts: _Parts):
-        self.attention = SelfAttention(config, parts)
-        self.attention_norm = parts.norm()
-        self.mlp = parts.mlp(config.hidden_size, config.intermediate_size)
-        self.mlp_norm = parts.norm()
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+    def __init__(self, config: BertConfig, make: _LayerFactory):
+        self.attention = SelfAttention(config, make)
+        self.attention_norm = make.norm()
+        self.mlp = make.mlp(config.hidden_size, config.intermediate_size)
+        self.mlp_norm = make.norm()
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def __call__(
         self,
@@ -178,87 +167,83 @@ class Layer(nnx.Module):
         visible: Shaped[Array, "b 1 1 t"],
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
-        """The hidden states after the layer."""
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        y = self.attention(x, visible, keys[0])
-        y = self.dropout(y, rngs=keys[1], deterministic=key is None)
-        x = self.attention_norm(x + y)
-        y = self.dropout(self.mlp(x), rngs=keys[2], deterministic=key is None)
-        return self.mlp_norm(x + y)
+        """Returns the hidden states after the layer."""
+        keys = split_key(key, 3)
+        x = self.attention_norm(x + self.dropout(self.attention(x, visible, keys[0]), keys[1]))
+        return self.mlp_norm(x + self.dropout(self.mlp(x), keys[2]))
 
 
 class ClassificationHead(nnx.Module):
-    """Logits of the first position: a linear layer on BERT's pooler, two layers in RoBERTa."""
+    """Logits at the first position: one linear layer after BERT's pooler, two in RoBERTa."""
 
-    def __init__(self, config: BertConfig, parts: _Parts):
+    def __init__(self, config: BertConfig, make: _LayerFactory):
         d = config.hidden_size
-        self.dense = parts.linear(d, d) if config.is_roberta else None
-        self.out = parts.linear(d, config.num_labels)
+        self.dense = make.linear(d, d) if config.is_roberta else None
+        self.out = make.linear(d, config.num_labels)
         rate = config.classifier_dropout
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
 
     def __call__(
         self, pooled: Float[Array, "b d"], key: Key[Array, ""] | None
     ) -> Float[Array, "b classes"]:
-        """The logits of pooled states (BERT) or of first hidden states (RoBERTa)."""
-        keys = (None, None) if key is None else tuple(jax.random.split(key))
-        x = self.dropout(pooled, rngs=keys[0], deterministic=key is None)
+        """Returns the logits of pooled states (BERT) or of first hidden states (RoBERTa)."""
+        keys = split_key(key, 2)
+        x = self.dropout(pooled, keys[0])
         if self.dense is not None:
-            x = jnp.tanh(self.dense(x))
-            x = self.dropout(x, rngs=keys[1], deterministic=key is None)
+            x = self.dropout(jnp.tanh(self.dense(x)), keys[1])
         return self.out(x)
 
 
 class MaskedLmHead(nnx.Module):
     """Logits over the vocabulary, with the word embeddings as output weights."""
 
-    def __init__(self, config: BertConfig, parts: _Parts):
+    def __init__(self, config: BertConfig, make: _LayerFactory):
         self.act = "gelu" if config.is_roberta else config.hidden_act
-        self.dense = parts.linear(config.hidden_size, config.hidden_size)
-        self.norm = parts.norm()
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size, parts.param_dtype))
+        self.dense = make.linear(config.hidden_size, config.hidden_size)
+        self.norm = make.norm()
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, make.param_dtype))
 
     def transformed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """Hidden states as they are multiplied with the word embeddings."""
+        """Returns the vectors that are multiplied with the word embeddings."""
         return self.norm(activation(self.act)(self.dense(x)))
 
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b t vocab"]:
-        """The logits of hidden states."""
+        """Returns the logits of hidden states."""
         return word.attend(self.transformed(x)) + self.bias[...][None, None]
 
 
 class LabelWordHead(MaskedLmHead):
-    """Logits of classes: those of their label words in the masked-LM head, at the first position.
+    """Logits of classes: those of label words in the masked-language-model head, at position 0.
 
     References:
-        The code of Jiang et al. (ACL 2023); their text multiplies without the head's layers and
-        bias.
+        The code of Jiang et al. (ACL 2023). In their text the head has no layers and no bias; see
+        `BareLabelWordHead`.
     """
 
-    def __init__(self, config: BertConfig, parts: _Parts):
-        super().__init__(config, parts)
+    def __init__(self, config: BertConfig, make: _LayerFactory):
+        super().__init__(config, make)
         assert config.label_ids is not None
         self.ids = config.label_ids
 
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b classes"]:
-        """The logits of hidden states."""
+        """Returns the logits of hidden states."""
         ids = jnp.array(self.ids, jnp.int32)
         return self.transformed(x[:, 0]) @ word(ids).mT + self.bias[...][ids][None]
 
 
 class BareLabelWordHead(nnx.Module):
-    """The first hidden state times the embeddings of label words; without a masked-LM head.
+    """Logits of classes: the first hidden state times the embeddings of label words.
 
     References:
         Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning.
     """
 
-    def __init__(self, config: BertConfig, parts: _Parts):
+    def __init__(self, config: BertConfig, make: _LayerFactory):
         assert config.label_ids is not None
         self.ids = config.label_ids
 
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b classes"]:
-        """The logits of hidden states."""
+        """Returns the logits of hidden states."""
         return x[:, 0] @ word(jnp.array(self.ids, jnp.int32)).mT
 
 
@@ -266,9 +251,9 @@ class Bert(Model):
     """A BERT or RoBERTa encoder.
 
     Args:
-        config: Its configuration.
-        head: Which head is on top, or None.
-        pooler: Whether there is a pooler (BERT's classification head always has one).
+        config: The configuration.
+        head: The head, or None.
+        pooler: Whether there is a pooler, in a model without a head; heads that need one have one.
         param_dtype: The dtype of the parameters, in which the model also computes.
         rngs: Random keys of the initial parameters.
 
@@ -289,22 +274,22 @@ class Bert(Model):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        parts = _Parts(config, param_dtype, rngs)
+        make = _LayerFactory(config, param_dtype, rngs)
         self.config = config
-        self.embeddings = Embeddings(config, parts)
-        self.layers = nnx.List([Layer(config, parts) for _ in range(config.num_hidden_layers)])
+        self.embeddings = Embeddings(config, make)
+        self.layers = nnx.List([Layer(config, make) for _ in range(config.num_hidden_layers)])
         words = head == "classification" and config.label_ids is not None
         if words or head == "masked-lm":
             pooler = False
         elif head == "classification":
             pooler = not config.is_roberta
-        self.pooler = parts.linear(config.hidden_size, config.hidden_size) if pooler else None
+        self.pooler = make.linear(config.hidden_size, config.hidden_size) if pooler else None
         by_words = LabelWordHead if config.label_transform else BareLabelWordHead
         heads: dict[Head, Any] = {
             "classification": by_words if words else ClassificationHead,
             "masked-lm": MaskedLmHead,
         }
-        self.head = None if head is None else heads[head](config, parts)
+        self.head = None if head is None else heads[head](config, make)
 
     def __call__(
         self,
@@ -320,9 +305,9 @@ class Bert(Model):
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), 0 or False at padding; None if there is none.
-            token_type_ids: (b, t) segment ids; None for all 0.
-            position_ids: (b, t); None for the architecture's own.
+            attention_mask: (b, t), 0 or False at padding; None without padding.
+            token_type_ids: (b, t) segment ids; None for 0 everywhere.
+            position_ids: (b, t); None for the positions in the text.
             output_hidden_states: Whether to return the hidden states of all layers.
             key: Random key of dropout; None for no dropout.
 
@@ -332,43 +317,40 @@ class Bert(Model):
         input_ids = jnp.asarray(input_ids)
         token_type_ids = None if token_type_ids is None else jnp.asarray(token_type_ids)
         position_ids = None if position_ids is None else jnp.asarray(position_ids)
-        if attention_mask is None:
-            attention_mask = jnp.ones(input_ids.shape, bool)
-        visible = jnp.asarray(attention_mask).astype(bool)[:, None, None, :]
-        n = len(self.layers)
-        keys = (None,) * (n + 2) if key is None else tuple(jax.random.split(key, n + 2))
-        x = self.embeddings(input_ids, token_type_ids, position_ids, keys[n])
+        visible = token_mask(input_ids, attention_mask)[:, None, None, :]
+        *keys, embed_key, head_key = split_key(key, len(self.layers) + 2)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, embed_key)
         states = [x]
-        for layer, layer_key in zip(self.layers, keys[:n], strict=True):
+        for layer, layer_key in zip(self.layers, keys, strict=True):
             x = layer(x, visible, layer_key)
             states.append(x)
         pooled = None if self.pooler is None else jnp.tanh(self.pooler(x[:, 0]))
         logits = None
         if isinstance(self.head, ClassificationHead):
-            logits = self.head(x[:, 0] if pooled is None else pooled, keys[n + 1])
+            logits = self.head(x[:, 0] if pooled is None else pooled, head_key)
         elif self.head is not None:
             logits = self.head(x, self.embeddings.word)
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
 
 
 ENCODER_RULES = (
-    Rule("embeddings.word", "embeddings.word_embeddings", EMBED),
-    Rule("embeddings.position", "embeddings.position_embeddings", EMBED),
-    Rule("embeddings.token_type", "embeddings.token_type_embeddings", EMBED),
-    Rule("embeddings.norm", "embeddings.LayerNorm", NORM),
-    Rule("layers.{l}.attention.query", "encoder.layer.{l}.attention.self.query", LINEAR),
-    Rule("layers.{l}.attention.key", "encoder.layer.{l}.attention.self.key", LINEAR),
-    Rule("layers.{l}.attention.value", "encoder.layer.{l}.attention.self.value", LINEAR),
-    Rule("layers.{l}.attention.out", "encoder.layer.{l}.attention.output.dense", LINEAR),
-    Rule("layers.{l}.attention_norm", "encoder.layer.{l}.attention.output.LayerNorm", NORM),
-    Rule("layers.{l}.mlp.up", "encoder.layer.{l}.intermediate.dense", LINEAR),
-    Rule("layers.{l}.mlp.down", "encoder.layer.{l}.output.dense", LINEAR),
-    Rule("layers.{l}.mlp_norm", "encoder.layer.{l}.output.LayerNorm", NORM),
-    Rule("pooler", "pooler.dense", LINEAR),
+    KeyRule("embeddings.word", "embeddings.word_embeddings", EMBED),
+    KeyRule("embeddings.position", "embeddings.position_embeddings", EMBED),
+    KeyRule("embeddings.token_type", "embeddings.token_type_embeddings", EMBED),
+    KeyRule("embeddings.norm", "embeddings.LayerNorm", NORM),
+    KeyRule("layers.{l}.attention.query", "encoder.layer.{l}.attention.self.query", LINEAR),
+    KeyRule("layers.{l}.attention.key", "encoder.layer.{l}.attention.self.key", LINEAR),
+    KeyRule("layers.{l}.attention.value", "encoder.layer.{l}.attention.self.value", LINEAR),
+    KeyRule("layers.{l}.attention.out", "encoder.layer.{l}.attention.output.dense", LINEAR),
+    KeyRule("layers.{l}.attention_norm", "encoder.layer.{l}.attention.output.LayerNorm", NORM),
+    KeyRule("layers.{l}.mlp.up", "encoder.layer.{l}.intermediate.dense", LINEAR),
+    KeyRule("layers.{l}.mlp.down", "encoder.layer.{l}.output.dense", LINEAR),
+    KeyRule("layers.{l}.mlp_norm", "encoder.layer.{l}.output.LayerNorm", NORM),
+    KeyRule("pooler", "pooler.dense", LINEAR),
 )
 _BIAS = {"": Leaf(("",))}
-_head_rule = partial(Rule, in_base=False)
-_HEADS: dict[str, dict[Head, tuple[Rule, ...]]] = {
+_head_rule = partial(KeyRule, in_base=False)
+_HEADS: dict[str, dict[Head, tuple[KeyRule, ...]]] = {
     "bert": {
         "classification": (_head_rule("head.out", "classifier", LINEAR),),
         "masked-lm": (
@@ -389,8 +371,8 @@ _HEADS: dict[str, dict[Head, tuple[Rule, ...]]] = {
         ),
     },
 }
-# What a checkpoint may hold besides: buffers, tied copies, a pooler that the head does not use,
-# the next-sentence head of the original BERT, and all of a head that was not asked for.
+# Tensors that the model does not need: buffers, tied copies, a pooler that the head does not use,
+# the next-sentence head of the original BERT, and heads that were not asked for.
 _IGNORED = (
     r"(.+\.)?embeddings\.(position_ids|token_type_ids)",
     r"(bert\.|roberta\.)?pooler\.dense\.(weight|bias)",

@@ -1,16 +1,15 @@
-"""What decoder-only language models share: embeddings, layers, a final norm, and logits."""
+"""The base of decoder-only language models: embeddings, layers, a final norm, and logits."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.models.base import DecoderOutput, Generative, Head
-from fusion_jax.models.layers import ArrayLike, Cache, Memory, window
+from fusion_jax.models.layers import ArrayLike, Cache, CacheUpdate, split_key, token_mask, window
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.linear_forms import dtype_of
 
@@ -18,19 +17,20 @@ from fusion_jax.nn.linear_forms import dtype_of
 class CausalLm(Generative):
     """A decoder-only language model.
 
-    Each layer is called as ``layer(x, seen, memory, context, key)`` and gives the new x and the
-    logits of its router or None.
+    A call ``layer(x, seen, cache, context, key)`` of each layer returns the new x, and the logits
+    of its router or None.
 
     Args:
-        config: Its configuration.
+        config: The configuration.
         word: The token embeddings.
         layers: The layers.
-        norm: The final normalisation.
-        lm_head: The output layer; None where it is the token embeddings.
+        norm: The final normalization.
+        lm_head: The output layer; None if the token embeddings are used.
         head: ``"causal-lm"`` for logits, or None.
-        groups: Key-value heads of each layer.
-        head_dim: Features of each head.
-        reaches: How many positions back each layer sees; None for all.
+        kv_heads: The number of key-value heads of each layer.
+        head_dim: The number of features of each head.
+        sliding_windows: For each layer the number of positions that a token attends to; None for
+            all.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class CausalLm(Generative):
         norm: nnx.Module,
         lm_head: nnx.Linear | None,
         head: Head | None,
-        groups: int,
+        kv_heads: int,
         head_dim: int,
-        reaches: tuple[int | None, ...],
+        sliding_windows: tuple[int | None, ...],
     ):
         self.config = config
         self.word = word
@@ -52,16 +52,17 @@ class CausalLm(Generative):
         self.norm = norm
         self.lm_head = lm_head if head else None
         self.has_logits = head is not None
-        self.groups, self.head_dim, self.reaches = groups, head_dim, reaches
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.sliding_windows = sliding_windows
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
-        """The input of the first layer."""
+        """Returns the input of the first layer."""
         raise NotImplementedError
 
     def context(self, positions: Int[Array, "b t"]) -> Any:
-        """What all layers need to know of the positions."""
+        """Returns the argument ``context`` of all layers, which depends on the positions."""
 
     def __call__(
         self,
@@ -73,13 +74,13 @@ class CausalLm(Generative):
         output_hidden_states: bool = False,
         key: Key[Array, ""] | None = None,
     ) -> DecoderOutput:
-        """Reads a batch of token sequences; each position sees those before it.
+        """Reads a batch of texts; each token attends to itself and to the tokens before it.
 
         Args:
             input_ids: (b, t) token ids.
-            attention_mask: (b, t), 0 or False at padding, on either side; None if there is none.
-            position_ids: (b, t); None to count the tokens, not the padding.
-            cache: What earlier calls returned, to continue their sequences.
+            attention_mask: (b, t), 0 or False at padding, on either side; None without padding.
+            position_ids: (b, t); None to count tokens, without padding.
+            cache: The cache of earlier calls, to continue their texts.
             output_hidden_states: Whether to return the hidden states of all layers.
             key: Random key of dropout; None for no dropout.
 
@@ -92,33 +93,30 @@ class CausalLm(Generative):
         return out._replace(logits=self.logits(out.last_hidden_state))
 
     def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
-        """The logits of hidden states."""
+        """Returns the logits of hidden states."""
         return self.word.attend(x) if self.lm_head is None else self.lm_head(x)
 
     def _read(
         self,
-        input_ids: Any,
-        attention_mask: Any,
-        position_ids: Any,
+        input_ids: Int[ArrayLike, "b t"],
+        attention_mask: Shaped[ArrayLike, "b t"] | None,
+        position_ids: Int[ArrayLike, "b t"] | None,
         cache: Cache | None,
         key: Key[Array, ""] | None,
         output_hidden_states: bool = False,
     ) -> DecoderOutput:
         ids = jnp.asarray(input_ids)
-        real = jnp.ones(ids.shape, bool)
-        if attention_mask is not None:
-            real = jnp.asarray(attention_mask).astype(bool)
-        seen = {reach: window(real, cache, reach) for reach in set(self.reaches)}
+        real = token_mask(ids, attention_mask)
+        seen = {size: window(real, cache, size) for size in set(self.sliding_windows)}
         any_window = next(iter(seen.values()))
         positions = any_window.positions if position_ids is None else jnp.asarray(position_ids)
-        n = len(self.layers)
-        keys = (None,) * (n + 1) if key is None else tuple(jax.random.split(key, n + 1))
-        memory = Memory(cache)
+        *keys, embed_key = split_key(key, len(self.layers) + 1)
+        update = CacheUpdate(cache)
         context = self.context(positions)
-        x = self.embed(ids, positions, keys[n])
+        x = self.embed(ids, positions, embed_key)
         states, routers = [x], []
-        for layer, reach, layer_key in zip(self.layers, self.reaches, keys[:n], strict=True):
-            x, router = layer(x, seen[reach], memory, context, layer_key)
+        for layer, size, layer_key in zip(self.layers, self.sliding_windows, keys, strict=True):
+            x, router = layer(x, seen[size], update, context, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
         states[-1] = self.norm(x)  # type: ignore[operator]
@@ -126,7 +124,7 @@ class CausalLm(Generative):
             states[-1],
             tuple(states) if output_hidden_states else None,
             router_logits=tuple(routers),
-            cache=memory.written(any_window),
+            cache=update.result(any_window),
         )
 
     def begin(
@@ -135,7 +133,7 @@ class CausalLm(Generative):
         """Reads prompts, padded on the left; see `Generative.begin`."""
         b, t = input_ids.shape
         dtype = dtype_of(self.word)
-        cache = Cache.empty(b, t + room, len(self.layers), self.groups, self.head_dim, dtype)
+        cache = Cache.empty(b, t + room, len(self.layers), self.kv_heads, self.head_dim, dtype)
         out = self._read(input_ids, attention_mask, None, cache, None)
         return self.logits(out.last_hidden_state[:, -1]), out.cache
 

@@ -1,4 +1,4 @@
-"""Text from language models, token by token: greedy, sampled, and by beam search."""
+"""Generates text with language models: greedy, by sampling, and by beam search."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fusion_jax.nn.dtypes import wide
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is drawn at random.
 
     Args:
-        temperature: What logits are divided by.
-        top_k: Only so many of the likeliest tokens; 0 for all.
-        top_p: Only the likeliest tokens that together have this probability.
+        temperature: Logits are divided by this.
+        top_k: Draw from this number of the likeliest tokens; 0 for all.
+        top_p: Draw from the likeliest tokens that together have this probability.
 
     Raises:
         InputError: A value is out of its range.
@@ -47,16 +47,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Beams:
-    """How beam search proceeds.
+    """The options of beam search.
 
     Args:
-        count: Beams per text.
-        length_penalty: A text's score is its log-probability divided by its length to this power.
-        early_stopping: Whether to stop as soon as all beams of a text have ended; else, when
-            no open beam can be better at the length it has.
+        count: The number of beams for each text.
+        length_penalty: The score of a text is its log-probability divided by its length to this
+            power.
+        early_stopping: When the search for a text stops: True, as soon as there are ``count``
+            finished texts; False, when no unfinished text, at its present length, has a better
+            score than the worst of them.
 
     Raises:
-        InputError: There is no beam.
+        InputError: ``count`` is below 1.
     """
 
     count: int
@@ -81,30 +83,30 @@ def generate(
     pad: int = 0,
     key: Key[Array, ""] | None = None,
 ) -> Int[Array, "b n"]:
-    """Continues prompts, or gives the target texts of an encoder-decoder.
+    """Generates text: continues prompts, or writes the target texts of an encoder-decoder.
 
-    Compiled once for the shapes of the inputs and the options; the model's weights are arguments.
-    Greedy search and beam search give the tokens of `transformers`' ``generate``.
+    It compiles once for each shape of the inputs and each set of options. Greedy search and beam
+    search return the same tokens as ``generate`` of `transformers`.
 
     Args:
         model: A model with a language-model head.
-        input_ids: (b, t) prompts or source texts.
-        attention_mask: (b, t), 0 or False at padding, which stands on the left of prompts; None
-            if there is none.
-        max_new_tokens: How many tokens to generate at most.
-        sampling: Draw tokens; None for the likeliest.
-        beams: Search with beams; not with ``sampling``.
-        eos: The token or tokens that end a text; None for those of the model's configuration, ()
-            for none.
-        pad: What follows them.
+        input_ids: (b, t) token ids of the prompts or source texts.
+        attention_mask: (b, t), 0 or False at padding; prompts are padded on the left. None without
+            padding.
+        max_new_tokens: The largest number of tokens to generate.
+        sampling: Draw tokens at random; None for the likeliest token.
+        beams: Use beam search; not together with ``sampling``.
+        eos: The id or ids of tokens that end a text. None for those of the model's configuration,
+            () for texts that do not end.
+        pad: The token id that follows the end of a text.
         key: Random key of sampling.
 
     Returns:
-        (b, max_new_tokens) the new tokens, the end token included.
+        (b, max_new_tokens) the new tokens, int32, including the end token.
 
     Raises:
         InputError: The model has no language-model head or too few positions, prompts are padded
-            on the right, or a key is missing.
+            on the right, or sampling has no key.
 
     Example:
         >>> from flax import nnx
@@ -119,12 +121,12 @@ def generate(
     if attention_mask is not None:
         real = np.asarray(attention_mask).astype(bool)
     model = _checked(model, real, max_new_tokens, sampling, beams, key)
-    ends = model.config.eos_token_id if eos is None else eos  # () for none at all
+    ends = model.config.eos_token_id if eos is None else eos
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     static = {"room": max_new_tokens, "ends": ends, "pad": pad}
     if beams is not None:
         return _beam_search(model, ids, jnp.asarray(real), beams=beams, **static)
-    return _one_by_one(model, ids, jnp.asarray(real), key, sampling=sampling, **static)
+    return _greedy_or_sampled(model, ids, jnp.asarray(real), key, sampling=sampling, **static)
 
 
 def _checked(
@@ -133,8 +135,9 @@ def _checked(
     max_new_tokens: int,
     sampling: Sampling | None,
     beams: Beams | None,
-    key: Any,
+    key: Key[Array, ""] | None,
 ) -> Generative:
+    """Returns the model, if it can generate texts for these inputs and options."""
     if not isinstance(model, Generative) or not model.has_logits:
         raise InputError(
             "the model has no language-model head; load it with head='causal-lm', or "
@@ -143,7 +146,7 @@ def _checked(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not real.any(axis=1).all():
-        raise InputError("a text has no token: its attention_mask is all 0")
+        raise InputError("a text has no tokens: its attention_mask is 0 everywhere")
     if model.reads_prompts:
         if not real[:, -1].all():
             raise InputError("prompts are padded on the right; pad them on the left")
@@ -159,30 +162,29 @@ def _checked(
 
 
 def filtered(logits: Float[Array, "b vocab"], sampling: Sampling) -> Float[Array, "b vocab"]:
-    """Logits to draw from: scaled, and minus infinity for tokens that are left out.
+    """Returns the logits to draw from: scaled, and minus infinity for excluded tokens.
 
     Args:
-        logits: The model's.
+        logits: (b, vocabulary) the logits of the model.
         sampling: The options, applied in the order of its fields.
 
     Returns:
-        Logits in float32 at least.
+        (b, vocabulary) in float32 or wider.
 
     Example:
         >>> filtered(jnp.array([[1.0, 3.0, 2.0]]), Sampling(temperature=0.5, top_k=2)).tolist()
         [[-inf, 6.0, 4.0]]
     """
     logits = wide(logits) / sampling.temperature
-    nothing = -jnp.inf
     if 0 < sampling.top_k < logits.shape[-1]:
-        least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, nothing, logits)
+        smallest = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if sampling.top_p < 1:
         order = jnp.argsort(logits, axis=-1, descending=True)
         likeliest = jnp.take_along_axis(logits, order, axis=-1)
         before = jnp.cumsum(jax.nn.softmax(likeliest, axis=-1), axis=-1)
         before = before - jax.nn.softmax(likeliest, axis=-1)
-        likeliest = jnp.where(before < sampling.top_p, likeliest, nothing)
+        likeliest = jnp.where(before < sampling.top_p, likeliest, -jnp.inf)
         back = jnp.argsort(order, axis=-1)
         logits = jnp.take_along_axis(likeliest, back, axis=-1)
     return logits
@@ -196,11 +198,11 @@ def _is_end(tokens: Int[Array, "*b"], ends: tuple[int, ...]) -> Bool[Array, "*b"
 
 
 @partial(jax.jit, static_argnames=("room", "sampling", "ends", "pad"))
-def _one_by_one(
+def _greedy_or_sampled(
     model: Generative,
     ids: Array,
     real: Array,
-    key: Any,
+    key: Key[Array, ""] | None,
     *,
     room: int,
     sampling: Sampling | None,
@@ -210,51 +212,52 @@ def _one_by_one(
     b = ids.shape[0]
     logits, cache = model.begin(ids, real, room)
 
-    def drawn(i: Any, logits: Array, ended: Array) -> tuple[Array, Array]:
+    def next_tokens(i: int | Array, logits: Array, ended: Array) -> tuple[Array, Array]:
         if sampling is None:
             new = jnp.argmax(logits, axis=-1)
         else:
-            at = jax.random.fold_in(key, i)
-            new = jax.random.categorical(at, filtered(logits, sampling))
+            assert key is not None
+            step_key = jax.random.fold_in(key, i)
+            new = jax.random.categorical(step_key, filtered(logits, sampling))
         new = jnp.where(ended, pad, new.astype(jnp.int32))
         return new, ended | _is_end(new, ends)
 
     def step(state: tuple) -> tuple:
         i, tokens, ended, cache = state
         logits, cache = model.step(tokens[:, i - 1], cache)
-        new, ended = drawn(i, logits, ended)
+        new, ended = next_tokens(i, logits, ended)
         return i + 1, tokens.at[:, i].set(new), ended, cache
 
-    first, ended = drawn(0, logits, jnp.zeros(b, bool))
+    first, ended = next_tokens(0, logits, jnp.zeros(b, bool))
     tokens = jnp.full((b, room), pad, jnp.int32).at[:, 0].set(first)
     start = jnp.int32(1), tokens, ended, cache
     return lax.while_loop(lambda s: (s[0] < room) & ~s[2].all(), step, start)[1]
 
 
 class _Search(NamedTuple):
-    """The state of beam search for b texts with k beams each.
+    """The state of beam search for b texts with k beams each and up to n tokens.
 
     Args:
-        length: Tokens so far.
-        open: (b, k, n) the tokens of open beams.
-        open_scores: (b, k) their log-probabilities.
-        done: (b, k, n) the best texts that ended.
-        done_scores: (b, k) their scores, with the length penalty.
-        ended: (b, k) which of these there are.
-        hopeful: (b, 1) whether open beams can still be better.
-        stuck: Whether no candidate of the last step goes on.
-        logits: (b k, vocabulary) of the next token.
-        cache: The model's.
+        length: The number of tokens so far.
+        running: (b, k, n) the tokens of unfinished texts.
+        running_scores: (b, k) their log-probabilities.
+        finished: (b, k, n) the best finished texts.
+        finished_scores: (b, k) their scores, with the length penalty.
+        is_finished: (b, k) which of the k places hold a finished text.
+        can_improve: (b, 1) whether a running text can still become one of the best.
+        all_ended: Whether all candidates of the last step ended.
+        logits: (b k, vocabulary) the logits of the next token.
+        cache: The cache of the model.
     """
 
     length: Array
-    open: Array
-    open_scores: Array
-    done: Array
-    done_scores: Array
-    ended: Array
-    hopeful: Array
-    stuck: Array
+    running: Array
+    running_scores: Array
+    finished: Array
+    finished_scores: Array
+    is_finished: Array
+    can_improve: Array
+    all_ended: Array
     logits: Array
     cache: Any
 
@@ -271,8 +274,8 @@ def _beam_search(
     pad: int,
 ) -> Array:
     b, k = ids.shape[0], beams.count
-    never = -1e9  # adds up without becoming NaN, and loses against any log-probability
-    keep = max(2, 1 + len(ends)) * k  # so that k candidates go on even if all others end
+    never = -1e9  # sums of it are finite, and it is below every log-probability
+    keep = max(2, 1 + len(ends)) * k  # so that at least k candidates do not end
 
     def pick(x: Array, index: Array) -> Array:
         return jax.vmap(lambda x, i: x[i])(x, index)
@@ -280,47 +283,47 @@ def _beam_search(
     def step(s: _Search) -> _Search:
         scores = jax.nn.log_softmax(wide(s.logits), axis=-1).reshape(b, k, -1)
         vocabulary = scores.shape[-1]
-        scores = (scores + s.open_scores[..., None]).reshape(b, -1)
+        scores = (scores + s.running_scores[..., None]).reshape(b, -1)
         scores, flat = lax.top_k(scores, keep)
         beam, token = flat // vocabulary, (flat % vocabulary).astype(jnp.int32)
-        texts = pick(s.open, beam).at[:, :, s.length].set(token)
+        texts = pick(s.running, beam).at[:, :, s.length].set(token)
         ends_now = _is_end(token, ends) | (s.length + 1 >= room)
 
         best, index = lax.top_k(jnp.where(ends_now, scores + never, scores), k)
         parents, tokens = pick(beam, index), pick(token, index)
 
-        # Of the candidates only the first k may end; the others are there to go on.
+        # Only the first k candidates may finish; the others replace those that end.
         counted = ends_now & (jnp.arange(keep) < k)[None]
         length = (s.length + 1).astype(scores.dtype)
         final = scores / length**beams.length_penalty
-        full = s.ended.all(-1, keepdims=True) & beams.early_stopping
-        final = final + jnp.where(full, never, 0) + jnp.where(s.hopeful, 0, never)
+        full = s.is_finished.all(-1, keepdims=True) & beams.early_stopping
+        final = final + jnp.where(full, never, 0) + jnp.where(s.can_improve, 0, never)
         final = final + jnp.where(counted, 0, never)
-        merged = jnp.concatenate([s.done_scores, final], axis=1)
-        done_scores, kept = lax.top_k(merged, k)
-        ended = pick(jnp.concatenate([s.ended, counted], axis=1), kept)
+        merged = jnp.concatenate([s.finished_scores, final], axis=1)
+        finished_scores, kept = lax.top_k(merged, k)
+        is_finished = pick(jnp.concatenate([s.is_finished, counted], axis=1), kept)
 
-        worst = jnp.where(ended, done_scores.min(-1, keepdims=True), never)
+        worst = jnp.where(is_finished, finished_scores.min(-1, keepdims=True), never)
         possible = best[:, :1] / length**beams.length_penalty
         rows = (parents + jnp.arange(b)[:, None] * k).reshape(-1)
         cache = jax.tree.map(lambda x: x[rows] if x.ndim else x, s.cache)
         logits, cache = model.step(tokens.reshape(-1), cache)
         return _Search(
             length=s.length + 1,
-            open=pick(texts, index),
-            open_scores=best,
-            done=pick(jnp.concatenate([s.done, texts], axis=1), kept),
-            done_scores=done_scores,
-            ended=ended,
-            hopeful=s.hopeful & (possible > worst).any(-1, keepdims=True),
-            stuck=ends_now.all(),
+            running=pick(texts, index),
+            running_scores=best,
+            finished=pick(jnp.concatenate([s.finished, texts], axis=1), kept),
+            finished_scores=finished_scores,
+            is_finished=is_finished,
+            can_improve=s.can_improve & (possible > worst).any(-1, keepdims=True),
+            all_ended=ends_now.all(),
             logits=logits,
             cache=cache,
         )
 
-    def goes_on(s: _Search) -> Array:
-        open_beam = ~(s.ended.all() & beams.early_stopping)
-        return s.hopeful.any() & open_beam & ~s.stuck & (s.length < room)
+    def is_running(s: _Search) -> Array:
+        stopped_early = s.is_finished.all() & beams.early_stopping
+        return s.can_improve.any() & ~stopped_early & ~s.all_ended & (s.length < room)
 
     logits, cache = jax.tree.map(
         lambda x: jnp.repeat(x, k, axis=0) if x.ndim else x, model.begin(ids, real, room)
@@ -328,15 +331,15 @@ def _beam_search(
     empty = jnp.full((b, k, room), pad, jnp.int32)
     start = _Search(
         length=jnp.int32(0),
-        open=empty,
-        # All beams are equal at first: only one of them counts.
-        open_scores=jnp.where(jnp.arange(k) == 0, 0.0, never)[None].repeat(b, 0),
-        done=empty,
-        done_scores=jnp.full((b, k), never),
-        ended=jnp.zeros((b, k), bool),
-        hopeful=jnp.ones((b, 1), bool),
-        stuck=jnp.array(False),
+        running=empty,
+        # All beams are equal at the start: only one of them counts.
+        running_scores=jnp.where(jnp.arange(k) == 0, 0.0, never)[None].repeat(b, 0),
+        finished=empty,
+        finished_scores=jnp.full((b, k), never),
+        is_finished=jnp.zeros((b, k), bool),
+        can_improve=jnp.ones((b, 1), bool),
+        all_ended=jnp.array(False),
         logits=logits,
         cache=cache,
     )
-    return lax.while_loop(goes_on, step, start).done[:, 0]
+    return lax.while_loop(is_running, step, start).finished[:, 0]

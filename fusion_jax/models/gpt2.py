@@ -7,23 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, read_fields
+from fusion_jax.models.base import Family, Head, config_from_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import LayerNorm, Memory, Window, attention
-from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRules, Rule
+from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
+from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Config:
-    """The fields of a GPT-2 ``config.json`` that matter here, with its defaults."""
+    """The fields of a GPT-2 ``config.json`` that the model uses, with GPT-2's defaults."""
 
     model_type: str = "gpt2"
     vocab_size: int = 50257
@@ -45,23 +44,13 @@ class Gpt2Config:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Gpt2Config:
-        """Reads a ``config.json``.
-
-        Args:
-            config: Its fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: It asks for a variant that is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("add_cross_attention"):
-            raise InputError("only decoders alone are implemented, not add_cross_attention")
-        result = read_fields(cls, config)
+            raise InputError("add_cross_attention is not implemented")
+        result = config_from_fields(cls, config)
         activation(result.activation_function)
         if result.n_embd % result.n_head:
-            raise InputError(f"n_embd {result.n_embd} is no multiple of n_head {result.n_head}")
+            raise InputError(f"n_embd {result.n_embd} is not a multiple of n_head {result.n_head}")
         return result
 
     @property
@@ -71,12 +60,12 @@ class Gpt2Config:
 
 
 class Layer(nnx.Module):
-    """One layer: a norm before attention and before the MLP, each with a residual around it."""
+    """One layer: attention and MLP, each behind a norm and inside a residual connection."""
 
     def __init__(self, config: Gpt2Config, index: int, param_dtype: Any, rngs: nnx.Rngs):
         d = config.n_embd
         init = nnx.initializers.normal(config.initializer_range)
-        # Smaller where layers add to the residual, as GPT-2 was initialised.
+        # GPT-2's initial output projections are smaller the more layers add to the residual.
         residual = nnx.initializers.normal(config.initializer_range / (2 * config.n_layer) ** 0.5)
         common = {"param_dtype": param_dtype, "rngs": rngs}
         norm = partial(LayerNorm, d, epsilon=config.layer_norm_epsilon, **common)
@@ -89,40 +78,40 @@ class Layer(nnx.Module):
         self.out = nnx.Linear(d, d, kernel_init=residual, **common)
         self.mlp_norm = norm()
         self.mlp = Mlp(d, config.width, act=config.activation_function, kernel_init=init, **common)
-        self.attention_dropout = nnx.Dropout(config.attn_pdrop)
-        self.dropout = nnx.Dropout(config.resid_pdrop)
+        self.attention_dropout = Dropout(config.attn_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         seen: Window,
-        memory: Memory,
+        cache: CacheUpdate,
         context: None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], None]:
-        """The input of the next layer."""
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        """Returns the input of the next layer; there is no router."""
+        keys = split_key(key, 3)
         qkv = self.qkv(self.attention_norm(x))
         q, k, v = (a.reshape(*x.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         y = attention(
             q,
-            *memory.extended(k, v),
+            *cache.extended(k, v),
             seen.visible,
             self.attention_dropout,
             keys[0],
             scale=self.scale,
         )
         y = self.out(y.reshape(x.shape))
-        x = x + self.dropout(y, rngs=keys[1], deterministic=key is None)
+        x = x + self.dropout(y, keys[1])
         y = self.mlp(self.mlp_norm(x))
-        return x + self.dropout(y, rngs=keys[2], deterministic=key is None), None
+        return x + self.dropout(y, keys[2]), None
 
 
 class Gpt2(CausalLm):
     """A GPT-2 decoder.
 
     Args:
-        config: Its configuration.
+        config: The configuration.
         head: ``"causal-lm"`` for logits, or None.
         param_dtype: The dtype of the parameters, in which the model also computes.
         rngs: Random keys of the initial parameters.
@@ -155,35 +144,34 @@ class Gpt2(CausalLm):
             if head and not config.tie_word_embeddings
             else None,
             head=head,
-            groups=config.n_head,
+            kv_heads=config.n_head,
             head_dim=config.n_embd // config.n_head,
-            reaches=(None,) * config.n_layer,
+            sliding_windows=(None,) * config.n_layer,
         )
         self.max_length = config.n_positions
         self.position = embed(config.n_positions)
-        self.dropout = nnx.Dropout(config.embd_pdrop)
+        self.dropout = Dropout(config.embd_pdrop)
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
-        """Token embeddings plus position embeddings."""
-        x = self.word(ids) + self.position(positions)
-        return self.dropout(x, rngs=key, deterministic=key is None)
+        """Returns token embeddings plus position embeddings."""
+        return self.dropout(self.word(ids) + self.position(positions), key)
 
 
 _RULES = (
-    Rule("word", "wte", EMBED),
-    Rule("position", "wpe", EMBED),
-    Rule("layers.{l}.attention_norm", "h.{l}.ln_1", NORM),
-    Rule("layers.{l}.qkv", "h.{l}.attn.c_attn", CONV1D),
-    Rule("layers.{l}.out", "h.{l}.attn.c_proj", CONV1D),
-    Rule("layers.{l}.mlp_norm", "h.{l}.ln_2", NORM),
-    Rule("layers.{l}.mlp.up", "h.{l}.mlp.c_fc", CONV1D),
-    Rule("layers.{l}.mlp.down", "h.{l}.mlp.c_proj", CONV1D),
-    Rule("norm", "ln_f", NORM),
-    Rule("lm_head", "lm_head", LINEAR, in_base=False),
+    KeyRule("word", "wte", EMBED),
+    KeyRule("position", "wpe", EMBED),
+    KeyRule("layers.{l}.attention_norm", "h.{l}.ln_1", NORM),
+    KeyRule("layers.{l}.qkv", "h.{l}.attn.c_attn", CONV1D),
+    KeyRule("layers.{l}.out", "h.{l}.attn.c_proj", CONV1D),
+    KeyRule("layers.{l}.mlp_norm", "h.{l}.ln_2", NORM),
+    KeyRule("layers.{l}.mlp.up", "h.{l}.mlp.c_fc", CONV1D),
+    KeyRule("layers.{l}.mlp.down", "h.{l}.mlp.c_proj", CONV1D),
+    KeyRule("norm", "ln_f", NORM),
+    KeyRule("lm_head", "lm_head", LINEAR, in_base=False),
 )
-# The causal mask, which old checkpoints hold as a buffer, and the tied copy of the embeddings.
+# The causal mask, a buffer in old checkpoints, and the tied copy of the embeddings.
 _IGNORED = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight")
 
 

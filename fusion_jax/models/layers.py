@@ -1,4 +1,4 @@
-"""What two or more architectures share."""
+"""Layers, attention, and the cache of decoders, for all architectures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.nn.dtypes import wide
 
 ArrayLike = Array | np.ndarray
-"""What models take: JAX arrays, or NumPy's as tokenizers give them."""
+"""The inputs of models: JAX arrays, or NumPy arrays as tokenizers return them."""
+
+KeysValues = tuple[Float[Array, "b s g f"], Float[Array, "b s g f"]]
+"""The keys and the values of attention."""
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> tuple[Key[Array, ""] | None, ...]:
+    """Returns random keys for several uses; None for each if there is no key."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))
+
+
+def token_mask(
+    ids: Int[Array, "b t"], attention_mask: Shaped[ArrayLike, "b t"] | None
+) -> Bool[Array, "b t"]:
+    """Returns where tokens are not padding; everywhere if there is no mask."""
+    if attention_mask is None:
+        return jnp.ones(ids.shape, bool)
+    return jnp.asarray(attention_mask).astype(bool)
+
+
+class Dropout(nnx.Dropout):
+    """Dropout that is on exactly if it is called with a random key."""
+
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "*n"], key: Key[Array, ""] | None
+    ) -> Float[Array, "*n"]:
+        """Drops elements; returns the input if the key is None."""
+        return super().__call__(x, rngs=key, deterministic=key is None)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation computed in float32 at least and returned in the dtype of its input."""
+    """Layer normalization, computed in float32 or wider and returned in the dtype of the input."""
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
         """Normalises the last axis."""
@@ -34,7 +61,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RmsNorm(nnx.RMSNorm):
-    """Root-mean-square normalisation in float32 at least, returned in the dtype of its input."""
+    """Root-mean-square normalization, in float32 or wider; returned in the dtype of the input."""
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
         """Normalises the last axis."""
@@ -50,23 +77,24 @@ def attention(
     key: Float[Array, "b s g f"],
     value: Float[Array, "b s g f"],
     visible: Bool[Array, "b 1 #t s"],
-    dropout: nnx.Dropout,
+    dropout: Dropout,
     dropout_key: Key[Array, ""] | None,
     *,
     scale: float | None = None,
     bias: Float[Array, "1 h t s"] | None = None,
 ) -> Float[Array, "b t h f"]:
-    """Scaled dot-product attention, with the softmax in float32 at least.
+    """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
     Args:
         query: (b, t, h, f) for b examples, t positions, h heads of f features.
-        key: (b, s, g, f) for g groups of heads that share keys and values; mostly g = h.
+        key: (b, s, g, f) for s positions and g key-value heads; h / g query heads share each of
+            them.
         value: (b, s, g, f).
-        visible: Which positions s each position t sees; broadcast over positions.
+        visible: (b, 1, t, s) or (b, 1, 1, s): which positions s each position t attends to.
         dropout: Dropout of the attention weights.
-        dropout_key: Its random key, or None for none.
-        scale: Factor of the scores; None for 1 / sqrt(f).
-        bias: What is added to the scores of each head.
+        dropout_key: Its random key; None for no dropout.
+        scale: The factor of the scores; None for 1 / sqrt(f).
+        bias: (1, h, t, s), added to the scores.
 
     Returns:
         (b, t, h, f) in the dtype of the values.
@@ -77,21 +105,21 @@ def attention(
     scores = scores * (1 / math.sqrt(f) if scale is None else scale)
     if bias is not None:
         scores = scores + wide(bias).reshape(1, *scores.shape[1:])
-    # Finite, so that a row that sees nothing (padding) gives numbers and not NaN.
+    # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = dropout(weights, rngs=dropout_key, deterministic=dropout_key is None)
+    weights = dropout(weights, dropout_key)
     return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions that a decoder has read, in a fixed number of slots.
+    """The keys and values of the tokens that a decoder has read, in a fixed number of slots.
 
     Args:
-        keys: (b, s, g, f) of every layer.
-        values: Likewise.
-        real: (b, s), which slots hold tokens: not padding, and written already.
-        length: How many slots are written.
+        keys: (b, s, g, f) for each layer: s slots, g key-value heads of f features.
+        values: (b, s, g, f) for each layer.
+        real: (b, s), which slots hold a token that is not padding.
+        length: The number of slots in use.
     """
 
     keys: tuple[Float[Array, "b s g f"], ...]
@@ -101,19 +129,19 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, b: int, slots: int, layers: int, groups: int, f: int, dtype: Any) -> Cache:
-        """A cache of which no slot is written."""
+        """Returns a cache without tokens."""
         empty = (jnp.zeros((b, slots, groups, f), dtype),) * layers
         return cls(empty, empty, jnp.zeros((b, slots), bool), jnp.int32(0))
 
 
 class Window(NamedTuple):
-    """What the positions of one call see: earlier ones in the cache, and each other.
+    """What the tokens of one call can attend to: the tokens in the cache, and each other.
 
     Args:
-        visible: (b, 1, t, s) which slots, or positions, each position sees.
-        real: (b, s) which slots hold tokens, those of this call included.
-        slots: (t,) the slots of this call's positions.
-        positions: (b, t) the number of each token in its text, not counting padding.
+        visible: (b, 1, t, s), the slots that each token attends to.
+        real: (b, s), which slots hold a token that is not padding, including this call's tokens.
+        slots: (t,) the slots of this call's tokens.
+        positions: (b, t) the position of each token in its text, without padding.
     """
 
     visible: Bool[Array, "b 1 t s"]
@@ -122,13 +150,14 @@ class Window(NamedTuple):
     positions: Int[Array, "b t"]
 
 
-def window(real: Bool[Array, "b t"], cache: Cache | None, reach: int | None = None) -> Window:
-    """What a causal decoder's positions see.
+def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = None) -> Window:
+    """Returns what the tokens of a causal decoder can attend to.
 
     Args:
-        real: Where this call's tokens are not padding.
-        cache: What earlier calls left, if anything.
-        reach: How many slots back a position sees, itself included; None for all.
+        real: (b, t), where this call's tokens are not padding.
+        cache: The cache after earlier calls, if there is one.
+        size: The number of slots that a token attends to: its own and those before it. None for
+            all.
 
     Returns:
         The window.
@@ -141,25 +170,23 @@ def window(real: Bool[Array, "b t"], cache: Cache | None, reach: int | None = No
     counts = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(counts[:, slots] - 1, 0)
     distance = slots[:, None] - jnp.arange(real.shape[1])[None]
-    seen = (distance >= 0) & (distance < (real.shape[1] if reach is None else reach))
+    seen = (distance >= 0) & (distance < (real.shape[1] if size is None else size))
     return Window(seen[None, None] & real[:, None, None], real, slots, positions)
 
 
-class Memory:
-    """Reads and writes a cache layer by layer, within one call.
+class CacheUpdate:
+    """Updates a cache layer by layer, within one call of a model.
 
     Args:
-        cache: The cache, or None to keep nothing.
+        cache: The cache before the call; None for a call without a cache.
     """
 
     def __init__(self, cache: Cache | None):
         self.cache = cache
         self._new: list[tuple[Array, Array]] = []
 
-    def extended(
-        self, key: Float[Array, "b t g f"], value: Float[Array, "b t g f"]
-    ) -> tuple[Float[Array, "b s g f"], Float[Array, "b s g f"]]:
-        """The next layer's keys and values: those in the cache, then these."""
+    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g f"]) -> KeysValues:
+        """Adds the keys and values of the next layer; returns them with those of the cache."""
         if self.cache is None:
             return key, value
         layer, zero = len(self._new), jnp.int32(0)
@@ -169,8 +196,8 @@ class Memory:
         self._new.append((k, v))
         return k, v
 
-    def written(self, seen: Window) -> Cache | None:
-        """The cache after all layers."""
+    def result(self, seen: Window) -> Cache | None:
+        """Returns the cache after all layers."""
         if self.cache is None:
             return None
         keys, values = zip(*self._new, strict=True)

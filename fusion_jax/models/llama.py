@@ -1,4 +1,4 @@
-"""Llama and what is built like it: Mistral, Qwen2, Qwen3; with experts Mixtral, Qwen2/3-MoE."""
+"""Llama and similar models: Mistral, Qwen2, Qwen3; with experts Mixtral, Qwen2-MoE, Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, read_fields
+from fusion_jax.models.base import Family, Head, config_from_fields
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import Memory, RmsNorm, Window, attention
+from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, Window, attention, split_key
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
-from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
+from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import GatedMlp
 from fusion_jax.nn.submlps import activation
 
-# Where the defaults of a model type are not those of Llama, for what its config.json leaves out.
+# Defaults of the fields that a config.json may omit, where they differ from those of Llama.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -54,11 +53,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The fields of a Llama-like ``config.json`` that matter here, with Llama's defaults.
+    """The fields of a Llama-like ``config.json`` that the model uses, with Llama's defaults.
 
-    Made by `from_json`, which works out a few of them: ``reaches`` says how many positions back
-    each layer sees, ``sparse`` which layers have experts, ``qkv_bias`` and ``out_bias`` which
-    projections of attention have biases. Without a shared expert its size is 0.
+    `from_json` derives some fields: ``sliding_windows`` is the number of positions that a token
+    attends to in each layer (None for all), ``sparse`` says which layers have experts, and
+    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. A size of 0 means
+    that there is no shared expert.
     """
 
     model_type: str = "llama"
@@ -83,99 +83,89 @@ class LlamaConfig:
     router_jitter_noise: float = 0.0
     eos_token_id: int | tuple[int, ...] | None = None
     rope: Rope = field(default_factory=Rope)
-    reaches: tuple[int | None, ...] = ()
+    sliding_windows: tuple[int | None, ...] = ()
     sparse: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Reads a ``config.json``.
-
-        Args:
-            config: Its fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: It asks for a variant that is not implemented.
-        """
-        kind = config["model_type"]
-        config = {**_DEFAULTS[kind], **config}
-        result = read_fields(cls, config, rope=Rope.from_json(config))
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
+        model_type = config["model_type"]
+        config = {**_DEFAULTS[model_type], **config}
+        result = config_from_fields(cls, config, rope=Rope.from_json(config))
         activation(result.hidden_act)
         heads = result.num_attention_heads
         bias = bool(config.get("attention_bias"))
         changes: dict[str, Any] = {
             "num_key_value_heads": result.num_key_value_heads or heads,
             "head_dim": result.head_dim or result.hidden_size // heads,
-            "reaches": _reaches(config, result.num_hidden_layers),
-            "qkv_bias": bias or kind == "qwen2",
+            "sliding_windows": _sliding_windows(config, result.num_hidden_layers),
+            "qkv_bias": bias or model_type == "qwen2",
             "out_bias": bias,
             "num_experts": config.get("num_local_experts") or result.num_experts,
             "moe_intermediate_size": result.moe_intermediate_size or result.intermediate_size,
         }
-        if kind == "qwen2_moe":
+        if model_type == "qwen2_moe":
             changes |= {"qkv_bias": bool(config.get("qkv_bias", True)), "out_bias": False}
         changes["sparse"] = _sparse(config, result.num_hidden_layers, changes["num_experts"])
         result = replace(result, **changes)
         if heads % result.num_key_value_heads:
             raise InputError(
-                f"num_attention_heads {heads} is no multiple of "
+                f"num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {result.num_key_value_heads}"
             )
         return result
 
 
 def _sparse(config: Mapping[str, Any], layers: int, experts: int) -> tuple[bool, ...]:
-    """Which layers have experts: in Qwen every so many, but for a list of exceptions."""
+    """Returns which layers have experts: in Qwen every n-th layer, except for listed ones."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
     if step < 1:
         raise InputError(f"decoder_sparse_step must be at least 1; got {step}")
     return tuple(experts > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers))
 
 
-def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """How many positions back each layer sees: Qwen has a switch, and windows in some layers."""
-    kind, reach = config["model_type"], config.get("sliding_window")
-    if kind == "llama" or not reach:
+def _sliding_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Returns the window of each layer: Qwen has a switch, and windows in some layers only."""
+    model_type, size = config["model_type"], config.get("sliding_window")
+    if model_type == "llama" or not size:
         return (None,) * layers
-    if not kind.startswith("qwen"):
-        return (reach,) * layers
+    if not model_type.startswith("qwen"):
+        return (size,) * layers
     if not config.get("use_sliding_window"):
         return (None,) * layers
     first = config.get("max_window_layers", 28)
-    windows = {
+    sliding = {
         "qwen2_moe": [i < first and i % 2 == 0 for i in range(layers)],
         "qwen3_moe": [True] * layers,
-    }.get(kind, [i >= first for i in range(layers)])
-    if config.get("layer_types") and kind != "qwen3_moe":
-        windows = [each == "sliding_attention" for each in config["layer_types"]]
-    return tuple(reach if each else None for each in windows)
+    }.get(model_type, [i >= first for i in range(layers)])
+    if config.get("layer_types") and model_type != "qwen3_moe":
+        sliding = [layer_type == "sliding_attention" for layer_type in config["layer_types"]]
+    return tuple(size if has_window else None for has_window in sliding)
 
 
 class Attention(nnx.Module):
-    """Attention with rotary positions, in groups of heads that share keys and values."""
+    """Attention with rotary positions; groups of query heads share keys and values."""
 
-    def __init__(self, config: LlamaConfig, parts: _Parts):
+    def __init__(self, config: LlamaConfig, make: _LayerFactory):
         d, f = config.hidden_size, config.head_dim
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = config.rope, f
-        self.query = parts.linear(d, heads * f, use_bias=config.qkv_bias)
-        self.key = parts.linear(d, groups * f, use_bias=config.qkv_bias)
-        self.value = parts.linear(d, groups * f, use_bias=config.qkv_bias)
-        self.out = parts.linear(heads * f, d, use_bias=config.out_bias)
+        self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
+        self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
+        self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
+        self.out = make.linear(heads * f, d, use_bias=config.out_bias)
         normed = config.model_type.startswith("qwen3")
-        self.query_norm = parts.norm(f) if normed else None
-        self.key_norm = parts.norm(f) if normed else None
-        self.dropout = nnx.Dropout(config.attention_dropout)
+        self.query_norm = make.norm(f) if normed else None
+        self.key_norm = make.norm(f) if normed else None
+        self.dropout = Dropout(config.attention_dropout)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 t s"],
-        memory: Memory,
+        cache: CacheUpdate,
         angles: Float[Array, "b t half"],
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
@@ -188,12 +178,12 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = (self.rope.rotated(a, angles) for a in (q, k))
-        y = attention(q, *memory.extended(k, v), visible, self.dropout, key)
+        y = attention(q, *cache.extended(k, v), visible, self.dropout, key)
         return self.out(y.reshape(b, t, -1))
 
 
-class _Parts:
-    """Makes the layers of a model: its initialiser, dtype, epsilon and keys in one place."""
+class _LayerFactory:
+    """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
 
     def __init__(self, config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
@@ -216,7 +206,7 @@ class _Parts:
             config.hidden_size,
             config.num_experts,
             top_k=config.num_experts_per_tok,
-            normalised=config.norm_topk_prob,
+            normalized=config.norm_topk_prob,
             jitter=config.router_jitter_noise,
             shared=partial(self.mlp, width=shared) if shared else None,
             kernel_init=init,
@@ -227,25 +217,25 @@ class _Parts:
 
 
 class Layer(nnx.Module):
-    """One layer: a norm before attention and before the MLP, each with a residual around it."""
+    """One layer: attention and MLP, each behind a norm and inside a residual connection."""
 
-    def __init__(self, config: LlamaConfig, sparse: bool, parts: _Parts):
-        self.attention_norm = parts.norm(config.hidden_size)
-        self.attention = Attention(config, parts)
-        self.mlp_norm = parts.norm(config.hidden_size)
-        self.mlp = parts.moe() if sparse else parts.dense()
+    def __init__(self, config: LlamaConfig, sparse: bool, make: _LayerFactory):
+        self.attention_norm = make.norm(config.hidden_size)
+        self.attention = Attention(config, make)
+        self.mlp_norm = make.norm(config.hidden_size)
+        self.mlp = make.moe() if sparse else make.dense()
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         seen: Window,
-        memory: Memory,
+        cache: CacheUpdate,
         context: Float[Array, "b t half"],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
-        """The input of the next layer, and the logits of the router, if there is one."""
-        keys = (None,) * 2 if key is None else tuple(jax.random.split(key))
-        x = x + self.attention(self.attention_norm(x), seen.visible, memory, context, keys[0])
+        """Returns the input of the next layer, and the logits of the router, if there is one."""
+        keys = split_key(key, 2)
+        x = x + self.attention(self.attention_norm(x), seen.visible, cache, context, keys[0])
         y, router = self.mlp_norm(x), None
         if isinstance(self.mlp, Moe):
             y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
@@ -258,7 +248,7 @@ class Llama(CausalLm):
     """A Llama-like decoder.
 
     Args:
-        config: Its configuration.
+        config: The configuration.
         head: ``"causal-lm"`` for logits, or None.
         param_dtype: The dtype of the parameters, in which the model also computes.
         rngs: Random keys of the initial parameters.
@@ -280,75 +270,75 @@ class Llama(CausalLm):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        parts = _Parts(config, param_dtype, rngs)
+        make = _LayerFactory(config, param_dtype, rngs)
         d, vocab = config.hidden_size, config.vocab_size
         untied = head is not None and not config.tie_word_embeddings
         super().__init__(
             config,
-            word=parts.embed(vocab, d),
-            layers=[Layer(config, sparse, parts) for sparse in config.sparse],
-            norm=parts.norm(d),
-            lm_head=parts.linear(d, vocab, use_bias=False) if untied else None,
+            word=make.embed(vocab, d),
+            layers=[Layer(config, sparse, make) for sparse in config.sparse],
+            norm=make.norm(d),
+            lm_head=make.linear(d, vocab, use_bias=False) if untied else None,
             head=head,
-            groups=config.num_key_value_heads,
+            kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            reaches=config.reaches,
+            sliding_windows=config.sliding_windows,
         )
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
-        """Token embeddings."""
+        """Returns token embeddings."""
         return self.word(ids)
 
     def context(self, positions: Int[Array, "b t"]) -> Float[Array, "b t half"]:
-        """The angles of the rotary embedding."""
+        """Returns the angles of the rotary embedding."""
         return self.config.rope.angles(positions, self.config.head_dim)
 
 
 _ATTENTION = "layers.{l}.self_attn"
 _RULES = (
-    Rule("word", "embed_tokens", EMBED),
-    Rule("layers.{l}.attention_norm", "layers.{l}.input_layernorm", NORM),
-    Rule("layers.{l}.attention.query", f"{_ATTENTION}.q_proj", LINEAR),
-    Rule("layers.{l}.attention.key", f"{_ATTENTION}.k_proj", LINEAR),
-    Rule("layers.{l}.attention.value", f"{_ATTENTION}.v_proj", LINEAR),
-    Rule("layers.{l}.attention.out", f"{_ATTENTION}.o_proj", LINEAR),
-    Rule("layers.{l}.attention.query_norm", f"{_ATTENTION}.q_norm", NORM),
-    Rule("layers.{l}.attention.key_norm", f"{_ATTENTION}.k_norm", NORM),
-    Rule("layers.{l}.mlp_norm", "layers.{l}.post_attention_layernorm", NORM),
-    Rule("norm", "norm", NORM),
-    Rule("lm_head", "lm_head", LINEAR, in_base=False),
+    KeyRule("word", "embed_tokens", EMBED),
+    KeyRule("layers.{l}.attention_norm", "layers.{l}.input_layernorm", NORM),
+    KeyRule("layers.{l}.attention.query", f"{_ATTENTION}.q_proj", LINEAR),
+    KeyRule("layers.{l}.attention.key", f"{_ATTENTION}.k_proj", LINEAR),
+    KeyRule("layers.{l}.attention.value", f"{_ATTENTION}.v_proj", LINEAR),
+    KeyRule("layers.{l}.attention.out", f"{_ATTENTION}.o_proj", LINEAR),
+    KeyRule("layers.{l}.attention.query_norm", f"{_ATTENTION}.q_norm", NORM),
+    KeyRule("layers.{l}.attention.key_norm", f"{_ATTENTION}.k_norm", NORM),
+    KeyRule("layers.{l}.mlp_norm", "layers.{l}.post_attention_layernorm", NORM),
+    KeyRule("norm", "norm", NORM),
+    KeyRule("lm_head", "lm_head", LINEAR, in_base=False),
 )
 
 
-def _mlp_rules(ours: str, theirs: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
+def _mlp_rules(ours: str, theirs: str, names: tuple[str, str, str]) -> tuple[KeyRule, ...]:
     pairs = zip(("gate", "up", "down"), names, strict=True)
     return tuple(
-        Rule(f"layers.{{l}}.{ours}.{a}", f"layers.{{l}}.{theirs}.{b}", LINEAR) for a, b in pairs
+        KeyRule(f"layers.{{l}}.{ours}.{a}", f"layers.{{l}}.{theirs}.{b}", LINEAR) for a, b in pairs
     )
 
 
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 _MLP = _mlp_rules("mlp", "mlp", _NAMES)
 _QWEN = (
-    Rule("layers.{l}.mlp.router", "layers.{l}.mlp.gate", LINEAR),
+    KeyRule("layers.{l}.mlp.router", "layers.{l}.mlp.gate", LINEAR),
     *_mlp_rules("mlp.experts", "mlp.experts.{e}", _NAMES),
     *_MLP,
 )
 _MLPS = {
     "mixtral": (
-        Rule("layers.{l}.mlp.router", "layers.{l}.block_sparse_moe.gate", LINEAR),
+        KeyRule("layers.{l}.mlp.router", "layers.{l}.block_sparse_moe.gate", LINEAR),
         *_mlp_rules("mlp.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2")),
     ),
     "qwen2_moe": (
         *_QWEN,
         *_mlp_rules("mlp.shared", "mlp.shared_expert", _NAMES),
-        Rule("layers.{l}.mlp.shared_gate", "layers.{l}.mlp.shared_expert_gate", LINEAR),
+        KeyRule("layers.{l}.mlp.shared_gate", "layers.{l}.mlp.shared_expert_gate", LINEAR),
     ),
     "qwen3_moe": _QWEN,
 }
-# Frequencies that old checkpoints hold as a buffer, and a head that is tied or not asked for.
+# Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
 _IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routers, and experts on the positions that are routed to them."""
+"""Mixtures of experts: a router, experts on the positions routed to them, and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import matrix_of
 from fusion_jax.nn.mlp import Mlp, experts
 
-MANY = 256
-"""Positions from which on the number of slots follows their use."""
+MANY_POSITIONS = 256
+"""From this number of positions on, the number of slots adapts to the use of the experts."""
 
 
 class Moe(nnx.Module):
     """A router and its experts, in place of an MLP.
 
-    The router computes in float32. Experts compute on slots, as many for each, of which empty ones
-    cost as much as full ones. Without a capacity no position is dropped: there are twice as many
-    slots as a router that uses all experts alike would fill, or, where that is too few for some
-    expert, four times as many, and so on. With a capacity, a sequence's positions beyond it are
-    dropped, first come first served, and the layer gives zero for them.
+    The router computes in float32. Every expert computes on the same number of slots; an empty
+    slot costs as much as a full one. Without a capacity no position is dropped: an expert has twice
+    as many slots as it would need if the router used all experts equally, or four times as many if
+    some expert needs more than that, and so on. With a capacity, an expert takes the first
+    positions of a sequence that are routed to it and drops the rest; the layer returns zero there.
 
     Args:
         make: Makes one expert; see `fusion_jax.experts`.
-        d: Inputs and outputs.
-        count: Number of experts.
-        top_k: How many of them each position is routed to.
-        normalised: Whether the weights of a position's experts are made to add up to 1.
-        capacity: Most positions of one sequence that one expert takes, or None.
-        jitter: The router's inputs are multiplied by up to 1 +- this in training.
+        d: The number of inputs and outputs.
+        count: The number of experts.
+        top_k: The number of experts that each position is routed to.
+        normalized: Whether the weights of a position's experts are scaled to add up to 1.
+        capacity: The largest number of positions of one sequence that an expert takes; None for
+            no limit.
+        jitter: In training, the inputs of the router are multiplied by random factors from
+            1 - jitter to 1 + jitter.
         router_bias: Whether the router has a bias.
-        shared: Makes an expert that computes at every position and whose outputs are multiplied by
-            a sigmoid of a linear map of its inputs; None for none.
-        kernel_init: Initialiser of the router.
+        shared: Makes an expert that computes at every position, with outputs multiplied by a
+            sigmoid of a linear map of its inputs; None for no shared expert.
+        kernel_init: The initializer of the router.
         param_dtype: The dtype of the parameters.
         rngs: Random keys of the initial parameters.
 
@@ -55,7 +57,7 @@ class Moe(nnx.Module):
         count: int,
         *,
         top_k: int,
-        normalised: bool,
+        normalized: bool,
         capacity: int | None = None,
         jitter: float = 0.0,
         router_bias: bool = False,
@@ -64,7 +66,7 @@ class Moe(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.top_k, self.normalised = top_k, normalised
+        self.top_k, self.normalized = top_k, normalized
         self.capacity, self.jitter = capacity, jitter
         linear = partial(nnx.Linear, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
         self.router = linear(d, count, use_bias=router_bias)
@@ -78,16 +80,17 @@ class Moe(nnx.Module):
         key: Key[Array, ""] | None,
         real: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
-        """The weighted sum of the chosen experts' outputs, and the router's logits in float32.
+        """Returns the weighted sum of the chosen experts' outputs, and the router's logits.
 
-        Where ``real`` is False no expert computes: padding is alike, and would crowd a few.
+        No expert computes where ``real`` is False: all padding is alike and would overload a few
+        experts.
         """
         logits = self.router_logits(x, key)
         weights, chosen = self.routes(logits)
         if real is not None:
             chosen &= real[..., None]
         rows, flat = (a.reshape(-1, a.shape[-1]).T for a in (chosen, weights))
-        # Chosen positions first; a sort of booleans that keeps their order.
+        # Chosen positions first, in their order.
         order = jnp.argsort(~rows, axis=1, stable=True)
         flat = jnp.where(rows, flat, 0)
 
@@ -101,10 +104,11 @@ class Moe(nnx.Module):
 
             return run
 
-        slots = self.slots(*x.shape[:2])
+        slots = self.slot_counts(*x.shape[:2])
         branches = [with_slots(count) for count in slots]
         if len(slots) > 1:
-            # For the backward pass, a conditional keeps what any branch would; so none keeps any.
+            # A conditional stores the intermediate results of all branches for the backward pass.
+            # With checkpoints, the branches store none.
             branches = [jax.checkpoint(run) for run in branches]
         most = rows.sum(axis=1, dtype=jnp.int32).max()
         too_few = most > jnp.array(slots[:-1], jnp.int32)
@@ -114,14 +118,14 @@ class Moe(nnx.Module):
             y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
         return y, logits
 
-    def slots(self, b: int, t: int) -> list[int]:
-        """The numbers of slots of an expert, of which the smallest that is enough is computed."""
+    def slot_counts(self, b: int, t: int) -> list[int]:
+        """Returns possible numbers of slots of an expert; the first that suffices is used."""
         if self.capacity is not None:
             return [b * min(t, self.capacity)]
         size = -(-2 * b * t * self.top_k // self.router.out_features)
         found = []
-        # Of a few positions, the programs' number would cost more than empty slots.
-        while b * t >= MANY and size < b * t:
+        # For a few positions, several programs would cost more than empty slots.
+        while b * t >= MANY_POSITIONS and size < b * t:
             found.append(size)
             size *= 2
         return [*found, b * t]
@@ -129,7 +133,7 @@ class Moe(nnx.Module):
     def router_logits(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t e"]:
-        """The router's logits, with jitter if there is a key."""
+        """Returns the router's logits in float32 or wider, with jitter if there is a key."""
         x = wide(x)
         if key is not None and self.jitter > 0:
             low, high = 1 - self.jitter, 1 + self.jitter
@@ -142,9 +146,9 @@ class Moe(nnx.Module):
     def routes(
         self, logits: Float[Array, "b t e"]
     ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t e"]]:
-        """The weight of each expert at each position, and which ones compute there."""
+        """Returns the weight of each expert at each position, and which experts compute there."""
         top, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
-        if self.normalised:
+        if self.normalized:
             top = top / top.sum(-1, keepdims=True)
         one_hot = jax.nn.one_hot(index, logits.shape[-1], dtype=top.dtype)
         weights = (one_hot * top[..., None]).sum(-2)
@@ -161,18 +165,18 @@ def load_balancing_loss(
     *,
     per_sequence: bool = False,
 ) -> Float[Array, ""]:
-    """The auxiliary loss that makes a router use its experts equally: 1 if it does, for top-1.
+    """Returns the auxiliary loss that makes a router use its experts equally.
 
     Args:
-        router_logits: Of every layer with experts, as models return them.
-        top_k: Experts per position.
-        real: 0 or False at padding, which does not count; None for none.
-        per_sequence: Whether shares are taken in each sequence and then averaged, as in Switch, or
-            over all positions, as in Mixtral.
+        router_logits: (b, t, e) of each layer with experts, as models return them.
+        top_k: The number of experts of each position.
+        real: (b, t), 0 or False at padding, which does not count; None without padding.
+        per_sequence: Whether the shares are computed in each sequence and then averaged, as in
+            Switch, or over all positions, as in Mixtral.
 
     Returns:
-        ``e sum_e f_e P_e`` with f_e the share of positions that are routed to expert e and P_e the
-        mean of its probability.
+        ``e sum_e f_e P_e`` with f_e the share of positions that are routed to expert e and P_e its
+        mean probability; ``top_k`` if all experts are used equally.
 
     References:
         Switch Transformers (arXiv 2101.03961), equations 4 to 6.
@@ -193,24 +197,24 @@ def load_balancing_loss(
     axes = (1,) if per_sequence else (0, 1)
     total = partial(jnp.sum, axis=axes, keepdims=True)
     count = total(weight[..., None])
-    # A sequence of padding alone has no shares.
-    some = jnp.maximum(count, 1)
-    share, probability = (total(x * weight[..., None]) / some for x in (used, probabilities))
-    filled = (count > 0).sum(dtype=count.dtype)  # 0 in a part of a batch that only fills up
-    return e * (share * probability).sum() / jnp.maximum(filled, 1)
+    # A sequence may consist of padding, and so may all sequences of a part of a batch.
+    positive = jnp.maximum(count, 1)
+    share, probability = (total(x * weight[..., None]) / positive for x in (used, probabilities))
+    sequences = (count > 0).sum(dtype=count.dtype)
+    return e * (share * probability).sum() / jnp.maximum(sequences, 1)
 
 
 def router_z_loss(
     router_logits: Sequence[Float[Array, "b t e"]], real: Shaped[Array, "b t"] | None = None
 ) -> Float[Array, ""]:
-    """The auxiliary loss that keeps router logits small: the mean of logsumexp squared.
+    """Returns the auxiliary loss that keeps router logits small.
 
     Args:
-        router_logits: Of every layer with experts.
-        real: 0 or False at padding, which does not count; None for none.
+        router_logits: (b, t, e) of each layer with experts.
+        real: (b, t), 0 or False at padding, which does not count; None without padding.
 
     Returns:
-        The loss.
+        The mean over positions of the squared logsumexp of the logits.
 
     References:
         ST-MoE (arXiv 2202.08906), equation 5.

@@ -1,4 +1,4 @@
-"""The registry of architectures. A new family adds its file and its line here."""
+"""The registry of architectures; a new family adds its import and its line here."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **t5.FAMILIES,
 }
-"""Architectures by the ``model_type`` of their ``config.json``."""
+"""The architecture for each ``model_type`` of a ``config.json``."""

@@ -5,40 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.errors import InputError, nearest
+from fusion_jax.models.base import config_from_fields
 
-TYPES = ("default", "linear", "llama3", "yarn")
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+TYPES: tuple[RopeType, ...] = get_args(RopeType)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The rotary position embedding of a ``config.json``; names are its own.
+    """A rotary position embedding; the arguments have the names that ``config.json`` gives them.
 
     Args:
         rope_type: One of `TYPES`.
         rope_theta: The base of the wavelengths.
-        factor: By how much texts may be longer.
-        original_max_position_embeddings: Positions before that.
-        low_freq_factor: Of ``llama3``: longer wavelengths are stretched by ``factor``.
-        high_freq_factor: Of ``llama3``: shorter ones are left as they are.
-        beta_fast: Of ``yarn``: rotations above which a feature is left as it is.
-        beta_slow: Of ``yarn``: rotations below which it is stretched by ``factor``.
-        attention_factor: Of ``yarn``: a factor of both rotated vectors; None for the paper's.
-        mscale: Of ``yarn``, with ``mscale_all_dim``: another formula for that factor.
+        factor: How many times longer than the original texts may be.
+        original_max_position_embeddings: The number of positions of the original.
+        low_freq_factor: For ``llama3``: features that rotate fewer times than this over the
+            original positions are stretched by ``factor``.
+        high_freq_factor: For ``llama3``: features that rotate more often than this stay unchanged.
+        beta_fast: For ``yarn``: features that rotate more often than this over the original
+            positions stay unchanged.
+        beta_slow: For ``yarn``: features that rotate fewer times than this are stretched by
+            ``factor``.
+        attention_factor: For ``yarn``: a factor of both rotated vectors; None for the paper's.
+        mscale: For ``yarn``, together with ``mscale_all_dim``: another formula for that factor.
         mscale_all_dim: See ``mscale``.
-        truncate: Of ``yarn``: whether the features between are whole numbers.
+        truncate: For ``yarn``: whether the first and last feature between the two limits are
+            rounded to whole numbers.
 
     References:
         RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); Llama 3 (arXiv 2407.21783).
     """
 
-    rope_type: str = "default"
+    rope_type: RopeType = "default"
     rope_theta: float = 10000.0
     factor: float = 1.0
     original_max_position_embeddings: int = 0
@@ -62,31 +68,29 @@ class Rope:
             The embedding.
 
         Raises:
-            InputError: It is of a type that is not implemented.
+            InputError: The type of the embedding is not implemented.
 
         Example:
             >>> Rope.from_json({"rope_theta": 5e5, "rope_scaling": None}).rope_theta
             500000.0
         """
-        from fusion_jax.models.base import read_fields
-
         given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         given.setdefault("rope_type", given.get("type", "default"))
         given.setdefault("rope_theta", config.get("rope_theta"))
         if given.get("original_max_position_embeddings") is None:
             given["original_max_position_embeddings"] = config.get("max_position_embeddings")
-        kind = given["rope_type"]
-        if kind not in TYPES:
-            raise InputError(f"rope_type {kind!r} is not implemented{nearest(str(kind), TYPES)}")
+        name = given["rope_type"]
+        if name not in TYPES:
+            raise InputError(f"rope_type {name!r} is not implemented{nearest(str(name), TYPES)}")
         if given.get("partial_rotary_factor", 1.0) != 1.0:
             raise InputError("a partial_rotary_factor is not implemented")
-        return read_fields(cls, given)
+        return config_from_fields(cls, given)
 
     def frequencies(self, features: int) -> np.ndarray:
-        """Radians per position of each pair of features.
+        """Returns the frequency of each pair of features, in radians per position.
 
         Args:
-            features: Of one head.
+            features: The number of features of a head.
 
         Returns:
             (features / 2,) in float64.
@@ -114,13 +118,13 @@ class Rope:
         return keep * plain + (1 - keep) * stretched
 
     def _feature(self, rotations: float, features: int) -> float:
-        """The pair of features that rotates so many times over the original positions."""
+        """Returns the pair of features that rotates this often over the original positions."""
         wavelength = self.original_max_position_embeddings / (rotations * 2 * math.pi)
         return features * math.log(wavelength) / (2 * math.log(self.rope_theta))
 
     @property
     def scale(self) -> float:
-        """What both rotated vectors are multiplied by."""
+        """The factor of both rotated vectors."""
         if self.rope_type != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -134,14 +138,14 @@ class Rope:
         return stretch(1.0)
 
     def angles(self, positions: Int[Array, "b t"], features: int) -> Float[Array, "b t half"]:
-        """The angle of each pair of features at each position, in float32."""
+        """Returns the angle of each pair of features at each position, in float32."""
         frequencies = jnp.asarray(self.frequencies(features).astype(np.float32))
         return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
 
     def rotated(
         self, x: Float[Array, "b t h f"], angles: Float[Array, "b t half"]
     ) -> Float[Array, "b t h f"]:
-        """Rotates feature i with feature i + f/2, as Hugging Face lays them out."""
+        """Rotates feature i with feature i + f/2, in the layout of Hugging Face."""
         cos, sin = (
             (self.scale * f(angles)).astype(x.dtype)[:, :, None] for f in (jnp.cos, jnp.sin)
         )

@@ -1,4 +1,4 @@
-"""Two-way rules between our names of parameters and those in Hugging Face checkpoints."""
+"""Two-way rules between the parameter names of this library and of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Leaf(NamedTuple):
-    """How one variable of a layer is called and laid out in a checkpoint.
+    """The name and layout of one variable of a layer in a checkpoint.
 
     Args:
-        names: Its name there; further names are accepted when reading.
-        transposed: Whether the matrix is (out, in) there.
+        names: The name that is written, and further names that are read.
+        transposed: Whether the matrix is (out, in) in the checkpoint.
     """
 
     names: tuple[str, ...]
@@ -21,29 +21,30 @@ class Leaf(NamedTuple):
 
 
 LINEAR = {"kernel": Leaf(("weight",), transposed=True), "bias": Leaf(("bias",))}
-"""`nnx.Linear` and torch's Linear."""
+"""`nnx.Linear` as torch's Linear."""
 
 CONV1D = {"kernel": Leaf(("weight",)), "bias": Leaf(("bias",))}
-"""`nnx.Linear` and GPT-2's Conv1D, whose matrices are (in, out) too."""
+"""`nnx.Linear` as GPT-2's Conv1D, whose matrices are (in, out) as well."""
 
 NORM = {"scale": Leaf(("weight", "gamma")), "bias": Leaf(("bias", "beta"))}
-"""`nnx.LayerNorm`; gamma and beta are names from TensorFlow that old checkpoints still have."""
+"""`nnx.LayerNorm`; old checkpoints have the names gamma and beta, from TensorFlow."""
 
 EMBED = {"embedding": Leaf(("weight",))}
 """`nnx.Embed`."""
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Where a layer of ours is in a checkpoint.
+class KeyRule:
+    """The name of a layer in a checkpoint.
 
     Args:
-        ours: Path of the layer, with ``{name}`` for each index.
-        theirs: Its name in the checkpoint, with the same placeholders. ``{e}`` besides stands for
-            the number of an expert: our arrays have the experts along axis 0, a checkpoint has
-            one tensor for each.
-        leaves: Its variables. With the key ``""`` the path is that of a variable itself.
-        in_base: Whether it belongs to the base model, whose names may have a prefix.
+        ours: The path of the layer in the model, with a placeholder such as ``{l}`` for each index.
+        theirs: The name of the layer in the checkpoint, with the same placeholders. An additional
+            ``{e}`` stands for the number of an expert: a checkpoint has one tensor for each expert,
+            an array of the model holds all experts along axis 0.
+        leaves: The variables of the layer. The key ``""`` means that ``ours`` is a variable, not a
+            layer.
+        in_base: Whether the layer belongs to the base model, whose names may have a prefix.
     """
 
     ours: str
@@ -52,13 +53,13 @@ class Rule:
     in_base: bool = True
 
 
-class Source(NamedTuple):
-    """Where one variable is in a checkpoint.
+class TensorLocation(NamedTuple):
+    """Where one variable of the model is in a checkpoint.
 
     Args:
-        names: Names to look for, first the one to write.
-        transposed: Whether the matrix is (out, in) there.
-        stacked: Whether there is a tensor for each expert; names have ``{e}`` for its number.
+        names: The possible names, the one to write first.
+        transposed: Whether the matrix is (out, in) in the checkpoint.
+        stacked: Whether there is one tensor for each expert; the names contain ``{e}``.
     """
 
     names: tuple[str, ...]
@@ -66,14 +67,14 @@ class Source(NamedTuple):
     stacked: bool = False
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """The tensors that make up a variable.
+        """Returns the names of the tensors that make up the variable.
 
         Args:
-            name: One of the names.
-            shape: The variable's shape.
+            name: One of ``names``.
+            shape: The shape of the variable.
 
         Returns:
-            Their names: one, or one for each expert.
+            One name, or one for each expert.
         """
         return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]
 
@@ -83,34 +84,34 @@ class KeyRules:
     """The rules of one architecture with one head.
 
     Args:
-        rules: One per kind of layer; they match whole paths.
-        prefix: What checkpoints with a head put before the names of the base model. Read with and
-            without.
-        write_prefix: Whether it is written.
-        ignored: Patterns of whole names that may be in a checkpoint without a place in the model:
+        rules: One rule for each kind of layer; a rule matches whole paths.
+        prefix: The prefix that checkpoints with a head put before the names of the base model.
+            Names are read with and without it.
+        write_prefix: Whether the prefix is written.
+        ignored: Regular expressions for whole names of tensors that the model does not need:
             buffers, tied copies, and heads that were not asked for.
     """
 
-    rules: Sequence[Rule]
+    rules: Sequence[KeyRule]
     prefix: str
     write_prefix: bool
     ignored: Sequence[str]
 
-    def source(self, path: str) -> Source:
-        """Where a variable is in a checkpoint.
+    def locate(self, path: str) -> TensorLocation:
+        """Returns where a variable of the model is in a checkpoint.
 
         Args:
-            path: Our path, such as ``"layers.3.mlp.up.kernel"``.
+            path: The path of the variable in the model, such as ``"layers.3.mlp.up.kernel"``.
 
         Returns:
-            The names and the layout.
+            The possible names and the layout.
 
         Raises:
-            KeyError: No rule matches; a mistake in the architecture's file.
+            KeyError: No rule matches: a mistake in the architecture's file.
 
         Example:
-            >>> rule = Rule("layers.{l}.up", "encoder.layer.{l}.dense", LINEAR)
-            >>> KeyRules([rule], "bert.", True, []).source("layers.3.up.kernel").names[0]
+            >>> rule = KeyRule("layers.{l}.up", "encoder.layer.{l}.dense", LINEAR)
+            >>> KeyRules([rule], "bert.", True, []).locate("layers.3.up.kernel").names[0]
             'bert.encoder.layer.3.dense.weight'
         """
         for rule in self.rules:
@@ -124,12 +125,12 @@ class KeyRules:
                 stacked = "{e}" in base
                 full = [f"{base}.{n}" if name else base for n in leaf.names]
                 if not rule.in_base:
-                    return Source(tuple(full), leaf.transposed, stacked)
+                    return TensorLocation(tuple(full), leaf.transposed, stacked)
                 prefixed = [self.prefix + n for n in full]
                 both = prefixed + full if self.write_prefix else full + prefixed
-                return Source(tuple(dict.fromkeys(both)), leaf.transposed, stacked)
+                return TensorLocation(tuple(dict.fromkeys(both)), leaf.transposed, stacked)
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:
-        """Whether a checkpoint's tensor may be left out."""
+        """Returns whether the model does not need a tensor of a checkpoint."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, read_fields
-from fusion_jax.models.layers import ArrayLike, Cache, Memory, RmsNorm, Window, attention, window
+from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, config_from_fields
+from fusion_jax.models.layers import (
+    ArrayLike,
+    Cache,
+    CacheUpdate,
+    Dropout,
+    KeysValues,
+    RmsNorm,
+    Window,
+    attention,
+    split_key,
+    token_mask,
+    window,
+)
 from fusion_jax.models.moe import Moe
-from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRules, Rule
+from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import activation
+
+EncoderKeysValues = tuple[Float[Array, "b u h f"], Float[Array, "b u h f"]]
+EncoderView = tuple[EncoderKeysValues, Bool[Array, "b 1 1 u"]]
+"""The keys and values of the encoder for one layer, and where source texts are not padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The fields of a T5 or Switch ``config.json`` that matter here, with T5's defaults.
+    """The fields of a T5 or Switch ``config.json`` that the model uses, with T5's defaults.
 
-    Made by `from_json`, which works out a few of them: ``act`` and ``gated`` say what the MLPs are,
-    ``scaled`` whether logits are of hidden states divided by the square root of their number.
+    `from_json` derives some fields: ``act`` and ``gated`` describe the MLPs; ``scaled`` says
+    whether hidden states are divided by ``sqrt(d_model)`` before the logits are computed.
     """
 
     model_type: str = "t5"
@@ -59,17 +74,7 @@ class T5Config:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> T5Config:
-        """Reads a ``config.json``.
-
-        Args:
-            config: Its fields.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            InputError: It asks for a variant that is not implemented.
-        """
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         tied = bool(config.get("tie_word_embeddings", True))
         given: dict[str, Any] = {"num_decoder_layers": config.get("num_decoder_layers")}
         given["num_decoder_layers"] = given["num_decoder_layers"] or config.get("num_layers", 6)
@@ -81,20 +86,20 @@ class T5Config:
             gated, _, act = str(config.get("feed_forward_proj", "relu")).rpartition("-")
             if gated not in ("", "gated"):
                 raise InputError(f"feed_forward_proj {gated}-{act} is not implemented")
-            # "gated-gelu" has always meant the tanh form.
+            # "gated-gelu" means the tanh form.
             given["act"] = "gelu_new" if gated and act == "gelu" else act
             given["gated"] = bool(gated)
             given["scaled"] = config.get("scale_decoder_outputs", tied)
         activation(given["act"])
-        return read_fields(cls, config, **given)
+        return config_from_fields(cls, config, **given)
 
     def sparse(self, decoder: bool) -> list[bool]:
-        """Which layers of a stack have experts."""
+        """Returns which layers of the encoder or decoder have experts."""
         layers = self.num_decoder_layers if decoder else self.num_layers
         if not self.num_experts:
             return [False] * layers
         count = self.num_sparse_decoder_layers if decoder else self.num_sparse_encoder_layers
-        # Without any, transformers divides by one all the same.
+        # transformers does this even if no layer has experts.
         step = layers // count if count > 0 else layers
         return [step > 0 and (step == 1 or i % step == 1) for i in range(layers)]
 
@@ -104,7 +109,7 @@ _SWITCH = {"d_model": 768, "num_layers": 12, "num_decoder_layers": 12, "num_head
 
 
 class Attention(nnx.Module):
-    """Attention without scaling, to the own positions or to those of the encoder."""
+    """Attention without scaling, to positions of the same stack or of the encoder."""
 
     def __init__(self, config: T5Config, param_dtype: Any, rngs: nnx.Rngs):
         d, inner = config.d_model, config.num_heads * config.d_kv
@@ -120,19 +125,17 @@ class Attention(nnx.Module):
         self.key = linear(d, inner, d**-0.5)
         self.value = linear(d, inner, d**-0.5)
         self.out = linear(inner, d, inner**-0.5)
-        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
-    def keys_values(
-        self, x: Float[Array, "b s d"]
-    ) -> tuple[Float[Array, "b s h f"], Float[Array, "b s h f"]]:
-        """The keys and values of positions."""
+    def keys_values(self, x: Float[Array, "b s d"]) -> KeysValues:
+        """Returns the keys and values of positions."""
         key, value = (a(x).reshape(*x.shape[:2], self.heads, -1) for a in (self.key, self.value))
         return key, value
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        keys_values: tuple[Float[Array, "b s h f"], Float[Array, "b s h f"]],
+        keys_values: KeysValues,
         visible: Bool[Array, "b 1 #t s"],
         bias: Float[Array, "1 h t s"] | None,
         key: Key[Array, ""] | None,
@@ -144,7 +147,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer: attention, in a decoder attention to the encoder, and an MLP or experts."""
+    """One layer: attention, attention to the encoder in a decoder, and an MLP or experts."""
 
     def __init__(
         self, config: T5Config, decoder: bool, sparse: bool, param_dtype: Any, rngs: nnx.Rngs
@@ -172,7 +175,7 @@ class Layer(nnx.Module):
                 d,
                 config.num_experts,
                 top_k=1,
-                normalised=False,
+                normalized=False,
                 capacity=config.expert_capacity,
                 jitter=config.router_jitter_noise,
                 router_bias=config.router_bias,
@@ -181,39 +184,35 @@ class Layer(nnx.Module):
             )
         else:
             self.mlp = mlp(rngs=rngs)
-        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 #t s"],
         bias: Float[Array, "1 h t s"],
-        memory: Memory,
-        source: tuple[Any, Bool[Array, "b 1 1 u"]] | None,
+        cache: CacheUpdate,
+        source: EncoderView | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
-        """The input of the next layer, and the logits of the router, if there is one."""
-        keys = (None,) * 6 if key is None else tuple(jax.random.split(key, 6))
-
-        def added(x: Array, y: Array, key: Any) -> Array:
-            return x + self.dropout(y, rngs=key, deterministic=key is None)
-
+        """Returns the input of the next layer, and the logits of the router, if there is one."""
+        keys = split_key(key, 6)
         y = self.attention_norm(x)
-        own = memory.extended(*self.attention.keys_values(y))
-        x = added(x, self.attention(y, own, visible, bias, keys[0]), keys[1])
+        own = cache.extended(*self.attention.keys_values(y))
+        x = x + self.dropout(self.attention(y, own, visible, bias, keys[0]), keys[1])
         if source is not None:
             y = self.cross(self.cross_norm(x), *source, None, keys[2])
-            x = added(x, y, keys[3])
+            x = x + self.dropout(y, keys[3])
         y, router = self.mlp_norm(x), None
         if isinstance(self.mlp, Moe):
             y, router = self.mlp(y, keys[4])
         else:
             y = self.mlp(y)
-        return added(x, y, keys[5]), router
+        return x + self.dropout(y, keys[5]), router
 
 
 class Stack(nnx.Module):
-    """The layers of an encoder or decoder, the relative positions they share, and a norm."""
+    """The layers of an encoder or decoder, their shared relative positions, and a final norm."""
 
     def __init__(self, config: T5Config, decoder: bool, param_dtype: Any, rngs: nnx.Rngs):
         self.config, self.decoder = config, decoder
@@ -226,17 +225,17 @@ class Stack(nnx.Module):
             [Layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
         )
         self.norm = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
-        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def bias(self, slots: Int[Array, " t"], count: int) -> Float[Array, "1 h t s"]:
-        """What relative positions add to the scores of each head.
+        """Returns the bias of the scores of each head, which depends on relative positions.
 
         Args:
-            slots: The positions that look.
-            count: How many positions s there are to look at.
+            slots: (t,) the slots of the tokens that attend.
+            count: The number s of slots that they attend to.
 
         Returns:
-            The bias, by the distance in slots; padding between tokens counts.
+            The bias. Distances are counted in slots, including padding.
         """
         far = self.config.relative_attention_max_distance
         distance = slots[:, None] - jnp.arange(count)[None]
@@ -248,8 +247,8 @@ class Stack(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         seen: Window,
-        memory: Memory,
-        sources: list[Any],
+        cache: CacheUpdate,
+        sources: Sequence[EncoderView | None],
         key: Key[Array, ""] | None,
         output_hidden_states: bool,
     ) -> DecoderOutput:
@@ -257,40 +256,38 @@ class Stack(nnx.Module):
 
         Args:
             x: The embeddings.
-            seen: What they see.
-            memory: The cache.
-            sources: For each layer the encoder's keys and values and where they are visible, or
-                None.
-            key: Random key of dropout, or None.
-            output_hidden_states: Whether to return all hidden states.
+            seen: What the tokens attend to.
+            cache: The cache.
+            sources: What each layer attends to in the encoder; None for layers of the encoder.
+            key: Random key of dropout; None for no dropout.
+            output_hidden_states: Whether to return the hidden states of all layers.
 
         Returns:
             Hidden states, router logits and the new cache.
         """
-        n = len(self.layers)
-        keys = (None,) * (n + 2) if key is None else tuple(jax.random.split(key, n + 2))
+        *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
         bias = self.bias(seen.slots, seen.real.shape[1])
-        x = self.dropout(x, rngs=keys[n], deterministic=key is None)
+        x = self.dropout(x, embed_key)
         states, routers = [x], []
-        for layer, source, layer_key in zip(self.layers, sources, keys[:n], strict=True):
-            x, router = layer(x, seen.visible, bias, memory, source, layer_key)
+        for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
+            x, router = layer(x, seen.visible, bias, cache, source, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
-        x = self.dropout(self.norm(x), rngs=keys[n + 1], deterministic=key is None)
+        x = self.dropout(self.norm(x), norm_key)
         states[-1] = x
         return DecoderOutput(
             x,
             tuple(states) if output_hidden_states else None,
             router_logits=tuple(routers),
-            cache=memory.written(seen),
+            cache=cache.result(seen),
         )
 
 
 def _buckets(config: T5Config, decoder: bool) -> np.ndarray:
-    """The bucket of each distance, from 0 (decoder) or minus the largest one to the largest one.
+    """Returns the bucket of each distance, from 0 (decoder) or -max (encoder) to max.
 
-    Half of the buckets are for single distances, half for ranges that grow; an encoder has each
-    twice, for both directions. Rounded in float32, as T5 was trained.
+    Half of the buckets are for single distances, half for ranges of growing size; an encoder has
+    both halves once for each direction. Rounded in float32, as T5 was trained.
     """
     far, count = config.relative_attention_max_distance, config.relative_attention_num_buckets
     count = count if decoder else count // 2
@@ -306,26 +303,26 @@ def _buckets(config: T5Config, decoder: bool) -> np.ndarray:
 
 
 class T5Cache(NamedTuple):
-    """What generating needs: the decoder's cache, and each layer's view of the encoder.
+    """The cache of generating text: that of the decoder, and the keys and values of the encoder.
 
     Args:
         own: The decoder's cache.
         keys_values: The encoder's keys and values for each layer of the decoder.
-        source: (b, 1, 1, u), where the encoder's positions are not padding.
+        source: (b, 1, 1, u), where the source texts are not padding.
     """
 
     own: Cache
-    keys_values: tuple[tuple[Float[Array, "b u h f"], Float[Array, "b u h f"]], ...]
+    keys_values: tuple[EncoderKeysValues, ...]
     source: Bool[Array, "b 1 1 u"]
 
 
 class T5(Generative):
     """A T5 or Switch encoder-decoder.
 
-    Dropout is where T5 has it except inside the MLPs.
+    Unlike in T5, there is no dropout inside the MLPs.
 
     Args:
-        config: Its configuration.
+        config: The configuration.
         head: ``"seq2seq-lm"`` for logits, or None.
         lm_head: Whether there is an output layer, if the configuration does not tie it to the
             token embeddings.
@@ -382,60 +379,59 @@ class T5(Generative):
 
         Args:
             input_ids: (b, u) token ids of the sources.
-            attention_mask: (b, u), 0 or False at padding; None if there is none.
-            decoder_input_ids: (b, t) token ids of the targets, shifted right as `shift_right` does.
-            decoder_attention_mask: (b, t), likewise.
+            attention_mask: (b, u), 0 or False at padding; None without padding.
+            decoder_input_ids: (b, t) token ids of the targets, shifted by `shift_right`.
+            decoder_attention_mask: (b, t), 0 or False at padding; None without padding.
             output_hidden_states: Whether to return the hidden states of all layers.
-            key: Random key of dropout and of the routers' jitter; None for neither.
+            key: Random key of dropout and of the routers' jitter; None to turn both off.
 
         Returns:
             The decoder's hidden states and logits, in the dtype of the parameters, and the
             encoder's output.
 
         Raises:
-            InputError: There are no ``decoder_input_ids``.
+            InputError: ``decoder_input_ids`` is missing.
         """
         if decoder_input_ids is None:
             raise InputError("give decoder_input_ids, such as model.shift_right(target_ids)")
-        keys = (None, None) if key is None else tuple(jax.random.split(key))
+        keys = split_key(key, 2)
         encoded, source = self._encode(input_ids, attention_mask, output_hidden_states, keys[0])
         ids = jnp.asarray(decoder_input_ids)
-        real = jnp.ones(ids.shape, bool)
-        if decoder_attention_mask is not None:
-            real = jnp.asarray(decoder_attention_mask).astype(bool)
+        seen = window(token_mask(ids, decoder_attention_mask), None)
         sources = [(pair, source) for pair in self._keys_values(encoded)]
-        out = self.decoder(
-            self.word(ids), window(real, None), Memory(None), sources, keys[1], output_hidden_states
-        )
+        x, cache = self.word(ids), CacheUpdate(None)
+        out = self.decoder(x, seen, cache, sources, keys[1], output_hidden_states)
         logits = self.logits(out.last_hidden_state) if self.has_logits else None
         return out._replace(logits=logits, encoder=encoded)
 
     def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
-        """The logits of the decoder's hidden states."""
+        """Returns the logits of the decoder's hidden states."""
         if self.config.scaled:
             x = x * self.config.d_model**-0.5
         return self.word.attend(x) if self.lm_head is None else self.lm_head(x)
 
     def shift_right(self, ids: Int[ArrayLike, "b t"]) -> Int[Array, "b t"]:
-        """The decoder's input for target texts: one place later, with the start token first."""
+        """Returns the decoder's input for target texts: the start token, then all but the last."""
         start = self.config.decoder_start_token_id
         shifted = jnp.pad(jnp.asarray(ids)[:, :-1], ((0, 0), (1, 0)), constant_values=start)
         return jnp.where(shifted < 0, self.config.pad_token_id, shifted)
 
     def _encode(
-        self, input_ids: Any, attention_mask: Any, output_hidden_states: bool, key: Any
+        self,
+        input_ids: Int[ArrayLike, "b u"],
+        attention_mask: Shaped[ArrayLike, "b u"] | None,
+        output_hidden_states: bool,
+        key: Key[Array, ""] | None,
     ) -> tuple[DecoderOutput, Bool[Array, "b 1 1 u"]]:
         ids = jnp.asarray(input_ids)
-        real = jnp.ones(ids.shape, bool)
-        if attention_mask is not None:
-            real = jnp.asarray(attention_mask).astype(bool)
+        real = token_mask(ids, attention_mask)
         source = real[:, None, None]
         seen = window(real, None)._replace(visible=source)
         nothing = [None] * len(self.encoder.layers)
         x = self.word(ids)
-        return self.encoder(x, seen, Memory(None), nothing, key, output_hidden_states), source
+        return self.encoder(x, seen, CacheUpdate(None), nothing, key, output_hidden_states), source
 
-    def _keys_values(self, encoded: DecoderOutput) -> tuple[Any, ...]:
+    def _keys_values(self, encoded: DecoderOutput) -> tuple[EncoderKeysValues, ...]:
         states = encoded.last_hidden_state
         return tuple(layer.cross.keys_values(states) for layer in self.decoder.layers)
 
@@ -457,39 +453,39 @@ class T5(Generative):
         seen = window(jnp.ones((tokens.shape[0], 1), bool), cache.own)
         sources = [(pair, cache.source) for pair in cache.keys_values]
         x = self.word(tokens[:, None])
-        out = self.decoder(x, seen, Memory(cache.own), sources, None, False)
+        out = self.decoder(x, seen, CacheUpdate(cache.own), sources, None, False)
         return self.logits(out.last_hidden_state[:, 0]), cache._replace(own=out.cache)
 
 
-def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> list[Rule]:
-    """The rules of the encoder or decoder, whose MLPs are the parts number ``last``."""
+def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> list[KeyRule]:
+    """Returns the rules of the encoder or decoder; MLPs are number ``last`` in each block."""
     ours, theirs = f"{stack}.layers.{{l}}", f"{stack}.block.{{l}}.layer"
     rules = [
-        Rule(f"{stack}.norm", f"{stack}.final_layer_norm", NORM),
-        Rule(
+        KeyRule(f"{stack}.norm", f"{stack}.final_layer_norm", NORM),
+        KeyRule(
             f"{stack}.relative",
             f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
             EMBED,
         ),
-        Rule(f"{ours}.mlp_norm", f"{theirs}.{last}.layer_norm", NORM),
-        Rule(f"{ours}.mlp.router", f"{theirs}.{last}.mlp.router.classifier", LINEAR),
+        KeyRule(f"{ours}.mlp_norm", f"{theirs}.{last}.layer_norm", NORM),
+        KeyRule(f"{ours}.mlp.router", f"{theirs}.{last}.mlp.router.classifier", LINEAR),
     ]
     parts = [("attention", "0.SelfAttention"), ("cross", "1.EncDecAttention")]
     for part, other in parts[:last]:
-        rules.append(Rule(f"{ours}.{part}_norm", f"{theirs}.{other[0]}.layer_norm", NORM))
+        rules.append(KeyRule(f"{ours}.{part}_norm", f"{theirs}.{other[0]}.layer_norm", NORM))
         for name in ("query", "key", "value", "out"):
             letter = "o" if name == "out" else name[0]
-            rules.append(Rule(f"{ours}.{part}.{name}", f"{theirs}.{other}.{letter}", LINEAR))
+            rules.append(KeyRule(f"{ours}.{part}.{name}", f"{theirs}.{other}.{letter}", LINEAR))
     for name, other in names.items():
-        rules.append(Rule(f"{ours}.mlp.{name}", f"{theirs}.{last}.{mlp}.{other}", LINEAR))
+        rules.append(KeyRule(f"{ours}.mlp.{name}", f"{theirs}.{last}.{mlp}.{other}", LINEAR))
         expert = f"{theirs}.{last}.mlp.experts.expert_{{e}}.{other}"
-        rules.append(Rule(f"{ours}.mlp.experts.{name}", expert, LINEAR))
+        rules.append(KeyRule(f"{ours}.mlp.experts.{name}", expert, LINEAR))
     return rules
 
 
 _PLAIN = {"up": "wi", "down": "wo"}
 _GATED = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
-# Copies of the embeddings, a head that is not asked for, and a relic of T5's first checkpoints.
+# Copies of the embeddings, a head that was not asked for, and a bias that T5 does not use.
 _IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight",
     r"lm_head\.weight",
@@ -499,7 +495,7 @@ _IGNORED = (
 
 def _rules(config: T5Config, head: Head | None) -> KeyRules:
     mlp = "DenseReluDense" if config.model_type == "t5" else "mlp"
-    rules = [Rule("word", "shared", EMBED), Rule("lm_head", "lm_head", LINEAR)]
+    rules = [KeyRule("word", "shared", EMBED), KeyRule("lm_head", "lm_head", LINEAR)]
     for stack, last in (("encoder", 1), ("decoder", 2)):
         rules += _stack_rules(stack, last, mlp, _GATED if config.gated else _PLAIN)
     return KeyRules(rules, "", write_prefix=False, ignored=_IGNORED)

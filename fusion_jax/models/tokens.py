@@ -1,4 +1,4 @@
-"""Text for models: a folder's tokenizer, and batches of token ids."""
+"""Loads tokenizers, and makes batches of token ids from texts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Model, positions
+from fusion_jax.models.base import Model, max_positions
 
 MAX_LENGTH = 128
-"""Tokens that texts are cut off at where nothing else is said."""
+"""The default number of tokens at which texts are cut off."""
 
 
 class TokenBatch(NamedTuple):
@@ -30,7 +30,7 @@ class TokenBatch(NamedTuple):
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model's folder.
+    """Loads the tokenizer of a model.
 
     Args:
         folder: A folder with tokenizer files, such as ``model.provenance.folder``.
@@ -39,42 +39,42 @@ def load_tokenizer(folder: str) -> Any:
         A tokenizer of `transformers`.
 
     Raises:
-        InputError: The folder has none, or one that cannot be read.
+        InputError: The folder has no tokenizer, or one that cannot be read.
     """
-    # transformers advises at import to install PyTorch, which tokenizers do not need.
+    # On import, transformers would advise to install PyTorch, which tokenizers do not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        what = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be read: {what}") from None
-    # Without files, transformers makes one that knows special tokens alone, and T5's a space.
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} has no tokenizer that can be read: {reason}") from None
+    # Without files, transformers makes a tokenizer with special tokens only (T5: and a space).
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise InputError(f"{folder} has no tokenizer; add its files, such as tokenizer.json")
     return tokenizer
 
 
 def length_for(model: Model) -> int:
-    """The tokens that a model's texts are cut off at: `MAX_LENGTH`, if it has the positions."""
-    return min(MAX_LENGTH, positions(model) or MAX_LENGTH)
+    """Returns the default length of a model's texts: `MAX_LENGTH`, or all its positions."""
+    return min(MAX_LENGTH, max_positions(model) or MAX_LENGTH)
 
 
 def tokenize(
     tokenizer: Any, texts: Sequence[str], max_length: int | None = MAX_LENGTH
 ) -> TokenBatch:
-    """Texts as one batch, padded to the longest.
+    """Returns texts as one batch, padded to the longest.
 
     Args:
-        tokenizer: From `load_tokenizer`.
+        tokenizer: A tokenizer from `load_tokenizer`.
         texts: The texts.
-        max_length: Longer ones are cut off at this many tokens; None to cut off nothing.
+        max_length: Longer texts are cut off at this number of tokens; None for no limit.
 
     Returns:
         The batch.
     """
-    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the mask says what is padding
+    if tokenizer.pad_token is None:  # GPT-2 and Llama; any token will do, as the mask excludes it
         tokenizer.pad_token = tokenizer.eos_token
     out = tokenizer(
         list(texts),
@@ -88,10 +88,10 @@ def tokenize(
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
-    """Texts to continue, padded on the left; not cut off.
+    """Returns prompts as one batch, padded on the left and not cut off.
 
     Args:
-        tokenizer: From `load_tokenizer`.
+        tokenizer: A tokenizer from `load_tokenizer`.
         texts: The texts.
 
     Returns:
@@ -104,16 +104,17 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
 def batches(
     tokenizer: Any, texts: Sequence[str], *, size: int = 64, max_length: int = MAX_LENGTH
 ) -> list[TokenBatch]:
-    """Texts as batches of few shapes, so that programs compile a few times: sorted by length.
+    """Returns texts in batches of few different shapes, so that there are few compilations.
 
     Args:
-        tokenizer: From `load_tokenizer`.
+        tokenizer: A tokenizer from `load_tokenizer`.
         texts: The texts, at least one.
-        size: Texts per batch; the last batch may have fewer.
-        max_length: Longer texts are cut off at this many tokens.
+        size: The number of texts in a batch; the last batch may have fewer.
+        max_length: Longer texts are cut off at this number of tokens.
 
     Returns:
-        The batches, whose lengths are powers of two or ``max_length``.
+        The batches, with texts sorted by length; their lengths in tokens are powers of two or
+        ``max_length``.
     """
     ordered = sorted(texts, key=len)
     result = []
@@ -126,11 +127,11 @@ def batches(
 
 
 def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
-    """A batch with padding at the end up to a length.
+    """Returns a batch with padding at the end.
 
     Args:
         batch: The batch.
-        length: At least its own.
+        length: The new length in tokens, not below the old one.
         token: The token id of padding.
 
     Returns:
@@ -142,6 +143,6 @@ def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
 
 
 def sentences() -> list[str]:
-    """English sentences, of which the package has a few dozen."""
+    """Returns the few dozen English sentences that come with the package."""
     text = importlib.resources.files("fusion_jax").joinpath("models/sentences.txt")
     return text.read_text(encoding="utf-8").splitlines()

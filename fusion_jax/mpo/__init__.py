@@ -6,7 +6,7 @@ A matrix of d = i_1 ... i_m rows and o = j_1 ... j_m columns is the product of c
 
 from fusion_jax.mpo.bounds import check_bound as check_bound
 from fusion_jax.mpo.bounds import excess as excess
-from fusion_jax.mpo.cores import Train as Train
+from fusion_jax.mpo.cores import TensorTrain as TensorTrain
 from fusion_jax.mpo.cores import decompose as decompose
 from fusion_jax.mpo.cores import entropies as entropies
 from fusion_jax.mpo.cores import recompressed as recompressed
@@ -21,6 +21,7 @@ from fusion_jax.mpo.modules import AnyEmbed as AnyEmbed
 from fusion_jax.mpo.modules import Mpo as Mpo
 from fusion_jax.mpo.modules import MpoEmbed as MpoEmbed
 from fusion_jax.mpo.products import WRITE as WRITE
+from fusion_jax.mpo.products import ContractionPlan as ContractionPlan
 from fusion_jax.mpo.products import contract as contract
 from fusion_jax.mpo.products import looks_up as looks_up
 from fusion_jax.mpo.products import plan as plan

@@ -1,4 +1,4 @@
-"""Whether decompositions keep the bound on their error."""
+"""Checks decompositions against the bound on their error."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fusion_jax.mpo.cores import Train
+from fusion_jax.mpo.cores import TensorTrain
 from fusion_jax.mpo.products import contract
 from fusion_jax.nn.dtypes import wide
 
 
-def excess(matrix: Float[Array, "d o"], train: Train) -> Float[Array, ""]:
-    """By how much the error of a decomposition is above its bound; for use under ``jit``.
+def excess(matrix: Float[Array, "d o"], train: TensorTrain) -> Float[Array, ""]:
+    """Returns by how much the error of a decomposition exceeds its bound; works under ``jit``.
 
     Args:
-        matrix: What was decomposed.
-        train: The decomposition.
+        matrix: The matrix.
+        train: Its decomposition.
 
     Returns:
-        The Frobenius norm above the bound and a thousandth of it, relative to the matrix's; 0 but
-        for rounding, see `check_bound`.
+        The excess of the error's Frobenius norm over 1.001 times the bound, divided by the norm of
+        the matrix. It is 0 up to rounding; see `check_bound`.
 
     Example:
         >>> from fusion_jax.mpo import Layout, decompose
@@ -37,10 +37,10 @@ def excess(matrix: Float[Array, "d o"], train: Train) -> Float[Array, ""]:
 
 
 def check_bound(found: Float[Array, "*s"]) -> None:
-    """Raises `ArithmeticError` if an `excess` is more than rounding, or NaN."""
+    """Raises `ArithmeticError` if an `excess` is larger than rounding errors, or NaN."""
     if not (found <= 1e-5).all():
-        above = jax.device_get(found).max()
+        largest = jax.device_get(found).max()
         raise ArithmeticError(
-            "the error of a decomposition is above its bound, by "
-            f"{above:.2g} of the norm of its matrix"
+            f"the error of a decomposition is above its bound, by {largest:.2g} times the norm of "
+            "its matrix"
         )

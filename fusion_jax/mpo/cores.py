@@ -1,4 +1,4 @@
-"""Cores of matrix product operators: from a matrix, and with smaller bonds."""
+"""Decomposes matrices into cores, and reduces the bonds of cores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fusion_jax.mpo.layouts import Layout
 from fusion_jax.nn.dtypes import wide
 
 
-class Train(NamedTuple):
+class TensorTrain(NamedTuple):
     """A matrix as a chain of cores.
 
     Args:
-        cores: T_1 ... T_m, (b_{k-1}, i_k, j_k, b_k); every bond's singular values are half in the
-            core before it and half in the one after it.
+        cores: T_1 ... T_m of shape (b_{k-1}, i_k, j_k, b_k). The square roots of a bond's singular
+            values are in the core before it and in the core after it.
         spectra: The singular values of the matrix at each bond, before truncation.
-        bound: sqrt(sum_k eps_k^2), eps_k^2 the sum of squares of the values cut off at bond k: what
-            the Frobenius norm of the error is at most.
+        bound: An upper bound of the Frobenius norm of the error: sqrt(sum_k eps_k^2), where eps_k^2
+            is the sum of the squared singular values cut off at bond k.
     """
 
     cores: tuple[Float[Array, "_ _ _ _"], ...]
@@ -29,12 +29,12 @@ class Train(NamedTuple):
     bound: Float[Array, ""]
 
 
-def decompose(matrix: Float[Array, "d o"], layout: Layout) -> Train:
+def decompose(matrix: Float[Array, "d o"], layout: Layout) -> TensorTrain:
     """Decomposes a matrix by singular value decompositions, one bond after the other.
 
-    Exact at full bonds. At smaller ones, what is cut off at each bond is the least that can be,
-    given what was cut off at those after it. For use under ``jit``: the bound on the error comes
-    with the cores, and is for the caller to check (`excess`, `check_bound`).
+    The result is exact at full bonds. At smaller bonds, the cut at each bond is optimal, given the
+    cuts at the bonds after it. The function works under ``jit``; the caller checks the bound on the
+    error that it returns (`excess`, `check_bound`).
 
     Args:
         matrix: The matrix.
@@ -62,7 +62,7 @@ def decompose(matrix: Float[Array, "d o"], layout: Layout) -> Train:
     for k in range(m - 1):
         inside = inputs[k] * outputs[k]
         if inside == 1 and k:
-            # What is left is diag(values) V already, of which the left factor is the identity.
+            # The rest is already diag(values) V, whose left factor is the identity.
             cores.append(jnp.eye(before, dtype=rest.dtype).reshape(before, 1, 1, before))
             spectra.append(spectra[-1])
             continue
@@ -75,7 +75,7 @@ def decompose(matrix: Float[Array, "d o"], layout: Layout) -> Train:
 
 
 def _split(matrix: Array, layout: Layout) -> Array:
-    """The matrix filled up with zeros, with axes i_1, j_1, ..., i_m, j_m."""
+    """Returns the matrix, padded with zeros, with axes i_1, j_1, ..., i_m, j_m."""
     inputs, outputs, _ = layout
     d, o = matrix.shape
     matrix = jnp.pad(matrix, ((0, math.prod(inputs) - d), (0, math.prod(outputs) - o)))
@@ -85,7 +85,7 @@ def _split(matrix: Array, layout: Layout) -> Array:
 
 
 def signed_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """An economical decomposition whose signs do not depend on the backend."""
+    """Returns a reduced singular value decomposition with the same signs on every backend."""
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     largest = jnp.take_along_axis(left, jnp.abs(left).argmax(0)[None], axis=0)
     sign = jnp.where(largest < 0, -1, 1).astype(left.dtype)
@@ -113,15 +113,15 @@ def _truncated(cores: list[Array], bonds: Sequence[int]) -> tuple[list[Array], l
     return cores, found
 
 
-def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> Train:
-    """The cores of the nearest matrix with smaller bonds, found without making the matrix.
+def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> TensorTrain:
+    """Reduces the bonds of cores without computing their matrix.
 
     Args:
         cores: T_1 ... T_m, in any gauge.
-        bonds: The new bonds, none above the old.
+        bonds: The new bonds, none above the old one.
 
     Returns:
-        The cores, the spectra before truncation, and the bound on what truncation changes.
+        The new cores, the spectra before truncation, and a bound of the change.
 
     Example:
         >>> layout = Layout((2, 3), (2, 2), (4,))
@@ -135,14 +135,16 @@ def recompressed(cores: Sequence[Array], bonds: Sequence[int]) -> Train:
 
 
 def spectra_of(cores: Sequence[Array]) -> list[Float[Array, " _"]]:
-    """The singular values at each bond of the matrix that cores make, without making it.
+    """Returns the singular values at each bond of a matrix, from its cores alone.
+
+    With orthonormal cores before a bond, they are the singular values of a triangular matrix of the
+    bond's size, the QR factor of the cores after it.
 
     Args:
         cores: T_1 ... T_m, in any gauge.
 
     Returns:
-        As in `Train`. At each bond they are those of a triangular matrix of the bond's size, what
-        is left of the cores after it where those before it are orthonormal.
+        For each bond the values in descending order; see `TensorTrain`.
 
     Example:
         >>> cores = [jnp.ones((1, 2, 3, 4)), jnp.ones((4, 3, 2, 1))]
@@ -167,22 +169,22 @@ def _left_orthonormal(cores: Sequence[Array]) -> list[Array]:
     return left
 
 
-def _cut(cores: list[Array], spectra: Sequence[Array], bonds: Sequence[int]) -> Train:
-    """Cores whose bonds have these singular values, cut to bonds."""
+def _cut(cores: list[Array], spectra: Sequence[Array], bonds: Sequence[int]) -> TensorTrain:
+    """Returns cores with smaller bonds; ``spectra`` are the singular values of the given cores."""
     bound = jnp.zeros((), cores[0].dtype)
     for values, bond in zip(spectra, bonds, strict=True):
         bound += jnp.square(values[bond:]).sum()
     kept = spectra
     if any(b < len(s) for b, s in zip(bonds, spectra, strict=True)):
         cores, kept = _truncated(cores, bonds)
-    return Train(_balanced_gauge(cores, kept), tuple(spectra), jnp.sqrt(bound))
+    return TensorTrain(_balanced_gauge(cores, kept), tuple(spectra), jnp.sqrt(bound))
 
 
 def _balanced_gauge(cores: list[Array], spectra: Sequence[Array]) -> tuple[Array, ...]:
-    """The same matrix with the square roots of a bond's values on both of its sides."""
+    """Moves the square root of each bond's singular values into the core before the bond."""
     result = list(cores)
     for k, values in enumerate(spectra):
-        # A value of 0 has zeros on its right, which nothing scales.
+        # After a singular value of 0 the next core is 0, which cannot be scaled.
         safe = values > jnp.finfo(values.dtype).eps * values.max()
         root = jnp.sqrt(jnp.where(safe, values, 1))
         result[k] = result[k] * root[None, None, None]
@@ -191,13 +193,13 @@ def _balanced_gauge(cores: list[Array], spectra: Sequence[Array]) -> tuple[Array
 
 
 def entropies(spectra: Sequence[Float[Array, " _"]]) -> Float[Array, " _"]:
-    """The entanglement entropy of each bond, in nats.
+    """Returns the entanglement entropy of each bond, in nats.
 
     Args:
-        spectra: Its singular values, see `Train`.
+        spectra: The singular values of each bond; see `TensorTrain`.
 
     Returns:
-        ``- sum_j v_j ln v_j`` with v the values divided by their sum; 0 if all are 0.
+        ``- sum_j v_j ln v_j`` with v the singular values divided by their sum; 0 if all are 0.
 
     References:
         MPOP (Liu et al., ACL 2021), section 3.2.

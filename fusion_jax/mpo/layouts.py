@@ -1,4 +1,4 @@
-"""Layouts of matrix product operators: into which factors and bonds a matrix is split."""
+"""Layouts of matrix product operators: the factors and bonds that a matrix is split into."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Layout(NamedTuple):
     """How a matrix is split into cores.
 
     Args:
-        inputs: i_1 ... i_m; their product is at least the rows, which are filled up with zeros.
-        outputs: j_1 ... j_m, likewise for the columns.
+        inputs: i_1 ... i_m. If their product exceeds the number of rows, zeros pad the rows.
+        outputs: j_1 ... j_m. If their product exceeds the number of columns, zeros pad the columns.
         bonds: b_1 ... b_{m-1}.
     """
 
@@ -32,16 +32,16 @@ class Layout(NamedTuple):
 
     @property
     def params(self) -> int:
-        """The numbers in all cores."""
+        """The number of parameters in all cores."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def capped(self, bond: int) -> Layout:
-        """The layout with no bond above a number."""
+        """Returns the layout with every larger bond reduced to ``bond``."""
         return self._replace(bonds=tuple(min(b, bond) for b in self.bonds))
 
 
 def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]:
-    """The bonds at which every matrix is represented exactly.
+    """Returns the bonds at which every matrix is represented exactly.
 
     Args:
         inputs: i_1 ... i_m.
@@ -63,15 +63,15 @@ def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]
 
 @lru_cache
 def balanced(n: int, parts: int) -> tuple[int, ...]:
-    """Factors of about the same size whose product is n, or a little more where n has none.
+    """Returns factors of similar size whose product is n or, if n has none, a little more.
 
     Args:
-        n: What to factorise.
-        parts: How many factors.
+        n: The number to factorize.
+        parts: The number of factors.
 
     Returns:
-        The factors of the smallest number from n on of which the largest factor is at most twice
-        the geometric mean, rounded up; the largest in the middle.
+        The factors, the largest in the middle. Their product is the smallest number from n on
+        that has factors of at most twice their geometric mean (rounded up).
 
     Example:
         >>> balanced(768, 5), balanced(3072, 5), balanced(7, 2)
@@ -87,7 +87,7 @@ def balanced(n: int, parts: int) -> tuple[int, ...]:
 
 
 def _factors(n: int, parts: int) -> list[int] | None:
-    """Factors of which the largest is as small as can be; None if a prime is too large."""
+    """Returns the factors with the smallest maximum; None if a prime factor is too large."""
     if parts == 1:
         return [n]
     best = None
@@ -102,15 +102,15 @@ def _factors(n: int, parts: int) -> list[int] | None:
 
 
 def chain(d: int, o: int, parts: int) -> Layout:
-    """The layout that adds parameters: two outer cores, and square matrices between them.
+    """Returns a layout that adds parameters: two outer cores with square matrices between them.
 
     Args:
-        d: Rows.
-        o: Columns.
-        parts: Cores, at least 2.
+        d: The number of rows.
+        o: The number of columns.
+        parts: The number of cores, at least 2.
 
     Returns:
-        A layout at full bonds in which all inner factors are 1.
+        The layout at full bonds; all inner factors are 1.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.1: 768 x 3072 as (32, 1, ..., 24) x (64, 1, ..., 48).
@@ -126,19 +126,20 @@ def chain(d: int, o: int, parts: int) -> Layout:
 
 
 def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layout:
-    """A balanced layout of a matrix.
+    """Returns a layout with factors of similar size.
 
     Args:
-        d: Rows.
-        o: Columns.
-        parts: Cores.
-        share: The most parameters, as a share of the matrix's; None for full bonds.
+        d: The number of rows.
+        o: The number of columns.
+        parts: The number of cores.
+        share: The largest number of parameters, as a share of those of the matrix; None for full
+            bonds.
 
     Returns:
-        The layout, whose bonds have one limit, the largest that keeps to the share.
+        The layout; see `within_share` for its bonds.
 
     Raises:
-        InputError: Even bonds of 1 are above the share.
+        InputError: Bonds of 1 already exceed the share.
     """
     inputs, outputs = balanced(d, parts), balanced(o, parts)
     orders = [Layout(inputs, j, full_bonds(inputs, j)) for j in (outputs, outputs[::-1])]
@@ -147,19 +148,19 @@ def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layo
 
 
 def within_share(full: Layout, d: int, o: int, share: float) -> Layout:
-    """A layout with the largest limit on its bonds that keeps to a share of parameters.
+    """Returns a layout with smaller bonds that keeps to a share of the parameters.
 
     Args:
         full: The layout at full bonds.
-        d: Rows of the matrix.
-        o: Columns.
-        share: The most parameters, as a share of the matrix's.
+        d: The number of rows of the matrix.
+        o: The number of columns.
+        share: The largest number of parameters, as a share of those of the matrix.
 
     Returns:
-        The layout with smaller bonds.
+        The layout, with all bonds cut at the same limit: the largest that keeps to the share.
 
     Raises:
-        InputError: Even bonds of 1 are above the share.
+        InputError: Bonds of 1 already exceed the share.
 
     Example:
         >>> within_share(Layout((2, 3), (2, 2), (4,)), 6, 4, 0.9).bonds

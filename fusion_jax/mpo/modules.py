@@ -1,4 +1,4 @@
-"""Layers whose matrix is a chain of cores.
+"""Linear layers and embeddings whose matrix is a chain of cores.
 
 Axis letters in shapes: d inputs, o outputs, n positions.
 """
@@ -20,14 +20,14 @@ from fusion_jax.nn.linear_forms import Frozen, LinearForm, dtype_of
 
 
 class Mpo(LinearForm):
-    """A linear layer whose matrix is made of cores.
+    """A linear layer whose matrix is a chain of cores.
 
     Args:
         *args: As for `LinearForm`.
-        inputs: See `Layout`.
-        outputs: See `Layout`.
+        inputs: The factors of the inputs; see `Layout`.
+        outputs: The factors of the outputs; see `Layout`.
         bonds: See `Layout`.
-        frozen: Numbers of the cores that do not train.
+        frozen: The indices of the cores that do not train.
         **kwargs: As for `LinearForm`.
 
     Example:
@@ -70,43 +70,43 @@ class Mpo(LinearForm):
         return contract(self._values(), (self.in_features, self.out_features))
 
     def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """``x W``, in the cheapest order for as many positions as there are."""
+        """Returns ``x W``, computed in the cheapest order for this number of positions."""
         y = product(_rows(x), self._values(), self.out_features)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @property
     def flops(self) -> int:
-        """Operations (two a multiply-add) for one position, in batches of 1,024."""
+        """Operations (two for each multiply-add) for one position, in batches of 1,024."""
         return round(plan(1024, self.layout).flops / 1024)
 
     def spec(self) -> dict[str, Any]:
-        """The form and its layout."""
+        """Returns the form and its layout."""
         fields = {name: list(sizes) for name, sizes in self.layout._asdict().items()}
         return {"form": self.kind, **fields, "frozen": list(self.frozen)}
 
 
 class MpoEmbed(Mpo):
-    """An embedding whose matrix, a row per token, is made of cores.
+    """An embedding whose matrix, with a row for each token, is a chain of cores.
 
-    The arguments are those of `Mpo`; inputs are the tokens, outputs the features.
+    The arguments are those of `Mpo`; the inputs are tokens, the outputs features.
     """
 
     kind = "mpo-embedding"
 
     def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n o"]:  # type: ignore[override]
-        """The rows of tokens: each core looked up at its digit of the token, or off the matrix."""
+        """Returns the rows of tokens; see `rows`."""
         trained = [core.dtype for core in self.cores if isinstance(core, nnx.Param)]
         cores = [core.astype((trained or [self.dtype])[0]) for core in self._values()]
         found = rows(ids.reshape(-1), cores, (self.in_features, self.out_features))
         return found.reshape(*ids.shape, self.out_features)
 
     def attend(self, x: Float[Array, "*n o"]) -> Float[Array, "*n d"]:
-        """Products of states with all rows, the logits of a tied head."""
+        """Returns the products of states with all rows: the logits of a tied head."""
         y = product(_rows(x), self._values(), self.in_features, transposed=True)
         return y.reshape(*x.shape[:-1], self.in_features)
 
     def plain(self) -> nnx.Embed:
-        """The same function as a plain embedding."""
+        """Returns a plain embedding that computes the same function."""
         make = partial(nnx.Embed, self.in_features, self.out_features, param_dtype=self.dtype)
         new = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         new.embedding.set_value(self.matrix())
@@ -114,13 +114,13 @@ class MpoEmbed(Mpo):
 
     @classmethod
     def abstract(cls, linear: Any, **spec: Any) -> Any:
-        """The form of an embedding, with shapes in place of arrays."""
+        """Returns the form of an embedding, with shapes in place of arrays."""
         d, o, dtype = linear.num_embeddings, linear.features, dtype_of(linear)
         return nnx.eval_shape(lambda: cls(d, o, use_bias=False, param_dtype=dtype, **spec))
 
 
 def _rows(x: Float[Array, "*n d"]) -> Float[Array, "m d"]:
-    """All rows, of which there may be none, so that -1 will not do."""
+    """Returns the input as a matrix; unlike reshape(-1, d), also if it has no rows."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""Products with a matrix that is a chain of cores, and the matrix itself, in the cheapest order.
+"""Multiplies with a matrix that is a chain of cores, in the cheapest order.
 
 Axis letters in shapes: d inputs, o outputs, n positions.
 """
@@ -18,20 +18,20 @@ from fusion_jax.mpo.layouts import Layout
 from fusion_jax.nn.dtypes import wide
 
 WRITE = 128
-"""What writing a number of an intermediate result costs, in multiply-adds: operations alone favour
-orders with many small products, which are slow."""
+"""The cost of writing a number of an intermediate result, in multiply-adds. Without it, orders with
+many small products would win, which are slow."""
 
 
-class Plan(NamedTuple):
-    """In which order a product is computed.
+class ContractionPlan(NamedTuple):
+    """The order in which a product is computed.
 
     Args:
-        subscripts: For ``einsum``: the input split into factors, and the cores.
-        path: Which two operands are multiplied, one step after the other.
-        flops: Operations (two a multiply-add) of this order.
-        rebuild_flops: Operations of making the matrix first and multiplying then.
-        rebuilds: Whether making the matrix first is this order.
-        cost: What this order costs by the measure it was chosen by, see `plan`.
+        subscripts: The subscripts for ``einsum``: the input split into factors, and the cores.
+        path: For each step the two operands that are multiplied.
+        flops: Operations (two for each multiply-add) of this order.
+        rebuild_flops: Operations of computing the matrix first and then multiplying with it.
+        rebuilds: Whether this order computes the matrix first.
+        cost: The cost of this order; see `plan`.
     """
 
     subscripts: str
@@ -43,17 +43,20 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
-    """The cheapest order of a product of n rows with a matrix made of cores.
+def plan(n: int, layout: Layout, *, transposed: bool = False) -> ContractionPlan:
+    """Returns the cheapest order for the product of n rows with a chain of cores.
+
+    The cost of an order is the number of its multiply-adds, plus `WRITE` for each number of a
+    result. Dynamic programming finds the cheapest of all orders in which every step sums over a
+    bond or a factor.
 
     Args:
-        n: Rows of the input.
-        layout: The cores.
-        transposed: Whether the product is with the transposed matrix.
+        n: The number of rows of the input.
+        layout: The shapes of the cores.
+        transposed: Whether to multiply with the transposed matrix.
 
     Returns:
-        The order of least cost, by dynamic programming over all orders in which every step sums
-        over a bond or a factor: multiply-adds, and `WRITE` for each number of a result.
+        The order.
 
     Example:
         >>> small = Layout((32, 24), (64, 48), (8,))
@@ -66,7 +69,7 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
     bonds = [symbol(2 * m + k) for k in range(m + 1)]
     batch = symbol(3 * m + 1)
     cores = [f"{bonds[k]}{rows[k]}{columns[k]}{bonds[k + 1]}" for k in range(m)]
-    # Ends of the chain and factors of 1 are left out, as the input has no axes for them.
+    # The ends of the chain and factors of 1 are left out: the input has no axes for them.
     drop = {bonds[0], bonds[m]}
     drop |= {s for s, size in zip(rows, layout.inputs, strict=True) if size == 1}
     drop |= {s for s, size in zip(columns, layout.outputs, strict=True) if size == 1}
@@ -87,10 +90,10 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> Plan:
     rebuild = rebuilding(layout)
     entries = math.prod(layout.inputs) * math.prod(layout.outputs)
     last = n * (entries + WRITE * (math.prod(layout.inputs if transposed else layout.outputs)))
-    # Where the input comes last in the path, the two are equal.
+    # The costs are equal if the input comes last in the path.
     rebuilds = m > 1 and rebuild.cost + last <= direct.cost
     rebuild_flops = 2 * (rebuild.multiplies + n * entries)
-    return Plan(
+    return ContractionPlan(
         subscripts,
         path,
         rebuild_flops if rebuilds else 2 * direct.multiplies,
@@ -111,7 +114,7 @@ def _path_cost(
     target: set[str],
     sizes: Mapping[str, int],
 ) -> _Cost:
-    """What an order costs."""
+    """Returns the cost of an order."""
     terms, multiplies, written = list(terms), 0, 0
     for pair in path:
         both: set[str] = set().union(*(terms.pop(i) for i in sorted(pair, reverse=True)))
@@ -123,12 +126,12 @@ def _path_cost(
 
 
 class Rebuilding(NamedTuple):
-    """In which order cores make their matrix.
+    """The order in which the matrix of a chain of cores is computed.
 
     Args:
-        tree: The number of a core, or the trees of two neighbouring parts of the chain.
-        multiplies: Multiply-adds.
-        cost: By the measure of `plan`.
+        tree: The index of a core, or the trees of two neighboring parts of the chain.
+        multiplies: The number of multiply-adds.
+        cost: The cost; see `plan`.
     """
 
     tree: Any
@@ -138,13 +141,13 @@ class Rebuilding(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def rebuilding(layout: Layout) -> Rebuilding:
-    """The cheapest order in which cores make their matrix.
+    """Returns the cheapest order for computing the matrix of a chain of cores.
 
     Args:
-        layout: The cores.
+        layout: The shapes of the cores.
 
     Returns:
-        The order of least cost among those that multiply neighbours.
+        The cheapest of all orders that multiply neighbors.
 
     Example:
         >>> rebuilding(Layout((2, 2, 2), (2, 2, 2), (2, 4))).tree
@@ -174,14 +177,14 @@ def rebuilding(layout: Layout) -> Rebuilding:
 
 
 def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d o"]:
-    """The matrix that cores make, in the cheapest order.
+    """Computes the matrix of a chain of cores, in the cheapest order.
 
     Args:
         cores: T_1 ... T_m.
-        shape: Its rows and columns; what was filled up is cut off.
+        shape: The numbers of rows and columns, without padding.
 
     Returns:
-        The matrix, in the dtype of the cores, to which it is rounded once.
+        The matrix, computed in float32 or wider and rounded to the dtype of the cores.
 
     Example:
         >>> contract([jnp.ones((1, 2, 2, 3)), jnp.ones((3, 2, 1, 1))], (4, 2)).tolist()
@@ -210,13 +213,13 @@ def _layout_of(cores: Sequence[Array]) -> Layout:
 def product(
     x: Float[Array, "n d"], cores: Sequence[Array], columns: int, *, transposed: bool = False
 ) -> Float[Array, "n o"]:
-    """``x W`` for a matrix W made of cores, in the cheapest order for these sizes.
+    """Returns ``x W`` for the matrix W of a chain of cores, in the cheapest order.
 
     Args:
-        x: The rows.
+        x: (n, d) the rows.
         cores: T_1 ... T_m.
-        columns: How many columns of the result count; the rest was filled up.
-        transposed: For ``x W^T``.
+        columns: The number of columns of the result, without padding.
+        transposed: Whether to return ``x W^T``.
 
     Returns:
         The product, in the dtype of x.
@@ -244,15 +247,15 @@ def product(
 def rows(
     ids: Int[Array, " n"], cores: Sequence[Array], shape: tuple[int, int]
 ) -> Float[Array, "n o"]:
-    """Rows of the matrix that cores make, in the cheaper way for as many as there are.
+    """Returns rows of the matrix of a chain of cores, from the cores or from the whole matrix.
 
     Args:
-        ids: The numbers of the rows; negative ones count from the end.
-        cores: T_1 ... T_m, of one dtype.
-        shape: Rows and columns of the matrix.
+        ids: (n,) the indices of the rows; negative ones count from the end.
+        cores: T_1 ... T_m, of the same dtype.
+        shape: The numbers of rows and columns of the matrix.
 
     Returns:
-        The rows; NaN, as in plain embeddings, where there is none.
+        The rows; NaN for an index out of range, as in plain embeddings.
 
     Example:
         >>> rows(jnp.array([1, 1]), [jnp.eye(4).reshape(1, 4, 4, 1)], (4, 3)).tolist()
@@ -260,22 +263,22 @@ def rows(
     """
     layout = _layout_of(cores)
     ids = jnp.where(ids < 0, ids + shape[0], ids)
-    there = ((ids >= 0) & (ids < shape[0]))[:, None]
+    in_range = ((ids >= 0) & (ids < shape[0]))[:, None]
     if not looks_up(len(ids), layout):
-        return jnp.where(there, contract(cores, shape)[ids], jnp.nan)
+        return jnp.where(in_range, contract(cores, shape)[ids], jnp.nan)
     digits = jnp.unravel_index(ids, layout.inputs)
     made = cores[0][0][digits[0]]  # (n, j, b)
     for core, digit in zip(cores[1:], digits[1:], strict=True):
         made = jnp.einsum("nja,ankb->njkb", made, core[:, digit])
         n, j, k, b = made.shape
         made = made.reshape(n, j * k, b)
-    return jnp.where(there, made[..., 0][:, : shape[1]], jnp.nan)
+    return jnp.where(in_range, made[..., 0][:, : shape[1]], jnp.nan)
 
 
 def looks_up(n: int, layout: Layout) -> bool:
-    """Whether n rows are cheaper core by core, each at its digit of the row, than off the matrix.
+    """Returns whether computing n rows core by core is cheaper than computing the whole matrix.
 
-    By the measure of `plan`, where what is gathered is written, too.
+    The measure is the cost of `plan`; each number that is gathered also counts as written.
 
     Example:
         >>> layout = Layout((32, 24), (64, 48), (8,))

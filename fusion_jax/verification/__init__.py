@@ -1,1 +1,1 @@
-"""What compressing did to a model."""
+"""Verifies compressed models: compares kernels, certifies MLPs, and writes a page on it."""

@@ -1,6 +1,6 @@
-"""Pictures as SVG text, whose colours are the page's style variables.
+"""Draws charts as SVG text.
 
-The variables are ``--ink``, ``--faint``, ``--c0``, ``--c1`` and ``--c2``.
+The colors are CSS variables of the page: ``--ink``, ``--faint``, ``--c0``, ``--c1`` and ``--c2``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEVELS = 24
 
 
 class Line(NamedTuple):
-    """One line of a chart: a label, and as many x as y."""
+    """A line of a chart: a label, and the coordinates of its points."""
 
     label: str
     x: Sequence[float] | np.ndarray
@@ -25,12 +25,12 @@ class Line(NamedTuple):
 
 
 def heatmap(matrix: np.ndarray, largest: float, title: str) -> str:
-    """A matrix as squares that are the darker the larger their absolute value.
+    """Draws a matrix as squares; a larger absolute value is darker.
 
     Args:
-        matrix: (n, m).
-        largest: The value of full colour.
-        title: What it shows.
+        matrix: (n, m) the matrix.
+        largest: The absolute value that has the full color.
+        title: The description of the picture.
 
     Returns:
         An ``<svg>`` element.
@@ -55,23 +55,23 @@ def heatmap(matrix: np.ndarray, largest: float, title: str) -> str:
     )
 
 
-def lines(
+def line_chart(
     series: Sequence[Line], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A chart of a few lines with axes and a legend.
+    """Draws a few lines with axes and a legend.
 
     Args:
-        series: At most three lines, with at least one finite point together.
-        x_label: What x is.
-        y_label: What y is.
-        log_x: Logarithmic x; points that are not positive are left out.
-        log_y: Likewise.
+        series: At most three lines.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
+        log_x: Whether the x axis is logarithmic; it omits points with x <= 0.
+        log_y: Whether the y axis is logarithmic; it omits points with y <= 0.
 
     Returns:
         An ``<svg>`` element.
 
     Example:
-        >>> lines([Line("a", [0.0, 1.0], [2.0, 3.0])], "x", "y").count("<polyline")
+        >>> line_chart([Line("a", [0.0, 1.0], [2.0, 3.0])], "x", "y").count("<polyline")
         1
     """
     kept = []
@@ -93,19 +93,21 @@ def lines(
     return _svg(parts, [k.label for k in kept], _HEIGHT)
 
 
-def dots(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_label: str) -> str:
-    """One line of marks per row on a common logarithmic axis.
+def dot_chart(
+    rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_label: str
+) -> str:
+    """Draws the values of each row as dots on a common logarithmic axis.
 
     Args:
-        rows: Names and values, of which those that are not positive are left out.
-        labels: What the values are, at most three.
-        x_label: What the axis is.
+        rows: The name and the values of each row; values that are not positive are omitted.
+        labels: The labels of the values, at most three.
+        x_label: The label of the axis.
 
     Returns:
         An ``<svg>`` element.
 
     Example:
-        >>> dots([("a", [0.1, 1.0])], ["measured", "bound"], "change").count("<circle")
+        >>> dot_chart([("a", [0.1, 1.0])], ["measured", "bound"], "change").count("<circle")
         4
     """
     height = _TOP + _BOTTOM + 22 * len(rows)
@@ -122,7 +124,7 @@ def dots(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_l
                 f'<line x1="{min(known):.1f}" x2="{max(known):.1f}" y1="{y}" y2="{y}" '
                 'stroke="var(--faint)"/>'
             )
-        # The first on top and the smallest, so that equal values show as rings.
+        # The first value is the smallest dot, on top, so that equal values show as rings.
         parts += [
             f'<circle cx="{a:.1f}" cy="{y}" r="{3.5 + j}" fill="var(--c{j})"/>'
             for j, a in reversed(list(enumerate(at)))
@@ -132,7 +134,7 @@ def dots(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_l
 
 
 class _Axis:
-    """Maps values to positions; axes end at ticks: powers of ten, or multiples of 1, 2 or 5."""
+    """Maps values to coordinates; axes end at ticks: powers of ten, or multiples of 1, 2 or 5."""
 
     def __init__(self, values: np.ndarray, log: bool, start: int, end: int):
         values = values[np.isfinite(values) & ((values > 0) | (not log))]
@@ -152,16 +154,16 @@ class _Axis:
             self.high = self.low + self.step
 
     def at(self, value: float) -> float:
-        return self._place(float(np.log10(value)) if self.log else value)
+        return self._coordinate(float(np.log10(value)) if self.log else value)
 
-    def _place(self, value: float) -> float:
+    def _coordinate(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
         count = round((self.high - self.low) / self.step)
         values = [self.low + i * self.step for i in range(count + 1)]
         texts = [f"{10.0**v if self.log else v:.4g}".replace("e+0", "e") for v in values]
-        return [(self._place(v), text) for v, text in zip(values, texts, strict=True)]
+        return [(self._coordinate(v), text) for v, text in zip(values, texts, strict=True)]
 
 
 def _frame(across: _Axis, up: _Axis, x_label: str, y_label: str) -> str:

@@ -1,4 +1,4 @@
-"""What compressing did to a model's neural tangent kernels, with bounds and cross-checks."""
+"""Compares the neural tangent kernels of a model and its compressed version, and certifies MLPs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 import ntk
 from fusion_jax.calibration.capture import mlp_inputs
-from fusion_jax.checkpoint import load
+from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sentences, tokenize
@@ -28,46 +28,49 @@ from ntk.comparison import Comparison, compare
 
 ENGINES = ("jacobian", "vector-product", "neural-tangents")
 TOLERANCE = 1e-4
-"""How far engines may be apart in float32, relative to the largest entry."""
-_BLOCK = 3
-_KINDS = {"sgd": "SGD", "adam": "Adam"}
+"""The largest difference of engines in float32, relative to the largest entry of a kernel."""
+KERNEL_NAMES = {"sgd": "SGD", "adam": "Adam"}
+"""The kinds of kernels that are compared, and their names in text."""
+_CROSS_CHECK_TEXTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Kernels of an original and a compressed model; ``str()`` is tables.
+    """The kernels of an original and a compressed model, compared; ``str()`` returns tables.
 
     Args:
-        examples: How many texts.
-        kernels: By kind, (2, n, n): the original's and the compressed model's.
-        comparisons: By kind, how far these are apart.
-        certificates: By site, bounds and changes of its MLP's outputs and kernels at the inputs
-            that it has in the original.
-        apart: How far engines are from the first, relative, on a few texts; None if
-            neural-tangents is not installed.
+        num_texts: The number n of texts.
+        kernels: For each kind (2, n, n): the kernels of the original and of the compressed model.
+        comparisons: For each kind, how far the two kernels are apart.
+        certificates: For each site, bounds and measured changes of the MLP's outputs and kernels,
+            at the inputs that the MLP has in the original.
+        engine_differences: The relative difference between each further engine and the first, on a
+            few texts; empty if engines were not compared, None if neural-tangents is not installed.
     """
 
-    examples: int
+    num_texts: int
     kernels: dict[str, Float[np.ndarray, "2 n n"]]
     comparisons: dict[str, Comparison]
     certificates: dict[str, Certificate]
-    apart: dict[str, float] | None
+    engine_differences: dict[str, float] | None
 
     def failures(self) -> list[str]:
-        """What must not be: sentences, none if bounds hold and engines agree."""
+        """Returns a sentence for each violated bound and each engine that disagrees."""
         found = [
             f"{site}: a certified bound is violated"
             for site, certificate in self.certificates.items()
             if certificate.violations()
         ]
-        # Also for NaN, of which no comparison is true.
-        bad = {name: x for name, x in (self.apart or {}).items() if not x <= TOLERANCE}
-        return found + [f"engine {name} is off by {x:.1e}" for name, x in bad.items()]
+        # "not <=" also finds NaN.
+        differences = (self.engine_differences or {}).items()
+        return found + [
+            f"engine {name} differs by {x:.1e}" for name, x in differences if not x <= TOLERANCE
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+        """Returns the results as JSON values."""
         return {
-            "examples": self.examples,
+            "examples": self.num_texts,
             "kernels": {
                 kind: {
                     "frobenius": c.frobenius,
@@ -83,38 +86,41 @@ class Verification:
                 site: [line._asdict() for line in certificate.lines]
                 for site, certificate in self.certificates.items()
             },
-            "engines_apart": self.apart,
+            "engines_apart": self.engine_differences,
             "failures": self.failures(),
         }
 
     def __str__(self) -> str:
         parts = []
         for kind, comparison in self.comparisons.items():
-            heading = f"{_KINDS[kind]} kernel of {self.examples} texts, original and compressed"
+            name = KERNEL_NAMES[kind]
+            heading = f"{name} kernel of {self.num_texts} texts, original and compressed"
             parts.append(f"{heading}\n\n{comparison}")
         if self.certificates:
-            rows = [["site, relative change", "a priori, at most", "data, at most", "measured"]]
+            rows = [["site, relative change", "bound a priori", "bound from data", "measured"]]
             for site, certificate in self.certificates.items():
                 for line in certificate.lines:
                     rows.append([f"{site} {line.quantity}", *(f"{x:.3g}" for x in line[1:])])
-            parts.append(f"MLPs at the original's inputs, with certified bounds\n\n{table(rows)}")
-        if self.apart is None:
+            parts.append(
+                f"MLPs at their inputs in the original, with certified bounds\n\n{table(rows)}"
+            )
+        if self.engine_differences is None:
             parts.append("Engines were not compared: neural-tangents is not installed.")
         else:
-            found = ", ".join(f"{name} {x:.0e}" for name, x in self.apart.items())
-            parts.append(f"Engines, largest relative distance from {ENGINES[0]}: {found}")
+            found = ", ".join(f"{name} {x:.0e}" for name, x in self.engine_differences.items())
+            parts.append(f"Largest relative difference from the engine {ENGINES[0]}: {found}")
         return "\n\n".join(parts)
 
 
 class Probability(nnx.Module):
-    """The softmax probability of class 0, with a random head where the model has none."""
+    """The softmax probability of class 0, from a random head if the model has no such head."""
 
     def __init__(self, model: Model, head: Float[Array, "d 2"]):
         self.model = model
         self.random = Frozen(head)
 
     def __call__(self, *batch: Array) -> Float[Array, " n"]:
-        """The probability for each text of a batch: token ids, mask, and what else it has."""
+        """Returns the probability for each text; the arguments are those of the model."""
         result = self.model(*batch)
         logits = getattr(result, "logits", None)
         if logits is None or logits.ndim != 2:
@@ -124,38 +130,39 @@ class Probability(nnx.Module):
         return jax.nn.softmax(logits.astype(jnp.float32))[:, 0]
 
 
-class Verified(NamedTuple):
-    """A verification of files, and what a page on it needs."""
+class VerifiedArtefact(NamedTuple):
+    """The verification of an artefact.
+
+    Args:
+        verification: The result.
+        artefact: The folder of the compressed model.
+        original: The hub id or folder of the original.
+        num_params: The numbers of parameters of the original and of the compressed model.
+    """
 
     verification: Verification
     artefact: Path
     original: str
-    sizes: tuple[int, int]
-
-    def page(self) -> str:
-        """The HTML page."""
-        from fusion_jax.verification.page import page
-
-        return page(*self)
+    num_params: tuple[int, int]
 
 
 def verify_files(
     original: str | None, compressed: str, text: Path | None, num_examples: int, seed: int
-) -> Verified:
-    """Verifies an artefact against the model it was made of, as the command line does.
+) -> VerifiedArtefact:
+    """Verifies an artefact against its original, as the command line does.
 
     Args:
-        original: Hub id or folder; None for what the artefact says.
+        original: The hub id or folder of the original; None for the one that the artefact states.
         compressed: The artefact.
-        text: A text file, one example a line; None for the package's sentences.
-        num_examples: How many of its lines.
-        seed: Seed of random choices.
+        text: A text file, one example per line; None for the sentences of the package.
+        num_examples: The number of lines to use.
+        seed: The seed of random choices.
 
     Returns:
-        What was found.
+        The result.
 
     Raises:
-        InputError: A file is missing or does not fit.
+        InputError: A file is missing, or the models do not belong together.
     """
     if num_examples < 2:
         raise InputError(f"num_examples must be at least 2; got {num_examples}")
@@ -171,29 +178,30 @@ def verify_files(
     larger = load_original(name, smaller, key=key)
     tokenizer = load_tokenizer(smaller.provenance.folder)
     batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
-    found = verify(larger, smaller, batch, key=key)
-    return Verified(found, Path(compressed), name, (num_params(larger), num_params(smaller)))
+    result = verify(larger, smaller, batch, key=key)
+    sizes = num_params(larger), num_params(smaller)
+    return VerifiedArtefact(result, Path(compressed), name, sizes)
 
 
 def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
-    """The model that a compressed one was made of, with the same head.
+    """Loads the original of a compressed model, with the same head.
 
     Args:
-        name: Hub id or folder.
+        name: The hub id or folder of the original.
         smaller: The compressed model.
-        key: Random key for a head that neither's files have.
+        key: Random key for a head that the files do not have.
 
     Returns:
         The original.
 
     Raises:
-        InputError: It cannot be loaded, or is another model.
+        InputError: The original cannot be loaded, or is another model.
     """
-    head: Any = smaller.provenance.head
+    head = smaller.provenance.head
     labels = smaller.config.num_labels if head == "classification" else None
     original: Any = load(name, head=head, num_labels=labels, dtype=jnp.float32, key=key)
     if head is not None:
-        # A head that compressing made is in the compressed model only.
+        # A head that was new when the model was compressed exists in the compressed model only.
         original.head = smaller.head  # type: ignore[attr-defined]
     return original
 
@@ -208,34 +216,33 @@ def verify(
     cross_check: bool = True,
     progress: bool | None = None,
 ) -> Verification:
-    """Computes and compares exact kernels of both models, and certifies each fused MLP.
+    """Compares the exact kernels of two models, and certifies each fused MLP.
 
-    Experts of a mixture have no certificates, as each sees other positions.
-
-    The kernels are those of one scalar, the softmax probability of class 0, with respect to all
-    parameters.
+    The kernels are those of a scalar function, the softmax probability of class 0, with respect to
+    all parameters. Experts of a mixture have no certificates, as each sees different positions.
 
     Args:
-        original: The original.
+        original: The original model.
         smaller: The compressed model.
-        batch: Texts, at least two.
-        key: Random key of the head, if the models have none, and of the targets of training.
-        positions: Most token positions at which MLPs are certified.
-        cross_check: Whether to compare engines on three texts.
+        batch: At least two texts.
+        key: Random key of a head, if the models have none, and of the targets for predicted
+            training.
+        positions: The largest number of token positions at which MLPs are certified.
+        cross_check: Whether to compare NTK engines on three texts.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
-        What was found.
+        The kernels, their comparison, and the certificates.
 
     Raises:
         InputError: The models do not belong together, or there are too few texts.
 
     Example:
-        >>> verify(model, smaller, batch, key=jax.random.key(0))  # doctest: +SKIP
+        >>> print(verify(model, smaller, batch, key=jax.random.key(0)))  # doctest: +SKIP
     """
     n = batch.input_ids.shape[0]
     if n < 2:
-        raise InputError(f"kernels of at least two texts can be compared; got {n}")
+        raise InputError(f"comparing kernels needs at least two texts; got {n}")
     pairs = list(zip(sites(original), sites(smaller), strict=False))
     if [a.path for a, _ in pairs] != [s.path for s in sites(smaller)]:
         raise InputError("the two models have their MLPs in different places")
@@ -247,16 +254,16 @@ def verify(
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
     kernels, comparisons = {}, {}
     start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
-    # Once for both kinds, which share compiled gradients.
+    # Made once, so that both kinds share the compiled gradients.
     functions = [ntk.functional(model) for model in models]
-    for kind in _KINDS:
+    for kind in KERNEL_NAMES:
         both = [
             np.asarray(ntk.kernel(f, params, batch, kind=kind, progress=progress))
             for f, params in functions
         ]
         kernels[kind] = np.stack(both)
         comparisons[kind] = compare(*both, targets=targets, outputs=start)
-    apart = _engines_apart(models[1], batch, pairs[-1][1].path) if cross_check else {}
+    differences = _engine_differences(models[1], batch, pairs[-1][1].path) if cross_check else {}
     seen = jax.jit(mlp_inputs)(original, *batch)
     real = np.asarray(batch.attention_mask)
     chosen = np.linspace(0, real.sum() - 1, min(positions, int(real.sum()))).astype(int)
@@ -266,19 +273,19 @@ def verify(
         if hasattr(b.mlp, "labels") and a.path in seen
     }
     return Verification(
-        examples=n,
+        num_texts=n,
         kernels=kernels,
         comparisons=comparisons,
         certificates=certificates,
-        apart=apart,
+        engine_differences=differences,
     )
 
 
-def _engines_apart(model: nnx.Module, batch: TokenBatch, path: str) -> dict[str, float] | None:
-    """Relative distances of engines on a few texts, by the parameters of one MLP."""
+def _engine_differences(model: nnx.Module, batch: TokenBatch, path: str) -> dict[str, float] | None:
+    """Returns relative differences of engines on a few texts, for the parameters of one MLP."""
     where = re.escape(f"model.{path}" if path else "model")
     f, params = ntk.functional(model, wrt=rf"{where}\..*")
-    few = jax.tree.map(lambda x: x[:_BLOCK], batch)
+    few = jax.tree.map(lambda x: x[:_CROSS_CHECK_TEXTS], batch)
     kernels = {}
     for engine in ENGINES:
         try:

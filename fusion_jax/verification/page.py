@@ -1,4 +1,4 @@
-"""One self-contained HTML page on a compressed model: what changed, in figures and pictures."""
+"""Writes a self-contained HTML page on a compressed model: what changed, in numbers and charts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fusion_jax.verification import charts as svg
-from fusion_jax.verification.checks import Verification
+from fusion_jax.verification import charts
+from fusion_jax.verification.checks import KERNEL_NAMES, Verification, VerifiedArtefact
 from ntk.bounds.certificates import Certificate
 
 _STYLE = """
@@ -36,28 +36,24 @@ th,td{padding:5px 10px;border-bottom:1px solid var(--faint);text-align:right;whi
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 """
 
-_KINDS = {"sgd": "SGD", "adam": "Adam"}
 
-
-def page(verification: Verification, artefact: Path, original: str, sizes: tuple[int, int]) -> str:
-    """The page of a compressed model.
+def html_page(verified: VerifiedArtefact) -> str:
+    """Returns an HTML page on a compressed model.
 
     Args:
-        verification: What `fusion_jax.verification.checks.verify` found.
-        artefact: The folder of the compressed model.
-        original: The name of the original.
-        sizes: Parameters of the original and of the compressed model.
+        verified: The result of `fusion_jax.verification.checks.verify_files`. If the artefact has
+            a ``report.json``, it is shown as well.
 
     Returns:
         HTML that needs no other file.
     """
-    v = verification
+    v, artefact, original, num_params = verified
     file = artefact / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     scaling = None if report is None else report["method"].get("scaling")
-    kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # the one it is made for first
+    kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # first the optimizer of the method
     sections = [
-        _facts(v, sizes, kinds, scaling),
+        _facts(v, num_params, kinds, scaling),
         *(_kernels(v, kind) for kind in kinds),
         "" if report is None else _report(report),
         _sites(v.certificates),
@@ -70,15 +66,15 @@ def page(verification: Verification, artefact: Path, original: str, sizes: tuple
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>"
         f'<p class="soft">Original: {escape(Path(original).name or original)}. Neural tangent '
-        f"kernels say how a model fine-tunes; here they are exact, on {v.examples} texts.</p>"
+        f"kernels predict how a model fine-tunes; these are exact, on {v.num_texts} texts.</p>"
         f"{''.join(sections)}</body></html>\n"
     )
 
 
 def _facts(
-    v: Verification, sizes: tuple[int, int], kinds: Sequence[str], scaling: str | None
+    v: Verification, num_params: tuple[int, int], kinds: Sequence[str], scaling: str | None
 ) -> str:
-    before, after = sizes
+    before, after = num_params
     facts = [
         (f"{before / 1e6:.1f} M → {after / 1e6:.1f} M", f"parameters, {after / before - 1:+.0%}")
     ]
@@ -86,19 +82,19 @@ def _facts(
         c = v.comparisons[kind]
         other = scaling in kinds and kind != scaling
         note = f"; the scaling {scaling!r} keeps the other kernel" if other else ""
-        facts.append((f"{c.frobenius:.1%}", f"change of the {_KINDS[kind]} kernel{note}"))
+        facts.append((f"{c.frobenius:.1%}", f"change of the {KERNEL_NAMES[kind]} kernel{note}"))
         facts.append(
-            (f"{c.alignment:.3f}", f"alignment of the {_KINDS[kind]} kernels (1 is equal)")
+            (f"{c.alignment:.3f}", f"alignment of the {KERNEL_NAMES[kind]} kernels (1 is equal)")
         )
     cards = "".join(f'<div class="fact"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
     failures = v.failures()
     if failures:
-        said = f'<p class="bad">{escape("; ".join(failures))}.</p>'
+        verdict = f'<p class="bad">{escape("; ".join(failures))}.</p>'
     else:
         checks = ["every certified bound holds"] if v.certificates else []
-        checks += ["all engines agree"] if v.apart else []
-        said = f'<p class="good">✓ {escape(" and ".join(checks))}</p>' if checks else ""
-    return f'<h2>At a glance</h2>{said}<div class="row">{cards}</div>'
+        checks += ["all engines agree"] if v.engine_differences else []
+        verdict = f'<p class="good">✓ {escape(" and ".join(checks))}</p>' if checks else ""
+    return f'<h2>At a glance</h2>{verdict}<div class="row">{cards}</div>'
 
 
 def _kernels(v: Verification, kind: str) -> str:
@@ -108,35 +104,35 @@ def _kernels(v: Verification, kind: str) -> str:
     pictures = [
         (first, "original"),
         (second, "compressed"),
-        (first - second, "difference, same colours"),
+        (first - second, "difference, same colors"),
     ]
-    maps = "".join(_figure(text, svg.heatmap(k, largest, text)) for k, text in pictures)
+    maps = "".join(_figure(text, charts.heatmap(k, largest, text)) for k, text in pictures)
     ranks = np.arange(1, len(first) + 1)
     spectra = [
-        svg.Line(name, ranks, values)
+        charts.Line(name, ranks, values)
         for name, values in zip(("original", "compressed"), comparison.spectra, strict=True)
     ]
     values = "eigenvalue" if comparison.symmetric else "singular value"
-    charts = _figure(
-        f"Spectrum: the {values}s from the largest on",
-        svg.lines(spectra, "rank", values, log_y=True),
+    plots = _figure(
+        f"Spectrum: the {values}s in descending order",
+        charts.line_chart(spectra, "rank", values, log_y=True),
     )
     training = comparison.training
     if training is not None:
         losses = [
-            svg.Line(name, training.times, loss)
+            charts.Line(name, training.times, loss)
             for name, loss in zip(("original", "compressed"), training.losses, strict=True)
         ]
-        losses.append(svg.Line("outputs apart", training.times, training.apart))
+        losses.append(charts.Line("difference of outputs", training.times, training.apart))
         flow = training.dynamics == "gradient flow"
-        charts += _figure(
-            f"Predicted training (linearised {training.dynamics}, random targets)",
-            svg.lines(losses, "learning rate times steps", "loss, relative", log_x=flow),
+        plots += _figure(
+            f"Predicted training (linearized {training.dynamics}, random targets)",
+            charts.line_chart(losses, "learning rate times steps", "loss, relative", log_x=flow),
         )
     return (
-        f"<h2>{_KINDS[kind]} kernel</h2>"
-        '<p class="soft">One square per pair of texts; darker is larger.</p>'
-        f'<div class="row">{maps}</div><p></p><div class="row two">{charts}</div>'
+        f"<h2>{KERNEL_NAMES[kind]} kernel</h2>"
+        '<p class="soft">One square for each pair of texts; darker means larger.</p>'
+        f'<div class="row">{maps}</div><p></p><div class="row two">{plots}</div>'
     )
 
 
@@ -145,18 +141,18 @@ def _sites(certificates: dict[str, Certificate]) -> str:
         return ""
     figures = []
     names = [line.quantity for line in next(iter(certificates.values())).lines]
-    labels = ("measured", "at most, from data", "at most, a priori")
+    labels = ("measured", "bound from data", "bound a priori")
     for i, name in enumerate(names):
         rows = [
             (site, (c.lines[i].measured, c.lines[i].data, c.lines[i].a_priori))
             for site, c in certificates.items()
         ]
         figures.append(_figure(name.capitalize().replace("Sgd", "SGD"),
-                               svg.dots(rows, labels, "relative change")))  # fmt: skip
+                               charts.dot_chart(rows, labels, "relative change")))  # fmt: skip
     return (
         "<h2>Each MLP, with certified bounds</h2>"
-        '<p class="soft">At the inputs that it has in the original. The change can be no larger '
-        "than a bound: from norms of the weights alone (a priori), or from a sketch of each input."
+        '<p class="soft">Relative change at the inputs that the MLP has in the original, and upper '
+        "bounds: from norms of the weights alone (a priori), or from a sketch of each input (data)."
         f'</p><div class="row two">{"".join(figures)}</div>'
     )
 
@@ -178,14 +174,15 @@ def _report(report: dict[str, Any]) -> str:
 
 
 def _how(v: Verification) -> str:
-    said = "neural-tangents is not installed here, so that engines were not compared."
-    if v.apart is not None:
-        found = ", ".join(f"{name} {x:.0e}" for name, x in v.apart.items())
-        said = f"Largest relative distance of other engines from ours: {found or 'not measured'}."
+    engines = "neural-tangents is not installed, so engines were not compared."
+    if v.engine_differences is not None:
+        found = ", ".join(f"{name} {x:.0e}" for name, x in v.engine_differences.items())
+        engines = f"Largest relative difference of other engines: {found or 'not measured'}."
     return (
-        '<h2>How</h2><p class="soft">The kernel of one scalar, the softmax probability of class 0 '
-        "(of a random head, if the model has none), with respect to all parameters. SGD: inner "
-        f"products of gradients; Adam: of gradients and signs of gradients. {escape(said)}</p>"
+        '<h2>How</h2><p class="soft">The kernels are those of a scalar, the softmax probability of '
+        "class 0 (from a random head, if the model has none), with respect to all parameters. SGD: "
+        "inner products of gradients. Adam: inner products of gradients and signs of gradients. "
+        f"{escape(engines)}</p>"
     )
 
 

@@ -140,11 +140,11 @@ def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
     return best
 
 
-def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.Train, Array]:
+def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.TensorTrain, Array]:
     """The cores with smaller bonds, and their `mpo.excess`."""
     cores = [wide(core[...]) for core in form.cores]
 
-    def one(cores: list[Array]) -> tuple[mpo.Train, Array]:
+    def one(cores: list[Array]) -> tuple[mpo.TensorTrain, Array]:
         train = mpo.recompressed(cores, bonds)
         before = mpo.contract(cores, (form.in_features, form.out_features))
         return train, mpo.excess(before, train)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.models.base import Generative, Model, positions
+from fusion_jax.models.base import Generative, Model, max_positions
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.training.engine import losses
@@ -181,7 +181,7 @@ class Encoder:
             raise InputError(
                 "texts alone are not enough for an encoder-decoder; give pairs of texts"
             )
-        most = positions(model) or 1 << 20  # rotary positions have no end
+        most = max_positions(model) or 1 << 20  # rotary positions have no end
         if max_length is not None and max_length > most:
             raise InputError(f"max_length {max_length} is above the model's {most} positions")
         self.max_length = most if max_length is None else max_length

@@ -1,0 +1,185 @@
+"""The commands inspect, compress and export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, Union
+
+import jax
+from tyro.conf import Positional, arg, subcommand
+
+from fusion_jax.checkpoint.files import check_new_folder
+from fusion_jax.checkpoint.opening import load, open_checkpoint
+from fusion_jax.checkpoint.writing import export_hf, save
+from fusion_jax.cli.model_options import Artefact, DType, ModelName, NewFolder
+from fusion_jax.compression import mlps
+from fusion_jax.methods.base import Method
+from fusion_jax.methods.registry import METHODS
+from fusion_jax.nn.linear_forms import find_forms
+from fusion_jax.nn.site import sites
+from fusion_jax.report import num_params, size_of, table
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+AnyMethod = Union[  # noqa: UP007 - made at run time
+    tuple(
+        Annotated[cls, subcommand(name, description=_first_line(cls))]
+        for name, cls in METHODS.items()
+    )
+]
+Layers = Annotated[
+    str | None,
+    arg(
+        metavar="LAYERS",
+        help="Which MLPs: indices (2,3,-1), a slice (-4: is the last four), or a regular "
+        "expression for whole paths (layers.[2-5].mlp). See fusion-jax inspect.",
+        help_behavior_hint="(default: all)",
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    arg(
+        metavar="FILE",
+        help="Unlabeled text for the method to fit, one sentence per line (a few hundred are "
+        "enough); or random, for random tokens.",
+        help_behavior_hint="(default: none)",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    arg(
+        metavar="SHARE",
+        help="The share of the parameters of each MLP to keep, such as 0.25; replaces the size "
+        "in the options of the method.",
+        help_behavior_hint="(default: by the options of the method)",
+    ),
+]
+HeadName = Annotated[
+    Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"] | None,
+    arg(
+        metavar="HEAD",
+        help="Head to load: classification, masked-lm, causal-lm or seq2seq-lm.",
+        help_behavior_hint="(default: none)",
+    ),
+]
+NumLabels = Annotated[
+    int | None,
+    arg(
+        metavar="N",
+        help="Number of classes of a new classification head.",
+        help_behavior_hint="",
+    ),
+]
+
+
+def inspect(model: Positional[ModelName]) -> None:
+    """List the MLPs of a model with their paths, widths, and shares of the parameters.
+
+    Args:
+        model: Hub id, Hugging Face folder, or artefact.
+    """
+    abstract = open_checkpoint(model).abstract
+    found = sites(abstract)
+    size = size_of(abstract, (site.mlp for site in found))
+    rows = [["site", "index", "kind", "width", "parameters", "share"]]
+    for site in found:
+        n = num_params(site.mlp)
+        forms = sorted({form.kind for form in find_forms(site.mlp).values()})
+        kind, width = ", ".join([type(site.mlp).__name__, *forms]), str(site.mlp.width)
+        kind = f"{site.mlp.stack[0]} x {kind}" if site.mlp.stack else kind
+        rows.append([site.path, str(site.index), kind, width, f"{n:,}", f"{n / size.params:.1%}"])
+    share = size.mlp_params / size.params
+    rows.append(["all MLPs", "", "", "", f"{size.mlp_params:,}", f"{share:.1%}"])
+    print(f"{type(abstract).__name__}: {size.params:,} parameters, {size.bytes / 1e6:,.1f} MB\n")
+    print(table(rows))
+
+
+def compress(
+    model: Positional[ModelName],
+    out: Positional[NewFolder],
+    method: AnyMethod,  # type: ignore[valid-type]
+    layers: Layers = None,
+    budget: Budget = None,
+    calibration: Calibration = None,
+    head: HeadName = None,
+    num_labels: NumLabels = None,
+    dtype: DType = None,
+    seed: int = 0,
+) -> None:
+    """Compress the MLPs of a model and save the result as an artefact.
+
+    Args:
+        model: Hub id, Hugging Face folder, or artefact.
+        out: Folder for the artefact; must not exist or be empty.
+        method: How to compress.
+        layers: Which MLPs.
+        budget: The share of the parameters of each MLP to keep.
+        calibration: Text for the method to fit.
+        head: Head to load.
+        num_labels: Number of classes of a new head.
+        dtype: Type of the parameters.
+        seed: Seed of all random choices.
+    """
+    check_new_folder(out)
+    assert isinstance(method, Method)
+    key = jax.random.key(seed)
+    smaller, report = mlps.compress(
+        load(model, head=head, num_labels=num_labels, dtype=dtype, key=key),
+        method,
+        key=key,
+        layers=parse_layers(layers),
+        budget=budget,
+        calibration=calibration,
+        progress=True,
+    )
+    save(smaller, out, report=report)
+    print(report)
+    print(f"\nSaved {out}. For transformers: fusion-jax export {out} FOLDER")
+
+
+def export(artefact: Positional[Artefact], out: Positional[NewFolder]) -> None:
+    """Write a plain Hugging Face checkpoint that gives the same logits in transformers.
+
+    Args:
+        artefact: Artefact, hub id, or Hugging Face folder.
+        out: Folder for the checkpoint; must not exist or be empty.
+    """
+    check_new_folder(out)
+    model = load(artefact)
+    export_hf(model, out)
+    widths = [site.mlp.width for site in sites(model)]
+    print(f"Exported {out}, with MLPs of width {max(widths)}.")
+    if min(widths) < max(widths):
+        print(
+            f"The widths differ ({min(widths)} to {max(widths)}), but the format has one width for "
+            "all layers: zero units pad the narrower MLPs, which changes no output."
+        )
+
+
+def parse_layers(text: str | None) -> Sequence[int] | slice | str | None:
+    """Returns the value of ``--layers`` as `fusion_jax.compress` takes it.
+
+    Args:
+        text: Indices, a slice, or a regular expression.
+
+    Returns:
+        A value for the argument ``layers``.
+
+    Example:
+        >>> parse_layers("2,-1"), parse_layers("-4:"), parse_layers("layers.0.mlp")
+        ([2, -1], slice(-4, None, None), 'layers.0.mlp')
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        return [int(i) for i in text.split(",")]
+    if re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", text):
+        return slice(*(int(i) if i else None for i in text.split(":")))
+    return text
+
+
+COMMANDS = {"inspect": inspect, "compress": compress, "export": export}
