@@ -34,7 +34,6 @@ from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
 from fusion_jax.nn.fused import factors, stored_rows
 from ntk.bounds import a_priori as apriori
 from ntk.bounds.changes import fit_sketch, kernel_change, output_change, uniform_bound
-from ntk.bounds.output_blocks import block_change
 from ntk.bounds.pairs import Pair
 from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
 from ntk.units import mlp_weights
@@ -189,22 +188,15 @@ def measure(mlp: Mlp, pair: Pair, kind: str, directions: int, extras: bool) -> d
 
 
 def other_bounds(mlp: Mlp, pair: Pair, kind: str, directions: int) -> tuple[int, int]:
-    """Violations of the bounds on outputs, with upstream vectors, and on blocks; and pairs."""
-    x, few = mlp.x, mlp.x[:4]
+    """Violations of the bounds with upstream vectors and of those on outputs; and pairs."""
+    x = mlp.x
     o = pair.original.down.shape[1]
     g = jnp.asarray(np.random.default_rng(1).normal(size=(len(x), o)))
-    calls = [
-        (kernel_change, {"gx": g, "kind": kind}, x),
-        (block_change, {"kind": kind}, few),
-        (block_change, {"kind": kind, "norm": "frobenius"}, few),
-    ]
-    violations = pairs = 0
-    for call, options, inputs in calls:
-        measured = np.abs(np.asarray(call(pair, inputs, grade="measured", **options).mid))
-        for extra in ({"grade": "a priori"}, {"directions": directions}):
-            bound = np.asarray(call(pair, inputs, **extra, **options).bound)
-            violations += int((measured > bound).sum())
-            pairs += bound.size
+    change = partial(kernel_change, pair, x, gx=g, kind=kind)
+    measured = np.abs(np.asarray(change(grade="measured").mid))
+    bounds = [change(grade="a priori"), change(directions=directions)]
+    violations = sum(int((measured > np.asarray(b.bound)).sum()) for b in bounds)
+    pairs = 2 * measured.size
     outputs = [
         np.asarray(output_change(pair, x, grade=grade))
         for grade in ("measured", "data", "a priori")
@@ -348,7 +340,7 @@ def main() -> int:
         quarter = how["width"] == "p/4"
         if exact and quarter and (mlp.source == "random" or not arguments.quick):
             identities.append(identity_error(pair, kept, mlp.x))
-        # Outputs, upstream vectors and blocks, for one real and two random MLPs.
+        # Outputs and upstream vectors, for one real and two random MLPs.
         one = mlp.name == "layer 5" or (mlp.source == "random" and mlp.weights.act == "gelu")
         extras = one and quarter and not arguments.quick
         # The kernel that a scaling is not for, at one width.

@@ -17,10 +17,9 @@ from ntk.bounds.balls import EVALUATION, ball_units
 from ntk.bounds.certificates import certify
 from ntk.bounds.changes import fit_sketch, kernel_change, output_change, pair, uniform_bound
 from ntk.bounds.jensen import wide_norms
-from ntk.bounds.output_blocks import block_change
 from ntk.bounds.pairs import Pair
 from ntk.errors import InputError
-from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
+from ntk.mlp import MlpWeights, traced_kernel
 from ntk.units import units
 
 ACTS = list(activations.FUNCTIONS)
@@ -142,21 +141,6 @@ def test_output_bounds_hold(shape, seed, scale, **how):
         assert bool((measured <= output_change(site, x, grade=grade) + slack).all())
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shape", SHAPES[:1], ids=named)
-@settings(many, max_examples=8)
-@drawn
-def test_block_bounds_hold(shape, seed, scale, **how):
-    site = make(seed, **shape, **how)
-    x = inputs(seed, 4, 3, scale)
-    for kind in ("sgd", "adam"):
-        for norm in ("spectral", "frobenius"):
-            change = partial(block_change, site, x, kind=kind, norm=norm, directions=2)
-            measured = change(grade="measured")
-            assert not violated(change(), measured)
-            assert not violated(change(grade="a priori"), measured)
-
-
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=named)
 @settings(many, max_examples=10)
 @drawn
@@ -224,16 +208,6 @@ def test_the_change_of_outputs_and_of_sgd_kernels_is_of_second_order():
         lambda s: uniform_bound(s, 2.0),
     ):
         assert float(bound(sites[0]) / bound(sites[1])) == pytest.approx(4, rel=0.1)
-
-
-@pytest.mark.usefixtures("x64")
-def test_blocks_bound_the_kernel_of_any_upstream_vectors():
-    site = make(0, act="gelu", p=12, c=4, d=3, o=4, scaling="sgd")
-    x, g = inputs(1, 5, 3, 1.0), inputs(2, 5, 4, 1.0)
-    kernels = [upstream_kernel(m, x, g) for m in (site.original, site.fused)]
-    size = jnp.linalg.norm(g, axis=1)
-    bound = block_change(site, x).bound * jnp.outer(size, size)
-    assert bool((jnp.abs(kernels[0] - kernels[1]) <= bound).all())
 
 
 @pytest.mark.usefixtures("x64")
@@ -472,7 +446,6 @@ def test_pairs_that_do_not_fit(change, message):
         (lambda s, x: kernel_change(s, x, grade="measured", sketch=()), "sketch is for"),
         (lambda s, x: kernel_change(s, x, constants=apriori.constants(s)), "constants is for"),
         (lambda s, x: output_change(s, x, grade="prior"), "did you mean 'a priori'"),
-        (lambda s, x: block_change(s, x, norm="nuclear"), "unknown norm"),
         (lambda s, x: uniform_bound(s, -1.0), "radius"),
         (lambda s, x: pair(object(), object()), "no labels"),
     ],

@@ -44,9 +44,8 @@ F being the wide copy's feature, and with total = |P phi + F| <= min(unit + fuse
 
 - within: c_i v_i - c mean v_i = c Q v_i + (c_i - c) v_i, so L1 |Q V|_F + move.
 
-In the spectral norm, for blocks over outputs, the same with spectral norms, move =
-min(L2 max|delta_i| r, spread) |V|_2, and without (5). With an upstream vector G, c_i (v_i . G), the
-same with the norms of V G, V~ G, Q V G and (P V - V~) G.
+With an upstream vector G, c_i (v_i . G), the same with the norms of V G, V~ G, Q V G and
+(P V - V~) G, move = min(L2 max|delta_i| r, spread) |V G|, and without (5).
 
 **Output**: f - f~ = V~^T n^(1/2) (P H - F) + (Q V)^T Q H + offset_v^T P H, so that
 
@@ -145,7 +144,6 @@ class Constants(NamedTuple):
         frobenius: Norms of the output weights.
         spectral: Likewise.
         absolute: Sums of the absolute output weights of the original and of the wide copy.
-        signs: Spectral norms of the signs of the output weights of both.
         largest_mean: Largest |mean v_i| over clusters.
         kappa: Root of the largest mean of |Q v_i|^2 over a cluster.
         mismatch: For either kernel, largest |1 - omega_c / n_c| of each term.
@@ -159,7 +157,6 @@ class Constants(NamedTuple):
     frobenius: OutNorms
     spectral: OutNorms
     absolute: tuple[float, float]
-    signs: tuple[float, float]
     largest_mean: float
     kappa: float
     mismatch: dict[str, list[float]]
@@ -208,7 +205,6 @@ def constants(pair: Pair) -> Constants:
         frobenius=OutNorms(*(float(np.linalg.norm(a)) for a in parts)),
         spectral=OutNorms(*(_op(a) for a in parts)),
         absolute=(float(np.abs(v).sum()), float(np.abs(v_wide).sum())),
-        signs=(_op(np.sign(v)), _op(np.sign(v_wide))),
         largest_mean=float(np.linalg.norm(v_mean, axis=1).max()),
         kappa=float(np.sqrt(mean(np.square(parts[2]).sum(1)[:, None]).max())),
         mismatch=_mismatch(pair),
@@ -359,7 +355,7 @@ def _gated(row: np.ndarray, op: np.ndarray, row2: np.ndarray, op2: np.ndarray) -
 def slope_sizes(
     k: Constants,
     x: Numbers,
-    norm: str | OutNorms,
+    upstream: OutNorms | None = None,
     units: list[np.ndarray] | None = None,
     wide: list[np.ndarray] | None = None,
 ) -> list[Sizes]:
@@ -368,15 +364,15 @@ def slope_sizes(
     Args:
         k: The constants.
         x: Norms of n inputs.
-        norm: ``"frobenius"``, ``"spectral"``, or norms of products with upstream vectors.
+        upstream: Norms of the output weights times upstream vectors; None without any.
         units: Norms of the original's there, if known.
         wide: What the norms of the wide copy's are at most, if known.
 
     Returns:
         The bounds, (n,) each.
     """
-    out = getattr(k, norm) if isinstance(norm, str) else norm
-    frobenius = norm == "frobenius"
+    out = k.frobenius if upstream is None else upstream
+    frobenius = upstream is None
     l1, l2, l3, spread = slope(k.act), curvature(k.act), jerk(k.act), slope_spread(k.act)
     m, r = k.maps[0], lengths(k, x)[0]
 
@@ -462,13 +458,13 @@ def uniform(k: Constants, radius: float, kind: str) -> float:
     outputs, inputs = k.outputs, k.inputs
     off = k.mismatch[kind]
     if kind == "sgd":
-        sizes = [hidden_sizes(k, x), *slope_sizes(k, x, "frobenius")]
+        sizes = [hidden_sizes(k, x), *slope_sizes(k, x)]
         scalars = [outputs, *(radius**2 + m.biased for m in k.maps)]
         bounds = [product_bound(s, s)[0, 0] + off[t] * (s.fused**2)[0] for t, s in enumerate(sizes)]
     else:
         root = np.sqrt(k.width)
         hidden = hidden_sizes(k, x).unit * root
-        slopes = [s.unit for s in slope_sizes(k, x, "frobenius")]
+        slopes = [s.unit for s in slope_sizes(k, x)]
         scalars = [outputs, *(np.sqrt(inputs) * radius + m.biased for m in k.maps)]
         # |c_i| is at most the bound on |diag(c) V| over |V|, whichever norm it is in.
         units = [hidden, *(s / k.frobenius.unit * k.absolute[0] for s in slopes)]

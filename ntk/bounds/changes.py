@@ -265,7 +265,7 @@ def _a_priori(
 def _sizes(pair: Pair, k: apriori.Constants, side: Side, kind: str) -> list[apriori.Sizes]:
     """Of each term at the inputs: Euclidean norms for SGD, sums of absolute values for Adam."""
     x, dtype = on_host(norms(side.x)), side.x.dtype
-    out, sizes = "frobenius", apriori.wide_sizes(pair, kind)
+    out, sizes = None, apriori.wide_sizes(pair, kind)
     if side.g is not None:
         out, sizes = apriori.upstream_norms(pair, side.g)
     offsets = tuple(jnp.asarray(m.offset * _OUTWARD, dtype) for m in k.maps)

@@ -68,23 +68,19 @@ def features(pair: Pair, side: Side, kind: str, *, right: bool) -> list[Feature]
 
 
 def unit_balls(mlp: MlpWeights, side: Side, kind: str) -> list[Ball]:
-    """The left features of one MLP, for each term; for kind ``"none"`` slopes without weights."""
+    """The left features of one MLP, for each term."""
     hidden, slopes = ball_units(mlp, side.x)
     if side.g is not None:
         up = ball_product(side.g, mlp.down, None)
         return [hidden, *(c.times(up) for c in slopes)]
-    if kind == "none":
-        return [hidden, *slopes]
     v = mlp.down
     size = (norms(v) if kind == "sgd" else jnp.abs(v).sum(1))[None]
     rounding = gamma(v.shape[1] + 8, v.dtype)
     return [hidden, *(c.scaled(size, rounding) for c in slopes)]
 
 
-def scalars(
-    pair: Pair, left: Side, right: Side, kind: str, *, outputs: int | None = None
-) -> list[Scalar]:
-    """What multiplies the inner products of the features; ``outputs`` in the first, None for o."""
+def scalars(pair: Pair, left: Side, right: Side, kind: str) -> list[Scalar]:
+    """What multiplies the inner products of the features."""
     f = second(kind)
     dtype = left.x.dtype
     shape = (left.x.shape[0], right.x.shape[0])
@@ -94,8 +90,8 @@ def scalars(
         return Scalar(input_product(a, b, bias, f), gamma(a.shape[1] + 4, dtype) * size)
 
     if left.g is None or right.g is None:
-        o = pair.original.down.shape[1] if outputs is None else outputs
-        first = Scalar(jnp.full(shape, o, dtype), jnp.zeros(shape, dtype))
+        outputs = pair.original.down.shape[1]
+        first = Scalar(jnp.full(shape, outputs, dtype), jnp.zeros(shape, dtype))
     else:
         first = dot(left.g, right.g, None)
     return [first, *(dot(left.x, right.x, bias) for _, bias in pair.original.maps)]
