@@ -32,13 +32,18 @@ from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import find_model
 from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
 from fusion_jax.nn.fused import factors, stored_rows
-from ntk.bounds import a_priori as apriori
-from ntk.bounds.changes import fit_sketch, kernel_change, output_change, uniform_bound
-from ntk.bounds.pairs import Pair
-from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
-from ntk.units import mlp_weights
+from ntk import KernelKind
+from ntk.bounds import (
+    Pair,
+    fit_sketch,
+    kernel_change,
+    output_change,
+    uniform_bound,
+    weight_norms,
+)
+from ntk.mlp import MlpWeights, mlp_weights, traced_kernel, upstream_kernel
 
-KINDS = ("sgd", "adam")
+KINDS: tuple[KernelKind, ...] = ("sgd", "adam")
 SCALINGS = ("sgd", "adam", "folded")
 FRACTIONS = {"p/16": 16, "p/8": 8, "p/4": 4, "p/2": 2, "p": 1}
 ACTS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
@@ -150,21 +155,23 @@ def wide_copy(pair: Pair) -> MlpWeights:
     return jax.tree.map(lambda a: a[pair.labels], plain)
 
 
-def measure(mlp: Mlp, pair: Pair, kind: str, directions: int, extras: bool) -> dict[str, Any]:
+def measure(
+    mlp: Mlp, pair: Pair, kind: KernelKind, directions: int, extras: bool
+) -> dict[str, Any]:
     """Bounds and changes of one fused MLP's kernel."""
-    x, constants = mlp.x, apriori.constants(pair)
+    x, norms = mlp.x, weight_norms(pair)
     change = partial(kernel_change, pair, x, kind=kind)
     sketch = fit_sketch(pair, mlp.fit, kind=kind, directions=directions)
     bounds = {
         "data": change(sketch=sketch),
-        "a_priori": change(grade="a priori", constants=constants),
+        "a_priori": change(grade="a priori", norms=norms),
     }
     found = change(grade="measured")
     measured, radius = np.abs(np.asarray(found.mid)), np.asarray(found.radius)
     # Bounds are on exact changes, from which measured ones are off by rounding.
     least = measured - radius
     upper = np.triu_indices(len(x)) if kind == "sgd" else np.indices(measured.shape).reshape(2, -1)
-    uniform = uniform_bound(constants, float(jnp.linalg.norm(x, axis=1).max()), kind=kind)
+    uniform = uniform_bound(norms, float(jnp.linalg.norm(x, axis=1).max()), kind=kind)
     violations = int((least > uniform).sum())
     row: dict[str, Any] = {}
     size = float(np.linalg.norm(np.asarray(traced_kernel(pair.original, x, kind=kind))))
@@ -187,7 +194,7 @@ def measure(mlp: Mlp, pair: Pair, kind: str, directions: int, extras: bool) -> d
     return {**row, "violations": violations, "ratios": ratios}
 
 
-def other_bounds(mlp: Mlp, pair: Pair, kind: str, directions: int) -> tuple[int, int]:
+def other_bounds(mlp: Mlp, pair: Pair, kind: KernelKind, directions: int) -> tuple[int, int]:
     """Violations of the bounds with upstream vectors and of those on outputs; and pairs."""
     x = mlp.x
     o = pair.original.down.shape[1]
@@ -207,7 +214,7 @@ def other_bounds(mlp: Mlp, pair: Pair, kind: str, directions: int) -> tuple[int,
     return violations, pairs
 
 
-def identity_error(pair: Pair, kind: str, x: jax.Array) -> float:
+def identity_error(pair: Pair, kind: KernelKind, x: jax.Array) -> float:
     """How far the matching scaling's kernels are from the wide copy's, relative."""
     copy = wide_copy(pair)
     g = jnp.asarray(np.random.default_rng(2).normal(size=(len(x), pair.original.down.shape[1])))
@@ -279,7 +286,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Change and bounds against width, for the kernel that each scaling keeps; GELU's."""
     plt = pyplot()
 
-    def points(title: str, kind: str, key: str) -> dict[float, float]:
+    def points(title: str, kind: KernelKind, key: str) -> dict[float, float]:
         found: dict[float, list[float]] = {}
         for row in rows:
             gated = ", gated" if row["mlp"].startswith("gated") else ""
@@ -335,7 +342,7 @@ def main() -> int:
     path = arguments.model or find_model()
     network = fj.load(path, head="classification", num_labels=2, key=jax.random.key(0))
     for mlp, pair, how in cases(arguments, network, inputs):
-        kept = how["scaling"].split(",")[0]
+        kept: Any = how["scaling"].split(",")[0]
         exact = kept == how["scaling"] and kept in KINDS
         quarter = how["width"] == "p/4"
         if exact and quarter and (mlp.source == "random" or not arguments.quick):
@@ -355,7 +362,7 @@ def main() -> int:
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
-    def looseness(grade: str, source: str | None = None, kind: str = "sgd") -> float:
+    def looseness(grade: str, source: str | None = None, kind: KernelKind = "sgd") -> float:
         some = [
             ratios[grade]
             for label, ratios in pooled

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -166,10 +166,10 @@ def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]
             problem["f"],
             params,
             x,
-            kind=row.kind,
+            kind=cast(Any, row.kind),
             trace_axes=problem["trace_axes"],
-            engine=row.engine,
-            implementation=row.implementation,
+            engine=cast(Any, row.engine),
+            implementation=cast(Any, row.implementation),
             memory_limit=LIMIT_GIB * 2**30,
         )
     times = []

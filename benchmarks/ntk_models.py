@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,20 +50,19 @@ def main() -> int:
     batch = tokenize(load_tokenizer(network.provenance.folder), text, max_length=32)._asdict()
     source = calibration(arguments.data)
 
-    def kernel(model: Any, kind: str, wrt: str | None) -> np.ndarray:
+    def kernel(model: Any, kind: ntk.KernelKind, wrt: str | None) -> np.ndarray:
         f, params = ntk.functional(model, wrt=wrt, outputs=ntk.probability(0))
         return np.asarray(ntk.kernel(f, params, batch, kind=kind), np.float64)
 
     rows = []
-    cases = [("first MLP", slice(1), r".*layers\.0\.mlp\..*", "adam")]
+    cases: list[Any] = [("first MLP", slice(1), r".*layers\.0\.mlp\..*", "adam")]
     cases += [] if arguments.quick else [("all", None, None, kind) for kind in ("adam", "sgd")]
     for parameters, layers, wrt, kind in cases:
         before = kernel(network, kind, wrt)
         for width in (0.25,) if arguments.quick else (0.25, 0.5):
-            scaling = cast(Any, kind)
-            ours = fj.Fusion(width=width, scaling=scaling)
+            ours = fj.Fusion(width=width, scaling=kind)
             for name, method in (
-                ("paper", fj.Fusion.paper(width=width, scaling=scaling)),
+                ("paper", fj.Fusion.paper(width=width, scaling=kind)),
                 ("ours", ours),
                 (CALIBRATED, ours),
             ):

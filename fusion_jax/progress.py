@@ -1,4 +1,4 @@
 """Progress of long work, as in ntk."""
 
 from ntk.progress import Advance as Advance
-from ntk.progress import progress as progress
+from ntk.progress import show_progress as show_progress

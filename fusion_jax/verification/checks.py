@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sen
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, table
-from ntk.bounds.certificates import Certificate, certify
-from ntk.bounds.changes import pair
+from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
 
 ENGINES = ("jacobian", "vector-product", "neural-tangents")
@@ -249,7 +248,7 @@ def verify(
     start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
     # Once for both kinds, which share compiled gradients.
     functions = [ntk.functional(model) for model in models]
-    for kind in _KINDS:
+    for kind in get_args(ntk.KernelKind):
         both = [
             np.asarray(ntk.kernel(f, params, batch, kind=kind, progress=progress))
             for f, params in functions
