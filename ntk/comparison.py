@@ -3,7 +3,7 @@
 Everything is computed in float64 on the host, whatever the kernels' dtype. A kernel with outputs,
 (n, n, o, o), is treated as one matrix (n o, n o).
 
-Adam's kernel <g(x), sign g(z)> is not symmetric. Norms, singular values and the cosine of two such
+Adam's kernel <g(x), sign g(z)> is not symmetric. Norms, singular values and the cosine of two Adam
 kernels are defined; eigenvalues may be complex and are not computed. Its linearized dynamics are
 known only for steps on one example at a time, where the sign of the loss's gradient is the sign of
 the residual times that of g(z) (Malladi et al., 2023, A Kernel-Based View of Language Model
@@ -134,14 +134,14 @@ def compare(
         >>> round(result.frobenius, 3), round(result.alignment, 3)
         (0.1, 1.0)
         >>> print(result)
-                           first  second  difference
-        -----------------  -----  ------  ----------
-        eigenvalue 1           3     3.3    +10.00 %
-        eigenvalue 2           1     1.1    +10.00 %
-        effective rank      1.75    1.75     +0.00 %
-        Frobenius norm                       10.00 %
-        spectral norm                        10.00 %
-        centered alignment                    1.0000
+                            first  second  difference
+        ------------------  -----  ------  ----------
+        eigenvalue 1            3     3.3    +10.00 %
+        eigenvalue 2            1     1.1    +10.00 %
+        effective rank       1.75    1.75     +0.00 %
+        Frobenius norm                        10.00 %
+        spectral norm                         10.00 %
+        centered alignment                     1.0000
         <BLANKLINE>
         gradient flow to time  loss, first  loss, second  outputs apart
         ---------------------  -----------  ------------  -------------

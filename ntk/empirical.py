@@ -191,7 +191,7 @@ def _trace(
             out = batch(leaves, [a[None] for a in arrays])
             if _output_shape(out, 1)[1:] != shape[1:]:
                 raise InputError(
-                    f"f gives {out.shape} for one example and {shape} for {n}; every output must "
+                    f"f returns {out.shape} for one example and {shape} for {n}; every output must "
                     "depend on its own example only"
                 )
             return out.transpose(0, *stay, *summed).ravel()
@@ -339,6 +339,6 @@ def _check_pair(x1: Any, x2: Any, arrays: Sequence[Sequence[Array]]) -> None:
     for one, two in zip(*arrays, strict=True):
         if one.shape[1:] != two.shape[1:] or one.dtype != two.dtype:
             raise InputError(
-                "x1 and x2 must have the same shapes but for the number of examples, and the same "
-                f"dtypes; got {one.dtype}{one.shape} and {two.dtype}{two.shape}"
+                "x1 and x2 must have the same dtypes and, except for the number of examples, "
+                f"the same shapes; got {one.dtype}{one.shape} and {two.dtype}{two.shape}"
             )

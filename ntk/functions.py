@@ -137,7 +137,7 @@ def _choose(wrt: Any, parameters: Sequence[tuple[tuple[Any, ...], Any]]) -> list
 
 
 def _is_nnx_filter(wrt: Any) -> bool:
-    """Whether a choice is an nnx filter; a string, which nnx takes for a tag, is not one here."""
+    """Returns whether a choice is an nnx filter; a string is a pattern here, and not a tag."""
     if isinstance(wrt, type | bool | EllipsisType):
         return True
     if isinstance(wrt, tuple | list):

@@ -1,4 +1,4 @@
-"""The two kinds of kernels: SGD's, and Adam's, in which the second gradient counts by its sign."""
+"""The two kinds of kernels: SGD's, and Adam's, whose second gradient is replaced by its sign."""
 
 from __future__ import annotations
 

@@ -144,11 +144,11 @@ def _activation(name: str, z: Ball) -> tuple[Ball, Ball]:
     name = canonical(name)
     s, a = jax.jvp(FUNCTIONS[name], (z.value,), (jnp.ones_like(z.value),))
     near = _near(z.value, z.error)
-    no = jnp.zeros_like(near)
+    never = jnp.zeros_like(near)
     if name == "relu":
         # Where the sign of z is certain, the slope is exact, and below zero s is too.
         s_error = jnp.where(z.value < -z.error, 0.0, z.error)
-        return Ball(s, s_error, a, near, no), Ball(a, near.astype(a.dtype), a, near, no)
+        return Ball(s, s_error, a, near, never), Ball(a, near.astype(a.dtype), a, near, never)
     evaluation = EVALUATION * jnp.finfo(s.dtype).eps * (1 + jnp.abs(z.value))
     s_error = slope(name) * z.error + evaluation
     a_error = curvature(name) * z.error + evaluation
@@ -158,7 +158,7 @@ def _activation(name: str, z: Ball) -> tuple[Ball, Ball]:
     # In the exact GELU and in SiLU nothing cancels except near the zero of the slope, so that only
     # underflow loses a sign.
     relative = name in ("gelu", "silu")
-    s_lost = no if relative else jnp.abs(s) <= s_error
+    s_lost = never if relative else jnp.abs(s) <= s_error
     a_lost = (jnp.abs(a) <= a_error) & ~(relative & (z.value < -2))
     return Ball(s, s_error, jnp.sign(z.value), near, s_lost), Ball(
         a, a_error, above, turning, a_lost

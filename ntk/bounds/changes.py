@@ -49,7 +49,7 @@ Sketch = tuple[tuple[Directions, Directions], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A certified interval for the change of each entry of a kernel, original less fused.
+    """A certified interval for the change of each entry of a kernel, original minus fused.
 
     Args:
         mid: Middle of the interval, (n, m); zero for a priori bounds.

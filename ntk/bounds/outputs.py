@@ -31,7 +31,7 @@ def output_change(
         x: Inputs, (n, d).
         grade: ``"a priori"`` uses the weights' norms, |x| and the norm of the original's hidden
             units; ``"data"`` also the norms of P H - F and Q H, see (6) in `ntk.bounds.a_priori`,
-            but no output; ``"measured"`` the outputs.
+            but not the outputs; ``"measured"`` the outputs.
         norms: Norms from `weight_norms`; None computes them.
 
     Raises:

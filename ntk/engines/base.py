@@ -1,4 +1,4 @@
-"""What the engines share: the task, the plan of its blocks, and the memory that a plan needs."""
+"""The base of all engines: the task, the plan of its blocks, and the memory that a plan needs."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Engine(ABC, Generic[PlanT]):
 
         Args:
             max_block: The largest number of examples in a block.
-            budget: The memory in bytes, which the plan is estimated to need. If no plan can meet
-                it, the smallest plan is returned.
+            budget: The memory in bytes that the plan may need, by an estimate. If every plan needs
+                more, the smallest plan is returned.
         """
 
     @abstractmethod
