@@ -1,30 +1,31 @@
-"""Real training against the training that kernels predict: dense, the paper's method, and ours.
+"""Compares real training with the training that kernels predict: dense, the paper's method, ours.
 
-All-MiniLM-L6-v2 with a random head, the last 4 of 6 MLPs fused to a quarter, is trained in float32
-on sentences with labels -1 and 1 by the squared error of one output, the difference of two logits
-less its value at the start: what differs between the models is then their kernel alone. All
-parameters train, in the same order of data from the same head:
+The last 4 of the 6 MLPs of all-MiniLM-L6-v2, with a random head, are fused to a quarter. The model
+is trained in float32 on sentences with labels -1 and 1, by the squared error of one output: the
+difference of two logits minus its value at the start. So the models differ by their kernels only.
+All parameters train, with the same head and the same order of data:
 
-- ``sgd``: full-batch gradient descent, at a fifth of one over the largest eigenvalue of the dense
-  kernel; models are fused with ``scaling="sgd"``.
-- ``adam``: sign descent on one example after another, each step a twentieth of a typical residual
-  (Malladi et al., 2023); ``scaling="adam"``.
+- ``sgd``: full-batch gradient descent; the learning rate is a fifth of one over the largest
+  eigenvalue of the dense kernel. Models are fused with ``scaling="sgd"``.
+- ``adam``: sign descent on one example after another, where each step is a twentieth of a typical
+  residual (Malladi et al., 2023). Models are fused with ``scaling="adam"``.
 
-The predictions are those of `ntk.compare`, extended to held-out sentences. Per method, for
-all of training, and for its early part, while the dense model's loss is above 0.8 of the first:
+The predictions are those of `ntk.compare`, extended to held-out sentences. The results for each
+method, for all of training and for its early part (while the dense model's loss is above 0.8 of the
+first):
 
 - ``kernel_error``: relative Frobenius error of its kernel, training sentences.
 - ``nonlinear``: distance of its real outputs from those that its own kernel predicts, at the end,
-  relative to the real ones.
+  relative to the real outputs.
 - ``apart``, ``apart_predicted``: distance of its outputs from the dense model's at the end,
-  relative to the targets: measured, and by the kernels.
+  relative to the targets: measured, and predicted by the kernels.
 - ``explained``: the share of the real difference between the two models' outputs, over all steps
   and sentences, that the kernels predict: 1 - sum (difference - predicted)^2 / sum difference^2.
 
     python -m benchmarks.dynamics [--quick] [--data DIR] [--figure FILE] [--json FILE]
 
-With ``--data`` the sentences are SST-2's, those of calibration from its training set; without, the
-package's with random labels, and calibration is by random tokens.
+With ``--data`` the sentences are from SST-2, for calibration from its training set. Without it they
+are the package's with random labels, and random tokens serve for calibration.
 """
 
 from __future__ import annotations
@@ -43,18 +44,17 @@ from benchmarks.common import finish, parser, pyplot
 from benchmarks.ntk_models import calibration
 from fusion_jax.cli.demo import find_model
 from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
-from ntk.comparison import compare
 
 LAYERS = slice(-4, None)
 TRAIN, HELD_OUT = 32, 32
 EARLY = 0.8
-"""The early part of training: while the dense model's loss is above this share of the first."""
+"""The early part of training ends when the dense model's loss falls to this share of the first."""
 METHODS = ("dense", "paper", "ours")
-COLOURS = {"dense": "black", "paper": "tab:orange", "ours": "tab:blue"}
+COLORS = {"dense": "black", "paper": "tab:orange", "ours": "tab:blue"}
 
 
 def examples(data: Path | None, count: int) -> tuple[list[str], np.ndarray]:
-    """Sentences and their labels, -1 or 1, as many of each."""
+    """Returns sentences and their labels: -1 for one half, 1 for the other."""
     if data is None:
         labels = np.arange(count) % 2 * 2.0 - 1
         return sentences()[:count], np.random.default_rng(0).permutation(labels)
@@ -66,7 +66,7 @@ def examples(data: Path | None, count: int) -> tuple[list[str], np.ndarray]:
 
 
 def predicted(kernel: np.ndarray, targets: np.ndarray, kind: str, rate: float, steps: int) -> Any:
-    """Outputs (steps + 1, all) by linearised training on the first ones."""
+    """Returns outputs (steps + 1, all) of linearized training on the first examples."""
     n = len(targets)
     outputs = [np.zeros(len(kernel))]
     for step in range(steps):
@@ -88,7 +88,7 @@ def trained(
     rate: float,
     at: list[int],
 ) -> np.ndarray:
-    """Outputs (len(at), all) of real training on the first ones, after the steps in ``at``."""
+    """Returns outputs (len(at), all) of real training on the first examples, after some steps."""
     n, wanted = len(targets), jnp.asarray(targets, jnp.float32)
     outputs = jax.jit(f)
     start = outputs(params, batch)
@@ -118,7 +118,7 @@ def trained(
 
 
 def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
-    """Trains and predicts the three models."""
+    """Trains the three models and predicts their training."""
     n, held = (4, 4) if quick else (TRAIN, HELD_OUT)
     dense = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
     texts, labels = examples(data, n + held)
@@ -144,7 +144,7 @@ def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
             typical = np.abs(np.diagonal(square)).mean()
             rate = float(1 / (5 * np.linalg.norm(square, 2) if kind == "sgd" else 20 * typical))
             first = square
-        found = compare(first, square, targets=targets, learning_rate=rate, steps=steps)
+        found = ntk.compare(first, square, targets=targets, learning_rate=rate, steps=steps)
         assert found.training is not None
         linear = predicted(kernel, targets, kind, rate, steps)
         np.testing.assert_allclose(linear[:, :n], found.training.outputs[1], atol=1e-6)
@@ -178,7 +178,7 @@ def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Loss over steps, real and predicted."""
+    """Draws the loss over steps, real and predicted."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for ax, kind, title in zip(
@@ -186,9 +186,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     ):
         for row in rows:
             if row["kernel"] == kind:
-                colour = COLOURS[row["method"]]
-                ax.plot(row["steps"], row["loss"], color=colour, label=row["method"])
-                ax.plot(row["steps"], row["loss_predicted"], "--", color=colour, alpha=0.7)
+                color = COLORS[row["method"]]
+                ax.plot(row["steps"], row["loss"], color=color, label=row["method"])
+                ax.plot(row["steps"], row["loss_predicted"], "--", color=color, alpha=0.7)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("steps")
         ax.set_ylabel("loss, relative")

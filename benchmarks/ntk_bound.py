@@ -1,10 +1,11 @@
-"""Certified NTK bounds against what fusing really changes.
+"""Compares certified bounds on kernels with the changes that fusing really makes.
 
-all-MiniLM-L6-v2's MLPs on real text and random MLPs: layers x widths x scalings x activations,
-plain and gated; and fitted ones, whose factors and output weights are no longer those of clusters.
-For every pair of inputs the traced kernels of SGD and Adam are measured in float64 and compared
-with the bounds; looseness is bound over measured change, of the kernel that the scaling is to keep.
-Fitting, of MLPs and of the data grade's directions, sees other inputs than those that are bounded.
+It fuses the MLPs of all-MiniLM-L6-v2, on real text, and random MLPs: layers x widths x scalings x
+activations, plain and gated. It also fuses them with fitted factors and output weights, which are
+not those of clusters. For every pair of inputs it measures the traced kernels of SGD and Adam in
+float64 and compares them with the bounds. The looseness is the bound divided by the measured
+change, for the kernel that the scaling keeps. MLPs and the directions of the data grade are fitted
+to other inputs than those of the bounds.
 
     python -m benchmarks.ntk_bound [--quick] [--model PATH] [--data DIR] [--json FILE]
                                    [--figure FILE] [--directions K]
@@ -32,22 +33,26 @@ from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import find_model
 from fusion_jax.models.tokens import load_tokenizer, sentences, tokenize
 from fusion_jax.nn.fused import factors, stored_rows
-from ntk.bounds import a_priori as apriori
-from ntk.bounds.changes import fit_sketch, kernel_change, output_change, uniform_bound
-from ntk.bounds.output_blocks import block_change
-from ntk.bounds.pairs import Pair
-from ntk.mlp import MlpWeights, traced_kernel, upstream_kernel
-from ntk.units import mlp_weights
+from ntk import KernelKind
+from ntk.bounds import (
+    Pair,
+    fit_sketch,
+    kernel_change,
+    output_change,
+    uniform_bound,
+    weight_norms,
+)
+from ntk.mlp import MlpWeights, mlp_weights, traced_kernel, upstream_kernel
 
-KINDS = ("sgd", "adam")
+KINDS: tuple[KernelKind, ...] = ("sgd", "adam")
 SCALINGS = ("sgd", "adam", "folded")
 FRACTIONS = {"p/16": 16, "p/8": 8, "p/4": 4, "p/2": 2, "p": 1}
 ACTS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp:
-    """An MLP with inputs to fit directions to and inputs to bound."""
+class MlpCase:
+    """An MLP with inputs to fit to, and inputs at which the change is bounded."""
 
     source: str
     name: str
@@ -61,15 +66,15 @@ def double(tree: Any) -> Any:
 
 
 def texts(data: Path | None) -> list[str]:
-    """Real sentences: those of the package, or of SST-2's development set."""
+    """Returns real sentences: those of the package, or of SST-2's development set."""
     if data is None:
         return sentences()
     lines = (data / "glue" / "SST-2" / "dev.tsv").read_text(encoding="utf-8").splitlines()
     return [line.split("\t")[0] for line in lines[1:129]]
 
 
-def minilm(network: Any, text: list[str], layers: list[int], inputs: int) -> Iterator[Mlp]:
-    """MiniLM's MLPs, in float64, with token positions of sentences as inputs."""
+def minilm(network: Any, text: list[str], layers: list[int], inputs: int) -> Iterator[MlpCase]:
+    """Yields MiniLM's MLPs in float64, with token positions of sentences as inputs."""
     batch = tokenize(load_tokenizer(network.provenance.folder), text)
     seen = mlp_inputs(network, *batch)
     real = np.asarray(batch.attention_mask)
@@ -79,11 +84,11 @@ def minilm(network: Any, text: list[str], layers: list[int], inputs: int) -> Ite
             x = double(np.asarray(seen[site.path])[real][chosen])
             weights = double(mlp_weights(site.mlp))
             name = f"layer {site.index}"
-            yield Mlp(source="minilm", name=name, weights=weights, fit=x[inputs:], x=x[:inputs])
+            yield MlpCase(source="minilm", name=name, weights=weights, fit=x[inputs:], x=x[:inputs])
 
 
-def drawn(act: str, gated: bool, p: int, d: int, o: int, inputs: int, seed: int) -> Mlp:
-    """A random MLP with variances that keep the size of signals, and normal inputs."""
+def drawn(act: str, gated: bool, p: int, d: int, o: int, inputs: int, seed: int) -> MlpCase:
+    """Returns a random MLP with variances that keep the size of signals, and normal inputs."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
     weights = MlpWeights(
@@ -96,7 +101,7 @@ def drawn(act: str, gated: bool, p: int, d: int, o: int, inputs: int, seed: int)
     )
     x = normal(256 + inputs, d)
     name = f"{'gated ' if gated else ''}{p}x{d}"
-    return Mlp(source="random", name=name, weights=weights, fit=x[inputs:], x=x[:inputs])
+    return MlpCase(source="random", name=name, weights=weights, fit=x[inputs:], x=x[:inputs])
 
 
 def sub_mlps(weights: MlpWeights) -> fj.SubMLPs:
@@ -104,7 +109,7 @@ def sub_mlps(weights: MlpWeights) -> fj.SubMLPs:
 
 
 def clusters(weights: MlpWeights, width: int) -> np.ndarray:
-    """Labels by k-means on the rows, as fusing finds them."""
+    """Returns labels by k-means on the rows, as fusing does."""
     if width == weights.width:
         return np.arange(width)
     single = jax.tree.map(lambda a: a.astype(jnp.float32), sub_mlps(weights))
@@ -113,7 +118,7 @@ def clusters(weights: MlpWeights, width: int) -> np.ndarray:
 
 
 def fused(weights: MlpWeights, labels: np.ndarray, scaling: str) -> Pair:
-    """An MLP and its fused version of a clustering, with centroids that are means in float64."""
+    """Returns an MLP and its fused version, with centroids that are means in float64."""
     counts = np.bincount(labels)
     sizes = jnp.asarray(counts, jnp.float64)
 
@@ -130,8 +135,8 @@ def fused(weights: MlpWeights, labels: np.ndarray, scaling: str) -> Pair:
     return Pair(weights, replace(weights, **rows._asdict(), **fixed), jnp.asarray(labels))
 
 
-def fitted(mlp: Mlp, method: fj.Fusion) -> Pair:
-    """An MLP and what calibration makes of it, stored in float32 as it would be."""
+def fitted(mlp: MlpCase, method: fj.Fusion) -> Pair:
+    """Returns an MLP and its version fitted by calibration, stored in float32 as usual."""
     single = jax.tree.map(lambda a: a.astype(jnp.float32), (sub_mlps(mlp.weights), mlp.fit))
     solution = fj.compress_mlp(
         single[0], method, key=jax.random.key(0), act=mlp.weights.act, calibration=single[1]
@@ -145,32 +150,34 @@ def fitted(mlp: Mlp, method: fj.Fusion) -> Pair:
 
 
 def wide_copy(pair: Pair) -> MlpWeights:
-    """The MLP of the original's width in which every row is its centroid."""
+    """Returns the MLP of the original's width in which its centroid replaces each row."""
     plain = fused(pair.original, np.asarray(pair.labels), "adam").fused
     plain = replace(plain, outer=None, inner=None, middle=None)
     return jax.tree.map(lambda a: a[pair.labels], plain)
 
 
-def measure(mlp: Mlp, pair: Pair, kind: str, directions: int, extras: bool) -> dict[str, Any]:
-    """Bounds and changes of one fused MLP's kernel."""
-    x, constants = mlp.x, apriori.constants(pair)
+def measure(
+    mlp: MlpCase, pair: Pair, kind: KernelKind, directions: int, extras: bool
+) -> dict[str, Any]:
+    """Returns bounds and changes of one fused MLP's kernel."""
+    x, norms = mlp.x, weight_norms(pair)
     change = partial(kernel_change, pair, x, kind=kind)
     sketch = fit_sketch(pair, mlp.fit, kind=kind, directions=directions)
     bounds = {
         "data": change(sketch=sketch),
-        "a_priori": change(grade="a priori", constants=constants),
+        "a_priori": change(grade="a priori", norms=norms),
     }
     found = change(grade="measured")
     measured, radius = np.abs(np.asarray(found.mid)), np.asarray(found.radius)
-    # Bounds are on exact changes, from which measured ones are off by rounding.
+    # Bounds are on exact changes; measured changes have rounding errors.
     least = measured - radius
     upper = np.triu_indices(len(x)) if kind == "sgd" else np.indices(measured.shape).reshape(2, -1)
-    uniform = uniform_bound(constants, float(jnp.linalg.norm(x, axis=1).max()), kind=kind)
+    uniform = uniform_bound(norms, float(jnp.linalg.norm(x, axis=1).max()), kind=kind)
     violations = int((least > uniform).sum())
     row: dict[str, Any] = {}
     size = float(np.linalg.norm(np.asarray(traced_kernel(pair.original, x, kind=kind))))
     row["changed"] = float(np.linalg.norm(measured)) / size
-    # Entries that did not change but for rounding say nothing about a bound.
+    # Entries that changed by no more than rounding say nothing about a bound.
     moved = measured[tuple(upper)] > 10 * radius[tuple(upper)]
     ratios = {}
     for grade, bound in bounds.items():
@@ -188,23 +195,16 @@ def measure(mlp: Mlp, pair: Pair, kind: str, directions: int, extras: bool) -> d
     return {**row, "violations": violations, "ratios": ratios}
 
 
-def other_bounds(mlp: Mlp, pair: Pair, kind: str, directions: int) -> tuple[int, int]:
-    """Violations of the bounds on outputs, with upstream vectors, and on blocks; and pairs."""
-    x, few = mlp.x, mlp.x[:4]
+def other_bounds(mlp: MlpCase, pair: Pair, kind: KernelKind, directions: int) -> tuple[int, int]:
+    """Counts violations of bounds with upstream vectors and on outputs, and the pairs."""
+    x = mlp.x
     o = pair.original.down.shape[1]
     g = jnp.asarray(np.random.default_rng(1).normal(size=(len(x), o)))
-    calls = [
-        (kernel_change, {"gx": g, "kind": kind}, x),
-        (block_change, {"kind": kind}, few),
-        (block_change, {"kind": kind, "norm": "frobenius"}, few),
-    ]
-    violations = pairs = 0
-    for call, options, inputs in calls:
-        measured = np.abs(np.asarray(call(pair, inputs, grade="measured", **options).mid))
-        for extra in ({"grade": "a priori"}, {"directions": directions}):
-            bound = np.asarray(call(pair, inputs, **extra, **options).bound)
-            violations += int((measured > bound).sum())
-            pairs += bound.size
+    change = partial(kernel_change, pair, x, gx=g, kind=kind)
+    measured = np.abs(np.asarray(change(grade="measured").mid))
+    bounds = [change(grade="a priori"), change(directions=directions)]
+    violations = sum(int((measured > np.asarray(b.bound)).sum()) for b in bounds)
+    pairs = 2 * measured.size
     outputs = [
         np.asarray(output_change(pair, x, grade=grade))
         for grade in ("measured", "data", "a priori")
@@ -215,8 +215,8 @@ def other_bounds(mlp: Mlp, pair: Pair, kind: str, directions: int) -> tuple[int,
     return violations, pairs
 
 
-def identity_error(pair: Pair, kind: str, x: jax.Array) -> float:
-    """How far the matching scaling's kernels are from the wide copy's, relative."""
+def identity_error(pair: Pair, kind: KernelKind, x: jax.Array) -> float:
+    """Returns the relative distance of the matching scaling's kernels from the wide copy's."""
     copy = wide_copy(pair)
     g = jnp.asarray(np.random.default_rng(2).normal(size=(len(x), pair.original.down.shape[1])))
     errors = []
@@ -226,10 +226,10 @@ def identity_error(pair: Pair, kind: str, x: jax.Array) -> float:
     return max(errors)
 
 
-def worst_in_ball(mlp: Mlp, pair: Pair, steps: int = 100) -> float:
-    """The largest change of the traced SGD kernel that ascent finds at |x| = the largest input's.
+def worst_in_ball(mlp: MlpCase, pair: Pair, steps: int = 100) -> float:
+    """Returns the largest change of the traced SGD kernel that gradient ascent finds.
 
-    No bound that sees inputs by their norm alone can be below it.
+    |x| is that of the largest input. No bound that uses only norms of inputs can be smaller.
     """
     radius = jnp.linalg.norm(mlp.x, axis=1).max()
 
@@ -251,12 +251,14 @@ def worst_in_ball(mlp: Mlp, pair: Pair, steps: int = 100) -> float:
     return worst
 
 
-def cases(arguments: Any, network: Any, inputs: int) -> Iterator[tuple[Mlp, Pair, dict[str, str]]]:
-    """MLPs and fused versions, with what they are called."""
+def cases(
+    arguments: Any, network: Any, inputs: int
+) -> Iterator[tuple[MlpCase, Pair, dict[str, str]]]:
+    """Yields MLPs and fused versions, with their labels."""
     quick = arguments.quick
     widths = ["p/4"] if quick else list(FRACTIONS)
 
-    def of(mlp: Mlp, widths: Sequence[str], scalings: Sequence[str]) -> Any:
+    def of(mlp: MlpCase, widths: Sequence[str], scalings: Sequence[str]) -> Any:
         for width in widths:
             labels = clusters(mlp.weights, mlp.weights.width // FRACTIONS[width])
             for scaling in scalings:
@@ -284,10 +286,10 @@ def cases(arguments: Any, network: Any, inputs: int) -> Iterator[tuple[Mlp, Pair
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Change and bounds against width, for the kernel that each scaling keeps; GELU's."""
+    """Draws change and bounds by width, for GELU and the kernel that each scaling keeps."""
     plt = pyplot()
 
-    def points(title: str, kind: str, key: str) -> dict[float, float]:
+    def points(title: str, kind: KernelKind, key: str) -> dict[float, float]:
         found: dict[float, list[float]] = {}
         for row in rows:
             gated = ", gated" if row["mlp"].startswith("gated") else ""
@@ -332,7 +334,9 @@ def main() -> int:
         "--data", type=Path, help="folder with glue/SST-2 (default: the package's)"
     )
     options.add_argument("--figure", type=Path, help="write error against width here (matplotlib)")
-    options.add_argument("--directions", type=int, default=64, help="of the data grade")
+    options.add_argument(
+        "--directions", type=int, default=64, help="size of the data grade's sketches"
+    )
     arguments = options.parse_args()
     jax.config.update("jax_enable_x64", True)
     # Compilation is most of the time.
@@ -343,15 +347,15 @@ def main() -> int:
     path = arguments.model or find_model()
     network = fj.load(path, head="classification", num_labels=2, key=jax.random.key(0))
     for mlp, pair, how in cases(arguments, network, inputs):
-        kept = how["scaling"].split(",")[0]
+        kept: Any = how["scaling"].split(",")[0]
         exact = kept == how["scaling"] and kept in KINDS
         quarter = how["width"] == "p/4"
         if exact and quarter and (mlp.source == "random" or not arguments.quick):
             identities.append(identity_error(pair, kept, mlp.x))
-        # Outputs, upstream vectors and blocks, for one real and two random MLPs.
+        # Outputs and upstream vectors, for one real and two random MLPs.
         one = mlp.name == "layer 5" or (mlp.source == "random" and mlp.weights.act == "gelu")
         extras = one and quarter and not arguments.quick
-        # The kernel that a scaling is not for, at one width.
+        # At one width also the kernel that the scaling does not keep.
         for kind in KINDS if quarter and not arguments.quick else (kept,):
             label = {"source": mlp.source, "mlp": mlp.name, "act": mlp.weights.act, **how}
             label["kernel"] = kind
@@ -363,7 +367,7 @@ def main() -> int:
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
-    def looseness(grade: str, source: str | None = None, kind: str = "sgd") -> float:
+    def looseness(grade: str, source: str | None = None, kind: KernelKind = "sgd") -> float:
         some = [
             ratios[grade]
             for label, ratios in pooled

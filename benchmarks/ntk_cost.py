@@ -1,14 +1,14 @@
-"""Time and peak memory of exact kernels: every engine, and neural-tangents, in one run.
+"""Measures time and peak memory of exact kernels with every engine and with neural-tangents.
 
 ``python -m benchmarks.ntk_cost [--quick] [--model PATH] [--json FILE]``
 
 1. One MLP of RoBERTa-base's size (768 -> 3,072 -> 768, 16 inputs), traced over its outputs and in
    full: the closed form, our engines, and neural-tangents' three implementations.
-2. A whole model that all of them can do: a small random encoder, or the checkpoint at PATH.
+2. A whole model that all of them can handle: a small random encoder, or the checkpoint at PATH.
 3. The 64-example, 2-logit kernels, SGD and Adam, of a random encoder of RoBERTa-base's size.
 
-Each row runs in its own process, whose peak memory is the row's. Kernels of one problem must agree
-(exit status 1). ``--quick`` takes small sizes.
+Each row runs in a process of its own, whose peak memory is the row's. If kernels of one problem do
+not agree, the exit status is 1. ``--quick`` uses small sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,15 +32,15 @@ from benchmarks.common import finish, parser, peak_gib
 
 IMPLEMENTATIONS = ("structured-derivatives", "jacobian-contraction", "ntk-vector-products")
 TOLERANCE = 1e-4
-"""Between kernels in float32, relative to the largest entry."""
+"""The largest difference of kernels in float32, relative to the largest entry."""
 LIMIT_GIB = 14
-"""What a row may need beside parameters, inputs and result."""
+"""The memory limit of a row, beside parameters, inputs and result."""
 TIMEOUT_S = {"mlp-traced": 60, "mlp-full": 60, "model": 60, "encoder": 900}
-"""A row that takes longer is given up: the fastest of neural-tangents' three is what counts."""
+"""A row is stopped after this time: only the fastest of neural-tangents' three matters."""
 SECONDS = 10
-"""A row repeats its kernel for so long, and takes the fastest."""
+"""A row repeats its kernel for this long, and reports the fastest."""
 ONCE_S = 30
-"""One that takes longer runs once: its compilation hardly counts."""
+"""A kernel that takes longer runs once: its compilation hardly matters."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Row:
     Args:
         problem: A key of `PROBLEMS`.
         engine: ``"closed-form"``, or an engine of `ntk.kernel`.
-        implementation: Of neural-tangents.
-        kind: Of the kernel.
+        implementation: An implementation of neural-tangents.
+        kind: The kind of the kernel.
     """
 
     problem: str
@@ -61,7 +61,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """All measurements; the first of a problem is what the others are compared with."""
+    """Returns all measurements; each is compared with the first of its problem."""
     theirs = [("neural-tangents", name) for name in IMPLEMENTATIONS]
     ours = [("jacobian", None), ("vector-product", None)]
     made = [
@@ -149,7 +149,7 @@ PROBLEMS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
 
 
 def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]:
-    """Runs one row in this process; writes the kernel to a file."""
+    """Runs one row in this process and writes the kernel to a file."""
     import jax
 
     import ntk
@@ -166,10 +166,10 @@ def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]
             problem["f"],
             params,
             x,
-            kind=row.kind,
+            kind=cast(Any, row.kind),
             trace_axes=problem["trace_axes"],
-            engine=row.engine,
-            implementation=row.implementation,
+            engine=cast(Any, row.engine),
+            implementation=cast(Any, row.implementation),
             memory_limit=LIMIT_GIB * 2**30,
         )
     times = []
@@ -210,7 +210,7 @@ def run(row: Row, quick: bool, path: str | None, out: Path) -> dict[str, Any]:
 
 
 def difference(one: Path, two: Path) -> float:
-    """The largest difference of two kernels over the largest value."""
+    """Returns the largest difference of two kernels, relative to the largest value."""
     a, b = (np.load(path, mmap_mode="r") for path in (one, two))
     if a.shape != b.shape:
         return math.inf
@@ -219,7 +219,7 @@ def difference(one: Path, two: Path) -> float:
 
 
 def compare(results: list[dict[str, Any]], kernels: list[Path]) -> None:
-    """Adds to each row how far its kernel is from the first one of its problem."""
+    """Adds to each row the difference of its kernel from the first one of its problem."""
     first: dict[tuple[str, str], Path] = {}
     for result, path in zip(results, kernels, strict=True):
         if path.exists():
@@ -229,7 +229,7 @@ def compare(results: list[dict[str, Any]], kernels: list[Path]) -> None:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The headline figures; None where one side has no result."""
+    """Returns the headline figures; None if one side has no result."""
 
     def fastest(problem: str, engines: tuple[str, ...]) -> float:
         times = [
@@ -257,9 +257,9 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--model", help="folder of a checkpoint for the whole-model rows")
-    arguments.add_argument("--problem", choices=PROBLEMS, help="only this one")
-    arguments.add_argument("--row", help="one row, as JSON, in this process")
-    arguments.add_argument("--out", help="where that row's kernel goes")
+    arguments.add_argument("--problem", choices=PROBLEMS, help="run only this problem")
+    arguments.add_argument("--row", help="run one row, given as JSON, in this process")
+    arguments.add_argument("--out", help="file for that row's kernel")
     options = arguments.parse_args()
     if options.row:
         result = measure(Row(**json.loads(options.row)), options.quick, options.model, options.out)
@@ -267,7 +267,7 @@ def main() -> int:
         return 0
 
     with tempfile.TemporaryDirectory() as folder:
-        # Quick times mean nothing, so that two rows may disturb each other.
+        # With --quick, times do not matter, and two rows may run at the same time.
         with ThreadPoolExecutor(2 if options.quick else 1) as pool:
             every = [row for row in rows() if options.problem in (None, row.problem)]
             every = list(enumerate(every))

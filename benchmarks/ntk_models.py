@@ -1,21 +1,22 @@
-"""Kernels of a whole model before and after fusing, and the paper's metric beside them.
+"""Compares kernels of a whole model before and after fusing, also by the paper's metric.
 
-The scalar is the softmax probability of class 0 with a random head, at real sentences. Every MLP of
-all-MiniLM-L6-v2 is fused, and the kernels by all parameters are compared. The paper's metric is the
-Frobenius norm of the change of Adam's kernel by the parameters of the first MLP, when it alone is
-fused.
+The model's output is the softmax probability of class 0 with a random head, at real sentences.
+Every MLP of all-MiniLM-L6-v2 is fused, and the kernels of all parameters are compared. The paper's
+metric is the Frobenius norm of the change of Adam's kernel of the parameters of the first MLP, if
+only this MLP is fused.
 
     python -m benchmarks.ntk_models [--quick] [--model PATH] [--data DIR] [--json FILE]
 
-With ``--data`` sentences are SST-2's: 64 of its development set, and 1,024 of its training set for
-calibration. Without, they are the package's, and calibration is by random tokens.
+With ``--data`` the sentences are from SST-2: 64 from its development set, and 1,024 from its
+training set for calibration. Without it, the sentences are the package's, and random tokens serve
+for calibration.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,13 +27,12 @@ from benchmarks.common import finish, parser
 from benchmarks.ntk_bound import texts
 from fusion_jax.cli.demo import find_model
 from fusion_jax.models.tokens import load_tokenizer, tokenize
-from ntk.comparison import compare
 
 CALIBRATED = "ours, calibrated"
 
 
 def calibration(data: Path | None) -> Any:
-    """Unlabelled text that is not what kernels are compared on."""
+    """Returns unlabeled text other than the sentences that kernels are compared on."""
     if data is None:
         return "random"
     lines = (data / "glue" / "SST-2" / "train.tsv").read_text(encoding="utf-8").splitlines()
@@ -50,20 +50,19 @@ def main() -> int:
     batch = tokenize(load_tokenizer(network.provenance.folder), text, max_length=32)._asdict()
     source = calibration(arguments.data)
 
-    def kernel(model: Any, kind: str, wrt: str | None) -> np.ndarray:
+    def kernel(model: Any, kind: ntk.KernelKind, wrt: str | None) -> np.ndarray:
         f, params = ntk.functional(model, wrt=wrt, outputs=ntk.probability(0))
         return np.asarray(ntk.kernel(f, params, batch, kind=kind), np.float64)
 
     rows = []
-    cases = [("first MLP", slice(1), r".*layers\.0\.mlp\..*", "adam")]
+    cases: list[Any] = [("first MLP", slice(1), r".*layers\.0\.mlp\..*", "adam")]
     cases += [] if arguments.quick else [("all", None, None, kind) for kind in ("adam", "sgd")]
     for parameters, layers, wrt, kind in cases:
         before = kernel(network, kind, wrt)
         for width in (0.25,) if arguments.quick else (0.25, 0.5):
-            scaling = cast(Any, kind)
-            ours = fj.Fusion(width=width, scaling=scaling)
+            ours = fj.Fusion(width=width, scaling=kind)
             for name, method in (
-                ("paper", fj.Fusion.paper(width=width, scaling=scaling)),
+                ("paper", fj.Fusion.paper(width=width, scaling=kind)),
                 ("ours", ours),
                 (CALIBRATED, ours),
             ):
@@ -72,7 +71,7 @@ def main() -> int:
                     network, method, key=jax.random.key(0), layers=layers, calibration=seen
                 )
                 after = kernel(smaller, kind, wrt)
-                found = compare(before, after)
+                found = ntk.compare(before, after)
                 rows.append({
                     "parameters": parameters, "kernel": kind, "width": width, "method": name,
                     "sentences": len(text), "frobenius": float(np.linalg.norm(before - after)),

@@ -1,8 +1,8 @@
-"""Activations by name, and the constants of their derivatives that the bounds rest on.
+"""Activations by name, and the constants of their derivatives that the bounds use.
 
-Each constant is a function of the activation's name with its proof. Phi and phi are the normal
-distribution function and density, sigma the logistic function. Decimal values are rounded up; the
-tests enclose every supremum by interval arithmetic.
+Each constant is a function of the activation's name, with its proof. Phi and phi are the normal
+distribution function and density, sigma is the logistic function. Decimal values are rounded up;
+the tests check each of them by interval arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "tanh": jnp.tanh,
     }
 )
-"""Activations by their names here."""
+"""Activations by canonical name."""
 
 _ALIASES = {
     "gelu_new": "gelu_tanh",
@@ -38,13 +38,11 @@ _ALIASES = {
 
 
 def canonical(name: str) -> str:
-    """The name here of an activation, which may have several in Hugging Face configurations.
+    """Returns the canonical name of an activation, a key of `FUNCTIONS`.
 
     Args:
-        name: Such as ``"gelu"`` (exact), ``"gelu_new"`` (tanh form), ``"swish"``.
-
-    Returns:
-        A key of `FUNCTIONS`.
+        name: A name from a Hugging Face configuration, such as ``"gelu"`` (exact), ``"gelu_new"``
+            (tanh form) or ``"swish"``.
 
     Raises:
         InputError: The name is unknown.
@@ -60,7 +58,7 @@ def canonical(name: str) -> str:
 
 
 def slope(name: str) -> float:
-    """L1 = sup |s'|, by which activations are Lipschitz.
+    """Returns L1 = sup |s'|, the Lipschitz constant of the activation.
 
     - gelu: s' = Phi + z phi, s'' = (2 - z^2) phi, so that s' is extreme at z = +-sqrt(2), where it
       is 1.128905 and -0.128905, between its limits 0 and 1.
@@ -77,7 +75,7 @@ def slope(name: str) -> float:
 
 
 def slope_spread(name: str) -> float:
-    """Sup s' - inf s', the most by which s' can differ between two points.
+    """Returns sup s' - inf s', the largest difference of s' between two points.
 
     The lower ends are -0.128905 for gelu, -0.128994 for gelu_tanh and -0.099840 for silu: in these,
     s(z) - z/2 is even, so that s' - 1/2 is odd and the ends lie symmetric about 1/2. For relu and
@@ -92,11 +90,11 @@ def slope_spread(name: str) -> float:
 
 
 def slope_zero(name: str) -> tuple[float, float]:
-    """An interval that holds the one point where s' changes its sign; s' > 0 above it, < 0 below.
+    """Returns an interval that holds the one point where s' changes its sign, from - to +.
 
     - gelu, gelu_tanh, silu: s' falls from 0 to its minimum (at -1.4142, -1.4185 and -2.3994, see
       `slope`) and rises to its maximum, so that it has one zero between them.
-    - tanh: none, s' > 0. relu: s' is 0 below 0, its sign is that of max(z, 0).
+    - tanh: there is no such point, s' > 0. relu: s' is 0 below 0 and 1 above.
 
     Example:
         >>> slope_zero("silu")
@@ -113,7 +111,7 @@ def slope_zero(name: str) -> tuple[float, float]:
 
 
 def curvature(name: str) -> float:
-    """L2 = sup |s''|, infinite where s' jumps.
+    """Returns L2 = sup |s''|, infinite if s' jumps.
 
     - gelu: s'' = (2 - z^2) phi and s''' = z (z^2 - 4) phi, so that s'' is extreme at 0, where it is
       sqrt(2 / pi) = 0.797885, and at +-2, where it is -2 phi(2) = -0.108.
@@ -137,7 +135,7 @@ def curvature(name: str) -> float:
 
 
 def jerk(name: str) -> float:
-    """L3 = sup |s'''|, infinite where s' jumps.
+    """Returns L3 = sup |s'''|, infinite if s' jumps.
 
     - gelu: s''' = z (z^2 - 4) phi and s'''' = (-z^4 + 7 z^2 - 4) phi, so that s''' is extreme at
       z^2 = (7 - sqrt 33) / 2, where it is 0.778770 (at the other root 0.119).
@@ -154,10 +152,10 @@ def jerk(name: str) -> float:
 
 
 def steepness(name: str) -> tuple[float, float]:
-    """A line k + a z: everywhere s'(z)^2 <= max((L1 - 1)^2, k + a z), L1 of `slope`.
+    """Returns k and a with s'(z)^2 <= max((L1 - 1)^2, k + a z) everywhere, with L1 of `slope`.
 
-    - gelu, gelu_tanh, silu: k = sup (s'(z)^2 - a z) over the z with s'(z) > L1 - 1, for an a near
-      which it is least; below them |s'| <= L1 - 1, see `slope_spread` (interval arithmetic).
+    - gelu, gelu_tanh, silu: k = sup (s'(z)^2 - a z) over the z with s'(z) > L1 - 1, for a suitable
+      a; below those z, |s'| <= L1 - 1, see `slope_spread` (interval arithmetic).
     - relu: s' is 0 for z < 0 and 1 above. tanh: s'^2 <= 1.
 
     Example:
@@ -175,7 +173,7 @@ def steepness(name: str) -> tuple[float, float]:
 
 
 def secant(name: str) -> float:
-    """Sup |s(z) / z|: 1 for all of them, and s(0) = 0.
+    """Returns sup |s(z) / z|, which is 1 for all activations here; also, s(0) = 0.
 
     s(z) / z is Phi(z), its tanh form and sigma(z) in gelu, gelu_tanh and silu, all in [0, 1]; it is
     0 or 1 for relu, and for tanh at most sup |tanh'| = 1 by the mean value theorem.
@@ -189,7 +187,7 @@ def secant(name: str) -> float:
 
 
 def ceiling(name: str) -> float:
-    """Sup |s|: 1 for tanh, infinite for the others.
+    """Returns sup |s|: 1 for tanh, infinite for the others.
 
     Example:
         >>> ceiling("tanh")
@@ -199,9 +197,9 @@ def ceiling(name: str) -> float:
 
 
 def relu_gap(name: str) -> float:
-    """Sup |max(z, 0) - s(z)|, how far the activation is from the convex function relu.
+    """Returns sup |max(z, 0) - s(z)|, the distance from the convex function relu.
 
-    For gelu, gelu_tanh and silu, relu(z) - s(z) is even, so that the gap is -min s, taken where
+    For gelu, gelu_tanh and silu, relu(z) - s(z) is even, so that the gap is -min s, attained where
     s' = 0: 0.169972 at z = -0.7518, 0.170041 at -0.7525 and 0.278465 at -1.2785. For tanh it is
     unbounded.
 

@@ -1,13 +1,13 @@
-"""How far two kernels are apart, and what that means for training.
+"""Compares two kernels: how far they are apart, and what that means for training.
 
 Everything is computed in float64 on the host, whatever the kernels' dtype. A kernel with outputs,
-(n, n, o, o), counts as one matrix (n o, n o).
+(n, n, o, o), is treated as one matrix (n o, n o).
 
-Adam's kernel <g(x), sign g(z)> is not symmetric. Of it, norms, singular values, and the cosine of
-two kernels are defined; eigenvalues may be complex and are not given. Its linearised dynamics are
-known only for steps on one example at a time, where the sign of a loss's gradient is the sign of
+Adam's kernel <g(x), sign g(z)> is not symmetric. Norms, singular values and the cosine of two Adam
+kernels are defined; eigenvalues may be complex and are not computed. Its linearized dynamics are
+known only for steps on one example at a time, where the sign of the loss's gradient is the sign of
 the residual times that of g(z) (Malladi et al., 2023, A Kernel-Based View of Language Model
-Fine-Tuning, section 3): these are what is predicted for it.
+Fine-Tuning, section 3). These dynamics are predicted for it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from ntk.arrays import host_float64
 from ntk.errors import InputError
 from ntk.tables import table
 
 Dynamics = Literal["gradient flow", "gradient descent", "sign descent"]
 
 _ASYMMETRIC = 1e-3
-"""Kernels this far from symmetric, relative to their norm, are not symmetric but for rounding."""
+"""A kernel that is further from symmetric than this, relative to its norm, is not symmetric."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What linearised training on the same targets predicts with either kernel.
+class TrainingPrediction:
+    """The linearized training on the same targets that each of two kernels predicts.
 
     Args:
-        dynamics: ``"gradient flow"`` and ``"gradient descent"`` of half the sum of squared
-            residuals; ``"sign descent"`` on one example after another.
-        times: (t,) times; steps times the learning rate.
-        outputs: (2, t, n) or (2, t, n, o), the outputs at the kernel's examples with either kernel.
-        losses: (2, t) squared residuals, relative to those at the start.
+        dynamics: ``"gradient flow"`` or ``"gradient descent"`` of half the sum of squared
+            residuals, or ``"sign descent"`` on one example after another.
+        times: (t,) times; for descent, the number of steps times the learning rate.
+        outputs: (2, t, n) or (2, t, n, o), the outputs at the kernels' examples, by kernel.
+        losses: (2, t) sums of squared residuals, relative to the start.
         apart: (t,) distance of the two outputs, relative to the residual at the start.
     """
 
@@ -49,17 +50,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far a kernel K2 is from a kernel K; ``str()`` is a table.
+    """The difference of a kernel K2 from a kernel K; ``str()`` is a table.
 
     Args:
         frobenius: ``|K - K2|_F / |K|_F``.
         spectral: ``|K - K2|_2 / |K|_2``.
-        alignment: Cosine of the centred kernels; for symmetric ones, CKA with values in [0, 1].
-        symmetric: Whether both are symmetric but for rounding.
-        spectra: (2, n o) eigenvalues, or singular values of kernels that are not symmetric, from
-            the largest on.
+        alignment: Cosine of the centered kernels; for symmetric kernels, CKA, from 0 to 1.
+        symmetric: Whether both kernels are symmetric up to rounding.
+        spectra: (2, n o) eigenvalues, or singular values of kernels that are not symmetric, in
+            falling order.
         effective_ranks: exp of the entropy of each spectrum as a distribution, 1 to n o.
-        training: What the difference means for training, or None without targets.
+        training: The training that each kernel predicts, or None without targets.
 
     References:
         Cortes, Mohri and Rostamizadeh (2012), Kornblith et al. (2019) for the alignment; Roy and
@@ -72,7 +73,7 @@ class Comparison:
     symmetric: bool
     spectra: Float[np.ndarray, "2 n"]
     effective_ranks: tuple[float, float]
-    training: Training | None
+    training: TrainingPrediction | None
 
     def __str__(self) -> str:
         kind = "eigenvalue" if self.symmetric else "singular value"
@@ -84,7 +85,7 @@ class Comparison:
         rows.append(["effective rank", f"{a:.2f}", f"{b:.2f}", _percent(b - a, a)])
         rows.append(["Frobenius norm", "", "", f"{100 * self.frobenius:.2f} %"])
         rows.append(["spectral norm", "", "", f"{100 * self.spectral:.2f} %"])
-        rows.append(["centred alignment", "", "", f"{self.alignment:.4f}"])
+        rows.append(["centered alignment", "", "", f"{self.alignment:.4f}"])
         text = table(rows)
         if self.training is None:
             return text
@@ -108,25 +109,24 @@ def compare(
     learning_rate: float | None = None,
     steps: int | None = None,
 ) -> Comparison:
-    """Compares two kernels of the same examples.
+    """Returns the difference of two kernels of the same examples.
 
     Args:
         kernel: K, (n, n) or (n, n, o, o), the kernel to compare with.
         kernel2: K2, of the same shape.
-        targets: (n,) or (n, o), what training is to reach; None leaves training out.
-        outputs: Of the model before training, shaped like the targets; None for zeros.
-        times: (t,) for gradient flow; None for 33 from 0.1 to 1,000 over K's largest eigenvalue.
-        learning_rate: Turns gradient flow into descent in steps. For kernels that are not
-            symmetric, of sign descent; None then for steps of a twentieth of a typical residual.
-        steps: How many; None for 100, or 10 n for sign descent.
-
-    Returns:
-        The comparison.
+        targets: (n,) or (n, o), targets of a training to predict; None for no prediction.
+        outputs: The outputs of the model before training, shaped like the targets; None for zeros.
+        times: (t,) times for gradient flow; None for 33 times from 0.1 to 1,000, divided by the
+            largest eigenvalue of K.
+        learning_rate: For symmetric kernels, replaces gradient flow by gradient descent; for
+            others, the learning rate of sign descent, with None for steps of a twentieth of a
+            typical residual.
+        steps: The number of steps; None for 100, or 10 n for sign descent.
 
     Raises:
         InputError: Shapes do not fit, a value is not finite, an option does not belong to the
-            dynamics, or training is asked of a symmetric kernel with negative eigenvalues or of
-            one that is not symmetric and has outputs.
+            dynamics, or targets are given for a symmetric kernel with negative eigenvalues or for
+            a kernel with outputs that is not symmetric.
 
     Example:
         >>> k = np.array([[2.0, 1.0], [1.0, 2.0]])
@@ -134,14 +134,14 @@ def compare(
         >>> round(result.frobenius, 3), round(result.alignment, 3)
         (0.1, 1.0)
         >>> print(result)
-                           first  second  difference
-        -----------------  -----  ------  ----------
-        eigenvalue 1           3     3.3    +10.00 %
-        eigenvalue 2           1     1.1    +10.00 %
-        effective rank      1.75    1.75     +0.00 %
-        Frobenius norm                       10.00 %
-        spectral norm                        10.00 %
-        centred alignment                     1.0000
+                            first  second  difference
+        ------------------  -----  ------  ----------
+        eigenvalue 1            3     3.3    +10.00 %
+        eigenvalue 2            1     1.1    +10.00 %
+        effective rank       1.75    1.75     +0.00 %
+        Frobenius norm                        10.00 %
+        spectral norm                         10.00 %
+        centered alignment                     1.0000
         <BLANKLINE>
         gradient flow to time  loss, first  loss, second  outputs apart
         ---------------------  -----------  ------------  -------------
@@ -161,9 +161,9 @@ def compare(
         spectra = np.stack([np.linalg.eigvalsh(a)[::-1] for a in (k, k2)])
     else:
         spectra = np.stack([np.linalg.svd(a, compute_uv=False) for a in (k, k2)])
-    centred = [_centred(a, n, o) for a in (k, k2)]
-    sizes = [float(np.linalg.norm(a)) for a in centred]
-    inner = float((centred[0] * centred[1]).sum())
+    centered = [_centered(a, n, o) for a in (k, k2)]
+    sizes = [float(np.linalg.norm(a)) for a in centered]
+    inner = float((centered[0] * centered[1]).sum())
     training = None
     if targets is not None:
         training = _training(
@@ -183,20 +183,20 @@ def compare(
 
 
 def apart_bound(change: float, times: Any) -> Float[np.ndarray, " t"]:
-    """How far gradient flow with two kernels can part, from a bound on the kernels' change.
+    """Returns bounds on the distance of the outputs of two kernels in gradient flow.
 
     Args:
         change: A bound on ``|K - K2|_2``, such as ``ntk.bounds.Change.spectral``.
         times: (t,) times.
 
     Returns:
-        Bounds on `Training.apart` for gradient flow, and for gradient descent whose learning rate
-        is at most one over the largest eigenvalues.
+        Bounds on `TrainingPrediction.apart` for gradient flow, and for gradient descent with a
+        learning rate of at most one over the largest eigenvalue of both kernels.
 
     Proof: The residuals are A_t r with A_t = exp(-K t), or (1 - a K)^(t / a). exp(-K t) -
     exp(-K2 t) is the integral over s in [0, t] of exp(-K s) (K2 - K) exp(-K2 (t - s)), where both
     exponentials have norms of at most 1, as kernels are positive semi-definite; with steps it is a
-    telescoping sum of the same form. Nor can it exceed 1, as both A_t are between 0 and 1.
+    telescoping sum of the same form. It cannot exceed 1 either, as both A_t are between 0 and 1.
 
     Example:
         >>> apart_bound(0.1, [0.0, 1.0, 100.0]).tolist()
@@ -206,8 +206,8 @@ def apart_bound(change: float, times: Any) -> Float[np.ndarray, " t"]:
 
 
 def _matrix(name: str, kernel: Any) -> tuple[np.ndarray, int, int]:
-    """A kernel as a matrix (n o, n o), and n and o."""
-    k = np.asarray(kernel).astype(np.float64)
+    """Returns a kernel as a matrix (n o, n o), and n and o."""
+    k = host_float64(kernel)
     square = k.ndim in (2, 4) and k.shape[0] == k.shape[1] and k.shape[2:3] == k.shape[3:4]
     if not square or 0 in k.shape:
         raise InputError(f"{name} must be (n, n) or (n, n, o, o), not empty; got {k.shape}")
@@ -217,8 +217,8 @@ def _matrix(name: str, kernel: Any) -> tuple[np.ndarray, int, int]:
     return (k if k.ndim == 2 else k.transpose(0, 2, 1, 3).reshape(n * o, n * o)), n, o
 
 
-def _centred(k: np.ndarray, n: int, o: int) -> np.ndarray:
-    """The kernel of features less their mean over examples, output by output."""
+def _centered(k: np.ndarray, n: int, o: int) -> np.ndarray:
+    """Returns the kernel of features minus their mean over examples, output by output."""
     k = k.reshape(n, o, n, o)
     k = k - k.mean(0, keepdims=True)
     return (k - k.mean(2, keepdims=True)).reshape(n * o, n * o)
@@ -246,16 +246,9 @@ def _training(
     times: Any,
     learning_rate: float | None,
     steps: int | None,
-) -> Training:
-    y = np.asarray(targets).astype(np.float64)
-    start = np.zeros_like(y) if outputs is None else np.asarray(outputs).astype(np.float64)
-    shapes = [(n,), (n, 1)] if o == 1 else [(n, o)]
-    for name, a in (("targets", y), ("outputs", start)):
-        if a.shape not in shapes or a.shape != y.shape:
-            raise InputError(f"{name} must be {' or '.join(map(str, shapes))}; got {a.shape}")
-        if not np.isfinite(a).all():
-            raise InputError(f"{name} hold NaN or infinite values")
-    residual = (y - start).ravel()
+) -> TrainingPrediction:
+    y = host_float64(targets)
+    residual = (y - _start(y, outputs, n, o)).ravel()
     if not residual.any():
         raise InputError("the outputs are the targets already: there is nothing to train")
     if learning_rate is not None and not (np.isfinite(learning_rate) and learning_rate > 0):
@@ -290,13 +283,25 @@ def _training(
             left = np.stack([_sign_descent(k, residual, learning_rate, steps) for k in kernels])
         t = np.arange(steps + 1) * learning_rate
     size = np.linalg.norm(residual)
-    return Training(
+    return TrainingPrediction(
         dynamics=dynamics,
         times=t,
         outputs=(y.ravel() - left).reshape(2, len(t), *y.shape),
         losses=np.square(left).sum(-1) / size**2,
         apart=np.linalg.norm(left[0] - left[1], axis=-1) / size,
     )
+
+
+def _start(targets: np.ndarray, outputs: Any, n: int, o: int) -> np.ndarray:
+    """Returns the outputs before training, after checking that they and the targets fit."""
+    start = np.zeros_like(targets) if outputs is None else host_float64(outputs)
+    shapes = [(n,), (n, 1)] if o == 1 else [(n, o)]
+    for name, a in (("targets", targets), ("outputs", start)):
+        if a.shape not in shapes or a.shape != targets.shape:
+            raise InputError(f"{name} must be {' or '.join(map(str, shapes))}; got {a.shape}")
+        if not np.isfinite(a).all():
+            raise InputError(f"{name} hold NaN or infinite values")
+    return start
 
 
 def _modes(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -307,13 +312,13 @@ def _modes(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flow(k: np.ndarray, residual: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Residuals (t, n) of gradient flow, exp(-K t) r."""
+    """Returns residuals (t, n) of gradient flow, exp(-K t) r."""
     values, vectors = _modes(k)
     return (np.exp(-np.outer(times, values)) * (vectors.T @ residual)) @ vectors.T
 
 
 def _descent(k: np.ndarray, residual: np.ndarray, rate: float, steps: int) -> np.ndarray:
-    """Residuals (steps + 1, n) of gradient descent, (1 - a K)^s r."""
+    """Returns residuals (steps + 1, n) of gradient descent, (1 - a K)^s r."""
     values, vectors = _modes(k)
     if rate * values[-1] > 2:
         raise InputError(
@@ -325,7 +330,7 @@ def _descent(k: np.ndarray, residual: np.ndarray, rate: float, steps: int) -> np
 
 
 def _sign_descent(k: np.ndarray, residual: np.ndarray, rate: float, steps: int) -> np.ndarray:
-    """Residuals (steps + 1, n) of steps on one example after another, r - a K[:, j] sign r_j."""
+    """Returns residuals (steps + 1, n) of steps on one example each, r - a K[:, j] sign r_j."""
     result = [residual]
     for step in range(steps):
         j = step % len(residual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import jax
@@ -14,19 +14,26 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ntk.engines.base import Engine, Task
-from ntk.engines.blocks import automatic, caller_mesh, fitted, laid, run, shards
+from ntk.engines.base import BlockPlan, Engine, KernelTask
+from ntk.engines.blocks import (
+    automatic_mesh,
+    caller_mesh,
+    compute_blocks,
+    count_shards,
+    largest_plan,
+    put_on_mesh,
+)
 from ntk.engines.jacobian import JacobianEngine
 from ntk.engines.structure import Program
 from ntk.engines.vector_product import VectorEngine
-from ntk.errors import InputError, nearest
+from ntk.errors import InputError, check_choice
+from ntk.kinds import KernelKind
 
-Kind = Literal["sgd", "adam"]
 EngineName = Literal["auto", "jacobian", "vector-product", "neural-tangents"]
 Implementation = Literal["structured-derivatives", "jacobian-contraction", "ntk-vector-products"]
 
 DEFAULT_MEMORY = 4 * 2**30
-"""The bytes that blocks are made for if no limit is stated."""
+"""The bytes that blocks are made for if no limit is given."""
 
 
 def kernel(
@@ -35,48 +42,49 @@ def kernel(
     x1: Any,
     x2: Any = None,
     *,
-    kind: str = "sgd",
+    kind: KernelKind = "sgd",
     trace_axes: int | Sequence[int] = (),
-    engine: str = "auto",
-    implementation: str | None = None,
+    engine: EngineName = "auto",
+    implementation: Implementation | None = None,
     block_size: int | None = None,
     memory_limit: int | None = None,
     progress: bool | None = None,
 ) -> Float[Array, "n m ..."]:
-    """The exact neural tangent kernel of a function, for all pairs of examples.
+    """Returns the exact neural tangent kernel of a function, for all pairs of examples.
 
     With the gradient g_o(x) of output o with respect to all parameters, the entry for examples
     i, j and outputs o, p is <g_o(x1_i), g_p(x2_j)> (``"sgd"``) or <g_o(x1_i), sign g_p(x2_j)>
-    (``"adam"``, not symmetric). Each output must depend on its own example only. As by `jax.jit`,
+    (``"adam"``, not symmetric). Each output must depend on its own example only. As with `jax.jit`,
     a function is traced once for given shapes.
 
     Args:
-        f: ``f(params, x)`` gives one array (n, *o) for n examples, such as `ntk.functional` makes.
+        f: ``f(params, x)`` returns one array (n, *o) for n examples, such as `ntk.functional`
+            makes.
         params: Pytree of floating-point arrays.
         x1: Pytree of arrays, each with the n examples on its first axis.
         x2: The same for m examples; None for ``x1``.
         kind: ``"sgd"`` or ``"adam"``.
         trace_axes: Axes of f's result, such as -1, over whose diagonal the kernel is *summed*
             (neural-tangents takes the mean).
-        engine: ``"jacobian"`` contracts per-example gradients, kept as factors where they have any;
-            ``"vector-product"`` holds no Jacobian, and is right for many outputs of a cheap
-            network; ``"neural-tangents"`` is that package, for ``"sgd"`` only; ``"auto"`` takes
-            the cheaper of the first two, by counting.
-        implementation: Of neural-tangents: ``"structured-derivatives"`` (None),
-            ``"jacobian-contraction"`` or ``"ntk-vector-products"``.
-        block_size: Most examples in a block.
-        memory_limit: Most bytes, on each device, beside parameters, inputs and the kernel itself;
-            kept, by what the compiler says of memory. None makes blocks for `DEFAULT_MEMORY`, and
-            takes more where one example needs more.
+        engine: ``"jacobian"`` contracts per-example gradients, kept as factors where possible;
+            ``"vector-product"`` holds no Jacobian, which suits many outputs of a cheap network;
+            ``"neural-tangents"`` is that package, for ``"sgd"`` only; ``"auto"`` takes the one of
+            the first two that needs fewer operations.
+        implementation: An implementation of neural-tangents: ``"structured-derivatives"`` (the
+            default), ``"jacobian-contraction"`` or ``"ntk-vector-products"``.
+        block_size: The largest number of examples in a block.
+        memory_limit: The largest number of bytes, on each device, beside parameters, inputs and the
+            kernel itself. The limit holds for the memory that the compiler reports. With None,
+            blocks are made for `DEFAULT_MEMORY`, and need more if one example needs more.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
-        (n, m, *o, *o) without the traced axes: first those of the first example's outputs, then
+        (n, m, *o, *o) without the traced axes: first the axes of the first example's outputs, then
         those of the second's. float32, or float64 if a parameter is; matrix products have the
         highest precision.
 
     Raises:
-        InputError: An argument makes no sense, a parameter is NaN or infinite, or the limit is too
+        InputError: An argument is not valid, a parameter is NaN or infinite, or the limit is too
             small for one example; raised before any long work.
 
     Example:
@@ -87,10 +95,10 @@ def kernel(
         >>> float(kernel(f, params, jnp.ones((4, 3)), trace_axes=-1)[0, 0])
         8.0
     """
-    _known("kind", kind, Kind)
-    _known("engine", engine, EngineName)
+    check_choice("kind", kind, KernelKind)
+    check_choice("engine", engine, EngineName)
     if implementation is not None:
-        _known("implementation", implementation, Implementation)
+        check_choice("implementation", implementation, Implementation)
         if engine != "neural-tangents":
             raise InputError("implementation is an option of engine='neural-tangents' only")
     for name, value in (("block_size", block_size), ("memory_limit", memory_limit)):
@@ -102,12 +110,12 @@ def kernel(
     traced = _traced(f, params, leaves, x1, arrays[0], trace_axes)
 
     mesh = caller_mesh((leaves, arrays))
-    with automatic(mesh) as on_mesh:
+    with automatic_mesh(mesh) as on_mesh:
         values = on_mesh((leaves, traced.program.constants))
         arrays = on_mesh(arrays)
         inputs = (arrays[0], arrays[-1])
         n1, n2 = (side[0].shape[0] for side in inputs)
-        task = Task(
+        task = KernelTask(
             program=traced.program,
             leaves=[jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
             kept=math.prod(traced.kept),
@@ -116,19 +124,19 @@ def kernel(
             same=x2 is None,
             sign=kind == "adam",
             dtype=np.dtype("float64" if any(x.dtype == "float64" for x in leaves) else "float32"),
-            shards=shards(inputs[0]),
+            shards=count_shards(inputs[0]),
         )
-        most = max(n1, n2) if block_size is None else block_size
+        max_block = max(n1, n2) if block_size is None else block_size
         engines = _engines(engine, implementation, task)
-        made, plan = _first_that_fits(engines, values, inputs, most, memory_limit)
-        total = run(made, plan, values, inputs, progress).transpose(0, 2, 1, 3)
+        chosen, plan = _first_that_fits(engines, values, inputs, max_block, memory_limit)
+        total = compute_blocks(chosen, plan, values, inputs, progress).transpose(0, 2, 1, 3)
         total = total.reshape(n1, n2, *traced.kept, *traced.kept)
-    return laid(total, mesh)
+    return put_on_mesh(total, mesh)
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """A function as a program, and the shape of the outputs that stay."""
+    """A function as a program, and the shape of its outputs that are not summed over."""
 
     program: Program
     kept: tuple[int, ...]
@@ -145,7 +153,7 @@ def _traced(
     arrays: Sequence[Array],
     trace_axes: int | Sequence[int],
 ) -> _Traced:
-    """Traces a function, or finds what an earlier call traced."""
+    """Traces a function, unless an earlier call traced it for the same shapes."""
     axes = (trace_axes,) if isinstance(trace_axes, int) else tuple(trace_axes)
     trees = jax.tree.structure(params), jax.tree.structure(x)
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in (*leaves, *arrays))
@@ -183,7 +191,7 @@ def _trace(
             out = batch(leaves, [a[None] for a in arrays])
             if _output_shape(out, 1)[1:] != shape[1:]:
                 raise InputError(
-                    f"f gives {out.shape} for one example and {shape} for {n}; every output must "
+                    f"f returns {out.shape} for one example and {shape} for {n}; every output must "
                     "depend on its own example only"
                 )
             return out.transpose(0, *stay, *summed).ravel()
@@ -193,7 +201,7 @@ def _trace(
 
 
 def _output_shape(out: Any, n: int) -> tuple[int, ...]:
-    """The shape of f's result, if it is one that has a kernel."""
+    """Returns the shape of f's result, after checking that it has a kernel."""
     if not hasattr(out, "shape") or not hasattr(out, "dtype"):
         raise InputError(
             f"f must return one array; it returns a {type(out).__name__} "
@@ -203,7 +211,7 @@ def _output_shape(out: Any, n: int) -> tuple[int, ...]:
         raise InputError(f"f must return floating-point numbers; it returns {out.dtype}")
     if out.shape[:1] != (n,) or 0 in out.shape:
         raise InputError(
-            f"f must return an array with the examples on its first axis; for {n} of them it "
+            f"f must return an array with the examples on its first axis; for {n} examples it "
             f"returns shape {out.shape}"
         )
     return out.shape
@@ -213,7 +221,7 @@ def _canonical(axes: tuple[int, ...], ndim: int) -> list[int]:
     for axis in axes:
         if not -ndim < axis < ndim or axis == 0:
             raise InputError(
-                f"trace_axes must be axes of f's result other than the first, of the examples; "
+                "trace_axes must be axes of f's result other than the first, the axis of examples; "
                 f"it has {ndim} axes, got {axis}"
             )
     canonical = sorted({axis % ndim for axis in axes})
@@ -222,9 +230,11 @@ def _canonical(axes: tuple[int, ...], ndim: int) -> list[int]:
     return canonical
 
 
-def _engines(engine: str, implementation: str | None, task: Task) -> list[Engine]:
-    """The engines to try, the cheapest first."""
-    # These two contract in the parameters' own dtype.
+def _engines(
+    engine: EngineName, implementation: Implementation | None, task: KernelTask
+) -> list[Engine[Any]]:
+    """Returns the engines to try, the cheapest first."""
+    # The engines named below contract in the parameters' own dtype.
     narrow = [str(leaf.dtype) for leaf in task.leaves if leaf.dtype.itemsize < 4]
     if narrow and engine in ("vector-product", "neural-tangents"):
         raise InputError(
@@ -232,7 +242,7 @@ def _engines(engine: str, implementation: str | None, task: Task) -> list[Engine
             "use 'jacobian', or float32 parameters"
         )
     if engine == "neural-tangents":
-        # Here, since importing that package takes seconds.
+        # Imported here, since importing that package takes seconds.
         from ntk.engines.neural_tangents import NeuralTangentsEngine
 
         return [NeuralTangentsEngine(task, implementation or "structured-derivatives")]
@@ -247,17 +257,17 @@ def _engines(engine: str, implementation: str | None, task: Task) -> list[Engine
 
 
 def _first_that_fits(
-    engines: Sequence[Engine], values: Any, inputs: Any, most: int, limit: int | None
-) -> tuple[Engine, Any]:
-    """The first engine that has a plan within the limit, and the plan."""
+    engines: Sequence[Engine[Any]], values: Any, inputs: Any, max_block: int, limit: int | None
+) -> tuple[Engine[Any], BlockPlan]:
+    """Returns the first engine that has a plan within the limit, and the plan."""
     if limit is None:
-        plan = engines[0].plan(most, DEFAULT_MEMORY / 16)
-        if plan == engines[0].plan(most, float(DEFAULT_MEMORY)):
-            # So far below that the estimate will do; asking the compiler takes seconds.
+        plan = engines[0].plan(max_block, DEFAULT_MEMORY / 16)
+        if plan == engines[0].plan(max_block, float(DEFAULT_MEMORY)):
+            # Far below the limit the estimate is good enough; asking the compiler takes seconds.
             return engines[0], plan
     tried = []
     for engine in engines:
-        plan, need = fitted(engine, values, inputs, most, limit or DEFAULT_MEMORY)
+        plan, need = largest_plan(engine, values, inputs, max_block, limit or DEFAULT_MEMORY)
         if need <= (limit or DEFAULT_MEMORY):
             return engine, plan
         tried.append((engine, plan, need))
@@ -269,17 +279,11 @@ def _first_that_fits(
     )
 
 
-def _known(what: str, name: str, choice: Any) -> None:
-    names = get_args(choice)
-    if name not in names:
-        raise InputError(f"unknown {what} {name!r}{nearest(str(name), names)}")
-
-
 def _parameters(params: Any) -> list[Array]:
-    """The leaves of the parameters, if a kernel can be taken with respect to them."""
+    """Returns the leaves of the parameters, after checking that they have a kernel."""
     with_paths = jax.tree_util.tree_flatten_with_path(params)[0]
     if not with_paths:
-        raise InputError("params hold no array: no parameter is chosen")
+        raise InputError("params do not hold any array: no parameter is chosen")
     leaves = _concrete([leaf for _, leaf in with_paths])
     names = [_name(path) for path, _ in with_paths]
     for name, leaf in zip(names, leaves, strict=True):
@@ -312,15 +316,15 @@ def _finite(leaves: list[Array]) -> list[Array]:
 
 
 def _inputs(name: str, x: Any) -> list[Array]:
-    """The leaves of inputs, if they have the same number of examples."""
+    """Returns the leaves of inputs, after checking that each has the same number of examples."""
     leaves = _concrete(jax.tree.leaves(x))
     if not leaves:
         raise InputError(f"{name} holds no array")
     if len({leaf.shape[:1] for leaf in leaves} | {(), (0,)}) != 3:
         shapes = ", ".join(str(leaf.shape) for leaf in leaves)
         raise InputError(
-            f"every array of {name} must have the examples on its first axis, at least one and "
-            f"equally many; got shapes {shapes}"
+            f"every array of {name} must have the examples on its first axis, at least one, and "
+            f"the same number of them; got shapes {shapes}"
         )
     return leaves
 
@@ -335,6 +339,6 @@ def _check_pair(x1: Any, x2: Any, arrays: Sequence[Sequence[Array]]) -> None:
     for one, two in zip(*arrays, strict=True):
         if one.shape[1:] != two.shape[1:] or one.dtype != two.dtype:
             raise InputError(
-                "x1 and x2 must have the same shapes but for the number of examples, and the same "
-                f"dtypes; got {one.dtype}{one.shape} and {two.dtype}{two.shape}"
+                "x1 and x2 must have the same dtypes and, except for the number of examples, "
+                f"the same shapes; got {one.dtype}{one.shape} and {two.dtype}{two.shape}"
             )

@@ -1,11 +1,12 @@
-"""A model as a function of chosen parameters: which parameters count, and which outputs."""
+"""Makes functions of chosen parameters from models: which parameters count, and which outputs."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import EllipsisType
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ntk.errors import InputError, nearest
+from ntk.selection import select
 
 Outputs = str | Callable[[Any], Array] | None
 
@@ -24,32 +26,32 @@ def functional(
     wrt: Any = None,
     outputs: Outputs = None,
 ) -> tuple[Callable[[Any, Any], Array], Any]:
-    r"""A model as ``f(params, x)``, in which only the chosen parameters count.
+    r"""Returns a model as a function ``f(params, x)`` of the chosen parameters, and these.
 
-    Whatever is not chosen is part of ``f`` as a constant: all other parameters, and variables that
-    are no `nnx.Param`, such as batch statistics or the Frozen sizes of clusters. Dropout should be
-    off (``model.eval()``, or the model's own way).
+    Everything else is a constant of ``f``: all other parameters, and variables that are not an
+    `nnx.Param`, such as batch statistics or the Frozen sizes of clusters. Turn dropout off before
+    (``model.eval()``, or the model's own way).
 
     Args:
         model: A Flax NNX module, called with inputs; or a plain function, called with parameters
             and inputs.
         params: The parameters of a plain function, any pytree; None for a module.
-        wrt: Which parameters count: a regular expression that matches whole dotted paths, such as
-            ``r"layers\.0\.mlp\..*"``; an nnx filter, such as a type of `nnx.Param` or a function
-            of path and value; None for all.
-        outputs: Which outputs count: the name of an attribute or key of what the model returns,
-            such as ``"logits"``; a function of what it returns, such as `token` and `probability`
-            make; None for all that it returns, which is then one array.
+        wrt: The parameters to choose: a regular expression that matches whole dotted paths, such as
+            ``r"layers\.0\.mlp\..*"``; a function of a dotted path; indices or a slice; an nnx
+            filter, such as a type of `nnx.Param` or a function of path and value; None for all.
+        outputs: The output to choose: the name of an attribute or key of the model's result, such
+            as ``"logits"``; a function of the result, such as `token` and `probability` return;
+            None for the result itself, if it is one array.
 
     Returns:
         ``f`` and the chosen parameters. ``f(params, x)`` calls ``model(**x)`` if x is a mapping,
         ``model(*x)`` if it is a tuple or list, else ``model(x)``; a plain function gets its
-        parameters first. The parameters are an `nnx.State`, or for a plain function a dict of
+        parameters first. The parameters are an `nnx.State`, or for a plain function a dict from
         dotted path to array.
 
     Raises:
-        InputError: No parameter is chosen, or ``wrt`` is no regular expression; in ``f``, the model
-            does not return the named output.
+        InputError: No parameter is chosen, or ``wrt`` is not a valid regular expression; in ``f``,
+            the model does not return the named output.
 
     Example:
         >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -57,43 +59,35 @@ def functional(
         >>> f(params, jnp.ones((4, 3))).shape, list(params)
         ((4, 2), ['kernel'])
     """
-    chosen = _filter(wrt)
-    pick = _picked(outputs)
+    get_output = _output_getter(outputs)
     if isinstance(model, nnx.Module):
         if params is not None:
             raise InputError("params are given, but an nnx.Module holds its own")
-        every = nnx.All(nnx.Param, chosen)
-        graph, params, rest = nnx.split(model, every, ...)
-        paths = [_dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-        _check_chosen(len(jax.tree.leaves(params)), wrt, paths)
-        return lambda params, x: pick(_called(nnx.merge(graph, params, rest), x)), params
+        flat = list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        chosen = nnx.filterlib.PathIn(*(flat[i][0] for i in _choose(wrt, flat)))
+        graph, params, rest = nnx.split(model, chosen, ...)
+        return lambda params, x: get_output(_call(nnx.merge(graph, params, rest), x)), params
 
     if params is None:
-        raise InputError("a plain function needs params; an nnx.Module is called without")
+        raise InputError("a plain function needs params; only an nnx.Module holds its own")
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     keys = [tuple(_name((entry,)) for entry in path) for path, _ in leaves]
     names = [_dotted(key) for key in keys]
     values = [jnp.asarray(value) for _, value in leaves]
-    matches = nnx.filterlib.to_predicate(chosen)
-    counted = {
-        name: value
-        for key, name, value in zip(keys, names, values, strict=True)
-        if matches(key, value)
-    }
-    _check_chosen(len(counted), wrt, names)
+    counted = {names[i]: values[i] for i in _choose(wrt, list(zip(keys, values, strict=True)))}
 
     def f(params: Any, x: Any) -> Array:
         merged = [params.get(name, value) for name, value in zip(names, values, strict=True)]
-        return pick(_called(model, x, tree.unflatten(merged)))
+        return get_output(_call(model, x, tree.unflatten(merged)))
 
     return f, counted
 
 
 def token(position: int, of: str | None = None) -> Callable[[Any], Array]:
-    """Outputs at one position of a sequence.
+    """Returns a function that takes the outputs at one position of a sequence.
 
     Args:
-        position: Which position; negative ones count from the end.
+        position: The position; negative ones count from the end.
         of: The attribute or key of the model's result, (n, t, ...); None for the result itself.
 
     Returns:
@@ -103,15 +97,15 @@ def token(position: int, of: str | None = None) -> Callable[[Any], Array]:
         >>> token(0)(jnp.ones((2, 5, 3))).shape
         (2, 3)
     """
-    pick = _picked(of)
-    return lambda result: pick(result)[:, position]
+    get_output = _output_getter(of)
+    return lambda result: get_output(result)[:, position]
 
 
 def probability(label: int, of: str | None = "logits") -> Callable[[Any], Array]:
-    """The softmax probability of one class, the scalar output of the MLP Fusion paper.
+    """Returns a function that takes the softmax probability of one class, a scalar output.
 
     Args:
-        label: Which class; the paper takes 0.
+        label: The class; the paper takes 0.
         of: The attribute or key of the model's result with the logits, (n, ..., classes); None for
             the result itself.
 
@@ -125,62 +119,58 @@ def probability(label: int, of: str | None = "logits") -> Callable[[Any], Array]
         >>> float(probability(0, of=None)(jnp.zeros((1, 4)))[0])
         0.25
     """
-    pick = _picked(of)
+    get_output = _output_getter(of)
 
-    def chosen(result: Any) -> Float[Array, " n *o"]:
-        return jax.nn.softmax(pick(result), axis=-1)[..., label]
+    def class_probability(result: Any) -> Float[Array, " n *o"]:
+        return jax.nn.softmax(get_output(result), axis=-1)[..., label]
 
-    return chosen
-
-
-def _filter(wrt: Any) -> Any:
-    """An nnx filter; nnx itself takes a string for a tag, here it is a pattern of paths."""
-    if wrt is None:
-        return ...
-    if not isinstance(wrt, str):
-        return wrt
-    try:
-        pattern = re.compile(wrt)
-    except re.error as error:
-        raise InputError(f"wrt {wrt!r} is no regular expression: {error}") from None
-    return lambda path, _: pattern.fullmatch(_dotted(path)) is not None
+    return class_probability
 
 
-def _check_chosen(count: int, wrt: Any, names: list[str]) -> None:
-    if count:
-        return
-    if not names:
-        raise InputError("the model has no parameters")
-    listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    raise InputError(
-        f"wrt {wrt!r} chooses no parameter (a pattern must match a whole path); "
-        f"the parameters are {listing}"
-    )
+def _choose(wrt: Any, parameters: Sequence[tuple[tuple[Any, ...], Any]]) -> list[int]:
+    """Returns the positions of the chosen parameters; each is given by its path and value."""
+    choose = partial(select, paths=[_dotted(path) for path, _ in parameters], argument="wrt")
+    if not _is_nnx_filter(wrt):
+        return choose(wrt, noun="parameter")
+    matches = nnx.filterlib.to_predicate(wrt)
+    return choose(lambda item: matches(*item), noun="parameter", items=parameters)
 
 
-def _picked(outputs: Outputs) -> Callable[[Any], Array]:
-    """The chosen output of a model's result."""
+def _is_nnx_filter(wrt: Any) -> bool:
+    """Returns whether a choice is an nnx filter; a string is a pattern here, and not a tag."""
+    if isinstance(wrt, type | bool | EllipsisType):
+        return True
+    if isinstance(wrt, tuple | list):
+        return not all(isinstance(i, SupportsIndex) for i in wrt)
+    if not callable(wrt):
+        return False
+    required = [p for p in inspect.signature(wrt).parameters.values() if p.default is p.empty]
+    return len(required) > 1
+
+
+def _output_getter(outputs: Outputs) -> Callable[[Any], Array]:
+    """Returns a function that takes the chosen output of a model's result."""
     if outputs is None:
         return lambda result: result
     if not isinstance(outputs, str):
         return outputs
 
-    def named(result: Any) -> Array:
+    def named_output(result: Any) -> Array:
         if isinstance(result, Mapping):
             fields = dict(result)
         else:
             known = getattr(result, "_fields", None) or getattr(result, "__dict__", {})
             fields = {name: getattr(result, name) for name in known}
         if outputs not in fields:
-            raise InputError(f"the model returns no {outputs!r}{nearest(outputs, fields)}")
+            raise InputError(f"the model does not return {outputs!r}{nearest(outputs, fields)}")
         if fields[outputs] is None:
             raise InputError(f"the model returns None as {outputs!r}")
         return fields[outputs]
 
-    return named
+    return named_output
 
 
-def _called(model: Callable[..., Any], x: Any, *params: Any) -> Any:
+def _call(model: Callable[..., Any], x: Any, *params: Any) -> Any:
     if isinstance(x, Mapping):
         return model(*params, **x)
     if isinstance(x, tuple | list):

@@ -9,8 +9,8 @@ x^ = (x, 1) where the map has a bias, unit i's gradients of output k are
 
     d f_k / d v_ik = H_i(x)    and    d f_k / d (w_i, b_i) = v_ik c_i(x) x^,   c_i = dH_i / dz_i,
 
-so that every kernel is a few matrix products of H, c and v: no gradient is ever formed. H, c and v
-are those of the *stored* weights, so that fixed factors act as they do in training.
+so that every kernel is a few matrix products of H, c and v, and no gradient is formed. H, c and v
+are those of the *stored* weights: the fixed factors act as they do in training.
 
 Axis letters in shapes: p width, d inputs, o outputs, n examples, t positions.
 
@@ -24,54 +24,23 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ntk.errors import InputError, nearest
-from ntk.units import MlpWeights, Units, product, units
+from ntk.arrays import inner_products, require_finite
+from ntk.errors import InputError
+from ntk.kinds import KernelKind, second_transform
+from ntk.units import HiddenUnits, hidden_units
+from ntk.units import MlpWeights as MlpWeights
 from ntk.units import mlp_weights as mlp_weights
-
-Kind = Literal["sgd", "adam"]
 
 _BLOCK = 2**24
 """Numbers in an intermediate array that is formed in blocks: 64 MiB in float32."""
-
-
-def input_product(x: Array, z: Array, bias: Array | None, second: Second) -> Array:
-    """x^ . second(z^), where x^ = (x, 1) for a map with a bias and x^ = x for one without."""
-    inner = product(x, second(z))
-    return inner if bias is None else inner + 1
-
-
-Second = Callable[[Array], Array]
-"""What is done to the gradient at the second input: nothing for SGD, the sign for Adam."""
-
-
-def second(kind: Kind | str) -> Second:
-    """The function of the second gradient that makes a kernel SGD's or Adam's.
-
-    Raises:
-        InputError: The kind is unknown.
-
-    Example:
-        >>> second("adam")(jnp.array([-2.0, 0.5])).tolist()
-        [-1.0, 1.0]
-    """
-    if kind not in get_args(Kind):
-        raise InputError(f"unknown kind {kind!r}{nearest(str(kind), get_args(Kind))}")
-    return jnp.sign if kind == "adam" else _identity
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 def traced_kernel(
@@ -79,11 +48,11 @@ def traced_kernel(
     x: Float[Array, "n _"],
     z: Float[Array, "m _"] | None = None,
     *,
-    kind: Kind | str = "sgd",
+    kind: KernelKind = "sgd",
 ) -> Float[Array, "n m"]:
-    """The kernel summed over outputs, sum_k <g_k(x), g_k(z)> or sum_k <g_k(x), sign g_k(z)>.
+    """Returns the kernel summed over outputs, sum_k <g_k(x), g_k(z)>; Adam's has sign g_k(z).
 
-    With r_i = |v_i|^2 for SGD and |v_i|_1 for Adam, and c' standing for c(z) or its sign, it is
+    With r_i = |v_i|^2 for SGD and |v_i|_1 for Adam, and c' for c(z) or its sign, it is
     ``o (H . H' + 1) + (x^ . z^) sum_i c_i c'_i r_i``; gated MLPs have the last term twice.
 
     Args:
@@ -99,28 +68,29 @@ def traced_kernel(
         InputError: Shapes do not fit, the result is not finite, or the kind is unknown.
 
     References:
-        design.md, section 3; Malladi et al. (2023), A Kernel-Based View of Language Model
-        Fine-Tuning, for the kernel of sign gradients.
+        Malladi et al. (2023), A Kernel-Based View of Language Model Fine-Tuning, for the kernel of
+        sign gradients.
 
     Example:
         >>> mlp = MlpWeights(up=jnp.ones((1, 1)), down=jnp.ones((1, 1)), act="relu")
         >>> traced_kernel(mlp, jnp.array([[2.0]])).item()  # 2 * 2 + 1 + (2 * 2) * 1
         9.0
     """
-    mlp, x, z, *_ = prepared(mlp, x, z)
-    return finite(_traced(mlp, x, z, kind))
+    mlp, x, z, *_ = prepare(mlp, x, z)
+    return require_finite(_traced(mlp, x, z, kind))
 
 
 @partial(jax.jit, static_argnames="kind")
-def _traced(mlp: MlpWeights, x: Array, z: Array | None, kind: Kind | str) -> Array:
-    f = second(kind)
-    left = units(mlp, x)
-    right = left if z is None else units(mlp, z)
+def _traced(mlp: MlpWeights, x: Array, z: Array | None, kind: KernelKind) -> Array:
+    second = second_transform(kind)
+    left, right = _both_units(mlp, x, z)
     z = x if z is None else z
-    weight = (mlp.down * f(mlp.down)).sum(1)[None]
-    total = mlp.down.shape[1] * (product(left.hidden, f(right.hidden)) + int(mlp.out_bias))
+    weight = (mlp.down * second(mlp.down)).sum(1)[None]
+    hidden = inner_products(left.hidden, second(right.hidden))
+    total = mlp.down.shape[1] * (hidden + int(mlp.out_bias))
     for (_, bias), c, c2 in zip(mlp.maps, left.slopes, right.slopes, strict=True):
-        total = total + input_product(x, z, bias, f) * product(c * weight, f(c2))
+        slopes = inner_products(c * weight, second(c2))
+        total = total + input_products(x, z, bias, kind) * slopes
     return total
 
 
@@ -129,12 +99,12 @@ def full_kernel(
     x: Float[Array, "n _"],
     z: Float[Array, "m _"] | None = None,
     *,
-    kind: Kind | str = "sgd",
+    kind: KernelKind = "sgd",
 ) -> Float[Array, "n m o o"]:
-    """The kernel of every pair of outputs, <g_k(x), g_l(z)> or <g_k(x), sign g_l(z)>.
+    """Returns the kernel of every pair of outputs, <g_k(x), g_l(z)>; Adam's has sign g_l(z).
 
-    For SGD it is ``(H . H' + 1) I + (x^ . z^) V^T diag(c c') V``. Pairs of inputs are worked on in
-    blocks, so that besides the result little memory is used.
+    For SGD it is ``(H . H' + 1) I + (x^ . z^) V^T diag(c c') V``. It is computed in blocks of pairs
+    of inputs, which need little memory besides the result.
 
     Args:
         mlp: The weights.
@@ -153,20 +123,19 @@ def full_kernel(
         >>> full_kernel(mlp, jnp.array([[2.0]]))[0, 0].tolist()
         [[9.0, 4.0], [4.0, 9.0]]
     """
-    mlp, x, z, *_ = prepared(mlp, x, z)
-    return finite(_full(mlp, x, z, kind))
+    mlp, x, z, *_ = prepare(mlp, x, z)
+    return require_finite(_full(mlp, x, z, kind))
 
 
 @partial(jax.jit, static_argnames="kind")
-def _full(mlp: MlpWeights, x: Array, z: Array | None, kind: Kind | str) -> Array:
-    f = second(kind)
-    left = units(mlp, x)
-    right = left if z is None else units(mlp, z)
+def _full(mlp: MlpWeights, x: Array, z: Array | None, kind: KernelKind) -> Array:
+    second = second_transform(kind)
+    left, right = _both_units(mlp, x, z)
     symmetric = z is None and kind == "sgd"
     z = x if z is None else z
     n, m, o = x.shape[0], z.shape[0], mlp.down.shape[1]
-    scalars = [input_product(x, z, bias, f) for _, bias in mlp.maps]
-    diagonal = product(left.hidden, f(right.hidden)) + int(mlp.out_bias)
+    scalars = [input_products(x, z, bias, kind) for _, bias in mlp.maps]
+    diagonal = inner_products(left.hidden, second(right.hidden)) + int(mlp.out_bias)
 
     def block(pair: Array) -> Array:
         a, b = pair
@@ -174,7 +143,7 @@ def _full(mlp: MlpWeights, x: Array, z: Array | None, kind: Kind | str) -> Array
         for scalar, c, c2 in zip(scalars, left.slopes, right.slopes, strict=True):
             rows = c[a][:, None] * mlp.down
             total = total + scalar[a, b] * jnp.matmul(
-                rows.T, f(c2[b])[:, None] * f(mlp.down), precision="highest"
+                rows.T, second(c2[b])[:, None] * second(mlp.down), precision="highest"
             )
         return total
 
@@ -194,13 +163,14 @@ def upstream_kernel(
     z: Float[Array, "m ..."] | None = None,
     gz: Array | None = None,
     *,
-    kind: Kind | str = "sgd",
+    kind: KernelKind = "sgd",
 ) -> Float[Array, "n m"]:
-    """The scalar kernel of ``G . f``, where G is the gradient that comes from above the MLP.
+    """Returns the kernel of the scalar ``G . f``, where G is the gradient from above the MLP.
 
-    For single positions and SGD, ``(H . H' + 1) (G . G') + (x^ . z^) sum_i c_i c'_i u_i u'_i`` with
-    u_i = v_i . G; for Adam the same with signs on every factor of the second input. For sequences
-    the gradients of all positions are summed (and then signed), in blocks of hidden units.
+    For single positions and SGD it is ``(H . H' + 1) (G . G') + (x^ . z^) sum_i c_i c'_i u_i u'_i``
+    with u_i = v_i . G; for Adam the same with the sign of every factor of the second input. For
+    sequences the gradients of all positions are summed (and then signed), in blocks of hidden
+    units.
 
     Args:
         mlp: The weights.
@@ -226,36 +196,39 @@ def upstream_kernel(
     """
     if (z is None) != (gz is None):
         raise InputError("second inputs z and their upstream gradients gz go together")
-    mlp, x, z, g, gz = prepared(mlp, x, z, gx, gz)
+    mlp, x, z, g, gz = prepare(mlp, x, z, gx, gz)
     assert g is not None
     other = None if z is None or gz is None else (z, gz)
-    return finite((_upstream if x.ndim == 2 else _sequences)(mlp, (x, g), other, kind))
+    compute = _upstream if x.ndim == 2 else _upstream_sequences
+    return require_finite(compute(mlp, (x, g), other, kind))
 
 
-_Side = tuple[Array, Array]
+_WithUpstream = tuple[Array, Array]
 """Inputs and their upstream gradients."""
 
 
 @partial(jax.jit, static_argnames="kind")
-def _upstream(mlp: MlpWeights, first: _Side, other: _Side | None, kind: Kind | str) -> Array:
-    f = second(kind)
-
-    def of(side: _Side) -> tuple[Units, Array]:
-        return units(mlp, side[0]), product(side[1], mlp.down)
-
-    left, up = of(first)
-    right, up2 = (left, up) if other is None else of(other)
+def _upstream(
+    mlp: MlpWeights, first: _WithUpstream, other: _WithUpstream | None, kind: KernelKind
+) -> Array:
+    second = second_transform(kind)
+    left, right = _both_units(mlp, first[0], None if other is None else other[0])
     (x, gx), (z, gz) = first, other or first
-    hidden = product(left.hidden, f(right.hidden)) + int(mlp.out_bias)
-    total = hidden * product(gx, f(gz))
+    up = inner_products(gx, mlp.down)
+    up2 = up if other is None else inner_products(gz, mlp.down)
+    hidden = inner_products(left.hidden, second(right.hidden)) + int(mlp.out_bias)
+    total = hidden * inner_products(gx, second(gz))
     for (_, bias), c, c2 in zip(mlp.maps, left.slopes, right.slopes, strict=True):
-        total = total + input_product(x, z, bias, f) * product(c * up, f(c2) * f(up2))
+        slopes = inner_products(c * up, second(c2) * second(up2))
+        total = total + input_products(x, z, bias, kind) * slopes
     return total
 
 
 @partial(jax.jit, static_argnames="kind")
-def _sequences(mlp: MlpWeights, first: _Side, other: _Side | None, kind: Kind | str) -> Array:
-    f = second(kind)
+def _upstream_sequences(
+    mlp: MlpWeights, first: _WithUpstream, other: _WithUpstream | None, kind: KernelKind
+) -> Array:
+    second = second_transform(kind)
     sides = [first] if other is None else [first, other]
     per_unit = sum(x.shape[0] * (x.shape[2] + g.shape[2] + 4 * x.shape[1]) for x, g in sides)
     block = max(1, min(mlp.width, _BLOCK // per_unit))
@@ -265,14 +238,14 @@ def _sequences(mlp: MlpWeights, first: _Side, other: _Side | None, kind: Kind | 
         a = jnp.pad(a, [(0, count * block - mlp.width)] + [(0, 0)] * (a.ndim - 1))
         return a.reshape(count, block, *a.shape[1:])
 
-    # Units of zero weights have no gradient, as s(0) = 0.
+    # The padding is units of zero weights, which have no gradient, as s(0) = 0.
     rows = jax.tree.map(in_blocks, mlp)
 
-    def gradients(part: MlpWeights, side: _Side) -> list[Array]:
+    def gradients(part: MlpWeights, side: _WithUpstream) -> list[Array]:
         x, g = side
-        at = units(part, x.reshape(-1, x.shape[2]))
+        at = hidden_units(part, x.reshape(-1, x.shape[2]))
         shape = (*x.shape[:2], block)
-        up = product(g.reshape(-1, g.shape[2]), part.down).reshape(shape)
+        up = inner_products(g.reshape(-1, g.shape[2]), part.down).reshape(shape)
         contract = partial(jnp.einsum, precision="highest")
         grads = [contract("ntu,nto->nuo", at.hidden.reshape(shape), g)]
         for (_, bias), c in zip(part.maps, at.slopes, strict=True):
@@ -284,17 +257,28 @@ def _sequences(mlp: MlpWeights, first: _Side, other: _Side | None, kind: Kind | 
 
     def step(total: Array, part: MlpWeights) -> tuple[Array, None]:
         pairs = zip(gradients(part, sides[0]), gradients(part, sides[-1]), strict=True)
-        return total + sum(product(a, f(b)) for a, b in pairs), None
+        return total + sum(inner_products(a, second(b)) for a, b in pairs), None
 
     out = [g.sum(1) for _, g in sides]
-    start = product(out[0], f(out[-1])) * int(mlp.out_bias)
+    start = inner_products(out[0], second(out[-1])) * int(mlp.out_bias)
     return lax.scan(step, start, rows)[0]
 
 
-def prepared(
+def _both_units(mlp: MlpWeights, x: Array, z: Array | None) -> tuple[HiddenUnits, HiddenUnits]:
+    left = hidden_units(mlp, x)
+    return left, left if z is None else hidden_units(mlp, z)
+
+
+def input_products(x: Array, z: Array, bias: Array | None, kind: KernelKind) -> Array:
+    """Returns x^ . z^ or x^ . sign z^; x^ is (x, 1) for a map with a bias, x for one without."""
+    inner = inner_products(x, second_transform(kind)(z))
+    return inner if bias is None else inner + 1
+
+
+def prepare(
     mlp: MlpWeights, x: Array, z: Array | None, gx: Array | None = None, gz: Array | None = None
 ) -> tuple[MlpWeights, Array, Array | None, Array | None, Array | None]:
-    """Checks weights and inputs, and brings them to one dtype, float32 at least."""
+    """Returns checked weights and inputs in one dtype: float64 if one of them is, else float32."""
     mlp.check()
     d, o = mlp.up.shape[1], mlp.down.shape[1]
     for name, a, g in (("x", x, gx), ("z", z, gz)):
@@ -305,17 +289,3 @@ def prepared(
     arrays = (mlp, x, z, gx, gz)
     double = any(a.dtype == jnp.float64 for a in jax.tree.leaves(arrays))
     return jax.tree.map(lambda a: a.astype(jnp.float64 if double else jnp.float32), arrays)
-
-
-def finite(result: Array) -> Array:
-    """Returns a result that holds numbers only; looked at outside of transformations.
-
-    Raises:
-        InputError: It does not.
-    """
-    # Checked here and not in the arguments: weights are thousands of times larger than results.
-    if not isinstance(result, Tracer):
-        with jax.ensure_compile_time_eval():
-            if not jnp.isfinite(result).all():
-                raise InputError("weights or inputs hold NaN or infinite values, or overflow")
-    return result

@@ -11,28 +11,28 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Advance(Protocol):
-    """Says that work went on."""
+    """A function to call after each step."""
 
     def __call__(self, step: str, n: int = 1) -> None:
-        """By n steps, the last of which is described."""
+        """Counts n finished steps; ``step`` describes the last of them."""
         ...
 
 
 @contextmanager
-def progress(title: str, total: int, show: bool | None) -> Iterator[Advance]:
-    """Shows how far some work is, on standard error.
+def show_progress(title: str, total: int, show: bool | None) -> Iterator[Advance]:
+    """Shows on standard error how much of some work is done.
 
     Args:
-        title: What is being done.
+        title: The name of the work.
         total: The number of steps.
         show: True for a bar on a terminal and plain lines elsewhere; False for nothing; None for a
             bar on a terminal and nothing elsewhere.
 
     Yields:
-        A function to call after each step, with a word on the step.
+        A function to call after each step, with a short description of the step.
 
     Example:
-        >>> with progress("Fusing", 2, show=False) as advance:
+        >>> with show_progress("Fusing", 2, show=False) as advance:
         ...     advance("layers.0.mlp")
     """
     terminal = sys.stderr.isatty()

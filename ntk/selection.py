@@ -1,4 +1,4 @@
-"""One way to choose among things with paths: sites, matrices, what trains, what enters a kernel."""
+"""One way to choose among items with paths, such as the MLPs or the parameters of a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, SupportsIndex
 from ntk.errors import InputError
 
 Selection = str | SupportsIndex | slice | Iterable[SupportsIndex] | Callable[[Any], bool] | None
-"""A regular expression that matches whole paths; an index, a slice, or several indices, negative
-ones counted from the end; a function that says yes or no; None for all."""
+"""A regular expression that matches whole paths; an index, several indices or a slice, where
+negative numbers count from the end; a function that returns whether to choose an item; None for
+all."""
 
-LISTED = 40
-"""Paths that an error message lists."""
+_LISTED = 40
+"""The largest number of paths that an error message lists."""
 
 
 def select(
@@ -28,17 +29,17 @@ def select(
 
     Args:
         selection: What to choose.
-        paths: The paths to choose from.
+        paths: The paths of the items to choose from.
         argument: The name of the caller's argument, for error messages.
-        noun: What a path is of, such as ``"site"``, for error messages.
-        items: What a function is called with; None for the paths themselves.
+        noun: The name of an item, such as ``"site"``, for error messages.
+        items: The items, with which a function is called; None to call it with the paths.
 
     Returns:
         Positions in ``paths``.
 
     Raises:
         InputError: There is nothing to choose from, the expression is not valid, an index is out of
-            range, or nothing is chosen; the message lists the paths.
+            range, or no item is chosen; the message lists the paths.
 
     Example:
         >>> select(r"layers\.\d+", ["embed", "layers.0", "layers.1"], argument="wrt", noun="part")
@@ -62,23 +63,21 @@ def select(
     elif isinstance(selection, slice):
         chosen = list(range(count))[selection]
     elif callable(selection):
-        given = paths if items is None else items
-        chosen = [i for i, item in enumerate(given) if selection(item)]
+        chosen = [i for i, item in enumerate(paths if items is None else items) if selection(item)]
     else:
-        indices = [selection] if isinstance(selection, SupportsIndex) else list(selection)
+        indices = list(selection) if isinstance(selection, Iterable) else [selection]
         for i in indices:
             whole = isinstance(i, SupportsIndex) and not isinstance(i, bool)
             if not whole or not -count <= int(i) < count:
                 raise InputError(f"{argument}: no {noun} {i!r}; there are {_listing(paths)}")
         chosen = sorted({int(i) % count for i in indices})
     if not chosen:
+        shown = "" if callable(selection) else f" {selection!r}"
         hint = " (an expression must match a whole path)" if isinstance(selection, str) else ""
-        raise InputError(
-            f"{argument} {selection!r} matches no {noun}{hint}; there are {_listing(paths)}"
-        )
+        raise InputError(f"{argument}{shown} matches no {noun}{hint}; there are {_listing(paths)}")
     return chosen
 
 
 def _listing(paths: Sequence[str]) -> str:
-    named = [f"{i}: {path or '(the model)'}" for i, path in enumerate(paths[:LISTED])]
-    return ", ".join(named + ["..."] * (len(paths) > LISTED))
+    named = [f"{i}: {path or '(the model)'}" for i, path in enumerate(paths[:_LISTED])]
+    return ", ".join(named + ["..."] * (len(paths) > _LISTED))

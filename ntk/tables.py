@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns, the first row as the header.
+    """Returns rows of text in aligned columns, with the first row as the header.
 
     Args:
         rows: Equally long rows; the first column is aligned left, the others right.

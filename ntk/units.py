@@ -1,4 +1,4 @@
-"""The weights of one MLP, and what its hidden units do at given inputs.
+"""The weights of one MLP, and its hidden units at given inputs.
 
 Axis letters in shapes: p width, d inputs, o outputs, n examples.
 """
@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ntk.activations import FUNCTIONS, canonical
+from ntk.arrays import inner_products
 from ntk.errors import InputError
 
 _STATIC = {"static": True}
@@ -24,12 +25,12 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class MlpWeights:
-    """The weights of one MLP as it stores them, one row per hidden unit, and fixed factors.
+    """The weights of one MLP as it stores them, one row per hidden unit, and its fixed factors.
 
     Plain:  ``f(x) = sum_i outer v s(inner (w . x + b)) + b_out``
     Gated:  ``f(x) = sum_i outer v (middle (u . x + a)) s(inner (g . x + c)) + b_out``
 
-    The factors do not train; a fused MLP has its cluster sizes in them.
+    The factors do not train; those of a fused MLP hold its cluster sizes.
 
     Args:
         up: Input weights, (p, d).
@@ -38,7 +39,7 @@ class MlpWeights:
         gate: Weights inside the activation of a gated MLP, (p, d), or None if not gated.
         gate_bias: Their biases, (p,), or None.
         outer: Positive factors of the hidden units, (p,), or None for 1.
-        inner: Positive factors of what enters the activation, (p,), or None for 1.
+        inner: Positive factors of the activation's arguments, (p,), or None for 1.
         middle: Positive factors of a gated MLP's linear values, (p,), or None for 1.
         act: Activation, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
         out_bias: Whether there is a trainable output bias.
@@ -48,7 +49,7 @@ class MlpWeights:
         8
     """
 
-    # Shapes are left to check(), whose messages name the field.
+    # check() checks the shapes; its messages name the field.
     up: Array
     down: Array
     up_bias: Array | None = None
@@ -67,15 +68,15 @@ class MlpWeights:
 
     @property
     def maps(self) -> list[tuple[Array, Array | None]]:
-        """The linear maps of the input and their biases; what the activation sees comes first."""
+        """The linear maps of the input and their biases; the activation's argument comes first."""
         up = (self.up, self.up_bias)
         return [up] if self.gate is None else [(self.gate, self.gate_bias), up]
 
     def check(self) -> MlpWeights:
-        """Returns itself if its parts fit together.
+        """Returns the weights unchanged if their shapes fit together.
 
         Raises:
-            InputError: They do not; the message names the field.
+            InputError: A field does not fit; the message names it.
         """
         canonical(self.act)
         if self.up.ndim != 2 or 0 in self.up.shape:
@@ -95,23 +96,20 @@ class MlpWeights:
             if name in factors and not isinstance(x, Tracer) and not (np.asarray(x) > 0).all():
                 raise InputError(f"{name} must be positive")
             if self.gate is None and name in ("gate_bias", "middle"):
-                raise InputError(f"{name} is given, gate is not")
+                raise InputError(f"{name} is given, but gate is not")
         return self
 
 
 def mlp_weights(module: Any) -> MlpWeights:
-    """Reads the weights of a Flax NNX module.
+    """Returns the weights of a Flax NNX module.
 
     Args:
-        module: Has ``up`` and ``down`` (each an ``nnx.Linear``), ``gate`` too if it is gated, the
-            activation's name as ``act``, and factors as ``outer``, ``inner`` and ``middle`` if it
-            is fused. The modules of ``fusion_jax`` do.
-
-    Returns:
-        The weights.
+        module: An MLP, such as those of ``fusion_jax``. It has ``up`` and ``down`` (each an
+            ``nnx.Linear``), ``gate`` too if it is gated, the activation's name as ``act``, and
+            factors as ``outer``, ``inner`` and ``middle`` if it is fused.
 
     Raises:
-        InputError: Something is missing or does not fit.
+        InputError: An attribute is missing or does not fit.
 
     Example:
         >>> from flax import nnx
@@ -130,10 +128,10 @@ def mlp_weights(module: Any) -> MlpWeights:
 
     def linear(layer: Any) -> tuple[Array, Array | None]:
         if hasattr(layer, "matrix") or not hasattr(layer, "kernel"):
-            # Parameters are other than the matrix, and so is the kernel.
+            # Its parameters are not the matrix itself, so that its kernel is another one.
             raise InputError(
-                f"{type(layer).__name__} is no plain linear layer, which closed forms and bounds "
-                "are of; ntk.kernel takes any"
+                f"{type(layer).__name__} is not a plain linear layer; closed forms and bounds need "
+                "one, ntk.kernel accepts any layer"
             )
         return layer.kernel[...], None if layer.bias is None else layer.bias[...]
 
@@ -154,34 +152,35 @@ def mlp_weights(module: Any) -> MlpWeights:
     ).check()
 
 
-class Units(NamedTuple):
-    """What the hidden units do at n inputs, all that kernels need besides the output weights.
+class HiddenUnits(NamedTuple):
+    """The hidden units at n inputs: with the output weights, all that a kernel needs.
 
     Args:
-        hidden: H, (n, p), what each unit hands to its output weights.
-        slopes: The derivative of H by each of the linear maps' values, (n, p) each.
+        hidden: H, (n, p), the values that the output weights multiply.
+        slopes: The derivatives of H with respect to the value of each linear map, (n, p) each.
     """
 
     hidden: Float[Array, "n p"]
     slopes: tuple[Float[Array, "n p"], ...]
 
 
-def units(mlp: MlpWeights, x: Float[Array, "n d"]) -> Units:
-    """The hidden units and their slopes.
+def hidden_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> HiddenUnits:
+    """Returns the hidden units and their slopes.
 
     Args:
         mlp: The weights.
         x: Inputs, (n, d).
 
     Returns:
-        H and dH/dz, for the values z of each linear map in the order of ``mlp.maps``.
+        H and dH/dz, for the value z of each linear map in the order of ``mlp.maps``.
 
     Example:
         >>> mlp = MlpWeights(up=jnp.ones((1, 1)), down=jnp.ones((1, 1)), act="relu")
-        >>> units(mlp, jnp.array([[2.0]]))
-        Units(hidden=Array([[2.]], dtype=float32), slopes=(Array([[1.]], dtype=float32),))
+        >>> hidden, slopes = hidden_units(mlp, jnp.array([[2.0]]))
+        >>> hidden.item(), slopes[0].item()
+        (2.0, 1.0)
     """
-    z = tuple(preactivation(kernel, bias, x) for kernel, bias in mlp.maps)
+    z = tuple(linear_values(kernel, bias, x) for kernel, bias in mlp.maps)
     zeros, ones = jnp.zeros_like(z[0]), jnp.ones_like(z[0])
 
     def derivative(j: int) -> tuple[Array, Array]:
@@ -189,12 +188,12 @@ def units(mlp: MlpWeights, x: Float[Array, "n d"]) -> Units:
         return jax.jvp(partial(_hidden, mlp), z, tangents)
 
     hidden, slopes = zip(*(derivative(j) for j in range(len(z))), strict=True)
-    return Units(hidden[0], slopes)
+    return HiddenUnits(hidden[0], slopes)
 
 
-def preactivation(kernel: Array, bias: Array | None, x: Array) -> Array:
-    """Values (n, p) of a linear map with one row per unit."""
-    z = product(x, kernel)
+def linear_values(rows: Array, bias: Array | None, x: Array) -> Array:
+    """Returns the values (n, p) of a linear map with one row per unit."""
+    z = inner_products(x, rows)
     return z if bias is None else z + bias[None]
 
 
@@ -204,8 +203,3 @@ def _hidden(mlp: MlpWeights, *z: Array) -> Array:
 
     hidden = FUNCTIONS[canonical(mlp.act)](times(z[0], mlp.inner))
     return times(hidden * times(z[1], mlp.middle) if len(z) == 2 else hidden, mlp.outer)
-
-
-def product(a: Array, b: Array) -> Array:
-    """The inner products of rows, (n, m) from (n, k) and (m, k), in full precision."""
-    return jnp.matmul(a, b.T, precision="highest")

@@ -164,7 +164,7 @@ def test_bfloat16_and_frozen_cores_compute_in_the_inputs_dtype(key):
 @pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
 def test_kernels_are_by_a_forms_own_parameters(method, key):
     mlp, _ = fj.compress(make(fj.Mlp), method, key=key)
-    with pytest.raises(ntk.InputError, match="is no plain linear layer"):
+    with pytest.raises(ntk.InputError, match="is not a plain linear layer"):
         mlp_weights(mlp)
     f, params = ntk.functional(mlp)
     x = inputs(n=4)

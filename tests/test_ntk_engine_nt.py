@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import ntk
+from tests.conftest import unchecked
 from tests.ntk_models import contracted, reference, relative
 
 pytestmark = pytest.mark.skipif(
@@ -38,9 +39,9 @@ def test_equals_brute_force(name, implementation, x64):
 
 def test_refusals():
     x = jnp.ones((2, 2))
-    with pytest.raises(ntk.InputError, match="knows no Adam kernel"):
+    with pytest.raises(ntk.InputError, match="does not have the Adam kernel"):
         ntk.kernel(lambda p, x: x @ p, x, x, engine="neural-tangents", kind="adam")
-    with pytest.raises(ntk.InputError, match="did you mean 'structured-derivatives'"):
+    with unchecked(), pytest.raises(ntk.InputError, match="did you mean 'structured-derivatives'"):
         ntk.kernel(lambda p, x: x @ p, x, x, engine="neural-tangents", implementation="structured")
     with pytest.raises(ntk.InputError, match="too small for one example"):
         ntk.kernel(lambda p, x: x @ p, x, x, engine="neural-tangents", memory_limit=1)

@@ -20,7 +20,7 @@ from fusion_jax.methods.base import check_method
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import Layers, select, sites
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 
 TRIED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the original width at which a site's error is measured, besides the smallest."""

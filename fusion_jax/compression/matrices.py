@@ -24,7 +24,7 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import check_plain, find_linears, matrix_of, stack_of
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import replaced
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, num_params, size_of
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)

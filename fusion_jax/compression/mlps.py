@@ -28,7 +28,7 @@ from fusion_jax.nn.site import Layers, Site, gradients_of, select, sites
 from fusion_jax.nn.submlps import SubMLPs, activation
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, by_use, some
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, size_of
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)

@@ -22,14 +22,13 @@ from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sen
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, table
-from ntk.bounds.certificates import Certificate, certify
-from ntk.bounds.changes import pair
+from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
 
 ENGINES = ("jacobian", "vector-product", "neural-tangents")
 TOLERANCE = 1e-4
 """The largest difference of engines in float32, relative to the largest entry of a kernel."""
-KERNEL_NAMES = {"sgd": "SGD", "adam": "Adam"}
+KERNEL_NAMES: dict[ntk.KernelKind, str] = {"sgd": "SGD", "adam": "Adam"}
 """The kinds of kernels that are compared, and their names in text."""
 _CROSS_CHECK_TEXTS = 3
 

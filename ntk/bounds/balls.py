@@ -1,12 +1,12 @@
-"""Hidden units with bounds on the rounding error of every number: value and radius.
+"""Computes hidden units with a bound on the rounding error of every number: value and radius.
 
-A bound that is to hold for real numbers, and for kernels measured in the same precision, has to
-know how far computed values may be from exact ones. The analysis is the usual one: an inner product
-of k terms, summed in any order, is off by at most gamma_k = k u / (1 - k u) times the inner product
-of absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), with unit
+A bound that holds for real numbers, and for kernels measured in the same precision, has to include
+the distance of computed values from exact ones. The analysis is the usual one: an inner product of
+k terms, summed in any order, is off by at most gamma_k = k u / (1 - k u) times the inner product of
+absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), with unit
 roundoff u. Here `gamma` is k times the machine epsilon 2 u, which leaves a factor of two for the
-few operations around each product. Activations are taken to be computed to within
-64 eps (1 + |z|); the tests measure at most 20, the slope of the tanh form of GELU in float64.
+few operations around each product. Activations are assumed to be computed to within
+64 eps (1 + |z|); the tests measure at most 20, for the slope of the tanh form of GELU in float64.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ntk.activations import FUNCTIONS, canonical, curvature, slope, slope_zero
-from ntk.units import MlpWeights, preactivation
+from ntk.units import MlpWeights, linear_values
 
 EVALUATION = 64.0
 """Error of a computed activation or slope at z, in units of eps (1 + |z|)."""
 
+OUTWARD = 1 + 1e-6
+"""Bounds computed in float64 on the host are multiplied by this, which is far above their rounding
+error."""
+
 
 class Ball(NamedTuple):
-    """Numbers and their signs, and how far these may be from the exact ones; (n, p) all.
+    """Numbers and their signs, with bounds on their errors; each (n, p).
 
     Args:
         value: Computed numbers.
         error: Bounds on their errors.
         sign: Signs.
-        doubtful: Where the exact sign may be another.
-        lost: Where the sign of a computed number may be another for a reason of its own: far from
-            zero an activation underflows, or cancels to zero, though its sign is known.
+        doubtful: Where the exact sign may differ from ``sign``.
+        lost: Where the sign of the computed number may differ although the exact sign is known:
+            far from zero an activation underflows, or cancels to zero.
     """
 
     value: Float[Array, "n p"]
@@ -43,9 +47,9 @@ class Ball(NamedTuple):
     lost: Bool[Array, "n p"]
 
     def times(self, other: Ball) -> Ball:
-        """The products.
+        """Returns the products.
 
-        (a + e)(b + f) - a b = a f + b e + e f, and one rounding.
+        (a + e)(b + f) - a b = a f + b e + e f, plus one rounding.
         """
         a, b = jnp.abs(self.value), jnp.abs(other.value)
         eps = jnp.finfo(a.dtype).eps
@@ -59,14 +63,14 @@ class Ball(NamedTuple):
         )
 
     def scaled(self, factor: Float[Array, "1 p"], rounding: float | None = None) -> Ball:
-        """The products with positive factors, whose relative error is at most ``rounding``."""
+        """Returns the products with positive factors of relative error at most ``rounding``."""
         if rounding is None:
             rounding = gamma(8, factor.dtype)
         error = factor * (self.error + rounding * (jnp.abs(self.value) + self.error))
         return self._replace(value=factor * self.value, error=error)
 
     def signs(self) -> tuple[Ball, Array]:
-        """The signs as numbers, and bounds on the errors of signs of computed numbers."""
+        """Returns the signs as numbers, and bounds on the errors of signs of computed numbers."""
         zero = jnp.zeros_like(self.doubtful)
         tiny = jnp.abs(self.value) < 2**10 * jnp.finfo(self.value.dtype).tiny
         lost = self.doubtful | self.lost | (tiny & (self.sign != 0))
@@ -75,7 +79,7 @@ class Ball(NamedTuple):
 
 
 def gamma(terms: int, dtype: Any) -> float:
-    """The relative error of a sum of so many products, with a factor of two to spare.
+    """Returns the relative error of a sum of this many products, with a factor of two to spare.
 
     Example:
         >>> gamma(1000, jnp.float32) < 2e-4
@@ -84,19 +88,19 @@ def gamma(terms: int, dtype: Any) -> float:
     return terms * float(jnp.finfo(dtype).eps)
 
 
-def norms(x: Float[Array, "*n k"]) -> Float[Array, "*n"]:
-    """Euclidean norms along the last axis."""
+def row_norms(x: Float[Array, "*n k"]) -> Float[Array, "*n"]:
+    """Returns Euclidean norms along the last axis."""
     return jnp.sqrt(jnp.square(x).sum(-1))
 
 
-def ball_product(x: Float[Array, "n k"], rows: Float[Array, "p k"], bias: Array | None) -> Ball:
-    """Inner products of exact vectors, plus a bias for each column.
+def ball_products(x: Float[Array, "n k"], rows: Float[Array, "p k"], bias: Array | None) -> Ball:
+    """Returns inner products of exact vectors, plus a bias for each column.
 
     The error is gamma |x^| |row^|, by Cauchy-Schwarz, where a bias makes x^ = (x, 1).
     """
-    value = preactivation(rows, bias, x)
-    size = norms(rows)
-    length = norms(x)
+    value = linear_values(rows, bias, x)
+    size = row_norms(rows)
+    length = row_norms(x)
     if bias is not None:
         size, length = jnp.hypot(size, bias), jnp.hypot(length, 1.0)
     error = gamma(x.shape[1] + 4, x.dtype) * length[:, None] * size[None]
@@ -104,19 +108,19 @@ def ball_product(x: Float[Array, "n k"], rows: Float[Array, "p k"], bias: Array 
 
 
 def _near(value: Array, error: Array) -> Array:
-    """Where the sign is in doubt; a zero without error, as of a row of zeros, is certain."""
+    """Returns where the sign is in doubt; a zero without error (a row of zeros) is certain."""
     return (jnp.abs(value) <= error) & (error > 0)
 
 
 def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Ball, ...]]:
-    """What `ntk.units.units` computes, with error bounds.
+    """Returns the values of `ntk.units.hidden_units` with error bounds.
 
     Args:
         mlp: The weights.
         x: Inputs, (n, d).
 
     Returns:
-        H and the derivatives of H, in the order of ``mlp.maps``.
+        H, and the derivatives of H in the order of ``mlp.maps``.
 
     Example:
         >>> mlp = MlpWeights(up=jnp.ones((1, 1)), down=jnp.ones((1, 1)), act="relu")
@@ -124,7 +128,7 @@ def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Bal
         >>> hidden.value.item(), slopes.value.item(), hidden.error.item() < 1e-5
         (2.0, 1.0, True)
     """
-    maps = [ball_product(x, kernel, bias) for kernel, bias in mlp.maps]
+    maps = [ball_products(x, kernel, bias) for kernel, bias in mlp.maps]
     one = jnp.ones(mlp.width, x.dtype)
     factors = (one if f is None else f for f in (mlp.outer, mlp.inner, mlp.middle))
     outer, inner, middle = (f.astype(x.dtype)[None] for f in factors)
@@ -136,25 +140,25 @@ def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Bal
 
 
 def _activation(name: str, z: Ball) -> tuple[Ball, Ball]:
-    """An activation and its slope at uncertain points."""
+    """Returns an activation and its slope at uncertain points."""
     name = canonical(name)
     s, a = jax.jvp(FUNCTIONS[name], (z.value,), (jnp.ones_like(z.value),))
     near = _near(z.value, z.error)
-    no = jnp.zeros_like(near)
+    never = jnp.zeros_like(near)
     if name == "relu":
         # Where the sign of z is certain, the slope is exact, and below zero s is too.
         s_error = jnp.where(z.value < -z.error, 0.0, z.error)
-        return Ball(s, s_error, a, near, no), Ball(a, near.astype(a.dtype), a, near, no)
+        return Ball(s, s_error, a, near, never), Ball(a, near.astype(a.dtype), a, near, never)
     evaluation = EVALUATION * jnp.finfo(s.dtype).eps * (1 + jnp.abs(z.value))
     s_error = slope(name) * z.error + evaluation
     a_error = curvature(name) * z.error + evaluation
     low, high = slope_zero(name)
     above = jnp.where(z.value > high, 1.0, -1.0).astype(a.dtype)
     turning = (z.value + z.error >= low) & (z.value - z.error <= high)
-    # In the exact GELU and in SiLU nothing cancels but near the zero of the slope, so that only
+    # In the exact GELU and in SiLU nothing cancels except near the zero of the slope, so that only
     # underflow loses a sign.
     relative = name in ("gelu", "silu")
-    s_lost = no if relative else jnp.abs(s) <= s_error
+    s_lost = never if relative else jnp.abs(s) <= s_error
     a_lost = (jnp.abs(a) <= a_error) & ~(relative & (z.value < -2))
     return Ball(s, s_error, jnp.sign(z.value), near, s_lost), Ball(
         a, a_error, above, turning, a_lost

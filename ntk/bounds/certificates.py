@@ -1,4 +1,4 @@
-"""One site's certificate: what fusing changed, and what it changed at most, on given inputs."""
+"""Certificates of single MLPs: the changes that fusing made on given inputs, and bounds on them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import NamedTuple, get_args
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntk.bounds import a_priori as apriori
-from ntk.bounds.changes import Grade, kernel_change, on_host, output_change
-from ntk.bounds.pairs import Pair, prepared_pair
+from ntk.arrays import host_float64, inner_products
+from ntk.bounds.changes import Grade, kernel_change
+from ntk.bounds.norms import weight_norms
+from ntk.bounds.outputs import output_change
+from ntk.bounds.pairs import Pair, prepare_pair
 from ntk.errors import InputError
+from ntk.kinds import KernelKind
 from ntk.mlp import traced_kernel
 from ntk.tables import table
-from ntk.units import product, units
+from ntk.units import hidden_units
 
 
-class Line(NamedTuple):
-    """One quantity of a certificate, in Frobenius norms relative to the original's.
+class CertificateLine(NamedTuple):
+    """The change of one quantity, in Frobenius norms relative to the original's.
 
     Args:
         quantity: Such as ``"SGD kernel"``.
-        a_priori: The change is at most this, from norms alone.
-        data: The change is at most this, from a sketch of each input.
+        a_priori: A bound on the change, from norms alone.
+        data: A bound on the change, from a sketch of each input.
         measured: The change.
     """
 
@@ -34,20 +37,23 @@ class Line(NamedTuple):
     measured: float
 
 
+_KERNELS: dict[KernelKind, str] = {"sgd": "SGD kernel", "adam": "Adam kernel"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What fusing one MLP changed on given inputs; ``str()`` is a table.
+    """The changes that fusing one MLP made on given inputs; ``str()`` is a table.
 
     Args:
-        inputs: How many inputs it is for.
-        lines: Outputs, and the traced kernels of SGD and Adam at all pairs of the inputs.
+        inputs: The number of inputs.
+        lines: The outputs, and the traced kernels of SGD and Adam at all pairs of the inputs.
     """
 
     inputs: int
-    lines: tuple[Line, ...]
+    lines: tuple[CertificateLine, ...]
 
     def violations(self) -> int:
-        """How many bounds are below what was measured: zero, but for an error in this library."""
+        """Returns how many quantities changed by more than a bound; not 0 means a bug of ours."""
         return sum(line.measured > min(line.a_priori, line.data) for line in self.lines)
 
     def __str__(self) -> str:
@@ -60,19 +66,16 @@ class Certificate:
 
 
 def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Certificate:
-    """Bounds and measures the change of the outputs and of both traced kernels on given inputs.
+    """Returns bounds and measurements of the change of outputs and both traced kernels.
 
     Args:
         pair: An MLP and its fused version.
         x: Inputs, (n, d), at least one.
         directions: As in `ntk.bounds.kernel_change`.
 
-    Returns:
-        The certificate.
-
     Raises:
-        InputError: Something does not fit together, a value is not finite, or the original is zero
-            at the inputs.
+        InputError: The arguments do not fit together, a value is not finite, or the original is
+            zero at the inputs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,14 +90,14 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
         >>> certify(both, x).violations()
         0
     """
-    pair, side, _ = prepared_pair(pair, x, None, None, None)
-    x, k = side.x, apriori.constants(pair)
-    outputs = product(units(pair.original, x).hidden, pair.original.down.T)
-    changes = [output_change(pair, x, grade=grade, constants=k) for grade in get_args(Grade)]
+    pair, (x, _), _ = prepare_pair(pair, x)
+    norms = weight_norms(pair)
+    outputs = inner_products(hidden_units(pair.original, x).hidden, pair.original.down.T)
+    changes = [output_change(pair, x, grade=grade, norms=norms) for grade in get_args(Grade)]
     lines = [_line("outputs", outputs, changes)]
-    for kind, name in (("sgd", "SGD kernel"), ("adam", "Adam kernel")):
+    for kind, name in _KERNELS.items():
         change = partial(kernel_change, pair, x, kind=kind)
-        prior = change(grade="a priori", constants=k).bound
+        prior = change(grade="a priori", norms=norms).bound
         data = change(grade="data", directions=directions).bound
         measured = change(grade="measured").mid
         original = traced_kernel(pair.original, x, kind=kind)
@@ -102,9 +105,9 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
     return Certificate(inputs=x.shape[0], lines=tuple(lines))
 
 
-def _line(quantity: str, original: Array, changes: list[Array]) -> Line:
-    size, *rest = (float(np.linalg.norm(on_host(a))) for a in (original, *changes))
+def _line(quantity: str, original: Array, changes: list[Array]) -> CertificateLine:
+    size, *rest = (float(np.linalg.norm(host_float64(a))) for a in (original, *changes))
     if size == 0:
-        raise InputError(f"the original has no {quantity} at these inputs: all are zero")
+        raise InputError(f"the {quantity} of the original MLP is zero at these inputs")
     prior, data, measured = (a / size for a in rest)
-    return Line(quantity, prior, data, measured)
+    return CertificateLine(quantity, prior, data, measured)

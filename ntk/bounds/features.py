@@ -1,7 +1,8 @@
 """The features whose inner products make an MLP's kernels, before and after fusing.
 
 A kernel is ``sum_t scalar_t(x, z) (phi_t(x) . psi_t(z))``, with a term for the output weights and
-one for each linear map of the input. `ntk.mlp` computes it; here are its parts, with error bounds.
+one for each linear map of the input. `ntk.mlp` computes the kernel; this module computes its parts
+with error bounds.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.bounds.balls import Ball, ball_product, ball_units, gamma, norms
-from ntk.bounds.pairs import Pair, Side
-from ntk.mlp import input_product, second
+from ntk.bounds.balls import Ball, ball_products, ball_units, gamma, row_norms
+from ntk.bounds.pairs import Inputs, Pair
+from ntk.kinds import KernelKind, second_transform
+from ntk.mlp import input_products
 from ntk.units import MlpWeights
 
 
 class Feature(NamedTuple):
-    """One side of one inner product, before and after fusing, at n inputs.
+    """One factor of one inner product, before and after fusing, at n inputs.
 
     Args:
         unit: phi, (n, p), of the original's units.
-        fused: F, (n, c), of the fused MLP's.
-        unit_error: Bounds on the norms of unit's errors, (n,).
-        fused_error: Bounds on the norms of fused's errors, (n,).
+        fused: F, (n, c), of the fused MLP's units.
+        unit_error: Bounds on the norms of the errors of ``unit``, (n,).
+        fused_error: Bounds on the norms of the errors of ``fused``, (n,).
         unit_measured: The same, (n,), for phi as `ntk.mlp` computes it; only signs differ.
         fused_measured: The same, (n,), for F.
     """
@@ -38,19 +40,21 @@ class Feature(NamedTuple):
 
 
 class Scalar(NamedTuple):
-    """What multiplies an inner product: values (n, m) and bounds on their errors."""
+    """The scalar factor of an inner product: values (n, m) and bounds on their errors."""
 
     value: Float[Array, "n m"]
     error: Float[Array, "n m"]
 
 
-def features(pair: Pair, side: Side, kind: str, *, right: bool) -> list[Feature]:
-    """The features of one side, for each term.
+def kernel_features(
+    pair: Pair, inputs: Inputs, kind: KernelKind, *, right: bool = False
+) -> list[Feature]:
+    """Returns the left or right features for each term.
 
-    For Adam the right ones are signs. There the fused ones are divided by sqrt(n_c) on the left and
-    multiplied on the right, so that both sides are as large as the original's.
+    For Adam the right features are signs. The fused MLP's are divided by sqrt(n_c) on the left and
+    multiplied by it on the right, so that both are as large as the original's.
     """
-    units, fused = (unit_balls(mlp, side, kind) for mlp in (pair.original, pair.fused))
+    units, fused = (feature_balls(mlp, inputs, kind) for mlp in (pair.original, pair.fused))
     root = jnp.sqrt(pair.sizes)[None]
     result = []
     for a, b in zip(units, fused, strict=True):
@@ -62,62 +66,58 @@ def features(pair: Pair, side: Side, kind: str, *, right: bool) -> list[Feature]
         else:
             b = b.scaled(1 / root)
             measured = a.error, b.error
-        errors = (norms(e) for e in (a.error, b.error, *measured))
+        errors = (row_norms(e) for e in (a.error, b.error, *measured))
         result.append(Feature(a.value, b.value, *errors))
     return result
 
 
-def unit_balls(mlp: MlpWeights, side: Side, kind: str) -> list[Ball]:
-    """The left features of one MLP, for each term; for kind ``"none"`` slopes without weights."""
-    hidden, slopes = ball_units(mlp, side.x)
-    if side.g is not None:
-        up = ball_product(side.g, mlp.down, None)
+def feature_balls(mlp: MlpWeights, inputs: Inputs, kind: KernelKind) -> list[Ball]:
+    """Returns the left features of one MLP, for each term."""
+    hidden, slopes = ball_units(mlp, inputs.x)
+    if inputs.g is not None:
+        up = ball_products(inputs.g, mlp.down, None)
         return [hidden, *(c.times(up) for c in slopes)]
-    if kind == "none":
-        return [hidden, *slopes]
     v = mlp.down
-    size = (norms(v) if kind == "sgd" else jnp.abs(v).sum(1))[None]
+    size = (row_norms(v) if kind == "sgd" else jnp.abs(v).sum(1))[None]
     rounding = gamma(v.shape[1] + 8, v.dtype)
     return [hidden, *(c.scaled(size, rounding) for c in slopes)]
 
 
-def scalars(
-    pair: Pair, left: Side, right: Side, kind: str, *, outputs: int | None = None
-) -> list[Scalar]:
-    """What multiplies the inner products of the features; ``outputs`` in the first, None for o."""
-    f = second(kind)
+def kernel_scalars(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> list[Scalar]:
+    """Returns the scalar factors of the inner products of the features, for each term."""
+    second = second_transform(kind)
     dtype = left.x.dtype
     shape = (left.x.shape[0], right.x.shape[0])
 
     def dot(a: Array, b: Array, bias: Array | None) -> Scalar:
-        size = jnp.outer(norms(a) + 1, norms(f(b)) + 1)
-        return Scalar(input_product(a, b, bias, f), gamma(a.shape[1] + 4, dtype) * size)
+        size = jnp.outer(row_norms(a) + 1, row_norms(second(b)) + 1)
+        return Scalar(input_products(a, b, bias, kind), gamma(a.shape[1] + 4, dtype) * size)
 
     if left.g is None or right.g is None:
-        o = pair.original.down.shape[1] if outputs is None else outputs
-        first = Scalar(jnp.full(shape, o, dtype), jnp.zeros(shape, dtype))
+        outputs = pair.original.down.shape[1]
+        first = Scalar(jnp.full(shape, outputs, dtype), jnp.zeros(shape, dtype))
     else:
         first = dot(left.g, right.g, None)
     return [first, *(dot(left.x, right.x, bias) for _, bias in pair.original.maps)]
 
 
 def measured_error(left: Feature, right: Feature) -> Float[Array, "n m"]:
-    """How far ``phi . psi`` and ``F . Psi``, as `ntk.mlp` computes them, are from exact ones.
+    """Returns bounds on the errors of ``phi . psi`` plus ``F . Psi`` as `ntk.mlp` computes them.
 
-    From the errors of the computed features, and gamma for the sums of products.
+    They consist of the errors of the computed features, and of gamma for the sums of products.
     """
     total = jnp.zeros((left.unit.shape[0], right.unit.shape[0]), left.unit.dtype)
     for a, b, ea, eb in (
         (left.unit, right.unit, left.unit_measured, right.unit_measured),
         (left.fused, right.fused, left.fused_measured, right.fused_measured),
     ):
-        size, size2 = norms(a), norms(b)
+        size, size2 = row_norms(a), row_norms(b)
         rounding = gamma(a.shape[1] + 16, a.dtype)
         total = total + jnp.outer(ea, size2 + eb) + jnp.outer(size, eb + rounding * size2)
     return total
 
 
 def magnitude(left: Feature, right: Feature) -> Float[Array, "n m"]:
-    """The most that ``phi . psi`` and ``F . Psi`` can be together."""
-    total = jnp.outer(norms(left.unit), norms(right.unit))
-    return total + jnp.outer(norms(left.fused), norms(right.fused))
+    """Returns bounds on ``|phi . psi|`` plus ``|F . Psi|``."""
+    total = jnp.outer(row_norms(left.unit), row_norms(right.unit))
+    return total + jnp.outer(row_norms(left.fused), row_norms(right.fused))

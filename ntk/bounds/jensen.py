@@ -1,19 +1,19 @@
-r"""What the wide copy's features are at most, from what the original computes: Jensen's inequality.
+r"""Bounds the wide copy's features from the original's values, by Jensen's inequality.
 
-A centroid that is the mean of its cluster's rows has as its value the mean of theirs, by
-linearity; any other is off by at most ``offset r``, r = |x^|. So for a function phi that is convex
-and does not fall, and weights w_c >= 0 of clusters,
+If a centroid is the mean of its cluster's rows, its value z_c is the mean of the values z_i of the
+units in the cluster, by linearity. Any other centroid's value is off by at most ``offset r``,
+r = |x^|. So for a function phi that is convex and does not fall, and weights w_c >= 0 of clusters,
 
     sum_c n_c w_c phi(z_c)  <=  sum_i w_{c(i)} phi(z_i + offset r),                           (7)
 
-and likewise for |z_c| and |z_i|. Activations and slopes are not convex, but with z+ = max(z, 0) and
-L1, `relu_gap` and `steepness` of `ntk.activations`
+and the same for |z_c| and |z_i|. Activations and slopes are not convex. But with z+ = max(z, 0) and
+with L1, gap (`relu_gap`), k and a (`steepness`) of `ntk.activations`:
 
-- |s(z)|^q <= max(gap, s(z+))^q and |s(z)|^q <= |z|^q. The first is convex for q >= 2, as s^2 is on
-  z > 0 (the tests enclose its second derivative); for q = 1 it is with z+ in place of s(z+).
+- |s(z)|^q <= max(gap, s(z+))^q and |s(z)|^q <= |z|^q. The first bound is convex for q >= 2, as s^2
+  is convex on z > 0 (the tests enclose its second derivative); for q = 1, z+ replaces s(z+).
 - s'(z)^2 <= max((L1 - 1)^2, k + a z), whose square is convex too; and s'(z)^2 <= L1^2.
 
-The products of a gated MLP are taken apart by Cauchy-Schwarz, (sum w |y s|^q)^2 <=
+For the products of a gated MLP, Cauchy-Schwarz gives (sum w |y s|^q)^2 <=
 (sum w |y|^2q) (sum w |s|^2q), and (7) bounds both factors.
 """
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ntk.activations import FUNCTIONS, canonical, relu_gap, slope, steepness
-from ntk.bounds.balls import EVALUATION, ball_product, gamma, norms
+from ntk.bounds.balls import EVALUATION, ball_products, gamma, row_norms
 from ntk.units import MlpWeights
 
 
@@ -39,25 +39,22 @@ def wide_norms(
     *,
     power: int,
 ) -> list[Float[Array, " n"]]:
-    """Bounds on the norms of the wide copy's features, without running it.
+    """Returns bounds, (n,) for each term of a kernel, on the norms of the wide copy's features.
 
     Args:
         original: The original's weights.
         x: Inputs, (n, d).
-        offsets: For each linear map, how far the rows of the wide copy are from the means of
-            their clusters at most.
-        sizes: What multiplies the slopes of each of the wide copy's p units, in absolute value,
-            at all inputs (1, p) or at each (n, p).
+        offsets: For each linear map, the largest distance of a row of the wide copy from the mean
+            of its cluster.
+        sizes: The absolute factors of the slopes of the wide copy's p units, the same for all
+            inputs (1, p) or for each input (n, p).
         power: 2 for Euclidean norms, 1 for sums of absolute values.
-
-    Returns:
-        For each term of a kernel, (n,).
     """
     act, q = original.act, power
     values = []
     for (rows, bias), offset in zip(original.maps, offsets, strict=True):
-        z = ball_product(x, rows, bias)
-        length = norms(x) if bias is None else jnp.hypot(norms(x), 1.0)
+        z = ball_products(x, rows, bias)
+        length = row_norms(x) if bias is None else jnp.hypot(row_norms(x), 1.0)
         values.append((z.value, z.error + (offset * length)[:, None]))
     (z, shift), *linear = values
     weight = sizes**q
@@ -80,7 +77,7 @@ def wide_norms(
 
 
 def _hidden(act: str, z: Array, shift: Array, weight: Array, q: int) -> Array:
-    """The sum of weights times |s|^q, at most."""
+    """Returns a bound on the sum of weights times |s|^q."""
     most = jnp.maximum(z + shift, 0)
     if q > 1:
         evaluation = EVALUATION * jnp.finfo(z.dtype).eps * (1 + most)

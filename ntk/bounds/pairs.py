@@ -1,4 +1,4 @@
-"""An MLP and a smaller one that stands for it: what bounds are about."""
+"""Pairs of an MLP and a smaller MLP whose units stand for clusters of its units."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from ntk.arrays import require_finite
 from ntk.errors import InputError
-from ntk.mlp import finite, prepared
+from ntk.mlp import prepare
 from ntk.units import MlpWeights, mlp_weights
 
 
@@ -19,8 +20,8 @@ class Pair(NamedTuple):
     """An MLP before and after fusing, or any smaller MLP whose units stand for clusters of units.
 
     Args:
-        original: Its weights, p units, without factors.
-        fused: The fused MLP's, c units.
+        original: The weights of the MLP, p units, without factors.
+        fused: The weights of the fused MLP, c units.
         labels: The cluster of each of the p units.
     """
 
@@ -35,33 +36,30 @@ class Pair(NamedTuple):
         return jax.ops.segment_sum(ones, self.labels, self.fused.width)
 
 
-class Side(NamedTuple):
-    """Inputs (n, d) and their upstream gradients (n, o), or None for the traced kernel."""
+class Inputs(NamedTuple):
+    """Inputs, (n, d), and their upstream gradients, (n, o), or None for the traced kernel."""
 
     x: Float[Array, "n d"]
     g: Float[Array, "n o"] | None
 
 
 def pair(original: Any, fused: Any) -> Pair:
-    """Reads an MLP and its fused version from Flax NNX modules.
+    """Returns an MLP and its fused version, read from Flax NNX modules.
 
     Args:
         original: A module that `ntk.mlp.mlp_weights` can read.
-        fused: Another, with the ``labels`` of the original's units.
-
-    Returns:
-        The pair.
+        fused: Another such module, with the ``labels`` of the original's units.
 
     Raises:
-        InputError: They do not fit together.
+        InputError: The two do not fit together.
     """
     if not hasattr(fused, "labels"):
         raise InputError(f"{type(fused).__name__} has no labels of the original's units")
-    return check(Pair(mlp_weights(original), mlp_weights(fused), fused.labels[...]))
+    return check_pair(Pair(mlp_weights(original), mlp_weights(fused), fused.labels[...]))
 
 
-def check(pair: Pair) -> Pair:
-    """Returns a pair whose parts fit together and whose clusters all have units.
+def check_pair(pair: Pair) -> Pair:
+    """Returns the pair if its parts fit together, with at least one unit in every cluster.
 
     An empty cluster gets a unit of zero weights, which adds nothing to the original's outputs and
     kernels, as s(0) = 0.
@@ -101,22 +99,26 @@ def check(pair: Pair) -> Pair:
     return Pair(jax.tree.map(padded, a), b, more)
 
 
-def prepared_pair(
-    pair: Pair, x: Array, z: Array | None, gx: Array | None, gz: Array | None
-) -> tuple[Pair, Side, Side]:
-    """Checks a pair and its inputs, and brings all to one dtype."""
-    pair = check(pair)
+def prepare_pair(
+    pair: Pair,
+    x: Array,
+    z: Array | None = None,
+    gx: Array | None = None,
+    gz: Array | None = None,
+) -> tuple[Pair, Inputs, Inputs]:
+    """Returns a checked pair and its left and right inputs, all in one dtype."""
+    pair = check_pair(pair)
     if x.ndim != 2:
         raise InputError(f"x must be (n, d), single positions; got {x.shape}")
     if gx is None and gz is not None:
-        raise InputError("gz is given, gx is not")
+        raise InputError("gz is given, but gx is not")
     if z is not None and (gx is None) != (gz is None):
-        raise InputError("upstream gradients gx and gz go together where z is given")
+        raise InputError("with z, upstream gradients gx and gz go together")
     for leaf in jax.tree.leaves((pair, x, z, gx, gz)):
-        finite(leaf)
-    # Through the MLP that is wider in precision, which decides for all.
-    fused, x, z, gx, gz = prepared(pair.fused, x, z, gx, gz)
-    original, x, z, gx, gz = prepared(pair.original, x, z, gx, gz)
+        require_finite(leaf)
+    # If one of the two MLPs is in float64, all becomes float64.
+    fused, x, z, gx, gz = prepare(pair.fused, x, z, gx, gz)
+    original, x, z, gx, gz = prepare(pair.original, x, z, gx, gz)
     fused = jax.tree.map(lambda a: a.astype(x.dtype), fused)
-    left = Side(x, gx)
-    return Pair(original, fused, pair.labels), left, left if z is None else Side(z, gz)
+    left = Inputs(x, gx)
+    return Pair(original, fused, pair.labels), left, left if z is None else Inputs(z, gz)

@@ -1,1 +1,1 @@
-"""Engines that compute kernels."""
+"""Engines that compute kernels from a traced function."""

@@ -1,4 +1,4 @@
-"""What the engines share: the task, the plan of its blocks, and the memory that a plan needs."""
+"""The base of all engines: the task, the plan of its blocks, and the memory that a plan needs."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ntk.engines.contraction import Kernel
+from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
+class KernelTask:
     """A kernel to compute, without the values of parameters and inputs.
 
     Args:
-        program: The function of one example; its outputs are in order (r, s), see `contract`.
+        program: The function of one example; its outputs are in order (r, s), as in
+            `ntk.engines.contraction`.
         leaves: Shapes and dtypes of the parameters.
-        kept: The number r of outputs that stay.
-        n1: Examples of the first argument.
-        n2: Examples of the second.
-        same: Whether they are the same.
+        kept: The number r of outputs that are not summed over.
+        n1: The number of examples of the first argument.
+        n2: The number of examples of the second argument.
+        same: Whether both arguments are the same.
         sign: Whether the second gradient is replaced by its sign.
         dtype: The dtype of the kernel.
-        shards: Over how many devices the examples are laid.
+        shards: The number of devices that the examples are sharded over.
     """
 
     program: Program
@@ -44,22 +45,22 @@ class Task:
     shards: int
 
     @property
-    def mirrored(self) -> bool:
+    def symmetric(self) -> bool:
         """Whether the kernel is symmetric."""
         return self.same and not self.sign
 
     def block(self, rows: int, columns: int) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of the kernel of two blocks of examples."""
+        """Returns the shape and dtype of the kernel of two blocks of examples."""
         return jax.ShapeDtypeStruct((rows, self.kept, columns, self.kept), self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How many examples a block has.
+class BlockPlan:
+    """The sizes of the blocks that a kernel is computed in.
 
     Args:
-        rows: Of the first argument.
-        columns: Of the second.
+        rows: Examples of the first argument in a block.
+        columns: Examples of the second argument in a block.
     """
 
     rows: int
@@ -67,97 +68,92 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """How many groups the parameters are taken in."""
+        """The number of groups that the parameters are divided into."""
         return 1
 
 
-class Engine(ABC):
+PlanT = TypeVar("PlanT", bound=BlockPlan)
+
+
+class Engine(ABC, Generic[PlanT]):
     """A way to compute the kernel of a task block by block.
 
     Args:
-        task: What to compute.
+        task: The kernel to compute.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: KernelTask):
         self.task = task
 
     @abstractmethod
-    def plan(self, most: int, budget: float) -> Any:
-        """A plan that is estimated to need some bytes beside parameters, inputs and result.
+    def plan(self, max_block: int, budget: float) -> PlanT:
+        """Returns a plan for a budget of memory beside parameters, inputs and result.
 
         Args:
-            most: Most examples in a block.
-            budget: The bytes; if they cannot be met, the plan is the smallest there is.
-
-        Returns:
-            The plan.
+            max_block: The largest number of examples in a block.
+            budget: The memory in bytes that the plan may need, by an estimate. If every plan needs
+                more, the smallest plan is returned.
         """
 
     @abstractmethod
-    def memory(self, plan: Any, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Bytes that a plan needs beside parameters, inputs and result.
+    def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
+        """Returns the bytes that a plan needs beside parameters, inputs and result.
 
         Args:
             plan: The plan.
             values: The parameters and the program's constants.
-            blocks: Shapes and dtypes of a block of either argument.
+            blocks: Shapes and dtypes of a block of each argument.
 
         Returns:
-            The bytes, by what the compiler says.
+            The bytes, according to the compiler.
         """
 
-    def side(self, plan: Any, group: int, values: Any, block: Any) -> Any:
-        """What a block of examples brings to a kernel: here, all there is.
+    def prepare(self, plan: PlanT, group: int, values: Any, block: Any) -> Any:
+        """Returns what `add` needs of a block of examples; by default, the block itself.
 
         Args:
             plan: The plan.
             group: The number of the group of parameters.
             values: The parameters and the program's constants.
             block: The arrays of the examples.
-
-        Returns:
-            What `add` takes.
         """
         return values, block
 
-    def steps(self, plan: Any, group: int) -> int:
-        """How often `add` advances."""
+    def steps(self, plan: PlanT, group: int) -> int:
+        """Returns how often `add` calls ``advance``."""
         return 1
 
     @abstractmethod
     def add(
         self,
-        plan: Any,
+        plan: PlanT,
         group: int,
-        total: Kernel,
+        total: KernelArray,
         sides: tuple[Any, Any],
         advance: Callable[[], None],
-    ) -> Kernel:
-        """Adds what a group of parameters gives to the kernel of two blocks.
+    ) -> KernelArray:
+        """Returns a total plus the part of a group of parameters in the kernel of two blocks.
 
         Args:
             plan: The plan.
             group: The number of the group.
-            total: What it is added to.
-            sides: The two blocks; None for the second if it is the first.
+            total: What the part is added to.
+            sides: The two blocks as `prepare` returns them; None for the second if it is the first.
             advance: Called after every step.
-
-        Returns:
-            The sum.
         """
 
 
-def cut(n: int, most: int, chunk: int, shards: int) -> tuple[int, int]:
+def cut(n: int, max_block: int, chunk: int, shards: int) -> tuple[int, int]:
     """Cuts examples into equal blocks and a block into equal chunks.
 
     Args:
         n: The number of examples.
-        most: Most examples in a block.
-        chunk: Most examples in a chunk.
-        shards: What the size of a chunk is to be a multiple of.
+        max_block: The largest number of examples in a block.
+        chunk: The largest number of examples in a chunk.
+        shards: A chunk's size is a multiple of this.
 
     Returns:
-        The sizes of a block and of a chunk; more than asked for, if ``shards`` wants it.
+        The sizes of a block and of a chunk; larger than asked for if ``shards`` requires it.
 
     Example:
         >>> cut(10, 6, 2, 1), cut(7, 100, 100, 1), cut(7, 100, 3, 4)
@@ -167,28 +163,29 @@ def cut(n: int, most: int, chunk: int, shards: int) -> tuple[int, int]:
     def rounded(size: int) -> int:
         return -(-size // shards) * shards
 
-    block = -(-n // -(-n // min(n, most)))
+    block = -(-n // -(-n // min(n, max_block)))
     chunk = min(chunk, block)
-    # A somewhat smaller chunk is better than to fill up the last one.
+    # A somewhat smaller chunk is better than padding the last one.
     even = [c for c in range(chunk, chunk // 2, -1) if block % c == 0]
     chunk = rounded(even[0] if even else -(-block // -(-block // chunk)))
     return -(-block // chunk) * chunk, chunk
 
 
-def mapped(function: Callable[[Any], Any], xs: Any, chunk: int, shards: int = 1) -> Any:
+def map_chunks(function: Callable[[Any], Any], xs: Any, chunk: int, shards: int = 1) -> Any:
     """Applies a batched function to chunks of a batch, one after the other.
 
     Args:
         function: Takes and returns pytrees of arrays with the batch on the first axis.
         xs: The batch.
         chunk: The size of a chunk; the last one is padded.
-        shards: Over how many devices the batch is laid; each takes part in every chunk.
+        shards: The number of devices that the batch is sharded over; each has a part of every
+            chunk.
 
     Returns:
         The results for the batch.
 
     Example:
-        >>> mapped(lambda x: x + 1, jnp.arange(5), 2).tolist()
+        >>> map_chunks(lambda x: x + 1, jnp.arange(5), 2).tolist()
         [1, 2, 3, 4, 5]
     """
     n = jax.tree.leaves(xs)[0].shape[0]
@@ -209,20 +206,20 @@ def mapped(function: Callable[[Any], Any], xs: Any, chunk: int, shards: int = 1)
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays of a pytree, which may be abstract."""
+    """Returns the bytes of the arrays of a pytree, which may be abstract."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def temporary(function: Any, *arguments: Any) -> int:
-    """Bytes that a jitted function needs while it runs, beside its arguments and results.
+def temporary_bytes(function: Any, *arguments: Any) -> int:
+    """Returns the bytes that a jitted function needs while it runs, beside arguments and results.
 
     Args:
-        function: The jitted function; a later call with the same shapes compiles nothing anew.
-        *arguments: What it is called with, possibly abstract.
+        function: The jitted function; a later call with the same shapes does not compile it again.
+        *arguments: Its arguments, possibly abstract.
 
     Returns:
-        What the compiler says; 0 where it says nothing.
+        The bytes according to the compiler; 0 if it does not say.
     """
     analysis = function.lower(*arguments).compile().memory_analysis()
     return 0 if analysis is None else analysis.temp_size_in_bytes

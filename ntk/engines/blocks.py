@@ -1,4 +1,4 @@
-"""Runs an engine over blocks of examples: sizes them to a memory limit, lays them on a mesh."""
+"""Runs an engine over blocks of examples: fits them to a memory limit, places them on a mesh."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
 from jaxtyping import Array
 
-from ntk.engines.base import Engine
-from ntk.engines.contraction import Kernel
-from ntk.progress import progress as show_progress
+from ntk.engines.base import Engine, PlanT
+from ntk.engines.contraction import KernelArray
+from ntk.progress import show_progress
 
 
 def caller_mesh(arrays: Any) -> Mesh | None:
-    """The mesh that the caller works on.
+    """Returns the mesh that the caller works on.
 
     Args:
         arrays: Pytree of arrays.
 
     Returns:
-        The mesh of the first array on several devices; if there is none, that of `jax.set_mesh`;
-        None if there is none.
+        The mesh of the first array on several devices; otherwise that of `jax.set_mesh`; None if
+        there is none.
     """
     for x in jax.tree.leaves(arrays):
         if _on_mesh(x) and x.sharding.mesh.size > 1:
@@ -36,27 +36,27 @@ def caller_mesh(arrays: Any) -> Mesh | None:
 
 
 @contextmanager
-def automatic(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
-    """Works on a mesh with axes for which the compiler decides how results are sharded.
+def automatic_mesh(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
+    """Sets the same mesh with axes of type Auto, on which the compiler shards the results.
 
-    With explicit axes, a function would have to say so for each of its results.
+    With explicit axes, a function would have to state the sharding of each of its results.
 
     Args:
         mesh: The caller's mesh, or None.
 
     Yields:
-        A function that lays a pytree of arrays on that mesh, in the places where they are.
+        A function that puts a pytree of arrays on that mesh without moving them.
     """
     if mesh is None:
         yield lambda tree: tree
         return
     same = Mesh(mesh.devices, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))
     with jax.set_mesh(same):
-        yield lambda tree: jax.tree.map(partial(laid, mesh=same), tree)
+        yield lambda tree: jax.tree.map(partial(put_on_mesh, mesh=same), tree)
 
 
-def laid(x: Array, mesh: Mesh | None) -> Array:
-    """An array on a mesh, sharded as it is; unchanged if there is no mesh."""
+def put_on_mesh(x: Array, mesh: Mesh | None) -> Array:
+    """Returns an array on a mesh with its own sharding; unchanged if there is no mesh."""
     if mesh is None:
         return x
     spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
@@ -67,8 +67,8 @@ def _on_mesh(x: Array) -> bool:
     return isinstance(x.sharding, NamedSharding)
 
 
-def shards(inputs: Sequence[Array]) -> int:
-    """Over how many devices the examples are laid."""
+def count_shards(inputs: Sequence[Array]) -> int:
+    """Returns the number of devices that the examples are sharded over."""
     sharding = inputs[0].sharding
     if not isinstance(sharding, NamedSharding) or not sharding.spec:
         return 1
@@ -77,46 +77,51 @@ def shards(inputs: Sequence[Array]) -> int:
     return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
 
 
-def fitted(
-    engine: Engine, values: Any, inputs: tuple[Any, Any], most: int, limit: int
-) -> tuple[Any, int]:
-    """The largest plan that an engine finds for a memory limit.
+def largest_plan(
+    engine: Engine[PlanT], values: Any, inputs: tuple[Any, Any], max_block: int, limit: int
+) -> tuple[PlanT, int]:
+    """Returns the largest plan that an engine finds for a memory limit.
 
     Args:
         engine: The engine.
         values: The parameters and the program's constants.
         inputs: The arrays of both arguments.
-        most: Most examples in a block.
-        limit: The bytes.
+        max_block: The largest number of examples in a block.
+        limit: The memory in bytes.
 
     Returns:
-        The plan, and the bytes it needs, which are over the limit if even the smallest plan's are.
+        The plan and the bytes that it needs. If even the smallest plan needs more than the limit,
+        that plan.
     """
     task = engine.task
 
-    def needed(plan: Any) -> int:
+    def needed(plan: PlanT) -> int:
         # Asking the compiler takes longer than a small kernel.
         key = (type(engine), plan, task.n1, task.kept, task.same, task.sign, task.shards)
-        if key not in task.program.measured:
+        if key not in task.program.plan_bytes:
             blocks = (_abstract(inputs[0], plan.rows), _abstract(inputs[1], plan.columns))
-            task.program.measured[key] = engine.memory(plan, values, blocks)
-        return task.program.measured[key]
+            task.program.plan_bytes[key] = engine.memory(plan, values, blocks)
+        return task.program.plan_bytes[key]
 
     smallest = engine.plan(1, 1.0)
     budget = float(limit)
-    plan = engine.plan(most, budget)
+    plan = engine.plan(max_block, budget)
     need = needed(plan)
     while need > limit and plan != smallest:
         budget = max(1.0, budget * min(0.7, max(0.2, 0.9 * limit / need)))
-        new = engine.plan(most, budget)
+        new = engine.plan(max_block, budget)
         if new != plan:
             plan, need = new, needed(new)
     return plan, need
 
 
-def run(
-    engine: Engine, plan: Any, values: Any, inputs: tuple[Any, Any], progress: bool | None
-) -> Kernel:
+def compute_blocks(
+    engine: Engine[PlanT],
+    plan: PlanT,
+    values: Any,
+    inputs: tuple[Any, Any],
+    progress: bool | None,
+) -> KernelArray:
     """Computes a kernel block by block.
 
     Args:
@@ -124,51 +129,51 @@ def run(
         plan: Its plan.
         values: The parameters and the program's constants.
         inputs: The arrays of both arguments.
-        progress: Whether to show progress, see `ntk.progress`.
+        progress: Whether to show progress, as in `ntk.progress.show_progress`.
 
     Returns:
         The kernel, (n, r, m, r).
     """
     task = engine.task
     rows, columns = -(-task.n1 // plan.rows), -(-task.n2 // plan.columns)
-    blocks: dict[tuple[int, int], Kernel] = {}
-    order = list(_snake(rows, columns, task.mirrored))
+    blocks: dict[tuple[int, int], KernelArray] = {}
+    order = list(_snake(rows, columns, task.symmetric))
     total = sum(engine.steps(plan, group) for group in range(plan.groups)) * len(order)
     with show_progress("Kernel", total, progress) as advance:
         for group in range(plan.groups):
-            one = two = None
+            first = second = None
             at = (-1, -1)
             for i, j in order:
-                # What is not needed any more is let go before the next is made.
+                # The old side is freed before the new one is made.
                 if i != at[0]:
-                    one = None
-                    one = engine.side(plan, group, values, _block(inputs[0], i, plan.rows))
+                    first = None
+                    first = engine.prepare(plan, group, values, _block(inputs[0], i, plan.rows))
                 alone = task.same and i == j
-                if not alone and (j != at[1] or two is None):
-                    two = None
-                    two = engine.side(plan, group, values, _block(inputs[1], j, plan.columns))
+                if not alone and (j != at[1] or second is None):
+                    second = None
+                    second = engine.prepare(plan, group, values, _block(inputs[1], j, plan.columns))
                 at = (i, j)
                 start = blocks.get((i, j))
                 if start is None:
                     shape = task.block(plan.rows, plan.columns)
                     start = jnp.zeros(shape.shape, shape.dtype)
-                sides = (one, None if alone else two)
+                sides = (first, None if alone else second)
                 step = f"block {i * columns + j + 1} of {rows * columns}"
                 blocks[i, j] = engine.add(plan, group, start, sides, lambda s=step: advance(s))
-    return _assembled(blocks, rows, columns, task.mirrored)[: task.n1, :, : task.n2]
+    return _assembled(blocks, rows, columns, task.symmetric)[: task.n1, :, : task.n2]
 
 
 def _snake(rows: int, columns: int, upper: bool) -> Iterator[tuple[int, int]]:
-    """Pairs of blocks, row by row and to and fro, so that a row begins where the last one ended."""
+    """Yields pairs of blocks row by row, to and fro: a row begins where the last one ended."""
     for i in range(rows):
         row = range(i if upper else 0, columns)
         yield from ((i, j) for j in (reversed(row) if i % 2 else row))
 
 
 def _assembled(
-    blocks: dict[tuple[int, int], Kernel], rows: int, columns: int, mirrored: bool
+    blocks: dict[tuple[int, int], KernelArray], rows: int, columns: int, symmetric: bool
 ) -> Array:
-    if mirrored:
+    if symmetric:
         for (i, j), block in list(blocks.items()):
             flipped = block.transpose(2, 3, 0, 1)
             blocks[j, i] = (block + flipped) / 2 if i == j else flipped
@@ -179,7 +184,7 @@ def _assembled(
     )
 
 
-def _abstract(inputs: Sequence[Array], size: int) -> list[Any]:
+def _abstract(inputs: Sequence[Array], size: int) -> list[jax.ShapeDtypeStruct]:
     def shape(x: Array) -> jax.ShapeDtypeStruct:
         sharding = x.sharding if _on_mesh(x) else None
         return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
@@ -188,7 +193,7 @@ def _abstract(inputs: Sequence[Array], size: int) -> list[Any]:
 
 
 def _block(inputs: Sequence[Array], index: int, size: int) -> list[Array]:
-    """The arrays of one block of examples; the last one is filled up with the last example."""
+    """Returns the arrays of one block of examples; the last is padded with the last example."""
 
     def part(x: Array) -> Array:
         if size == x.shape[0]:

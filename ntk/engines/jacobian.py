@@ -1,11 +1,11 @@
 """Kernels from per-example gradients, kept as factors where a product or look-up made them.
 
 For every block of examples one backward pass gives, for every output, the factors (X, D) of the
-gradients of matrices and tables (see `structure`) and the gradients of all other parameters in
-full. Two blocks then meet parameter by parameter (see `contract`), by what costs less:
-<X X'^T, D D'^T> over pairs of positions, or the gradients X^T D, formed in slices and multiplied.
-Where even the factors do not fit, parameters are taken in groups, and the backward pass is repeated
-for each.
+gradients of matrices and tables (see `ntk.engines.structure`) and the full gradients of all other
+parameters. Two blocks are then contracted parameter by parameter (see `ntk.engines.contraction`),
+in the cheaper of two ways: <X X'^T, D D'^T> over pairs of positions, or the gradients X^T D, formed
+in slices and multiplied. If even the factors do not fit into memory, parameters are divided into
+groups, and the backward pass is repeated for each group.
 """
 
 from __future__ import annotations
@@ -21,22 +21,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ntk.engines.base import Engine, Plan, Task, cut, mapped, nbytes, temporary
-from ntk.engines.contraction import Factors, How, Kernel, add_factored, add_full
-from ntk.engines.structure import Program, Use
+from ntk.engines.base import (
+    BlockPlan,
+    Engine,
+    KernelTask,
+    cut,
+    map_chunks,
+    nbytes,
+    temporary_bytes,
+)
+from ntk.engines.contraction import (
+    Contraction,
+    GradientFactors,
+    KernelArray,
+    add_factored,
+    add_full,
+)
+from ntk.engines.structure import ParameterUse, Program
 
-# Forming a gradient is bound by memory: it costs about so many times what its multiply-adds say.
+# Forming a gradient is bound by memory: it costs this many times more than its operations say.
 _FORMING = 3
-# A block should have at least so many gradients, for a matrix product to be fast.
+# The number of gradients in a block from which on a matrix product is fast.
 _GRADIENTS = 64
 
 
 @dataclass(frozen=True)
-class Factored:
+class FactoredTerm:
     """A parameter whose gradients stay factors."""
 
     leaf: int
-    uses: tuple[Use, ...]
+    uses: tuple[ParameterUse, ...]
 
     @property
     def lookup(self) -> bool:
@@ -50,29 +64,35 @@ class Factored:
         return e, sum(use.shape[1] for use in self.uses), a, b
 
     def numbers(self, outputs: int) -> int:
-        """How many numbers the factors of one example have."""
+        """Returns how many numbers the factors of one example have."""
         e, t, a, b = self.sizes
         return e * t * ((1 if self.lookup else a) + outputs * b)
 
 
 @dataclass(frozen=True)
-class Full:
-    """A range of a parameter, flattened, whose gradients are formed in full."""
+class FullTerm:
+    """A range of a flattened parameter whose gradients are formed in full."""
 
     leaf: int
     start: int
     stop: int
 
     def numbers(self, outputs: int) -> int:
-        """How many numbers the gradients of one example have."""
+        """Returns how many numbers the gradients of one example have."""
         return outputs * (self.stop - self.start)
 
 
-Term = Factored | Full
+Term = FactoredTerm | FullTerm
 
 
-class Side(NamedTuple):
-    """What a block of examples brings to a kernel."""
+class BlockGradients(NamedTuple):
+    """The gradients of a block of examples with respect to a group of parameters.
+
+    Args:
+        inputs: The factors X, by what the parameters are multiplied with (see `_key`).
+        cotangents: The factors D, by the number of the parameter.
+        full: The gradients in full of all other parameters, joined.
+    """
 
     inputs: dict[Any, Shaped[Array, "n ..."]]
     cotangents: dict[int, Float[Array, "n r s e t b"]]
@@ -80,20 +100,20 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JacobianPlan(Plan):
-    """How the work is cut.
+class JacobianPlan(BlockPlan):
+    """The sizes of the blocks, the groups of parameters, and how much is computed at once.
 
     Args:
         terms: The parameters, group by group.
         chunk: Examples that are differentiated at once.
         seeds: Outputs that are differentiated at once.
-        piece: Bytes of an intermediate result.
+        piece_bytes: Bytes of an intermediate result.
     """
 
     terms: tuple[tuple[Term, ...], ...]
     chunk: int
     seeds: int
-    piece: int
+    piece_bytes: int
 
     @property
     def groups(self) -> int:
@@ -101,43 +121,43 @@ class JacobianPlan(Plan):
         return len(self.terms)
 
 
-class JacobianEngine(Engine):
-    """Kernels from per-example gradients; see the module.
+class JacobianEngine(Engine[JacobianPlan]):
+    """Computes kernels from per-example gradients; see the module.
 
     Args:
-        task: What to compute.
+        task: The kernel to compute.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: KernelTask):
         super().__init__(task)
         program = task.program
         self.terms: list[Term] = []
         for leaf, aval in enumerate(task.leaves):
-            if leaf in program.idle:
+            if leaf in program.unused:
                 continue
-            full = Full(leaf, 0, math.prod(aval.shape))
-            factored = Factored(leaf, program.uses.get(leaf, ()))
+            full = FullTerm(leaf, 0, math.prod(aval.shape))
+            factored = FactoredTerm(leaf, program.uses.get(leaf, ()))
             cheap = factored.uses and self._numbers(factored) < self._numbers(full)
             self.terms.append(factored if cheap else full)
-        self._side = program.jitted(_side, static=3)
+        self._gradients = program.jitted(_gradients, static=3)
 
     def _numbers(self, term: Term) -> int:
         return term.numbers(self.task.program.outputs)
 
     def flops(self) -> float:
-        """About how many operations the kernel costs."""
+        """Returns an estimate of the number of operations."""
         outputs = self.task.program.outputs
         n1, n2, same = self.task.n1, self.task.n2, self.task.same
         total = 1.0 * (n1 if same else n1 + n2) * (1 + outputs) * self.task.program.flops()
         for term in self.terms:
-            if isinstance(term, Factored):
+            if isinstance(term, FactoredTerm):
                 total += min(self._costs(term, n1, n2, same))
             else:
                 total += 2 * n1 * n2 * self.task.kept * self._numbers(term)
         return total
 
-    def _costs(self, term: Factored, n1: int, n2: int, same: bool) -> tuple[float, float]:
-        """Operations by products of positions, and by forming gradients."""
+    def _costs(self, term: FactoredTerm, n1: int, n2: int, same: bool) -> tuple[float, float]:
+        """Returns the operations by products of positions, and by forming gradients."""
         e, t, a, b = term.sizes
         outputs, kept = self.task.program.outputs, self.task.kept
         grams = 2 * n1 * n2 * e * t * t * ((0 if term.lookup else a) + kept * outputs * b)
@@ -147,21 +167,22 @@ class JacobianEngine(Engine):
         contraction = 2 * n1 * n2 * kept * outputs * e * rows * b
         return math.inf if self.task.sign else float(grams), float(forming + contraction)
 
-    def plan(self, most: int, budget: float) -> JacobianPlan:
-        """A plan for some bytes, half of them for two blocks' gradients."""
+    def plan(self, max_block: int, budget: float) -> JacobianPlan:
+        """Returns a plan for a budget in bytes, half of which is for two blocks' gradients."""
         task = self.task
         outputs = task.program.outputs
         room = budget / 2 / task.dtype.itemsize
         longest = max(task.n1, task.n2)
-        wanted = max(1, min(longest, most, _GRADIENTS // outputs))
+        wanted = max(1, min(longest, max_block, _GRADIENTS // outputs))
         # The same examples on both sides need only one side, if they are in one block.
         groups = self._groups(room / longest)
-        alone = task.same and longest <= (most if len(groups) == 1 else min(most, 2 * wanted))
+        fits = max_block if len(groups) == 1 else min(max_block, 2 * wanted)
+        alone = task.same and longest <= fits
         if alone and longest * self._heaviest(groups) <= room:
             largest = longest
         else:
             groups = self._groups(room / 2 / wanted)
-            largest = max(1, min(most, longest, int(room / 2 / self._heaviest(groups))))
+            largest = max(1, min(max_block, longest, int(room / 2 / self._heaviest(groups))))
         transient = task.program.bytes()
         chunk = max(1, min(largest, int(budget / 4 / (transient * (1 + outputs / 2)))))
         seeds = outputs
@@ -175,105 +196,106 @@ class JacobianEngine(Engine):
             terms=groups,
             chunk=chunk,
             seeds=seeds,
-            piece=int(min(budget / 8, _piece())),
+            piece_bytes=int(min(budget / 8, _largest_piece())),
         )
 
     def _heaviest(self, groups: tuple[tuple[Term, ...], ...]) -> int:
         return max(1, *(sum(map(self._numbers, group)) for group in groups))
 
     def _groups(self, capacity: float) -> tuple[tuple[Term, ...], ...]:
-        """Groups of parameters with at most so many numbers per example, as far as possible."""
+        """Divides the parameters into groups of at most ``capacity`` numbers for one example."""
         groups: list[tuple[Term, ...]] = [()]
         left = capacity
         for term in self.terms:
-            for piece in self._pieces(term, capacity):
-                left -= self._numbers(piece)
+            for part in self._split(term, capacity):
+                left -= self._numbers(part)
                 if left < 0 and groups[-1]:
                     groups.append(())
-                    left = capacity - self._numbers(piece)
-                groups[-1] = (*groups[-1], piece)
+                    left = capacity - self._numbers(part)
+                groups[-1] = (*groups[-1], part)
         return tuple(groups)
 
-    def _pieces(self, term: Term, capacity: float) -> Sequence[Term]:
-        if isinstance(term, Factored):
+    def _split(self, term: Term, capacity: float) -> Sequence[Term]:
+        if isinstance(term, FactoredTerm):
             return [term]
-        # While a part is taken the gradient of all of it is there: small parts gain little.
-        most = max(int(capacity / self.task.program.outputs), -(-term.stop // 16))
+        # The gradient of the whole parameter exists while a part is used: small parts gain little.
+        size = max(int(capacity / self.task.program.outputs), -(-term.stop // 16))
         return [
-            Full(term.leaf, start, min(start + most, term.stop))
-            for start in range(0, term.stop, most)
+            FullTerm(term.leaf, start, min(start + size, term.stop))
+            for start in range(0, term.stop, size)
         ]
 
-    def side(self, plan: JacobianPlan, group: int, values: Any, block: Any) -> Side:
-        """The gradients, or their factors, of a block of examples."""
-        return self._side(*self._cuts(plan, group), *values, block)
+    def prepare(self, plan: JacobianPlan, group: int, values: Any, block: Any) -> BlockGradients:
+        """Returns the gradients, or their factors, of a block of examples."""
+        return self._gradients(*self._static(plan, group), *values, block)
 
-    def _cuts(self, plan: JacobianPlan, group: int) -> tuple[_Cuts, Any, int]:
-        cuts = _Cuts(plan.terms[group], plan.chunk, plan.seeds, self.task.shards)
-        return cuts, self.task.dtype, self.task.kept
+    def _static(self, plan: JacobianPlan, group: int) -> tuple[_GroupPlan, np.dtype, int]:
+        of_group = _GroupPlan(plan.terms[group], plan.chunk, plan.seeds, self.task.shards)
+        return of_group, self.task.dtype, self.task.kept
 
     def add(
         self,
         plan: JacobianPlan,
         group: int,
-        total: Kernel,
-        sides: tuple[Side, Side | None],
+        total: KernelArray,
+        sides: tuple[BlockGradients, BlockGradients | None],
         advance: Callable[[], None],
-    ) -> Kernel:
-        """Adds what a group of parameters gives to the kernel of two blocks."""
-        for function, static, *factors in self._calls(plan, group, sides):
-            total = jax.block_until_ready(function(static, total, *factors))
+    ) -> KernelArray:
+        """Returns a total plus the part of a group of parameters in the kernel of two blocks."""
+        for function, how, *gradients in self._calls(plan, group, sides):
+            total = jax.block_until_ready(function(how, total, *gradients))
             advance()
         return total
 
     def steps(self, plan: JacobianPlan, group: int) -> int:
-        """How often `add` advances."""
-        factored = [term for term in plan.terms[group] if isinstance(term, Factored)]
+        """Returns how often `add` calls ``advance``."""
+        factored = [term for term in plan.terms[group] if isinstance(term, FactoredTerm)]
         return len(factored) + (len(factored) < len(plan.terms[group]))
 
     def _calls(
-        self, plan: JacobianPlan, group: int, sides: tuple[Side, Side | None]
+        self, plan: JacobianPlan, group: int, sides: tuple[BlockGradients, BlockGradients | None]
     ) -> list[tuple[Any, ...]]:
-        """The functions that add to a kernel, with their arguments but for the total."""
+        """Returns the functions that add to a total, with all their other arguments."""
         calls: list[tuple[Any, ...]] = []
         given = [side for side in sides if side is not None]
         for term in plan.terms[group]:
-            if not isinstance(term, Factored):
+            if not isinstance(term, FactoredTerm):
                 continue
-            factors = [Factors(s.inputs[_key(term)], s.cotangents[term.leaf]) for s in given]
+            key = _key(term)
+            factors = [GradientFactors(s.inputs[key], s.cotangents[term.leaf]) for s in given]
             sizes = [f.cotangents.shape[0] for f in factors]
             grams, forming = self._costs(term, sizes[0], sizes[-1], same=len(sizes) == 1)
-            how = How(
+            how = Contraction(
                 sign=self.task.sign,
                 grams=grams <= forming,
-                height=term.sizes[2] if term.lookup else None,
-                piece=plan.piece,
+                table_rows=term.sizes[2] if term.lookup else None,
+                piece_bytes=plan.piece_bytes,
             )
             calls.append((add_factored, how, *factors))
-        if any(isinstance(term, Full) for term in plan.terms[group]):
+        if any(isinstance(term, FullTerm) for term in plan.terms[group]):
             calls.append((add_full, self.task.sign, given[0].full, given[-1].full))
         return calls
 
     def memory(self, plan: JacobianPlan, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Bytes that a plan needs beside parameters, inputs and result."""
+        """Returns the bytes that a plan needs beside parameters, inputs and result."""
         alone = self.task.same and plan.rows >= self.task.n1
         total = self.task.block(plan.rows, plan.columns)
         peak = 0
         for group in range(plan.groups):
-            static = self._cuts(plan, group)
-            made = [jax.eval_shape(partial(self._side, *static), *values, x) for x in blocks]
+            static = self._static(plan, group)
+            made = [jax.eval_shape(partial(self._gradients, *static), *values, x) for x in blocks]
             sides = (made[0], None if alone else made[1])
-            steps = [temporary(self._side, *static, *values, x) for x in blocks]
+            steps = [temporary_bytes(self._gradients, *static, *values, x) for x in blocks]
             steps += [
-                temporary(function, first, total, *factors) + nbytes(total)
-                for function, first, *factors in self._calls(plan, group, sides)
+                temporary_bytes(function, how, total, *gradients) + nbytes(total)
+                for function, how, *gradients in self._calls(plan, group, sides)
             ]
             peak = max(peak, nbytes(sides) + max(steps))
         return peak
 
 
-class _Cuts(NamedTuple):
-    """What a plan says of one group of parameters."""
+class _GroupPlan(NamedTuple):
+    """The part of a plan that concerns one group of parameters."""
 
     terms: tuple[Term, ...]
     chunk: int
@@ -281,32 +303,32 @@ class _Cuts(NamedTuple):
     shards: int
 
 
-def _side(
+def _gradients(
     program: Program,
-    cuts: _Cuts,
+    plan: _GroupPlan,
     dtype: np.dtype,
     kept: int,
     leaves: Sequence[Array],
     constants: Sequence[Array],
     examples: Sequence[Array],
-) -> Side:
-    """The gradients, or their factors, of a block of examples."""
-    factored = [term for term in cuts.terms if isinstance(term, Factored)]
-    full = [term for term in cuts.terms if isinstance(term, Full)]
+) -> BlockGradients:
+    """Returns the gradients, or their factors, of a block of examples."""
+    factored = [term for term in plan.terms if isinstance(term, FactoredTerm)]
+    full = [term for term in plan.terms if isinstance(term, FullTerm)]
 
-    def one(example: Sequence[Array]) -> Side:
+    def of_example(example: Sequence[Array]) -> BlockGradients:
         def function(taps: dict[int, Array], free: dict[int, Array]) -> Any:
             current = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
             return program(current, constants, example, taps)
 
         taps = {use.op: program.tap(use) for term in factored for use in term.uses}
         free = {term.leaf: leaves[term.leaf] for term in full}
-        out, pull, met = jax.vjp(function, taps, free, has_aux=True)
+        out, pull, operands = jax.vjp(function, taps, free, has_aux=True)
 
-        def gradients(seed: Array) -> tuple[dict[int, Array], Array]:
+        def of_output(seed: Array) -> tuple[dict[int, Array], Array]:
             at_taps, at_free = pull(seed)
 
-            def cotangent(term: Factored) -> Array:
+            def cotangent(term: FactoredTerm) -> Array:
                 parts = [use.cotangent(at_taps[use.op]) for use in term.uses]
                 return jnp.concatenate(parts, axis=1).astype(dtype)
 
@@ -316,29 +338,29 @@ def _side(
                 jnp.concatenate([jnp.zeros(0, dtype), *flat]),
             )
 
-        def inputs(term: Factored) -> Array:
-            parts = [use.inputs(met[use.op]) for use in term.uses]
+        def inputs(term: FactoredTerm) -> Array:
+            parts = [use.inputs(operands[use.op]) for use in term.uses]
             if term.lookup:
                 return jnp.concatenate(parts)
             return jnp.concatenate(parts, axis=1).astype(dtype)
 
         summed = program.outputs // kept
         basis = jnp.eye(program.outputs, dtype=out.dtype)
-        cotangents, flat = mapped(jax.vmap(gradients), basis, cuts.seeds)
-        return Side(
+        cotangents, flat = map_chunks(jax.vmap(of_output), basis, plan.seeds)
+        return BlockGradients(
             {_key(term): inputs(term) for term in factored},
             {leaf: d.reshape(kept, summed, *d.shape[1:]) for leaf, d in cotangents.items()},
             flat.reshape(kept, summed * flat.shape[1]),
         )
 
-    return mapped(jax.vmap(one), examples, cuts.chunk, cuts.shards)
+    return map_chunks(jax.vmap(of_example), examples, plan.chunk, plan.shards)
 
 
-def _key(term: Factored) -> tuple[Any, ...]:
-    """Parameters with the same key meet the same inputs."""
+def _key(term: FactoredTerm) -> tuple[Any, ...]:
+    """Returns a key that is the same for parameters that are multiplied with the same inputs."""
     return tuple((use.other, use.perm, use.shape[:3], use.clipped) for use in term.uses)
 
 
-def _piece() -> int:
-    """What a CPU's cache holds; accelerators want larger pieces."""
+def _largest_piece() -> int:
+    """Returns the bytes that fit into a CPU's cache; for accelerators, more."""
     return (8 if jax.default_backend() == "cpu" else 256) * 2**20

@@ -1,18 +1,19 @@
 """The package neural-tangents on current JAX, as an engine.
 
-neural-tangents 0.6.5, its last release, stopped importing with jax 0.6 and cannot be changed any
-more, so that what it lacks is given to it here, without `jax._src` and without changing jax:
+The last release of neural-tangents, 0.6.5, cannot be imported with jax 0.6 or later and is
+unmaintained. This module supplies what it lacks, without `jax._src` and without changing jax:
 
-1. While it is imported, and only then, jax has the names that it looks up: classes that are in
-   `jax.extend.core` now, two mapping functions of `jax.util`, and two primitives.
+1. While it is imported, and only then, jax has the names that it looks up: classes that are now in
+   `jax.extend.core`, two mapping functions of `jax.util`, and two primitives.
 2. Its module ``experimental``, which needs TensorFlow and which nothing else in it uses, is empty.
-3. Structured derivatives run a backward pass of their own over a linear jaxpr, which they got from
-   internals of jax that are gone. Two functions of the package are replaced: one that makes this
-   jaxpr, by `jax.linearize`, and one that transposes an equation, by `jax.linear_transpose`.
+3. Structured derivatives run a backward pass of their own over a linear jaxpr, which they made with
+   internals of jax that no longer exist. Two functions of the package are replaced: the one that
+   makes this jaxpr now uses `jax.linearize`, the one that transposes an equation uses
+   `jax.linear_transpose`.
 
-How it is checked: ``tests/test_ntk_engine_nt.py`` compares all three implementations with a brute
-force in float64, on every version of Python and jax that the tests run on; they were green on jax
-0.10.2 with Python 3.11 and on jax 0.12.0 with Python 3.12, with TensorFlow installed and without.
+``tests/test_ntk_engine_nt.py`` compares all three implementations with brute force in float64, on
+every version of Python and jax that the tests run on. They passed on jax 0.10.2 with Python 3.11
+and on jax 0.12.0 with Python 3.12, with TensorFlow installed and without.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from jax.extend import source_info_util
 from jax.interpreters import ad
 from jaxtyping import Array
 
-from ntk.engines.base import Engine, Plan, Task, cut, nbytes, temporary
-from ntk.engines.contraction import Kernel
+from ntk.engines.base import BlockPlan, Engine, KernelTask, cut, nbytes, temporary_bytes
+from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 from ntk.errors import InputError
 
@@ -45,72 +46,73 @@ IMPLEMENTATIONS = {
     "jacobian-contraction": 1,
     "ntk-vector-products": 2,
 }
-"""neural-tangents' own numbers of its implementations."""
+"""The package's own numbers of its implementations."""
 
 
-class NeuralTangentsEngine(Engine):
-    """Kernels by neural-tangents; see the module.
+class NeuralTangentsEngine(Engine[BlockPlan]):
+    """Computes kernels with neural-tangents; see the module.
 
     Args:
-        task: What to compute.
+        task: The kernel to compute.
         implementation: A key of `IMPLEMENTATIONS`.
 
     Raises:
-        InputError: The task is beyond the package, or it is not installed.
+        InputError: The kernel is Adam's, or the package is not installed.
     """
 
-    def __init__(self, task: Task, implementation: str):
+    def __init__(self, task: KernelTask, implementation: str):
         if task.sign:
             raise InputError(
-                "engine 'neural-tangents' knows no Adam kernel; use 'jacobian' or 'vector-product'"
+                "engine 'neural-tangents' does not have the Adam kernel; use 'jacobian' or "
+                "'vector-product'"
             )
         super().__init__(task)
         self._implementation = implementation
         self._number = IMPLEMENTATIONS[implementation]
-        neural_tangents()
+        load_neural_tangents()
         self._add = task.program.jitted(_added, static=2)
 
-    def plan(self, most: int, budget: float) -> Plan:
-        """A plan for some bytes, which are guessed to go into gradients of all parameters."""
+    def plan(self, max_block: int, budget: float) -> BlockPlan:
+        """Returns a plan for a budget in bytes, guessing that full gradients need it all."""
         task = self.task
         gradients = 3 * task.program.outputs * nbytes(task.leaves) + task.program.bytes()
-        largest = max(1, min(most, int(budget / 2 / gradients)))
+        largest = max(1, min(max_block, int(budget / 2 / gradients)))
         rows, columns = (cut(n, largest, n, task.shards)[0] for n in (task.n1, task.n2))
-        return Plan(rows=rows, columns=columns)
+        return BlockPlan(rows=rows, columns=columns)
 
     def add(
         self,
-        plan: Plan,
+        plan: BlockPlan,
         group: int,
-        total: Kernel,
+        total: KernelArray,
         sides: tuple[Any, Any],
         advance: Callable[[], None],
-    ) -> Kernel:
-        """Adds the kernel of two blocks."""
+    ) -> KernelArray:
+        """Returns a total plus the kernel of two blocks."""
         values, first = sides[0]
         second = None if sides[1] is None else sides[1][1]
-        with self._refusing():
+        with self._explained():
             total = self._add(self._number, self.task.kept, total, *values, first, second)
         total = jax.block_until_ready(total)
         advance()
         return total
 
-    def memory(self, plan: Plan, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Bytes that a plan needs beside parameters, inputs and result."""
+    def memory(self, plan: BlockPlan, values: Any, blocks: tuple[Any, Any]) -> int:
+        """Returns the bytes that a plan needs beside parameters, inputs and result."""
         total = self.task.block(plan.rows, plan.columns)
         alone = self.task.same and plan.rows >= self.task.n1
         second = None if alone else blocks[1]
         arguments = (self._number, self.task.kept, total, *values, blocks[0], second)
-        with self._refusing():
-            return temporary(self._add, *arguments) + nbytes(total)
+        with self._explained():
+            return temporary_bytes(self._add, *arguments) + nbytes(total)
 
     @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Says in one sentence that the package cannot trace the function."""
+    def _explained(self) -> Iterator[None]:
+        """Explains errors of the package that mean that it cannot trace the function."""
         try:
             yield
         except (AssertionError, AttributeError, NotImplementedError) as error:
-            # The function itself has been traced already; loops are what mostly leads here.
+            # The function itself has been traced before; most often a loop is the cause.
             raise InputError(
                 f"neural-tangents' {self._implementation} cannot do an operation of this function; "
                 "another implementation may"
@@ -121,35 +123,35 @@ def _added(
     program: Program,
     number: int,
     kept: int,
-    total: Kernel,
+    total: KernelArray,
     leaves: Sequence[Array],
     constants: Sequence[Array],
     first: Sequence[Array],
     second: Sequence[Array] | None,
-) -> Kernel:
-    """Adds the kernel of two blocks of examples."""
+) -> KernelArray:
+    """Returns a total plus the kernel of two blocks of examples."""
 
     def batch(leaves: Sequence[Array], examples: Sequence[Array]) -> Array:
         def one(example: Sequence[Array]) -> Array:
             return program(leaves, constants, example)[0].reshape(kept, -1)
 
-        # It asks for one example at a time, and a vmap of one would hide structure from it.
+        # The package asks for one example at a time, and a vmap would hide structure from it.
         if examples[0].shape[0] == 1:
             return one([x[0] for x in examples])[None]
         return jax.vmap(one)(examples)
 
-    ntk = neural_tangents().empirical_ntk_fn(
+    ntk = load_neural_tangents().empirical_ntk_fn(
         batch, trace_axes=(2,), diagonal_axes=(), vmap_axes=0, implementation=number
     )
-    with _lenient():
+    with _default_settings():
         mean = ntk(first, second, leaves)
     # (n, m, r, r), and a mean over the traced axis.
     return total + (mean * (program.outputs // kept)).transpose(0, 2, 1, 3).astype(total.dtype)
 
 
 @contextmanager
-def _lenient() -> Iterator[None]:
-    """For the package's own code: jax's defaults, and no warning of slower but correct paths."""
+def _default_settings() -> Iterator[None]:
+    """Sets jax's defaults for the package's code, and ignores warnings of slower correct paths."""
     with (
         warnings.catch_warnings(),
         jax.numpy_dtype_promotion("standard"),
@@ -161,23 +163,22 @@ def _lenient() -> Iterator[None]:
 
 
 @cache
-def neural_tangents() -> types.ModuleType:
-    """The package neural-tangents, made to work on this jax.
+def load_neural_tangents() -> types.ModuleType:
+    """Returns the package neural-tangents, made to work on the installed jax.
 
-    Returns:
-        The package; other code of the same process that imports it gets the same.
+    Other code of the same process that imports the package gets the same module.
 
     Raises:
-        InputError: It is not installed, as always with Python 3.14 and above.
+        InputError: The package is not installed; it cannot be with Python 3.14 and above.
 
     Example:
-        >>> from ntk.engine_nt import neural_tangents
-        >>> ntk_fn = neural_tangents().empirical_ntk_fn(lambda p, x: x @ p, trace_axes=())
+        >>> from ntk.engines.neural_tangents import load_neural_tangents
+        >>> ntk_fn = load_neural_tangents().empirical_ntk_fn(lambda p, x: x @ p, trace_axes=())
         >>> float(ntk_fn(jnp.ones((1, 3)), None, jnp.ones((3, 1))).squeeze())
         3.0
     """
     with _old_names(), warnings.catch_warnings():
-        # On its first import Python warns of escapes in its docstrings, jax of deprecated names.
+        # Its first import causes warnings of escapes in docstrings and of deprecated names of jax.
         warnings.simplefilter("ignore")
         try:
             package = importlib.import_module("neural_tangents")
@@ -186,13 +187,13 @@ def neural_tangents() -> types.ModuleType:
                 raise
             raise InputError(
                 "engine 'neural-tangents' needs the package neural-tangents, which is not "
-                "installed; it comes with this one for Python below 3.14, since its requirement "
-                "TensorFlow has no newer wheels"
+                "installed; it is a dependency of fusion-jax for Python below 3.14 only, as its "
+                "requirement TensorFlow has no newer wheels"
             ) from None
     empirical: Any = importlib.import_module("neural_tangents._src.empirical")
     empirical._get_primals_out_and_pullback = _primals_out_and_pullback(empirical._backward_pass)
     empirical._eqn_vjp_fn = _transposed
-    # What it reads of these modules at run time and they no longer have, or warn of.
+    # Names that it uses at run time and that these modules no longer have, or warn about.
     empirical.core = _overlay(jax.core, DShapedArray=type("DShapedArray", (), {}))
     empirical.ad = _overlay(
         ad,
@@ -205,7 +206,7 @@ def neural_tangents() -> types.ModuleType:
 
 @contextmanager
 def _old_names() -> Iterator[None]:
-    """Names that neural-tangents looks up in jax while it is imported."""
+    """Adds the names that neural-tangents looks up in jax while it is imported."""
     util: Any = types.ModuleType("jax.util")
     util.safe_map = lambda f, *args: [f(*x) for x in zip(*args, strict=True)]
     util.safe_zip = lambda *args: list(zip(*args, strict=True))
@@ -235,7 +236,7 @@ def _old_names() -> Iterator[None]:
 
 
 def _overlay(module: types.ModuleType, **names: Any) -> types.ModuleType:
-    """A module that looks names up in ``names`` first, then in ``module``."""
+    """Returns a module that looks names up in ``names`` first, then in ``module``."""
     over: Any = types.ModuleType(module.__name__)
     over.__getattr__ = lambda name: getattr(module, name)
     vars(over).update(names)
@@ -247,16 +248,16 @@ def _bind(eqn: Any, args: Sequence[Any]) -> Any:
 
 
 def _linear(function: Callable[..., Any], primals: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
-    """The value of a function, and its derivative as a jaxpr with constants.
+    """Returns the value of a function, and its derivative as a jaxpr with constants.
 
-    Equations of the derivative that do not depend on its inputs are evaluated and join the
-    constants, since the package takes every variable that is no constant for linear.
+    Equations of the derivative that do not depend on its inputs are evaluated and become constants,
+    since the package assumes that every other variable is linear.
     """
 
     def literal(atom: Any) -> bool:
         return isinstance(atom, jex_core.Literal)
 
-    with jax.disable_jit():  # so that no calls are in the jaxpr
+    with jax.disable_jit():  # so that the jaxpr has no calls
         out, derivative = jax.linearize(function, *primals)
         closed = jax.make_jaxpr(derivative)(*primals)
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -276,7 +277,7 @@ def _linear(function: Callable[..., Any], primals: Sequence[Any]) -> tuple[Any, 
 
 
 def _primals_out_and_pullback(backward_pass: Callable[..., Any]) -> Callable[..., Any]:
-    """The package's function of that name, over `_linear`."""
+    """Returns a replacement of the package's function of that name, based on `_linear`."""
 
     def primals_out_and_pullback(
         fn: Callable[..., Any], mode: Any, _j_rules: bool, _s_rules: bool, _fwd: Any, *primals: Any
@@ -302,9 +303,9 @@ def _primals_out_and_pullback(backward_pass: Callable[..., Any]) -> Callable[...
 
 
 def _transposed(eqn: Any, cotangent: Any, *values: Any) -> Any:
-    """Cotangents of the undefined inputs of an equation, None for the others.
+    """Returns cotangents of the undefined inputs of an equation, and None for the others.
 
-    Takes the place of the package's ``_eqn_vjp_fn``.
+    It replaces the package's ``_eqn_vjp_fn``.
     """
     if eqn is None:  # the identity
         return (cotangent,)
@@ -320,7 +321,7 @@ def _transposed(eqn: Any, cotangent: Any, *values: Any) -> Any:
         return _bind(eqn, args)
 
     avals = [values[i].aval for i in undefined]
-    # A reshape's cotangent comes in the shape of its input.
+    # The package passes a reshape's cotangent in the shape of its input.
     cotangent = cotangent.reshape(jax.eval_shape(function, *avals).shape)
     for i, value in zip(undefined, jax.linear_transpose(function, *avals)(cotangent), strict=True):
         out[i] = value

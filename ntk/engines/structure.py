@@ -1,11 +1,11 @@
-"""What a function does with its parameters: a flat program of one example, and its products.
+"""Traces a function as a flat program of one example, and finds the products with its parameters.
 
 The gradient of a matrix that is multiplied with inputs X (t, a) is X^T D, where D (t, b) is the
-gradient with respect to the product; that of a table from which rows are looked up is the same
-with one-hot rows X. Such a pair (X, D) is far smaller than the gradient, and an inner product of
-two gradients needs only <X X'^T, D D'^T>. `Program` finds these uses in any traced function, and
-evaluates it so that JAX's own differentiation gives D (a zero is added to each product, and D is
-the gradient with respect to that zero).
+gradient with respect to the product. For a table from which rows are looked up it is the same with
+one-hot rows X. The pair (X, D) is far smaller than the gradient, and an inner product of two
+gradients needs only <X X'^T, D D'^T>. `Program` finds these uses of parameters in any traced
+function. It evaluates the function so that JAX's own differentiation gives D: a zero is added to
+each product, and D is the gradient with respect to that zero.
 
 Axis letters: n examples, o outputs, e batched products (experts), t positions, a inputs and
 b outputs of a product.
@@ -26,14 +26,14 @@ from jax.extend import core as jex_core
 from jaxtyping import Array, Num
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-# Where values of a batch of one are to be placed says nothing of where those of a block are.
+# These place the values of a batch of one example, and do not apply to a block of examples.
 _PLACEMENTS = {"sharding_constraint", "reshard", "mesh_cast"}
 _PLACES = ("sharding", "out_sharding")
-# What changes how a parameter is laid out, but neither its inner products nor its signs.
+# These change the layout of a parameter, but neither inner products nor signs of its gradients.
 _LAYOUTS = {"transpose", "reshape", "squeeze", "convert_element_type", "copy", "copy_p"}
 
 
-class Op(NamedTuple):
+class Operation(NamedTuple):
     """One primitive operation on numbered values."""
 
     eqn: Any
@@ -42,18 +42,19 @@ class Op(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One product or look-up with a parameter.
 
     Args:
         op: The number of the operation.
-        other: The number of the value that the parameter meets: inputs, or indices of rows.
+        other: The number of the other operand: inputs, or indices of rows.
         lookup: Whether rows are looked up.
-        perm: The order of the inputs' axes that makes them (e, t, a); empty for a look-up.
+        perm: The permutation of the inputs' axes to (e, t, a); empty for a look-up.
         shape: The sizes (e, t, a, b).
-        first: Whether the parameter is the first factor, so that the product is (e, b, t).
+        first: Whether the parameter is the first operand, so that the product is (e, b, t).
         clipped: Whether a look-up clips indices that are out of range; else it ignores them.
-        layout: What maps the parameter to (e, a, b); uses with the same can be put together.
+        layout: The operations that map the parameter to (e, a, b); uses of the same layout can be
+            joined.
     """
 
     op: int
@@ -66,7 +67,7 @@ class Use:
     layout: Any
 
     def inputs(self, value: Array) -> Array:
-        """The inputs X (e, t, a) of a product; the rows (t,) of a look-up, a if ignored."""
+        """Returns inputs X (e, t, a) of a product, or rows (t,) of a look-up, a if ignored."""
         e, t, a, _ = self.shape
         if not self.lookup:
             return value.transpose(self.perm).reshape(e, t, a)
@@ -76,7 +77,7 @@ class Use:
         return jnp.where((rows >= 0) & (rows < a), rows, a)
 
     def cotangent(self, value: Array) -> Num[Array, "e t b"]:
-        """The gradient D (e, t, b) with respect to the product."""
+        """Returns the gradient D (e, t, b) with respect to the product."""
         e, t, _, b = self.shape
         return value.reshape(e, b, t).swapaxes(1, 2) if self.first else value.reshape(e, t, b)
 
@@ -85,7 +86,7 @@ class Program:
     """A function of parameters and one example as a flat list of operations.
 
     Calls are inlined, operations that the output does not need are dropped, and arrays that the
-    function closes over become arguments, so that they are no constants in compiled code.
+    function closes over become arguments instead of constants in compiled code.
 
     Args:
         function: Takes a list of parameters and a list of arrays of one example; returns a vector.
@@ -99,14 +100,14 @@ class Program:
         ((1, 1, 3, 2), False, 2)
     """
 
-    ops: list[Op]
+    operations: list[Operation]
     constants: list[Array]
-    uses: dict[int, tuple[Use, ...]]
-    """By the number of a parameter, if it is only used in products or look-ups of one layout."""
-    idle: frozenset[int]
+    uses: dict[int, tuple[ParameterUse, ...]]
+    """By number, the parameters that are only used in products or look-ups of one layout."""
+    unused: frozenset[int]
     """The parameters that the output does not depend on."""
-    measured: dict[Any, int]
-    """What a caller wants to remember of the program's compiled functions: bytes, by a key."""
+    plan_bytes: dict[Any, int]
+    """A cache for callers: the memory of plans of this program."""
 
     def __init__(
         self,
@@ -116,19 +117,19 @@ class Program:
     ):
         closed = jax.make_jaxpr(function)(list(leaves), list(example))
         self.constants = []
-        self.measured = {}
+        self.plan_bytes = {}
         self._jitted: dict[Any, Any] = {}
         self._literals: dict[int, Any] = {}
         self._constant_ids: list[int] = []
         self._count = 0
-        self.ops = []
+        self.operations = []
         arguments = [self._new() for _ in closed.jaxpr.invars]
         self._leaf_ids = arguments[: len(leaves)]
         self._example_ids = arguments[len(leaves) :]
         (self._out,) = self._inline(closed.jaxpr, closed.consts, arguments)
         self._drop_dead()
         self.outputs: int = closed.out_avals[0].shape[0]
-        self.uses, self.idle = self._analyse(leaves)
+        self.uses, self.unused = self._find_uses(leaves)
 
     def _new(self) -> int:
         self._count += 1
@@ -162,12 +163,12 @@ class Program:
                 outs = self._select(eqn, ins)
             else:
                 outs = [self._new() for _ in eqn.outvars]
-                self.ops.append(Op(eqn, ins, tuple(outs)))
+                self.operations.append(Operation(eqn, ins, tuple(outs)))
             numbers.update(zip(eqn.outvars, outs, strict=True))
         return [number(atom) for atom in jaxpr.outvars]
 
     def _select(self, eqn: Any, ins: Sequence[int]) -> list[int]:
-        """All branches and a choice, which is what a batch of examples runs anyway."""
+        """Inlines all branches and a choice of one, as a batch of examples would run them."""
         index, *operands = ins
         branches = [
             self._inline(branch.jaxpr, branch.consts, operands) for branch in eqn.params["branches"]
@@ -181,21 +182,21 @@ class Program:
 
     def _drop_dead(self) -> None:
         live, kept = {self._out}, []
-        for op in reversed(self.ops):
+        for op in reversed(self.operations):
             if live.intersection(op.outs):
                 live.update(op.ins)
                 kept.append(op)
-        self.ops = kept[::-1]
+        self.operations = kept[::-1]
 
-    def _analyse(
+    def _find_uses(
         self, leaves: Sequence[jax.ShapeDtypeStruct]
-    ) -> tuple[dict[int, tuple[Use, ...]], frozenset[int]]:
+    ) -> tuple[dict[int, tuple[ParameterUse, ...]], frozenset[int]]:
         laid_out: dict[int, tuple[int, tuple[Any, ...]]] = {
             number: (leaf, ()) for leaf, number in enumerate(self._leaf_ids)
         }
-        found: dict[int, list[Use]] = {}
+        found: dict[int, list[ParameterUse]] = {}
         touched, other = set(), set()
-        for index, op in enumerate(self.ops):
+        for index, op in enumerate(self.operations):
             slots = [slot for slot, number in enumerate(op.ins) if number in laid_out]
             if not slots:
                 continue
@@ -234,10 +235,10 @@ class Program:
             leaves: The parameters.
             constants: `constants`, possibly traced.
             example: The arrays of one example.
-            taps: What to add to the result of an operation, by its number.
+            taps: By the number of an operation, a value to add to its result.
 
         Returns:
-            The output, and what the parameter met in every operation with a tap.
+            The output; and for every operation with a tap, the operand beside the parameter.
         """
         taps = {} if taps is None else taps
         others = {use.op: use.other for uses in self.uses.values() for use in uses}
@@ -245,24 +246,24 @@ class Program:
         values.update(zip(self._leaf_ids, leaves, strict=True))
         values.update(zip(self._constant_ids, constants, strict=True))
         values.update(zip(self._example_ids, example, strict=True))
-        met = {}
-        for index, op in enumerate(self.ops):
+        operands = {}
+        for index, op in enumerate(self.operations):
             results = _run(op.eqn, [values[i] for i in op.ins])
             if index in taps:
-                met[index] = values[others[index]]
+                operands[index] = values[others[index]]
                 results = [results[0] + taps[index]]
             values.update(zip(op.outs, results, strict=True))
-        return values[self._out], met
+        return values[self._out], operands
 
     def jitted(self, function: Callable[..., Any], static: int) -> Any:
-        """A function of this program, compiled once however often it is asked for.
+        """Returns a jitted function of this program, the same one at every call.
 
         Args:
             function: Takes the program, then ``static`` hashable arguments, then pytrees of arrays.
-            static: How many.
+            static: The number of hashable arguments.
 
         Returns:
-            The jitted function of what comes after the program.
+            The jitted function, without the argument for the program.
         """
         if function not in self._jitted:
             self._jitted[function] = jax.jit(
@@ -270,25 +271,25 @@ class Program:
             )
         return self._jitted[function]
 
-    def tap(self, use: Use) -> Array:
-        """The zero to add to a product."""
-        aval = self.ops[use.op].eqn.outvars[0].aval
+    def tap(self, use: ParameterUse) -> Array:
+        """Returns the zero to add to a product."""
+        aval = self.operations[use.op].eqn.outvars[0].aval
         return jnp.zeros(aval.shape, aval.dtype)
 
     def flops(self) -> int:
-        """Operations (two a multiply-add) of the matrix products for one example."""
-        return sum(_flops(op.eqn) for op in self.ops)
+        """Returns the operations of the matrix products for one example, two per multiply-add."""
+        return sum(_flops(op.eqn) for op in self.operations)
 
     def bytes(self) -> int:
-        """Bytes of all intermediate values for one example."""
-        avals = [var.aval for op in self.ops for var in op.eqn.outvars]
+        """Returns the bytes of all intermediate values for one example."""
+        avals = [var.aval for op in self.operations for var in op.eqn.outvars]
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in avals if hasattr(a, "shape"))
 
 
 def _run(eqn: Any, args: list[Any]) -> list[Any]:
     if eqn.primitive.name == "broadcast_in_dim" and len(args) == 1:
-        # Axes of size 1 that grow are left out of the operand, since neural-tangents takes every
-        # axis of it for one of the result.
+        # Broadcast axes of size 1 are removed from the operand first, since neural-tangents assumes
+        # that every axis of the operand has the size of the result's.
         shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
         kept = [axis for i, axis in enumerate(axes) if jnp.shape(args[0])[i] == shape[axis]]
         operand = lax.reshape(args[0], [shape[axis] for axis in kept])
@@ -307,7 +308,7 @@ def _flops(eqn: Any) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
 
 
-def _use(index: int, op: Op, slot: int) -> Use | None:
+def _use(index: int, op: Operation, slot: int) -> ParameterUse | None:
     name = op.eqn.primitive.name
     if name == "dot_general":
         return _product(index, op, slot)
@@ -316,7 +317,7 @@ def _use(index: int, op: Op, slot: int) -> Use | None:
     return None
 
 
-def _product(index: int, op: Op, slot: int) -> Use:
+def _product(index: int, op: Operation, slot: int) -> ParameterUse:
     contracted, batch = op.eqn.params["dimension_numbers"]
     shapes = [var.aval.shape for var in op.eqn.invars]
 
@@ -327,14 +328,14 @@ def _product(index: int, op: Op, slot: int) -> Use:
     def size(side: int, axes: Sequence[int]) -> int:
         return math.prod(shapes[side][i] for i in axes)
 
-    meets = 1 - slot
+    beside = 1 - slot
     e, a = size(slot, batch[slot]), size(slot, contracted[slot])
-    t, b = size(meets, free(meets)), size(slot, free(slot))
-    return Use(
+    t, b = size(beside, free(beside)), size(slot, free(slot))
+    return ParameterUse(
         op=index,
-        other=op.ins[meets],
+        other=op.ins[beside],
         lookup=False,
-        perm=(*batch[meets], *free(meets), *contracted[meets]),
+        perm=(*batch[beside], *free(beside), *contracted[beside]),
         shape=(e, t, a, b),
         first=slot == 0,
         clipped=False,
@@ -342,8 +343,8 @@ def _product(index: int, op: Op, slot: int) -> Use:
     )
 
 
-def _lookup(index: int, op: Op) -> Use | None:
-    """Rows ``table[ids]``; other gathers are not recognised."""
+def _lookup(index: int, op: Operation) -> ParameterUse | None:
+    """Finds rows ``table[ids]``; other gathers are not recognized."""
     table, ids = (var.aval.shape for var in op.eqn.invars)
     out = op.eqn.outvars[0].aval.shape
     numbers, mode = op.eqn.params["dimension_numbers"], op.eqn.params["mode"]
@@ -358,7 +359,7 @@ def _lookup(index: int, op: Op) -> Use | None:
     )
     if not rows:
         return None
-    return Use(
+    return ParameterUse(
         op=index,
         other=op.ins[1],
         lookup=True,

@@ -2,7 +2,7 @@
 
 A column of the kernel, for one example z and one output, is the directional derivative of f at the
 other examples along the gradient g(z), or along sign g(z) for the Adam kernel. Memory holds a few
-gradients at a time. Right where outputs are many and the network is cheap for its parameters.
+gradients at a time. This suits many outputs of a network that is cheap for its parameters.
 """
 
 from __future__ import annotations
@@ -16,44 +16,52 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ntk.engines.base import Engine, Plan, Task, cut, mapped, nbytes, temporary
-from ntk.engines.contraction import Kernel
+from ntk.engines.base import (
+    BlockPlan,
+    Engine,
+    KernelTask,
+    cut,
+    map_chunks,
+    nbytes,
+    temporary_bytes,
+)
+from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorPlan(Plan):
-    """How the work is cut.
+class VectorPlan(BlockPlan):
+    """The sizes of the blocks, and how many columns are computed at once.
 
     Args:
-        seeds: Columns that are computed at once.
+        seeds: Columns of the kernel that are computed at once.
     """
 
     seeds: int
 
 
-class VectorEngine(Engine):
-    """Kernels from kernel-vector products; see the module.
+class VectorEngine(Engine[VectorPlan]):
+    """Computes kernels from kernel-vector products; see the module.
 
     Args:
-        task: What to compute.
+        task: The kernel to compute.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: KernelTask):
         super().__init__(task)
         self._add = task.program.jitted(_added, static=3)
 
     def flops(self) -> float:
-        """About how many operations the kernel costs."""
+        """Returns an estimate of the number of operations."""
         n1, n2, outputs = self.task.n1, self.task.n2, self.task.program.outputs
         # One pass forward and two back for a gradient, two forward for a derivative along it.
         return 1.0 * self.task.program.flops() * (n1 + n2 * (1 + 2 * outputs + 2 * outputs * n1))
 
-    def plan(self, most: int, budget: float) -> VectorPlan:
-        """A plan for some bytes, half of them for gradients."""
+    def plan(self, max_block: int, budget: float) -> VectorPlan:
+        """Returns a plan for a budget in bytes, half of which is for gradients."""
         task = self.task
         transient = task.program.bytes()
-        largest = max(1, min(most, int(budget / 4 / transient)))
+        largest = max(1, min(max_block, int(budget / 4 / transient)))
         (rows, _), (columns, _) = (cut(n, largest, n, task.shards) for n in (task.n1, task.n2))
         gradient = nbytes(task.leaves) + rows * transient
         return VectorPlan(
@@ -64,11 +72,11 @@ class VectorEngine(Engine):
         self,
         plan: VectorPlan,
         group: int,
-        total: Kernel,
+        total: KernelArray,
         sides: tuple[Any, Any],
         advance: Callable[[], None],
-    ) -> Kernel:
-        """Adds the kernel of two blocks."""
+    ) -> KernelArray:
+        """Returns a total plus the kernel of two blocks."""
         (values, first), (_, second) = sides[0], sides[1] or sides[0]
         total = self._add(*self._static(plan), total, *values, first, second)
         total = jax.block_until_ready(total)
@@ -79,9 +87,10 @@ class VectorEngine(Engine):
         return plan.seeds, self.task.kept, self.task.sign
 
     def memory(self, plan: VectorPlan, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Bytes that a plan needs beside parameters, inputs and result."""
+        """Returns the bytes that a plan needs beside parameters, inputs and result."""
         total = self.task.block(plan.rows, plan.columns)
-        return temporary(self._add, *self._static(plan), total, *values, *blocks) + nbytes(total)
+        arguments = (*self._static(plan), total, *values, *blocks)
+        return temporary_bytes(self._add, *arguments) + nbytes(total)
 
 
 def _added(
@@ -89,13 +98,13 @@ def _added(
     seeds: int,
     kept: int,
     sign: bool,
-    total: Kernel,
+    total: KernelArray,
     leaves: Sequence[Array],
     constants: Sequence[Array],
     first: Sequence[Array],
     second: Sequence[Array],
-) -> Kernel:
-    """Adds the kernel of two blocks of examples."""
+) -> KernelArray:
+    """Returns a total plus the kernel of two blocks of examples."""
     summed = program.outputs // kept
 
     def batch(leaves: Any) -> Float[Array, "n o"]:
@@ -114,6 +123,6 @@ def _added(
 
             return lax.fori_loop(0, summed, add, jnp.zeros(total.shape[:2], total.dtype))
 
-        return mapped(jax.vmap(column), jnp.arange(kept), seeds)
+        return map_chunks(jax.vmap(column), jnp.arange(kept), seeds)
 
     return total + lax.map(columns, second).transpose(2, 3, 0, 1)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.training.engine.checkpoints import Checkpoints
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.log import Log

@@ -20,7 +20,7 @@ from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import Layers, select, sites
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.training.methods.stages import Rounds, outcome
 
 

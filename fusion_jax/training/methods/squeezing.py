@@ -22,7 +22,7 @@ from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import Frozen, find_forms
 from fusion_jax.nn.surgery import replaced
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.training.methods.stages import Rounds, outcome
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)

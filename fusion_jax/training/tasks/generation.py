@@ -15,7 +15,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.models.decoding import Beams, Sampling, generate
-from fusion_jax.progress import progress as show_progress
+from fusion_jax.progress import show_progress
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.artefacts import Write, fit_and_keep
 from fusion_jax.training.engine.batches import Batches, Examples

@@ -1,0 +1,37 @@
+"""Small helpers for arrays: products in full precision, float64 on the host, a check for NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from ntk.errors import InputError
+
+
+def inner_products(a: Float[Array, "n k"], b: Float[Array, "m k"]) -> Float[Array, "n m"]:
+    """Returns the inner products of the rows of two matrices, in the highest precision."""
+    return jnp.matmul(a, b.T, precision="highest")
+
+
+def host_float64(x: Any) -> np.ndarray:
+    """Returns an array, of any dtype, as float64 on the host."""
+    return np.asarray(x).astype(np.float64)
+
+
+def require_finite(result: Array) -> Array:
+    """Returns a result if all its values are finite; under a transformation it is not checked.
+
+    Raises:
+        InputError: A value is NaN or infinite.
+    """
+    # Results are checked instead of arguments, as weights are thousands of times larger.
+    if not isinstance(result, Tracer):
+        with jax.ensure_compile_time_eval():
+            if not jnp.isfinite(result).all():
+                raise InputError("weights or inputs hold NaN or infinite values, or overflow")
+    return result

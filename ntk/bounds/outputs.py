@@ -1,0 +1,75 @@
+"""Bounds on the change of an MLP's outputs by fusing, of all three grades."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ntk.arrays import host_float64, inner_products, require_finite
+from ntk.bounds import a_priori
+from ntk.bounds.balls import gamma, row_norms
+from ntk.bounds.changes import Grade
+from ntk.bounds.enclosure import split_feature
+from ntk.bounds.features import kernel_features
+from ntk.bounds.norms import WeightNorms, weight_norms
+from ntk.bounds.pairs import Inputs, Pair, prepare_pair
+from ntk.errors import check_choice
+
+
+def output_change(
+    pair: Pair,
+    x: Float[Array, "n _"],
+    *,
+    grade: Grade = "data",
+    norms: WeightNorms | None = None,
+) -> Float[Array, " n"]:
+    """Returns bounds, (n,), on the Euclidean norms of the change of the outputs.
+
+    Args:
+        pair: An MLP and its fused version.
+        x: Inputs, (n, d).
+        grade: ``"a priori"`` uses the weights' norms, |x| and the norm of the original's hidden
+            units; ``"data"`` also the norms of P H - F and Q H, see (6) in `ntk.bounds.a_priori`,
+            but not the outputs; ``"measured"`` the outputs.
+        norms: Norms from `weight_norms`; None computes them.
+
+    Raises:
+        InputError: The arguments do not fit together, or a value is not finite.
+    """
+    pair, inputs, _ = prepare_pair(pair, x)
+    check_choice("grade", grade, Grade)
+    moved, change, within, unit, noise = _outputs(pair, inputs)
+    if grade == "measured":
+        return require_finite(moved)
+    norms = weight_norms(pair) if norms is None else norms
+    hidden = a_priori.hidden_bounds(norms, host_float64(row_norms(inputs.x)), host_float64(unit))
+    if grade == "data":
+        hidden = hidden._replace(change=host_float64(change), within=host_float64(within))
+    bounds = a_priori.output_bound(norms, hidden)
+    return require_finite(jnp.asarray(bounds, noise.dtype) + noise)
+
+
+@jax.jit
+def _outputs(pair: Pair, inputs: Inputs) -> tuple[Array, ...]:
+    """Returns the norms of the change of the outputs, of P H - F, Q H and H, and of rounding."""
+    feature = kernel_features(pair, inputs, "sgd")[0]
+    sizes = pair.sizes
+    # The wide copy's hidden units times sqrt(n_c). The factors outside of the activation belong to
+    # its output weights.
+    factor = jnp.sqrt(sizes) / (1 if pair.fused.outer is None else pair.fused.outer)
+    wide = feature._replace(
+        fused=feature.fused * factor[None], fused_error=feature.fused_error * factor.max()
+    )
+    parts = split_feature(wide, pair.labels, sizes)
+    outputs, noise = [], jnp.zeros_like(feature.unit_error)
+    for h, error, v in (
+        (feature.unit, feature.unit_error, pair.original.down),
+        (feature.fused, feature.fused_error, pair.fused.down),
+    ):
+        outputs.append(inner_products(h, v.T))
+        size = jnp.linalg.norm(v)
+        noise = noise + (error + gamma(v.shape[0] + 16, v.dtype) * row_norms(h)) * size
+    change, within = (row_norms(p.vector) + p.error for p in (parts.change, parts.within))
+    unit = row_norms(feature.unit) + feature.unit_error
+    return row_norms(outputs[0] - outputs[1]), change, within, unit, 2 * noise
