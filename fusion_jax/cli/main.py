@@ -93,7 +93,8 @@ def inspect(model: Positional[Name]) -> None:
     from fusion_jax.checkpoint import open_checkpoint
     from fusion_jax.nn.linear_forms import find_forms
     from fusion_jax.nn.site import sites
-    from fusion_jax.report import num_params, size_of, table
+    from fusion_jax.report import num_params, size_of
+    from ntk.tables import table
 
     abstract = open_checkpoint(model).abstract
     found = sites(abstract)

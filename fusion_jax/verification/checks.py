@@ -21,10 +21,11 @@ from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
-from fusion_jax.report import num_params, table
+from fusion_jax.report import num_params
 from ntk.bounds.certificates import Certificate, certify
 from ntk.bounds.changes import pair
 from ntk.comparison import Comparison, compare
+from ntk.tables import table
 
 ENGINES = ("jacobian", "vector-product", "neural-tangents")
 TOLERANCE = 1e-4
