@@ -60,6 +60,7 @@ def write(fields: dict[str, Any], folder: Path) -> None:
 
     from fusion_jax.checkpoint import files
     from fusion_jax.models.registry import FAMILIES
+    from fusion_jax.nn.surgery import path_name
 
     family = FAMILIES[fields["model_type"]]
     parsed = family.config(fields)
@@ -71,7 +72,7 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     def tensors():
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             shape = variable.get_value().shape
-            source = rules.source(".".join(map(str, path)))
+            source = rules.source(path_name(path))
             for name in source.tensors(source.names[0], shape):
                 one = shape[1:] if source.stacked else shape
                 one = one[::-1] if source.transposed else one

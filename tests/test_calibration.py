@@ -265,6 +265,7 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     method = fj.Fusion(width=4, sequential=True)
     chosen = fj.sites(bert)
     source = calibration.Calibrator(bert, chosen, token_batches(), sequential=True, key=KEY)
+    source.capture()
     first = source.of(chosen[0])
     assert first.outputs is None
     fused, _ = fj.compress(bert, method, key=KEY, layers=[0], calibration=token_batches())
@@ -397,9 +398,9 @@ def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, mo
         made["decoder_attention_mask"] = np.arange(7)[None] < np.array([[7], [2], [5]])
     both = [made, {name: x[:1] for name, x in made.items()}]
     want = [routed_by_hand(model, one, monkeypatch) for one in both]
-    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 0)
     chosen = [site for site in fj.sites(model) if site.mlp.stack]
-    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY)
+    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY).capture()
     assert len(chosen) == len(want[0])
     for site in chosen:
         pairs = zip(*(one[site.path] for one in want), strict=True)
@@ -418,10 +419,10 @@ def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, mo
 
 def test_experts_that_the_text_hardly_uses_see_others_positions(tmp_path, monkeypatch):
     model = fj.load(checkpoint(tmp_path / "m", "mixtral", "causal-lm"), head="causal-lm")
-    monkeypatch.setattr(calibration, "_FEWEST", 15)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 15)
     seen = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
     counts = (seen["layers.0.mlp.experts"] != 0).any(-1).sum(1)
-    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 0)
     alone = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
     own = (alone["layers.0.mlp.experts"] != 0).any(-1).sum(1)
     assert own.sum() == 2 * tiny.batch("mixtral")["attention_mask"].sum()
@@ -434,7 +435,7 @@ def test_budget_is_met_and_best():
     widths = [np.arange(1, 6), np.arange(2, 11, 2), np.arange(1, 8)]
     errors = [np.sort(rng.random(len(w)))[::-1] for w in widths]
     for budget in (4, 9, 15, 22):
-        chosen = allocation._least(errors, widths, budget)
+        chosen = allocation._best_widths(errors, widths, budget)
         assert sum(w[i] for w, i in zip(widths, chosen, strict=True)) <= budget
         got = sum(e[i] for e, i in zip(errors, chosen, strict=True))
         all_choices = itertools.product(*(range(len(w)) for w in widths))
@@ -501,7 +502,7 @@ def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
     x = np.asarray(inputs(dtype=jnp.float32))
     slots = np.stack([x, np.where(np.arange(T)[:, None] < few, x, 0)])
     seen = fj.Calibration(jnp.asarray(slots), weights=jnp.asarray((slots != 0).any(-1), float))
-    fitted, held_out = allocation._parted(seen, "")
+    fitted, held_out = allocation._held_out_split(seen, "")
     for a, b, count in zip(fitted, held_out, (T, few), strict=True):
         a, b = (part[(part != 0).any(-1)] for part in (a, b))
         assert len(b) == count // 4

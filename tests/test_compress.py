@@ -1,6 +1,5 @@
 """compress: choosing sites, what it promises, reports, and every method's conformance."""
 
-import importlib
 import json
 
 import jax
@@ -12,9 +11,10 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.checkpoint import load
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.compression.batching import batch_size, working_bytes
+from fusion_jax.compression import mlps
+from fusion_jax.compression.batching import Problems, batch_size, working_bytes
 from fusion_jax.methods.registry import METHODS, method_from_json
-from fusion_jax.nn.site import select
+from fusion_jax.nn.site import select_sites
 from tests import tiny
 from tests.conftest import unchecked
 from tests.test_mlp import inputs, make
@@ -205,10 +205,11 @@ def test_sites_that_go_together(backend, key, monkeypatch):
     d = model[0].d_in
     seen = {str(i): np.asarray(inputs(d, n)) for i, n in enumerate((20, 30, 20))}
     alone, _ = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
-    module = importlib.import_module("fusion_jax.compression.mlps")
-    calls, solve = [], module.solve
-    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
-    monkeypatch.setattr(module, "_most", lambda: 16)
+    calls, solve = [], mlps.solve_stacked
+    monkeypatch.setattr(
+        mlps, "solve_stacked", lambda *a: calls.append(a[2].keys.shape) or solve(*a)
+    )
+    monkeypatch.setattr(mlps, "_mlps_per_call", lambda: 16)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     together, report = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
     assert calls == [(2,), ()]
@@ -222,11 +223,12 @@ def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
     """Copies of their weights, and what comes back."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(4)])
     size = sum(x.nbytes for x in jax.tree.leaves(model[0].sub_mlps()))
-    module = importlib.import_module("fusion_jax.compression.mlps")
-    calls, solve = [], module.solve
-    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
-    monkeypatch.setattr(module, "_most", lambda: 16)
-    monkeypatch.setattr(module, "memory", lambda: room * size)
+    calls, solve = [], mlps.solve_stacked
+    monkeypatch.setattr(
+        mlps, "solve_stacked", lambda *a: calls.append(a[2].keys.shape) or solve(*a)
+    )
+    monkeypatch.setattr(mlps, "_mlps_per_call", lambda: 16)
+    monkeypatch.setattr(mlps, "working_memory", lambda: room * size)
     fj.compress(model, fj.Prune(width=4), key=key)
     assert calls == shapes
 
@@ -252,7 +254,7 @@ def test_working_bytes_grow_with_what_is_needed(key):
         subs = [make(fj.Mlp, width=width).sub_mlps()] * count
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *subs)
         seen = fj.Calibration(jnp.zeros((count, positions, subs[0].up.shape[1])))
-        problems = stacked, jax.random.split(key, count), seen if positions else None, None
+        problems = Problems(stacked, jax.random.split(key, count), seen if positions else None)
         return working_bytes(fj.Fusion(width=4, **options), problems)
 
     assert needed() == needed(count=5) < needed(width=64)
@@ -286,7 +288,7 @@ def test_layers_that_match_nothing_list_the_sites(layers, model, key):
 
 
 def test_layers_that_are_no_pattern(model, key):
-    with pytest.raises(fj.InputError, match="no regular expression"):
+    with pytest.raises(fj.InputError, match="is not a regular expression"):
         fj.compress(model, fj.Fusion(width=12), layers="layers.[", key=key)
 
 
@@ -422,6 +424,6 @@ def test_keys_of_the_old_kind_and_none(key):
     slopes = jax.tree.map(lambda x: x[:3], subs)
     with pytest.raises(fj.InputError, match="gradients do not have the shapes"):
         fj.compress_mlp(subs, fj.Prune(score="gradient", width=4), key=key, gradients=slopes)
-    assert len(select(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
-    with pytest.raises(fj.InputError, match="no site True"):
-        select(fj.sites(mlp), True)
+    assert len(select_sites(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
+    with pytest.raises(fj.InputError, match="no MLP True"):
+        select_sites(fj.sites(mlp), True)

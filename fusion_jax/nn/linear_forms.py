@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.masking import top_mask_of_share
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import find_modules, replaced
 
 
 class Frozen(nnx.Variable):
@@ -355,16 +355,12 @@ def find_linears(model: nnx.Module) -> dict[str, Any]:
         >>> sorted(find_linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
         ['down', 'up']
     """
-    found = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | LinearForm)]
-    found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
-    return {".".join(map(str, path)): module for path, module in found}
+    return find_modules(model, nnx.Linear | LinearForm)
 
 
 def find_forms(model: nnx.Module) -> dict[str, LinearForm]:
     """The layers of a model that are not plain, by path."""
-    return {
-        path: layer for path, layer in find_linears(model).items() if isinstance(layer, LinearForm)
-    }
+    return find_modules(model, LinearForm)
 
 
 def multiplied_out(model: Any) -> Any:
