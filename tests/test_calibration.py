@@ -242,7 +242,7 @@ def token_batches(padding=3):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
 def test_text_needs_a_tokenizer(family, tmp_path):
-    """Without files, transformers makes one for some families that knows no word."""
+    """Without files, transformers makes a tokenizer without words for some families."""
     model = fj.load(checkpoint(tmp_path / "m", family))
     for source in (["some text"], "random"):
         with pytest.raises(fj.InputError, match="has no tokenizer"):
@@ -285,7 +285,7 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
 
 
 def test_sequential_is_each_method_s_own(bert):
-    """A site that is not sequential sees the original model, whatever the others are."""
+    """A site that is not sequential is calibrated in the original model, also beside others."""
     paths = [site.path for site in fj.sites(bert)]
     apart, follows = fj.Fusion(width=4), fj.Fusion(width=4, sequential=True)
     plan = {paths[0]: apart, paths[1]: apart, paths[2]: follows}
@@ -365,7 +365,7 @@ def test_experts_are_calibrated_on_what_is_routed_to_them():
 
 
 def routed_by_hand(model, batch, monkeypatch):
-    """What each expert of each mixture computes on, token by token: real ones within capacity."""
+    """Returns the real inputs of each expert within its capacity, found token by token."""
     seen, call = [], Moe.__call__
     monkeypatch.setattr(Moe, "__call__", lambda moe, *a: seen.append((moe, a[0])) or call(moe, *a))
     model(**batch)
@@ -469,7 +469,7 @@ def test_allocation_gives_more_to_the_harder_site(monkeypatch):
 
 
 def test_allocation_leaves_an_easy_site_what_it_needs(monkeypatch):
-    """Below the widths tried as shares, errors were taken for constant, and it got one unit."""
+    """Errors below the smallest tried share are measured, so that it gets more than one unit."""
     monkeypatch.setattr(allocation, "TRIED", (1 / 4, 1 / 2))
     easy, hard = make(fj.Mlp, jnp.float32, noise=0.02), make(fj.Mlp, jnp.float32, noise=1.0)
     seen = {path: inputs(dtype=jnp.float32) for path in ("0", "1")}
@@ -507,7 +507,7 @@ def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
         a, b = (part[(part != 0).any(-1)] for part in (a, b))
         assert len(b) == count // 4
         np.testing.assert_array_equal(np.sort(np.concatenate([a, b]), 0), np.sort(x[:count], 0))
-    # What is behind an expert's positions has no part in its error.
+    # The padding behind an expert's positions has no influence on its error.
     one, other = (jax.tree.map(lambda a: a[:1], both) for _ in range(2))
     other.down.kernel.set_value(other.down.kernel[...] * 1.5)
     for scaling in ("adam", "sgd", "folded"):

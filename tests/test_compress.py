@@ -1,4 +1,4 @@
-"""compress: choosing sites, what it promises, reports, and every method's conformance."""
+"""compress: choice of sites, guarantees, reports, and the conformance of every method."""
 
 import json
 
@@ -19,7 +19,7 @@ from tests import tiny
 from tests.conftest import unchecked
 from tests.test_mlp import inputs, make
 
-# One entry per method: the options that the suite runs it with. A new method adds a line.
+# The options that the tests run each method with. A new method adds a line.
 OPTIONS = {
     "clustering": {"width": 12},
     "mask-prune": {"keep": 0.25},
@@ -170,7 +170,7 @@ def test_budget(name, kind, key):
         kept = sum(
             np.count_nonzero(v.get_value()) for path, v in arrays if isinstance(v, nnx.Param)
         ) - np.count_nonzero(smaller.out_bias())
-        # A unit, a rank or a bond more would be too many; a bond of a small matrix is a lot.
+        # One more unit, rank or bond would be too many; in a small matrix, a bond is large.
         assert (0.45 if name == "mpo" else 0.8) * share * total < kept <= share * total
     for share, message in ((0.0, r"must be in \(0, 1\]"), (0.001, "budget|share")):
         with pytest.raises(fj.InputError, match=message):
@@ -200,7 +200,7 @@ def test_sharded_equals_unsharded(name, key):
 
 @pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
 def test_sites_that_go_together(backend, key, monkeypatch):
-    """Those of one shape that saw as many positions: two calls for three MLPs."""
+    """MLPs of one shape with the same number of positions: two calls for three MLPs."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])
     d = model[0].d_in
     seen = {str(i): np.asarray(inputs(d, n)) for i, n in enumerate((20, 30, 20))}
@@ -220,7 +220,7 @@ def test_sites_that_go_together(backend, key, monkeypatch):
 
 @pytest.mark.parametrize(("room", "shapes"), [(9, [(4,)]), (5, [(2,), (2,)]), (0, [()] * 4)])
 def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
-    """Copies of their weights, and what comes back."""
+    """Their weights are copied into the call, and the results need as much."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(4)])
     size = sum(x.nbytes for x in jax.tree.leaves(model[0].sub_mlps()))
     calls, solve = [], mlps.solve_stacked
@@ -237,11 +237,11 @@ def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
     ("count", "each", "memory", "size"),
     [
         (8, 10, 1000, 8),  # all fit
-        (8, 10, 79, 4),  # 7 would leave 1, and be compiled for both
+        (8, 10, 79, 4),  # 7 and 1 would be two programs
         (7, 10, 45, 4),  # a prime number of them: 4 and 3
         (128, 10, 500, 32),
         (60, 10, 160, 15),
-        (3, 10, 5, 1),  # one is always tried
+        (3, 10, 5, 1),  # at least one
         (1, 10, 5, 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""Matrices in other forms, anywhere in a model: the same function, saved, exported, made plain."""
+"""Matrices in other forms, anywhere in a model: same function, saved, exported, made plain."""
 
 import jax
 import jax.numpy as jnp

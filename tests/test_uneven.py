@@ -1,4 +1,4 @@
-"""Experts of different widths: how they are chosen, and that nothing else changes."""
+"""Experts of different widths: how the widths are chosen, and that nothing else changes."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def test_widths_of_equal_use_are_equal():
 
 
 def test_power_is_the_best_one_where_errors_fall_as_the_width_does():
-    """At 1 / (1 + a) no move of units between experts lessens sum use width^-a."""
+    """At 1 / (1 + a), no move of units between experts lowers ``sum use width^-a``."""
     use, a = np.array([0.55, 0.3, 0.1, 0.05]), 1.0
     plan = widths_by_use(use.tolist(), 400, 1 / (1 + a), original=4000)
     widths = np.zeros(4)

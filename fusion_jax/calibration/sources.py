@@ -29,10 +29,10 @@ CalibrationSource = (
     | Mapping[str, Any]
     | os.PathLike
 ) | str
-"""What calibration can come from, see `fusion_jax.compress`."""
+"""Possible sources of calibration, see `fusion_jax.compress`."""
 
 RANDOM_SHAPE = (512, 32)
-"""The number of random sequences where there is no text, and of tokens in each."""
+"""The number of random sequences that replace text, and of tokens in each."""
 
 
 def read_source(source: CalibrationSource) -> Any:

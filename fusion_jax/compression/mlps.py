@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -15,18 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.compression.batching import Problems, solve_stacked, unstacked, working_memory
-from fusion_jax.compression.checks import all_finite, checked_key
-from fusion_jax.errors import InputError, nearest
+from fusion_jax.compression.checks import Checked, checked
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.methods.base import Method, check_method
+from fusion_jax.methods.base import Method
 from fusion_jax.models.provenance import Provenance
-from fusion_jax.nn.linear_forms import check_plain
-from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
-from fusion_jax.nn.site import Site, gradients_of, select_sites, sites
+from fusion_jax.nn.mlp import AnyMlp, Mlp
+from fusion_jax.nn.site import Site, gradients_of, sites
 from fusion_jax.nn.submlps import SubMLPs
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
@@ -90,168 +85,12 @@ def compress(
         >>> smaller.width, report.rows[0].width_before
         (16, 64)
     """
-    job = _checked(model, method, key, layers, budget, calibration, gradients)
+    job = checked(model, method, key, layers, budget, calibration, gradients)
     smaller, rows = _solved(job, progress)
     return _reported(job, smaller, rows)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A compression whose inputs are checked.
-
-    Args:
-        model: The model.
-        chosen: The sites to compress.
-        methods: The method of each chosen site, by path.
-        key: Random key.
-        calibrator: The source of calibration, or None.
-        gradients: The gradients of a loss by path of a parameter, or None.
-    """
-
-    model: nnx.Module
-    chosen: list[Site]
-    methods: dict[str, Method]
-    key: Key[Array, ""]
-    calibrator: Calibrator | None
-    gradients: Mapping[str, Array] | None
-
-    @property
-    def calibration(self) -> str | None:
-        """The source of the calibration, in words."""
-        return None if self.calibrator is None else self.calibrator.description
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """The method as JSON values, or the methods by site where they differ."""
-        found = {site.path: self.methods[site.path].to_json() for site in self.chosen}
-        same = len(set(self.methods.values())) == 1
-        return found[self.chosen[0].path] if same else found
-
-
-def _checked(
-    model: nnx.Module,
-    method: Method | Mapping[str, Method],
-    key: Any,
-    layers: Selection,
-    budget: float | None,
-    calibration: CalibrationSource | None,
-    gradients: Mapping[str, Array] | None,
-) -> _Job:
-    """Checks the arguments of `compress`, without any long work."""
-    chosen, methods = _chosen(sites(model), method, layers)
-    key = checked_key(key)
-    if budget is not None and isinstance(method, Mapping):
-        raise InputError("methods by site have their sizes; give a budget, or those")
-    if budget is not None and not 0 < budget <= 1:
-        raise InputError(f"budget must be in (0, 1]; got {budget}")
-    # Where methods differ, an argument is for the methods that take it, if there are any.
-    calibrated = any(m.takes_calibration for m in methods.values())
-    graded = any(m.takes_gradients for m in methods.values())
-    for site in chosen:
-        with _naming(site):
-            own = methods[site.path]
-            _check_module(own, site.mlp)
-            subs = jax.eval_shape(site.mlp.sub_mlps)
-            if budget is not None:
-                methods[site.path] = own = own.within(subs, budget)
-            own.check(subs, calibrated=calibration is not None)
-            own.check_given(
-                calibration=calibration is not None and (own.takes_calibration or not calibrated),
-                gradients=gradients is not None and (own.takes_gradients or not graded),
-            )
-    needs = [methods[site.path].model_needs for site in chosen]
-    option = next((need.expert_use for need in needs if need.expert_use), None)
-    if option and not any(site.mlp.stack for site in chosen):
-        raise InputError(f"{option} is for experts, and no chosen site has any")
-    _check_values(chosen, gradients)
-    calibrator = None
-    if calibration is not None:
-        calibrator = Calibrator(
-            model,
-            chosen,
-            calibration,
-            sequential=any(need.earlier_sites for need in needs),
-            # Sites are counted from 0, so that no site has the key of the calibration.
-            key=jax.random.fold_in(key, 2**31 - 1),
-        )
-        if not calibrator.on_text:
-            _check_needs_no_text(chosen, methods)
-    return _Job(model, chosen, methods, key, calibrator, gradients)
-
-
-def _chosen(
-    found: list[Site], method: Method | Mapping[str, Method], layers: Selection
-) -> tuple[list[Site], dict[str, Method]]:
-    """Returns the sites to compress, and the method of each by path."""
-    chosen = select_sites(found, layers)
-    if not isinstance(method, Mapping):
-        check_method(method)
-        return chosen, {site.path: method for site in chosen}
-    if not method:
-        raise InputError("no site is given a method: the mapping is empty")
-    paths = [site.path for site in found]
-    for path, own in method.items():
-        if path not in paths:
-            raise InputError(f"no site {path!r}{nearest(path, paths)}")
-        check_method(own)
-    chosen = [site for site in chosen if site.path in method]
-    if not chosen:
-        raise InputError(f"layers {layers!r} matches no site that is given a method")
-    return chosen, {site.path: method[site.path] for site in chosen}
-
-
-def _check_module(method: Method, mlp: AnyMlp) -> None:
-    """Raises `InputError` if a method does not take such a module."""
-    if method.accepts_compressed and not isinstance(mlp, Mlp):
-        raise InputError(
-            "has experts of different widths; fusion_jax.compress_matrices takes their matrices"
-        )
-    if not method.accepts_compressed and type(mlp) not in (Mlp, GatedMlp):
-        raise InputError(f"is a {type(mlp).__name__} already; compress the original model")
-    for name, linear in mlp.linears().items():
-        check_plain(linear, name)
-
-
-def _check_values(chosen: list[Site], gradients: Mapping[str, Array] | None) -> None:
-    """Raises `InputError` for a NaN or infinite weight or gradient, and for a missing gradient."""
-    finite = jax.device_get([all_finite(site.mlp) for site in chosen])
-    bad = [site.path or "(the model)" for site, ok in zip(chosen, finite, strict=True) if not ok]
-    if bad:
-        raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
-    if gradients is None:
-        return
-    for site in chosen:
-        with _naming(site):
-            if not all_finite(gradients_of(site, gradients)):
-                raise InputError("NaN or infinite gradients")
-
-
-def _check_needs_no_text(chosen: list[Site], methods: Mapping[str, Method]) -> None:
-    """Raises `InputError` if a method needs text, where the inputs of the sites are given."""
-    for site in chosen:
-        needs = methods[site.path].model_needs
-        if needs.earlier_sites:
-            raise InputError(
-                f"{needs.earlier_sites} needs calibration text or tokens; inputs by site do not "
-                "follow the compression of earlier sites"
-            )
-        if needs.expert_use and site.mlp.stack:
-            raise InputError(
-                f"{site.path}: {needs.expert_use} needs calibration text or tokens; inputs of "
-                "experts do not show how often the router uses each"
-            )
-
-
-@contextmanager
-def _naming(site: Site) -> Iterator[None]:
-    """Puts the site's path in front of an `InputError` from inside the block."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{site.path or 'the model'}: {error}") from None
-
-
-def _solved(job: _Job, progress: bool | None) -> tuple[Any, list[SiteReport]]:
+def _solved(job: Checked, progress: bool | None) -> tuple[Any, list[SiteReport]]:
     """Returns the smaller model, and the report of each site."""
     smaller: Any = nnx.clone(job.model)
     rows = []
@@ -273,7 +112,7 @@ def _solved(job: _Job, progress: bool | None) -> tuple[Any, list[SiteReport]]:
     return smaller, rows
 
 
-def _sites_by_call(job: _Job) -> Iterator[list[Site]]:
+def _sites_by_call(job: Checked) -> Iterator[list[Site]]:
     """Yields the sites that are solved in one call: of one method, and of arrays of one shape.
 
     The experts of a site are in one call anyway.
@@ -310,7 +149,7 @@ def _mlps_per_call() -> int:
     return 1 if jax.default_backend() == "cpu" else 16
 
 
-def _solved_sites(job: _Job, batch: list[Site]) -> list[Made]:
+def _solved_sites(job: Checked, batch: list[Site]) -> list[Made]:
     """Returns the compressed MLPs of some sites that are solved in one call."""
     method = job.methods[batch[0].path]
     seen = slopes = None
@@ -389,7 +228,7 @@ def _fact(value: Array) -> Any:
     return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
 
 
-def _reported(job: _Job, smaller: Any, rows: list[SiteReport]) -> tuple[Any, Report]:
+def _reported(job: Checked, smaller: Any, rows: list[SiteReport]) -> tuple[Any, Report]:
     """Returns the smaller model with its provenance, and the report of the compression."""
     provenance = getattr(smaller, "provenance", None)
     if isinstance(provenance, Provenance):

@@ -27,7 +27,7 @@ class Solution(NamedTuple):
 
 
 class ModelNeeds(NamedTuple):
-    """What a method needs from the model around an MLP, by the names of the options that ask.
+    """The needs of a method beyond one MLP: the names of the options that cause them.
 
     Args:
         earlier_sites: The option by which each site is fitted in a model whose earlier sites are
@@ -73,7 +73,7 @@ class Method:
 
     @property
     def model_needs(self) -> ModelNeeds:
-        """What it needs from the model around an MLP."""
+        """The method's needs beyond one MLP."""
         return ModelNeeds()
 
     def expert_groups(self, width: int, use: Sequence[float]) -> list[tuple[Method, list[int]]]:
