@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from fusion_jax.report import table
+from ntk.tables import table
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

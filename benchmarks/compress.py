@@ -1,10 +1,11 @@
-"""Time and peak memory of compressing whole models.
+"""Measures time and peak memory of compressing whole models.
 
-all-MiniLM-L6-v2, 4 layers 1,536 -> 384, and an encoder of RoBERTa-base's size with random weights,
-8 layers 3,072 -> 768; each in a process of its own, so that peak memory is its own and compilation
-is part of the time. Then the experts of one layer of Qwen1.5-MoE's shape (8 of its 60, 1,408 to
-352, random weights and calibration inputs): in one call, as `compress` does, which on a CPU solves
-them one after the other and elsewhere as a batch; in a call for each; as a batch on any device.
+The models are all-MiniLM-L6-v2, 4 layers 1,536 -> 384, and an encoder of RoBERTa-base's size with
+random weights, 8 layers 3,072 -> 768. Each runs in a process of its own, so that peak memory is its
+own and the time includes compilation. Then come the experts of one layer of Qwen1.5-MoE's shape (8
+of its 60, 1,408 to 352, random weights and calibration inputs). They are compressed in one call, as
+`compress` does, which solves them one after another on a CPU and as a batch elsewhere; in a call
+for each; and as a batch on any device.
 
     python -m benchmarks.compress [--quick] [--json FILE]
 """
@@ -20,11 +21,11 @@ from typing import Any
 from benchmarks.common import finish, parser, peak_gib
 
 LIMITS = {"minilm": (15.0, 4.0), "roberta-base-sized": (120.0, 4.0)}
-"""Seconds and GiB that each case must keep."""
+"""The limits of each case, in seconds and GiB."""
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Compresses one model in this process."""
+    """Compresses one model in this process, and returns the row of the results."""
     import jax
     from flax import nnx
 
@@ -62,7 +63,7 @@ EXPERTS = ("one call", "a call for each", "a batch")
 
 
 def measure_experts(way: str, quick: bool) -> dict[str, Any]:
-    """Compresses the experts of one layer in this process, three times, the first to compile."""
+    """Compresses the experts of one layer in this process, three times; the first compiles."""
     import jax
     import jax.numpy as jnp
 

@@ -1,31 +1,31 @@
-"""The clustering engine against what users have: seconds and inertia, in one run.
+"""Compares the clustering engine with other libraries: seconds and inertia, in one run.
 
 - ``minilm``: rows of all MLPs of all-MiniLM-L6-v2, 1,536 x 769 -> 384. The peers run on layers 2
   and 5.
 - ``roberta-base``: as many points as an MLP of RoBERTa-base gives, 3,072 x 1,537 -> 768. They are
   synthetic, with the spectrum and the lengths that the rows of MiniLM's MLPs have on average:
   normal rows, coordinate j times j^-0.42, each row times exp(0.14 z) with z normal.
-- ``joined``: the same size of real weights that do not belong together: rows of MiniLM's layers 2
-  and 3, continued by rows of layers 4 and 5.
-- ``heavy-tailed``: the same size with nothing to find, normal rows times exp(0.35 z). Ours and one
-  fit of scikit-learn's.
-- ``llama``: points of Llama-2-7B's size, 11,008 x 12,288 -> 2,752, heavy-tailed likewise. Ours
-  only, beside the time of one matmul X X^T, their Gram matrix.
+- ``joined``: the same size, of real weights that do not belong together: rows of MiniLM's layers 2
+  and 3, each continued by a row of layers 4 and 5.
+- ``heavy-tailed``: the same size without structure: normal rows times exp(0.35 z). Only ours and
+  one fit of scikit-learn.
+- ``llama``: points of Llama-2-7B's size, 11,008 x 12,288 -> 2,752, heavy-tailed too. Only ours, and
+  the time of one matmul X X^T, the Gram matrix.
 - ``experts``: 16 MLPs of MiniLM's size by `fusion_jax.compress_mlp` in one call, under vmap, and in
   a call for each.
 
-Each case has a process of its own. Seconds are the median of some runs; compilation is beside, not
-inside. Inertia is the fraction of the total sum of squares, computed here in float64 from the
-labels, whatever a library reports. scikit-learn's 30 restarts are 30 fits from different seeds:
-seconds are their sum, inertia is the best one's. ``matmul_share`` is the time that the Gram matrix
-would take at the machine's best measured float32 matmul rate, over the time of the clustering.
-``load_before`` is the machine's load average of the minute before the case (which the case before
-is part of): seconds count on an idle machine.
+Each case has a process of its own. Seconds are the median of some runs, without compilation, which
+is listed separately. Inertia is the fraction of the total sum of squares; it is computed here in
+float64 from the labels for all libraries. scikit-learn's 30 restarts are 30 fits from different
+seeds: seconds are their sum, inertia is that of the best fit. ``matmul_share`` is the time that the
+Gram matrix would take at the machine's best measured float32 matmul rate, divided by the time of
+the clustering. ``load_before`` is the machine's load average in the minute before the case, which
+may include the previous case: seconds are valid on an idle machine only.
 
     python -m benchmarks.kmeans [--quick] [--case NAME] [--json FILE]
 
-Peers come with ``pip install 'fusion-jax[bench]'``; those that are not installed are left out.
-With ``--case``, the rows of other cases in FILE stay.
+``pip install 'fusion-jax[bench]'`` installs the peers; missing ones are left out. With ``--case``,
+the rows of other cases in FILE stay.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ EXPERTS = 16
 LAYERS = (2, 5)
 """MiniLM's layers on which the peers run."""
 SECONDS = 5
-"""A clustering is repeated for so long, at most `RUNS` times."""
+"""The time that a clustering is repeated for, at most `RUNS` times."""
 RUNS = 10
 
 
@@ -82,7 +82,7 @@ def faiss(x: np.ndarray, k: int, seed: int, **options: Any) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("k", "n_init"))
 def ott(x: np.ndarray, k: int, seed: int, n_init: int) -> jax.Array:
-    # Under one jit, as otherwise every call traces anew.
+    # Under one jit: otherwise every call is traced again.
     result = import_module("ott.tools.k_means").k_means(
         jnp.asarray(x), k, n_init=n_init, rng=jax.random.key(seed)
     )
@@ -102,11 +102,11 @@ PEERS: dict[str, tuple[str, Clustering]] = {
     "ott-jax": ("ott", partial(ott, n_init=1)),
     "ott-jax, best of 5": ("ott", partial(ott, n_init=5)),
 }
-"""The module each needs, and how it is called."""
+"""The module that each peer needs, and the function to call."""
 
 
 def heavy_tailed(n: int, d: int, seed: int = 0, spread: float = 0.35) -> np.ndarray:
-    """Normal rows of different lengths, in float32."""
+    """Returns normal rows of different lengths, in float32."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, d), np.float32)
     x *= np.exp(np.float32(spread) * rng.standard_normal((n, 1), np.float32))
@@ -114,7 +114,7 @@ def heavy_tailed(n: int, d: int, seed: int = 0, spread: float = 0.35) -> np.ndar
 
 
 def quality(x: np.ndarray, labels: Any, k: int) -> Row:
-    """The inertia of labels, over the total sum of squares, and the number of empty clusters."""
+    """Returns the inertia over the total sum of squares, and the number of empty clusters."""
     labels = np.asarray(labels)
     order = np.argsort(labels, kind="stable")
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -129,7 +129,7 @@ def quality(x: np.ndarray, labels: Any, k: int) -> Row:
 
 
 def matmul_rate(quick: bool) -> float:
-    """Operations (two a multiply-add) per second of the best of some float32 matmuls."""
+    """Returns the operations (two a multiply-add) per second of the best of some matmuls."""
     n = 256 if quick else 4096
     x = jax.random.normal(jax.random.key(0), (n, n))
     product = jax.jit(partial(jnp.matmul, precision="highest"))
@@ -137,20 +137,20 @@ def matmul_rate(quick: bool) -> float:
 
 
 def gram_seconds(shape: tuple[int, int], rate: float) -> float:
-    """What X X^T of points of a shape would take at a rate."""
+    """Returns the seconds of X X^T, for points of a shape, at a matmul rate."""
     n, d = shape
     return 2 * n * n * d / rate
 
 
 def timed(f: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and its result once computed."""
+    """Returns the seconds of a call, and its computed result."""
     start = time.perf_counter()
     result = jax.block_until_ready(f())
     return time.perf_counter() - start, result
 
 
 def measured(cluster: Clustering, x: np.ndarray, k: int, compiles: bool) -> Row:
-    """Runs a clustering from different seeds; the row has the medians."""
+    """Runs a clustering from different seeds, and returns the medians."""
     first = timed(lambda: cluster(x, k, 0))[0] if compiles else None
     runs: list[tuple[float, float, int]] = []
     while len(runs) < RUNS and sum(run[0] for run in runs) < SECONDS:
@@ -163,7 +163,7 @@ def measured(cluster: Clustering, x: np.ndarray, k: int, compiles: bool) -> Row:
 
 
 def restarts(x: np.ndarray, k: int) -> dict[str, Row]:
-    """The median of many fits of scikit-learn, and their best."""
+    """Returns the median of many fits of scikit-learn, and the best fit."""
     runs = [timed(lambda seed=seed: sklearn("KMeans", x, k, seed)) for seed in range(RESTARTS)]
     times = [seconds for seconds, _ in runs]
     found = [quality(x, labels, k) for _, labels in runs]
@@ -176,7 +176,7 @@ def restarts(x: np.ndarray, k: int) -> dict[str, Row]:
 
 
 def against_peers(problem: str, x: np.ndarray, k: int, rate: float, peers: bool) -> list[Row]:
-    """Ours, and the peers that are installed."""
+    """Returns the rows of ours and of the installed peers."""
     rows = []
 
     def add(method: str, row: Row) -> None:
@@ -201,7 +201,7 @@ def against_peers(problem: str, x: np.ndarray, k: int, rate: float, peers: bool)
 
 
 def real_rows() -> list[np.ndarray]:
-    """The sub-MLPs of all-MiniLM-L6-v2's six MLPs, (1536, 769) each."""
+    """Returns the sub-MLPs of all-MiniLM-L6-v2's six MLPs, (1536, 769) each."""
     return [np.asarray(s.mlp.sub_mlps().rows()) for s in fj.sites(fj.load(find_model()))]
 
 
@@ -244,7 +244,7 @@ def llama(quick: bool) -> list[Row]:
     seconds, result = timed(run)
     peak = peak_gib()
     gram = jax.jit(lambda x: jnp.matmul(x, x.T, precision="highest"))
-    # The first of two compiles.
+    # The first call compiles.
     gram_alone = min(timed(lambda: gram(points))[0] for _ in range(2))
     row = {"seconds": seconds, **quality(np.asarray(points), result.labels, n // 4)}
     row |= {
@@ -269,7 +269,7 @@ def experts(quick: bool) -> list[Row]:
         "kmeans under vmap": lambda: cluster(rows).labels,
     }
     first = {name: timed(f)[0] for name, f in methods.items()}
-    # By turns, so that what else the machine does meets all.
+    # In turns, so that other load on the machine affects all alike.
     runs = [{name: timed(f) for name, f in methods.items()} for _ in range(5)]
     made = []
     for name in methods:
@@ -309,16 +309,16 @@ LIMITS = {
     "llama_over_gram": (None, 20),
     "llama_peak_gib": (None, 6),
 }
-"""What the summary's figures must be at least, and at most, on a CPU."""
+"""The lower and upper limits of the summary's figures on a CPU."""
 
 
-def summarise(rows: list[Row]) -> dict[str, float]:
-    """The figures of the cases that were measured; on MiniLM the means of the layers'."""
+def summarize(rows: list[Row]) -> dict[str, float]:
+    """Returns the figures of the measured cases; for MiniLM, means over its layers."""
     table = {(row["problem"], row["method"]): row for row in rows if "seconds" in row}
     summary: dict[str, float] = {}
 
     def ratio(field: str, problem: str, above: str, below: str) -> list[float]:
-        """The ratios of the problems whose names begin so and that have both rows."""
+        """Returns the ratio for each problem whose name begins so and that has both rows."""
         return [
             table[name, above][field] / table[name, below][field]
             for name in dict.fromkeys(name for name, _ in table if name.startswith(problem))
@@ -355,7 +355,7 @@ def main() -> int:
     if options.case and options.json is not None and options.json.is_file():
         kept = json.loads(options.json.read_text())["rows"]
         rows = [row for row in kept if not row["problem"].startswith(options.case)]
-    # Quick is to need no real model.
+    # The quick run needs no real model.
     every = [case for case in CASES if not (options.quick and case in ("minilm", "joined"))]
     for case in [options.case] if options.case else every:
         command = [sys.executable, "-m", "benchmarks.kmeans", "--measure", "--case", case]
@@ -363,16 +363,16 @@ def main() -> int:
         load = os.getloadavg()[0]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         rows += [{**row, "load_before": load} for row in json.loads(done.stdout)]
-    summary = summarise(rows)
+    summary = summarize(rows)
     finish(options, rows, summary, "scikit-learn", "faiss-cpu", "ott-jax")
-    # Times of quick's sizes say nothing.
+    # Times of the quick run's sizes have no meaning.
     missed = [
         name
-        for name, (least, most) in LIMITS.items()
+        for name, (lower, upper) in LIMITS.items()
         if name in summary
         and jax.default_backend() == "cpu"
         and (not options.quick or name.startswith("inertia"))
-        and not (least or 0) <= summary[name] <= (most or np.inf)
+        and not (lower or 0) <= summary[name] <= (upper or np.inf)
     ]
     if missed:
         print(f"beyond its limit: {', '.join(missed)}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Time and peak memory of compressing layers of large models, from disk to disk.
+"""Measures time and peak memory of compressing layers of large models, from disk to disk.
 
 A checkpoint with one layer of the shape of Llama-2-7B's (MLP 4,096 x 11,008) or of Mixtral-8x7B's
-(eight experts 4,096 x 14,336), random weights in bfloat16, is loaded, fused to a quarter of its
-width and exported; each case in a process of its own. The estimate for the whole model is the
-time of one layer, compilation included, times its 32 layers.
+(eight experts 4,096 x 14,336), with random weights in bfloat16, is loaded, fused to a quarter of
+its width and exported, each case in a process of its own. The estimate for the whole model is the
+time of one layer, compilation included, times 32 layers.
 
     python -m benchmarks.large [--quick] [--case NAME] [--experts N] [--json FILE]
 """
@@ -34,7 +34,7 @@ LAYERS = 32
 
 
 def config(case: str, quick: bool, experts: int | None) -> dict[str, Any]:
-    """The ``config.json`` of a case, sixteen times narrower if it is to be quick."""
+    """Returns the ``config.json`` of a case, sixteen times narrower in the quick run."""
     result = {
         **CASES[case],
         "vocab_size": 256,
@@ -52,7 +52,7 @@ def config(case: str, quick: bool, experts: int | None) -> dict[str, Any]:
 
 
 def write(fields: dict[str, Any], folder: Path) -> None:
-    """A checkpoint of random weights, made and written tensor by tensor."""
+    """Writes a checkpoint of random weights, tensor by tensor."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -60,6 +60,7 @@ def write(fields: dict[str, Any], folder: Path) -> None:
 
     from fusion_jax.checkpoint import files
     from fusion_jax.models.registry import FAMILIES
+    from fusion_jax.nn.surgery import path_name
 
     family = FAMILIES[fields["model_type"]]
     parsed = family.config(fields)
@@ -71,7 +72,7 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     def tensors():
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             shape = variable.get_value().shape
-            location = rules.locate(".".join(map(str, path)))
+            location = rules.locate(path_name(path))
             for name in location.tensors(location.names[0], shape):
                 one = shape[1:] if location.stacked else shape
                 one = one[::-1] if location.transposed else one
@@ -85,7 +86,7 @@ def write(fields: dict[str, Any], folder: Path) -> None:
 
 
 def measure(case: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Loads, compresses and exports in this process."""
+    """Loads, compresses and exports in this process, and returns the row of the results."""
     import jax
     from flax import nnx
 

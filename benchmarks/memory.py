@@ -1,11 +1,12 @@
-"""Whether memory stays flat over many steps of fine-tuning, evaluations and checkpoints included.
+"""Measures whether memory stays constant over many steps of fine-tuning.
 
-all-MiniLM-L6-v2, its MLPs fused to a sixteenth, in small batches of two lengths, with an evaluation
-and a checkpoint every 25 steps. Resident memory is read after every step, when no step is in
-flight. The first third warms up: what is kept for writing checkpoints settles after about a dozen.
-Then the allocator still takes and returns pages as it likes, so that growth is the median of the
-last third over that of the second. By default, glibc puts ever larger buffers on its heap, where
-freed ones leave holes; a fixed threshold shows what the library itself keeps.
+all-MiniLM-L6-v2, with its MLPs fused to a sixteenth, is trained in small batches of two lengths,
+with an evaluation and a checkpoint every 25 steps. Resident memory is read after every step, when
+no step is running. The first third is a warm-up: the buffers for writing checkpoints stop growing
+after about a dozen of them. Later the allocator still takes and returns pages, so that growth is
+the median of the last third relative to that of the second. By default, glibc puts ever larger
+buffers on its heap, where freed ones leave holes; a fixed threshold shows the memory that the
+library itself keeps.
 
     MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.memory [--quick] [--json FILE]
 """
@@ -30,12 +31,12 @@ from fusion_jax.training.engine.batches import Batches, Examples
 
 STEPS = 1500
 EVERY = 25
-MOST = 0.01
-"""How much memory may grow."""
+MAX_GROWTH = 0.01
+"""The allowed relative growth of memory."""
 
 
 def resident_mib() -> float:
-    """This process's resident memory."""
+    """Returns the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -92,7 +93,7 @@ def main() -> int:
     ]
     growth = rows[2]["median_mib"] / rows[1]["median_mib"] - 1
     finish(arguments, rows, {"growth": growth})
-    if growth > MOST and not arguments.quick:
+    if growth > MAX_GROWTH and not arguments.quick:
         print(f"memory grew by {growth:.1%}", file=sys.stderr)
         return 1
     return 0

@@ -1,17 +1,17 @@
-"""How near fused MLPs stay to the original: outputs, kernels, and whole-model embeddings.
+"""Measures how near fused MLPs are to the original: outputs, kernels, and sentence embeddings.
 
-Every MLP of all-MiniLM-L6-v2 is fused alone, by every geometry with and without refitted weights
-and matched kernels, and compared with the original at inputs from held-out text: the relative
+Every MLP of all-MiniLM-L6-v2 is fused alone, with every geometry, with and without refitted weights
+and matched kernels. It is compared with the original at inputs from held-out text: the relative
 Frobenius errors of outputs, of the traced SGD kernel (``scaling="sgd"``), and of the Adam kernel
-with random upstream gradients (``scaling="adam"``). Then the last 4 of 6 layers are fused together,
-and cosine similarities of sentence embeddings compared (Spearman) with those of the original, on
-text of another domain; pairs of sentences are drawn so that their similarities cover the range
-evenly, as in similarity tasks.
+with random upstream gradients (``scaling="adam"``). Then the last 4 of 6 layers are fused together.
+The cosine similarities of sentence embeddings are compared with the original's (Spearman) on text
+of another domain. Pairs of sentences are drawn so that their similarities cover the range evenly,
+as in similarity tasks.
 
     python -m benchmarks.quality --data DIR [--quick] [--json FILE] [--figure FILE]
 
 DIR has ``glue/SST-2`` (calibration on 1,000 training sentences, held-out text from dev) and
-``lm/wikitext-2`` (the other domain). Without it, sentences of the package take their places.
+``lm/wikitext-2`` (the other domain). Without DIR, sentences of the package replace them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ WHOLE = ["paper", "raw", "function", "raw, refit", OURS]
 
 
 def method(name: str, width: int, scaling: Any) -> fj.Fusion:
-    """The method of a row."""
+    """Returns the method with a name."""
     if name == "paper":
         return fj.Fusion.paper(width=width, scaling=scaling)
     return fj.Fusion(width=width, scaling=scaling, **PARTS[name])
 
 
 class Texts(NamedTuple):
-    """Sentences to calibrate on, of the same domain, and of another."""
+    """Sentences to calibrate on, held-out ones of the same domain, and ones of another domain."""
 
     calibration: list[str]
     held_out: list[str]
@@ -65,7 +65,7 @@ class Texts(NamedTuple):
 
 
 def texts(data: Path | None) -> Texts:
-    """The sentences."""
+    """Returns the sentences."""
     if data is None:
         own = sentences()
         return Texts(own[0::3], own[1::3], own[2::3])
@@ -82,13 +82,13 @@ def texts(data: Path | None) -> Texts:
 
 
 def relative(before: jax.Array, after: jax.Array) -> float:
-    """The relative Frobenius error."""
+    """Returns the relative Frobenius error."""
     a, b = np.asarray(before, np.float64), np.asarray(after, np.float64)
     return float(np.linalg.norm(b - a) / np.linalg.norm(a))
 
 
 def errors(site: fj.Site, sgd: Any, adam: Any, x: jax.Array) -> dict[str, float]:
-    """What fusing changed at given inputs."""
+    """Returns the errors of two fused MLPs at given inputs."""
     up = jax.random.normal(jax.random.key(1), (x.shape[0], site.mlp.d_out))
     old, sgd_weights, adam_weights = map(mlp_weights, (site.mlp, sgd, adam))
     bias = 0 if site.mlp.out_bias() is None else site.mlp.out_bias()[None]  # type: ignore[index]
@@ -105,12 +105,12 @@ def errors(site: fj.Site, sgd: Any, adam: Any, x: jax.Array) -> dict[str, float]
 def per_layer(
     model: Any, calibration: dict[str, Any], held_out: dict[str, Any], widths: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Every site fused alone, by every method."""
+    """Returns a row for each site fused alone, with each method and width."""
     rows = []
     for width in widths:
         for name in PARTS:
             for site in fj.sites(model):
-                # The same layer through the whole model's program would compile for each choice.
+                # Alone, as the program of the whole model would be compiled for every choice.
                 seen = {"": calibration[site.path]}
                 made = [
                     fj.compress(
@@ -152,12 +152,12 @@ class Agreement:
         self.pairs = {"even": (first[even], second[even]), "random": (first[drawn], second[drawn])}
 
     def embeddings(self, model: Any) -> np.ndarray:
-        """Mean-pooled and normalised."""
+        """Returns mean-pooled embeddings of length 1."""
         pooled = np.concatenate([np.asarray(_pooled(model, batch)) for batch in self.batches])
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Spearman correlations of similarities, and the mean cosine of both embeddings."""
+        """Returns the Spearman correlations of similarities, and the mean cosine of embeddings."""
         now = self.embeddings(model)
         result = {}
         for name, (i, j) in self.pairs.items():
@@ -180,7 +180,7 @@ def _pooled(model: Any, batch: TokenBatch) -> jax.Array:
 def whole_model(
     model: Any, calibration: Any, agreement: Agreement, widths: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The last 4 layers fused together."""
+    """Returns a row for each method and width, with the last 4 layers fused together."""
     cases = [(name, width, calibration) for width in widths for name in WHOLE]
     cases += [(f"{OURS}; random tokens", width, "random") for width in widths]
     rows = []
@@ -209,13 +209,13 @@ def main() -> int:
     p = model.config.intermediate_size
     held_out = {}
     for domain, held in (("", text.held_out), ("_other_domain", text.other[:300])):
-        # As token batches, so that no random tokens are among them.
+        # As token batches, to which calibration adds no random tokens.
         tokens = batches(load_tokenizer(model.provenance.folder), held)
         held_out[domain] = fj.calibrate(
             model, tokens, key=jax.random.key(1), max_positions=POSITIONS
         )
     rows = per_layer(model, calibration, held_out, [p // 4] if options.quick else [p // 4, p // 8])
-    summary = summarise(rows, p // 4)
+    summary = summarize(rows, p // 4)
     if not options.quick:
         widths = [p // 4, p // 8, p // 16]
         whole = whole_model(model, calibration, Agreement(model, text.other), widths)
@@ -232,7 +232,7 @@ def main() -> int:
         "sgd_kernel_error_vs_paper": 0.65,
         "adam_kernel_error_vs_paper": 0.75,
     }
-    # The package's few sentences are too little text for the figures that users get.
+    # The limits are for real text; the package's sentences are too few.
     missed = [name for name, limit in limits.items() if options.data and summary[name] > limit]
     if missed:
         print(f"above its limit: {', '.join(missed)}", file=sys.stderr)
@@ -240,7 +240,7 @@ def main() -> int:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """The paper's method, ours without calibration, and ours: kernels and embeddings."""
+    """Draws the paper's method and ours, without and with calibration: kernels and embeddings."""
     plt = pyplot()
     names = {
         "paper": "paper",
@@ -252,12 +252,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     quarter = max(row["width"] for row in rows)
     shown = [name for name in names if any(r["method"] == name and "output" in r for r in rows)]
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    colours = dict(zip(names, ("0.6", "tab:orange", "tab:green", "tab:blue"), strict=True))
+    colors = dict(zip(names, ("0.6", "tab:orange", "tab:green", "tab:blue"), strict=True))
     for i, name in enumerate(shown):
         at = [r for r in rows if r["method"] == name and r["width"] == quarter and "output" in r]
         place = np.arange(len(keys)) + 0.27 * (i - (len(shown) - 1) / 2)
         heights = [float(np.mean([row[key] for row in at])) for key in keys]
-        bars.bar(place, heights, 0.25, color=colours[name], label=names[name])
+        bars.bar(place, heights, 0.25, color=colors[name], label=names[name])
     bars.set_xticks(range(len(keys)), list(keys.values()))
     bars.set_ylabel("relative error")
     bars.set_title("One MLP at a quarter of its width", fontsize=10)
@@ -269,7 +269,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         )
         if at:
             widths, values = zip(*at, strict=True)
-            lines.plot(widths, values, "o-", color=colours[name], label=names[name])
+            lines.plot(widths, values, "o-", color=colors[name], label=names[name])
             lines.set_xticks(widths, [str(width) for width in widths])
     lines.set_xlabel("width left of 1,536, in 4 of 6 layers")
     lines.set_ylabel("Spearman correlation")
@@ -282,8 +282,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
-def summarise(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
-    """Means over layers of our errors over the paper's."""
+def summarize(rows: list[dict[str, Any]], width: int) -> dict[str, Any]:
+    """Returns our errors divided by the paper's, as means over layers."""
     table = {(r["method"], r["layer"]): r for r in rows if r["width"] == width}
     layers = sorted({layer for _, layer in table})
 

@@ -1,8 +1,8 @@
-"""Meshes with explicit axes, JAX's default: functions of models leave their axes to the compiler.
+"""Lets functions of models run on meshes with explicit axes, JAX's default.
 
-Where axes are explicit, every operation has to say how its result is split. Models, methods and
-kernels here do not: they run on the same devices with axes of the type Auto, and what they return
-is where the caller's arrays are.
+Where axes are explicit, every operation must say how its result is split. The models, methods and
+kernels of this library do not say it: they run on the same devices with axes of the type Auto, and
+their results are put back on the caller's mesh.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def auto(mesh: Mesh) -> Mesh:
-    """The same devices, with all axes left to the compiler."""
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """Returns a mesh of the same devices whose axes are all left to the compiler."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
@@ -32,11 +32,11 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of models and arrays be called where meshes have explicit axes.
 
     Args:
-        function: Takes and gives modules, arrays, and dicts, tuples and dataclasses of them.
+        function: Takes and returns modules, arrays, and dicts, tuples and dataclasses of them.
 
     Returns:
-        The function. Arrays that it gives as it got them are the caller's; new ones on a mesh are
-        on the caller's mesh.
+        The function. Arrays that it returns unchanged are the caller's own; new arrays on a mesh
+        are on the caller's mesh.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("data",))  # explicit
@@ -59,22 +59,22 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
         if _explicit(jax.sharding.get_abstract_mesh()):
             context = jax.sharding.get_mesh()
             meshes.add(context)
-        back = {auto(mesh): mesh for mesh in meshes if _explicit(mesh)}
+        back = {auto_mesh(mesh): mesh for mesh in meshes if _explicit(mesh)}
         if not back:
             return function(*args, **kwargs)
         forth = {mesh: twin for twin, mesh in back.items()}
         theirs: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def enter(x: jax.Array) -> jax.Array:
-            new = moved(x, forth)
-            theirs[id(new)] = new, x  # both, so that the address stays taken
+            new = _moved(x, forth)
+            theirs[id(new)] = new, x  # both, so that no other array gets this id
             return new
 
         def leave(x: jax.Array) -> jax.Array:
-            return theirs[id(x)][1] if id(x) in theirs else moved(x, back)
+            return theirs[id(x)][1] if id(x) in theirs else _moved(x, back)
 
         args, kwargs = _mapped(enter, args), _mapped(enter, kwargs)  # type: ignore[assignment]
-        with jax.set_mesh(auto(context)) if context is not None else contextlib.nullcontext():
+        with jax.set_mesh(auto_mesh(context)) if context is not None else contextlib.nullcontext():
             result = function(*args, **kwargs)
         return _mapped(leave, result)
 
@@ -85,15 +85,15 @@ def _explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def moved(x: jax.Array, meshes: dict[Mesh, Mesh]) -> jax.Array:
-    """An array on another mesh of the same devices, where it is on one of those given."""
+def _moved(x: jax.Array, meshes: dict[Mesh, Mesh]) -> jax.Array:
+    """Returns an array on the mesh that replaces its own, or itself if no mesh does."""
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh not in meshes:
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = moved(jax.random.key_data(x), meshes)
+        data = _moved(jax.random.key_data(x), meshes)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    # The same buffers; `jax.device_put` takes no meshes of several processes.
+    # The same buffers: `jax.device_put` does not take meshes of several processes.
     place = NamedSharding(meshes[sharding.mesh], sharding.spec)
     parts = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, place, parts)
@@ -106,9 +106,9 @@ def _arrays(tree: Any) -> Iterator[jax.Array]:
 
 
 def _mapped(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-    """A tree with its arrays changed. Lists, which may hold a million texts, are left as they are.
+    """Returns a tree with its arrays changed; a tree without arrays is returned itself.
 
-    Trees without arrays stay what they are.
+    Lists stay as they are: they may hold a million texts.
     """
     if isinstance(tree, jax.Array):
         return change(tree)
@@ -131,7 +131,7 @@ def _mapped(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
         return type(tree)(*new) if hasattr(tree, "_fields") else tuple(new)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         if not tree.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            return tree  # its identity may matter
+            return tree  # the caller may rely on its identity
         fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
         new = {name: _mapped(change, x) for name, x in fields.items()}
         if all(fields[name] is x for name, x in new.items()):

@@ -1,4 +1,4 @@
-"""What a compression changed, as a table and as JSON."""
+"""Reports what a compression changed, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from fusion_jax.nn.mlp import Mlp
-from fusion_jax.nn.uneven_experts import UnevenExperts
+from fusion_jax.nn.mlp import AnyMlp
+from ntk.tables import table
 
 
 class Size(NamedTuple):
-    """How large a model is.
+    """The size of a model.
 
     Args:
-        params: Trainable numbers.
-        bytes: Bytes of all its variables.
-        mlp_params: Trainable numbers in its MLPs.
-        mlp_flops: Operations of its MLPs' matrix products for one token.
+        params: Parameters, which are the numbers that can train.
+        bytes: Bytes of all variables.
+        mlp_params: Parameters of the MLPs.
+        mlp_flops: Operations of the MLPs' matrix products for one token.
     """
 
     params: int
@@ -30,16 +30,8 @@ class Size(NamedTuple):
     mlp_flops: int
 
 
-def size_of(model: nnx.Module, mlps: Iterable[Mlp]) -> Size:
-    """Counts a model, abstract or not.
-
-    Args:
-        model: The model.
-        mlps: Its MLPs.
-
-    Returns:
-        Its size.
-    """
+def size_of(model: nnx.Module, mlps: Iterable[AnyMlp]) -> Size:
+    """Returns the size of a model, which may be abstract, with the given MLPs."""
     mlps = list(mlps)
     return Size(
         params=num_params(model),
@@ -50,26 +42,24 @@ def size_of(model: nnx.Module, mlps: Iterable[Mlp]) -> Size:
 
 
 def num_params(module: nnx.Module) -> int:
-    """The number of trainable numbers in a module."""
+    """Returns the number of parameters of a module."""
     return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """What happened at one site.
+    """The change at one site.
 
     Args:
         site: Its path.
         width_before: Hidden units before; None for a single matrix.
         width_after: Hidden units after.
-        params_before: Trainable numbers before.
-        params_after: Trainable numbers after.
-        facts: What the method tells of its work: for `Fusion` the share of the rows' sum of squares
-            that stays inside clusters (inertia), the Lloyd iterations, whether they converged,
-            and the number of empty clusters.
+        params_before: Parameters before.
+        params_after: Parameters after.
+        facts: The method's own figures, such as `FusionFacts`.
         seconds: Time taken; at the first site of its shape this includes compilation.
-        use: Of experts, the share of the calibration text's routed positions that each one got;
-            None if there was no text.
+        use: The share of the calibration text's routed positions that each expert got; None if
+            there are no experts or was no text.
         widths: The width of each expert after, where they differ; ``width_after`` is the widest.
     """
 
@@ -87,13 +77,13 @@ class SiteReport:
     def of(
         cls,
         site: str,
-        old: Mlp,
-        new: Mlp,
+        old: AnyMlp,
+        new: AnyMlp,
         facts: dict[str, Any],
         seconds: float,
         use: Sequence[float] | None = None,
     ) -> SiteReport:
-        """The report of an MLP and what replaced it."""
+        """Returns the report of an MLP and the module that replaced it."""
         return cls(
             site=site or "(the model)",
             width_before=old.width,
@@ -103,17 +93,17 @@ class SiteReport:
             facts=facts,
             seconds=seconds,
             use=None if use is None else list(use),
-            widths=list(new.widths) if isinstance(new, UnevenExperts) else None,
+            widths=None if new.widths is None else list(new.widths),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a compression changed; ``str()`` is a table.
+    """The changes of a compression; ``str()`` is a table.
 
     Args:
-        method: The method's configuration.
-        calibration: What was calibrated on, in words, or None.
+        method: The method's configuration, or the configurations by site where methods differ.
+        calibration: The source of the calibration, in words, or None.
         rows: One entry per compressed site.
         before: The size of the whole model before.
         after: The size of the whole model after.
@@ -126,7 +116,7 @@ class Report:
     after: Size
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Returns the report as JSON values."""
         return {
             "method": self.method,
             "calibration": self.calibration,
@@ -170,12 +160,11 @@ def _widths(row: SiteReport) -> str:
 
 
 def _shares(use: Sequence[float]) -> str:
-    """All shares of a few experts, and of many the least, the median and the most."""
+    """Returns all shares of a few experts; the smallest, the median and the largest of many."""
     if len(use) <= 16:
         return " ".join(f"{share:.1%}" for share in use)
     ordered = sorted(use)
-    least, middle, most = ordered[0], ordered[len(use) // 2], ordered[-1]
-    return f"{least:.1%} to {most:.1%}, median {middle:.1%}"
+    return f"{ordered[0]:.1%} to {ordered[-1]:.1%}, median {ordered[len(use) // 2]:.1%}"
 
 
 def _cell(value: Any) -> str:
@@ -190,30 +179,3 @@ def _total(name: str, before: int | float, after: int | float) -> list[str]:
     form = "{:,}" if isinstance(before, int) else "{:,.1f}"
     change = 100 * (after / before - 1) if before else 0.0
     return [name, form.format(before), form.format(after), f"{change:+.1f} %"]
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns, the first row as the header.
-
-    Args:
-        rows: Equally long rows; the first column is aligned left, the others right.
-
-    Returns:
-        The lines, without a newline at the end.
-
-    Example:
-        >>> print(table([["site", "width"], ["a", "8"]]))
-        site  width
-        ----  -----
-        a         8
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = ["-" * width for width in widths]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [rows[0], rule, *rows[1:]]
-    ]
-    return "\n".join(lines)

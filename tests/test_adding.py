@@ -1,4 +1,4 @@
-"""docs/adding.md, followed to the letter: its examples pass the conformance suites."""
+"""docs/adding.md, followed to the letter: its examples pass the conformance tests."""
 
 import os
 import re
@@ -17,7 +17,7 @@ OPENING = {
     "tests/tiny.py": r"^CONFIGS.* = {\n",
     "tests/test_compress.py": r"^OPTIONS.* = {\n",
 }
-"""Where the registry of a file begins."""
+"""The line of each file after which its registry begins."""
 METHOD, ARCHITECTURE = PAGE.split("\n## ")[1:]
 
 
@@ -31,8 +31,8 @@ def copy(tmp_path):
 
 
 def followed(copy, section):
-    """Does what a section says: blocks that name a file are files, others are lines of those."""
-    said = re.findall(r"`([\w/]+\.py)`|```python\n(.*?)```", section, re.DOTALL)
+    """Follows a section: a block that names its file becomes the file, others are added."""
+    said = re.findall(r"`([\w/]+\.py)`|```(?:python|text)\n(.*?)```", section, re.DOTALL)
     file = None
     for name, block in said:
         if name:
@@ -40,7 +40,7 @@ def followed(copy, section):
         elif block.startswith("# "):
             (copy / block.splitlines()[0][2:]).write_text(block)
         elif block.startswith(("from ", "import ")):
-            # After the last import of the file that was mentioned last.
+            # After the last import of the file that the text named last.
             text = file.read_text()
             end = [m.end() for m in re.finditer(r"^from .*\n", text, re.MULTILINE)][-1]
             file.write_text(text[:end] + block + text[end:])

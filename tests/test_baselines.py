@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.methods.mask_prune import MaskPrune, globally
+from fusion_jax.methods.mask_prune import MaskPrune, with_global_limit
 from fusion_jax.methods.mmd import MMD
 from fusion_jax.methods.prune import Prune
 from fusion_jax.methods.sketch import Sketch
@@ -214,7 +214,7 @@ def test_prune_by_gradient_is_the_derivative_of_leaving_a_unit_out(gated, key):
 def test_one_limit_for_all_mlps(key):
     layers = nnx.List([an_mlp(False) for _ in range(3)])
     layers[1].up.kernel.set_value(layers[1].up.kernel[...] * 3)
-    chosen = globally(layers, MaskPrune(keep=0.25))
+    chosen = with_global_limit(layers, MaskPrune(keep=0.25))
     smaller, _ = fj.compress(layers, chosen, key=key)
     kernels = [
         np.abs(np.asarray(m.kernel)) for i in range(3) for m in (layers[i].up, layers[i].down)
@@ -257,7 +257,7 @@ def test_what_a_score_does_not_look_at_is_refused(method, key):
             fj.compress_mlp(subs, method, key=key, act="gelu", calibration=seen)
     if isinstance(method, MaskPrune):
         with pytest.raises(fj.InputError, match=refused + "gradients"):
-            globally(nnx.List([mlp]), method, gradients={})
+            with_global_limit(nnx.List([mlp]), method, gradients={})
 
 
 def largest(scores, keep):
@@ -316,7 +316,7 @@ def test_top_masks_of_several_arrays(share):
 
 def test_a_share_over_all_mlps_is_not_rounded_down(key):
     layers = nnx.List([make(fj.Mlp, width=5, d_in=5, d_out=5) for _ in range(2)])
-    chosen = globally(layers, MaskPrune(keep=0.29))
+    chosen = with_global_limit(layers, MaskPrune(keep=0.29))
     assert sum(round(method.keep * 50) for method in chosen.values()) == 29
     smaller, _ = fj.compress(layers, chosen, key=key)
     masks = [m.mask[...] for mlp in smaller for m in (mlp.up, mlp.down)]

@@ -242,7 +242,7 @@ def token_batches(padding=3):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
 def test_text_needs_a_tokenizer(family, tmp_path):
-    """Without files, transformers makes one for some families that knows no word."""
+    """Without files, transformers makes a tokenizer without words for some families."""
     model = fj.load(checkpoint(tmp_path / "m", family))
     for source in (["some text"], "random"):
         with pytest.raises(fj.InputError, match="has no tokenizer"):
@@ -265,6 +265,7 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
     method = fj.Fusion(width=4, sequential=True)
     chosen = fj.sites(bert)
     source = calibration.Calibrator(bert, chosen, token_batches(), sequential=True, key=KEY)
+    source.capture()
     first = source.of(chosen[0])
     assert first.outputs is None
     fused, _ = fj.compress(bert, method, key=KEY, layers=[0], calibration=token_batches())
@@ -284,7 +285,7 @@ def test_sequential_calibration_sees_the_fused_sites_below(bert):
 
 
 def test_sequential_is_each_method_s_own(bert):
-    """A site that is not sequential sees the original model, whatever the others are."""
+    """A site that is not sequential is calibrated in the original model, also beside others."""
     paths = [site.path for site in fj.sites(bert)]
     apart, follows = fj.Fusion(width=4), fj.Fusion(width=4, sequential=True)
     plan = {paths[0]: apart, paths[1]: apart, paths[2]: follows}
@@ -364,7 +365,7 @@ def test_experts_are_calibrated_on_what_is_routed_to_them():
 
 
 def routed_by_hand(model, batch, monkeypatch):
-    """What each expert of each mixture computes on, token by token: real ones within capacity."""
+    """Returns the real inputs of each expert within its capacity, found token by token."""
     seen, call = [], Moe.__call__
     monkeypatch.setattr(Moe, "__call__", lambda moe, *a: seen.append((moe, a[0])) or call(moe, *a))
     model(**batch)
@@ -397,9 +398,9 @@ def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, mo
         made["decoder_attention_mask"] = np.arange(7)[None] < np.array([[7], [2], [5]])
     both = [made, {name: x[:1] for name, x in made.items()}]
     want = [routed_by_hand(model, one, monkeypatch) for one in both]
-    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 0)
     chosen = [site for site in fj.sites(model) if site.mlp.stack]
-    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY)
+    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY).capture()
     assert len(chosen) == len(want[0])
     for site in chosen:
         pairs = zip(*(one[site.path] for one in want), strict=True)
@@ -418,10 +419,10 @@ def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, mo
 
 def test_experts_that_the_text_hardly_uses_see_others_positions(tmp_path, monkeypatch):
     model = fj.load(checkpoint(tmp_path / "m", "mixtral", "causal-lm"), head="causal-lm")
-    monkeypatch.setattr(calibration, "_FEWEST", 15)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 15)
     seen = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
     counts = (seen["layers.0.mlp.experts"] != 0).any(-1).sum(1)
-    monkeypatch.setattr(calibration, "_FEWEST", 0)
+    monkeypatch.setattr(calibration, "OWN_POSITIONS", 0)
     alone = fj.calibrate(model, [tiny.batch("mixtral")], key=KEY, layers=0)
     own = (alone["layers.0.mlp.experts"] != 0).any(-1).sum(1)
     assert own.sum() == 2 * tiny.batch("mixtral")["attention_mask"].sum()
@@ -434,7 +435,7 @@ def test_budget_is_met_and_best():
     widths = [np.arange(1, 6), np.arange(2, 11, 2), np.arange(1, 8)]
     errors = [np.sort(rng.random(len(w)))[::-1] for w in widths]
     for budget in (4, 9, 15, 22):
-        chosen = allocation._least(errors, widths, budget)
+        chosen = allocation._best_widths(errors, widths, budget)
         assert sum(w[i] for w, i in zip(widths, chosen, strict=True)) <= budget
         got = sum(e[i] for e, i in zip(errors, chosen, strict=True))
         all_choices = itertools.product(*(range(len(w)) for w in widths))
@@ -468,7 +469,7 @@ def test_allocation_gives_more_to_the_harder_site(monkeypatch):
 
 
 def test_allocation_leaves_an_easy_site_what_it_needs(monkeypatch):
-    """Below the widths tried as shares, errors were taken for constant, and it got one unit."""
+    """Errors below the smallest tried share are measured, so that it gets more than one unit."""
     monkeypatch.setattr(allocation, "TRIED", (1 / 4, 1 / 2))
     easy, hard = make(fj.Mlp, jnp.float32, noise=0.02), make(fj.Mlp, jnp.float32, noise=1.0)
     seen = {path: inputs(dtype=jnp.float32) for path in ("0", "1")}
@@ -501,12 +502,12 @@ def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
     x = np.asarray(inputs(dtype=jnp.float32))
     slots = np.stack([x, np.where(np.arange(T)[:, None] < few, x, 0)])
     seen = fj.Calibration(jnp.asarray(slots), weights=jnp.asarray((slots != 0).any(-1), float))
-    fitted, held_out = allocation._parted(seen, "")
+    fitted, held_out = allocation._held_out_split(seen, "")
     for a, b, count in zip(fitted, held_out, (T, few), strict=True):
         a, b = (part[(part != 0).any(-1)] for part in (a, b))
         assert len(b) == count // 4
         np.testing.assert_array_equal(np.sort(np.concatenate([a, b]), 0), np.sort(x[:count], 0))
-    # What is behind an expert's positions has no part in its error.
+    # The padding behind an expert's positions has no influence on its error.
     one, other = (jax.tree.map(lambda a: a[:1], both) for _ in range(2))
     other.down.kernel.set_value(other.down.kernel[...] * 1.5)
     for scaling in ("adam", "sgd", "folded"):

@@ -14,7 +14,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax import mpo
-from fusion_jax.compression.matrices import matrices
+from fusion_jax.compression.matrices import weight_matrices
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.surgery import at
 from fusion_jax.training import (
@@ -63,7 +63,7 @@ def logits(model):
 
 
 def test_chains_are_exact_both_ways(model):
-    paths = [path for path in matrices(model) if path.startswith("layers.")]
+    paths = [path for path in weight_matrices(model) if path.startswith("layers.")]
     chained = overparameterise(model, paths, cores=6)
     assert sorted(find_forms(chained)) == sorted(paths)
     for path in paths:
@@ -156,7 +156,7 @@ def ranked(scores):
 
 def test_importance_equals_brute_force(three, data):
     source = task_source(three, data, CONFIG, key=jax.random.key(1))
-    paths = [path for path in matrices(three) if path.startswith("layers.")]
+    paths = [path for path in weight_matrices(three) if path.startswith("layers.")]
     mean = brute_force(three, source, 3)
     whole = mean(paths[0], 1.0)
     assert abs(mean_loss(three, *source, batches=3) - whole) < 1e-6
@@ -385,7 +385,7 @@ def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
     growth = Chains(source=One(batch), loss=loss, every=1, per_round=1, total=1, cores=3)
     chosen = growth.choose(model, 1)
     types = [type_of(path) for path in chosen]
-    every = {type_of(path) for path in matrices(model) if "layers." in path}
+    every = {type_of(path) for path in weight_matrices(model) if "layers." in path}
     routers = {kind for kind in every if kind.endswith((".router", ".shared_gate"))}
     assert sorted(types) == sorted(every - routers)
     assert len(routers) == {"t5": 0, "switch": 2, "qwen2-moe": 2}[family]

@@ -1,6 +1,5 @@
-"""compress: choosing sites, what it promises, reports, and every method's conformance."""
+"""compress: choice of sites, guarantees, reports, and the conformance of every method."""
 
-import importlib
 import json
 
 import jax
@@ -12,14 +11,15 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.checkpoint import load
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.compression.batching import batch_size, working_bytes
+from fusion_jax.compression import mlps
+from fusion_jax.compression.batching import Problems, batch_size, working_bytes
 from fusion_jax.methods.registry import METHODS, method_from_json
-from fusion_jax.nn.site import select
+from fusion_jax.nn.site import select_sites
 from tests import tiny
 from tests.conftest import unchecked
 from tests.test_mlp import inputs, make
 
-# One entry per method: the options that the suite runs it with. A new method adds a line.
+# The options that the tests run each method with. A new method adds a line.
 OPTIONS = {
     "clustering": {"width": 12},
     "mask-prune": {"keep": 0.25},
@@ -170,7 +170,7 @@ def test_budget(name, kind, key):
         kept = sum(
             np.count_nonzero(v.get_value()) for path, v in arrays if isinstance(v, nnx.Param)
         ) - np.count_nonzero(smaller.out_bias())
-        # A unit, a rank or a bond more would be too many; a bond of a small matrix is a lot.
+        # One more unit, rank or bond would be too many; in a small matrix, a bond is large.
         assert (0.45 if name == "mpo" else 0.8) * share * total < kept <= share * total
     for share, message in ((0.0, r"must be in \(0, 1\]"), (0.001, "budget|share")):
         with pytest.raises(fj.InputError, match=message):
@@ -200,15 +200,16 @@ def test_sharded_equals_unsharded(name, key):
 
 @pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
 def test_sites_that_go_together(backend, key, monkeypatch):
-    """Those of one shape that saw as many positions: two calls for three MLPs."""
+    """MLPs of one shape with the same number of positions: two calls for three MLPs."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])
     d = model[0].d_in
     seen = {str(i): np.asarray(inputs(d, n)) for i, n in enumerate((20, 30, 20))}
     alone, _ = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
-    module = importlib.import_module("fusion_jax.compression.mlps")
-    calls, solve = [], module.solve
-    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
-    monkeypatch.setattr(module, "_most", lambda: 16)
+    calls, solve = [], mlps.solve_stacked
+    monkeypatch.setattr(
+        mlps, "solve_stacked", lambda *a: calls.append(a[2].keys.shape) or solve(*a)
+    )
+    monkeypatch.setattr(mlps, "_mlps_per_call", lambda: 16)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     together, report = fj.compress(model, fj.Fusion(width=4), key=key, calibration=seen)
     assert calls == [(2,), ()]
@@ -219,14 +220,15 @@ def test_sites_that_go_together(backend, key, monkeypatch):
 
 @pytest.mark.parametrize(("room", "shapes"), [(9, [(4,)]), (5, [(2,), (2,)]), (0, [()] * 4)])
 def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
-    """Copies of their weights, and what comes back."""
+    """Their weights are copied into the call, and the results need as much."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(4)])
     size = sum(x.nbytes for x in jax.tree.leaves(model[0].sub_mlps()))
-    module = importlib.import_module("fusion_jax.compression.mlps")
-    calls, solve = [], module.solve
-    monkeypatch.setattr(module, "solve", lambda *a: calls.append(a[2][1].shape) or solve(*a))
-    monkeypatch.setattr(module, "_most", lambda: 16)
-    monkeypatch.setattr(module, "memory", lambda: room * size)
+    calls, solve = [], mlps.solve_stacked
+    monkeypatch.setattr(
+        mlps, "solve_stacked", lambda *a: calls.append(a[2].keys.shape) or solve(*a)
+    )
+    monkeypatch.setattr(mlps, "_mlps_per_call", lambda: 16)
+    monkeypatch.setattr(mlps, "working_memory", lambda: room * size)
     fj.compress(model, fj.Prune(width=4), key=key)
     assert calls == shapes
 
@@ -235,11 +237,11 @@ def test_no_more_sites_go_together_than_fit(room, shapes, key, monkeypatch):
     ("count", "each", "memory", "size"),
     [
         (8, 10, 1000, 8),  # all fit
-        (8, 10, 79, 4),  # 7 would leave 1, and be compiled for both
+        (8, 10, 79, 4),  # 7 and 1 would be two programs
         (7, 10, 45, 4),  # a prime number of them: 4 and 3
         (128, 10, 500, 32),
         (60, 10, 160, 15),
-        (3, 10, 5, 1),  # one is always tried
+        (3, 10, 5, 1),  # at least one
         (1, 10, 5, 1),
     ],
 )
@@ -252,7 +254,7 @@ def test_working_bytes_grow_with_what_is_needed(key):
         subs = [make(fj.Mlp, width=width).sub_mlps()] * count
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *subs)
         seen = fj.Calibration(jnp.zeros((count, positions, subs[0].up.shape[1])))
-        problems = stacked, jax.random.split(key, count), seen if positions else None, None
+        problems = Problems(stacked, jax.random.split(key, count), seen if positions else None)
         return working_bytes(fj.Fusion(width=4, **options), problems)
 
     assert needed() == needed(count=5) < needed(width=64)
@@ -286,7 +288,7 @@ def test_layers_that_match_nothing_list_the_sites(layers, model, key):
 
 
 def test_layers_that_are_no_pattern(model, key):
-    with pytest.raises(fj.InputError, match="no regular expression"):
+    with pytest.raises(fj.InputError, match="is not a regular expression"):
         fj.compress(model, fj.Fusion(width=12), layers="layers.[", key=key)
 
 
@@ -422,6 +424,6 @@ def test_keys_of_the_old_kind_and_none(key):
     slopes = jax.tree.map(lambda x: x[:3], subs)
     with pytest.raises(fj.InputError, match="gradients do not have the shapes"):
         fj.compress_mlp(subs, fj.Prune(score="gradient", width=4), key=key, gradients=slopes)
-    assert len(select(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
-    with pytest.raises(fj.InputError, match="no site True"):
-        select(fj.sites(mlp), True)
+    assert len(select_sites(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
+    with pytest.raises(fj.InputError, match="no MLP True"):
+        select_sites(fj.sites(mlp), True)

@@ -1,4 +1,4 @@
-"""Matrices in other forms, anywhere in a model: the same function, saved, exported, made plain."""
+"""Matrices in other forms, anywhere in a model: same function, saved, exported, made plain."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import fusion_jax as fj
 import ntk
 from fusion_jax import mpo
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.compression.matrices import matrices
+from fusion_jax.compression.matrices import weight_matrices
 from fusion_jax.nn.linear_forms import find_forms, find_linears
 from fusion_jax.training.engine.partition import Parts
 from fusion_jax.training.methods.squeezing import lightweight
@@ -47,7 +47,7 @@ def all_but_routers(path):
 def test_every_matrix_as_a_chain_is_the_same_function(family, tmp_path):
     model = load(tmp_path, family)
     chained, report = fj.compress_matrices(model, EXACT, matrices=all_but_routers)
-    assert find_forms(chained).keys() == {p for p in matrices(model) if all_but_routers(p)}
+    assert find_forms(chained).keys() == {p for p in weight_matrices(model) if all_but_routers(p)}
     assert not find_forms(model)
     np.testing.assert_allclose(logits(chained, family), logits(model, family), atol=1e-4)
     assert all(row.facts["error"] < 1e-5 for row in report.rows)
@@ -118,8 +118,8 @@ def test_what_is_factored_is_not_factored_again(key):
 def test_wrong_choices_of_matrices(tmp_path):
     model = load(tmp_path, "bert")
     for chosen, message in (
-        ("layers", "matches none.*embeddings.word, "),
-        ("layers.[", "no regular expression"),
+        ("layers", r"matches no matrix \(an expression .*\d: embeddings\.word, "),
+        ("layers.[", "is not a regular expression"),
     ):
         with pytest.raises(fj.InputError, match=message):
             fj.compress_matrices(model, EXACT, matrices=chosen)

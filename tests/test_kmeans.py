@@ -250,7 +250,7 @@ def test_far_outlier_gets_its_own_cluster(init, key):
 
 @every
 def test_weights_equal_repeated_points(key, init, refine):
-    # Far groups: a case with one solution.
+    # Groups far apart: the solution is unique.
     x = cloud(n=N // 3, seed=3).at[:, 0].add(100.0 * (np.arange(N // 3) % K))
     times = jnp.ones(N // 3).at[::2].set(5.0).astype(int)
     options = {"key": key, "init": init, "refine": refine}
@@ -270,7 +270,7 @@ def test_points_of_weight_zero_do_not_count(key, init, refine):
     assert (distances[np.arange(N), np.asarray(r.labels)] <= distances.min(1) + 1e-5).all()
     assert r.sizes.sum() == N * 3 // 4
     assert (r.sizes > 0).all()
-    # The same as without them, wherever they are.
+    # They have no influence, wherever they are.
     moved = kmeans(x.at[::4].add(50.0), K, key=key, weights=w, init=init, refine=refine)
     np.testing.assert_allclose(r.inertia, moved.inertia, rtol=0.1)
     np.testing.assert_allclose(r.inertia, inertia(x, r.labels, w), rtol=1e-5)
@@ -342,7 +342,7 @@ def test_float64_stays(x64, key):
 def test_bad_input(arguments, message, key):
     arguments = {"points": cloud(), "k": 5, **arguments}
     with pytest.raises(InputError, match=message):
-        # Without the tests' type checks, which would be first to complain.
+        # Without the type checks of the tests, which would raise first.
         inspect.unwrap(kmeans)(arguments.pop("points"), arguments.pop("k"), key=key, **arguments)
 
 
@@ -379,7 +379,7 @@ def test_sharded_points_equal_unsharded(axis_type, spec, key):
 
 
 def test_near_duplicates_end(key):
-    """Distances that are all rounding: a nearest-neighbour chain must not run in circles."""
+    """All distances are rounding errors: a nearest-neighbor chain must not run in circles."""
     rng = np.random.RandomState(0)
     base = rng.standard_normal((1, 50)).astype(np.float32)
     x = jnp.asarray(base + 1e-7 * rng.standard_normal((N, 50)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Where meshes have explicit axes, as JAX makes them: all that works on one device works there."""
+"""Meshes with explicit axes, JAX's default: everything works there as on one device."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def mesh_of(kind, shape=(2,), names=("data",)):
 
 
 def put(model, mesh, width=None):
-    """A copy of a model on a mesh; the width of its MLPs along an axis."""
+    """Returns a copy of a model on a mesh, with the width of its MLPs split over an axis."""
     new = nnx.clone(model)
     specs = {"up.kernel": (None, width), "up.bias": (width,), "down.kernel": (width, None)}
     for path, variable in nnx.to_flat_state(nnx.state(new)):
@@ -89,14 +89,14 @@ def assert_close(a, b):
 
 
 def at_home(model):
-    """A copy of a model on one device."""
+    """Returns a copy of a model on one device."""
     new = nnx.clone(model)
     nnx.update(new, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), nnx.state(new)))
     return new
 
 
 def on(model, mesh):
-    """Whether all of a model is where its mesh is."""
+    """Returns whether all arrays of a model are on a mesh."""
     return {x.sharding.mesh for x in jax.tree.leaves(nnx.state(model))} == {mesh}
 
 
@@ -105,7 +105,7 @@ def trained(model, **more):
 
 
 def test_training_and_all_that_follows():
-    """One after the other in the block of a mesh, as the documentation has it."""
+    """One step after another inside ``jax.set_mesh``, as in the documentation."""
 
     def run():
         source = Numbers()

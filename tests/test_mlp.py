@@ -163,13 +163,13 @@ def test_sizes_and_labels_are_frozen(kind, scaling):
 def test_training_with_weight_decay_leaves_frozen_bits(scaling):
     fused, x = fuse(make(fj.Mlp), 7, scaling), inputs()
     graph, params, rest = nnx.split(fused, nnx.Param, ...)
-    optimiser = optax.adamw(0.1, weight_decay=0.5)
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
 
     def loss(p):
         return jnp.square(nnx.merge(graph, p, rest)(x)).sum()
 
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32
-        updates, _ = optimiser.update(jax.grad(loss)(params), optimiser.init(params), params)
+        updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
     trained = nnx.merge(graph, optax.apply_updates(params, updates), rest)
     assert (trained.sizes[...] == fused.sizes[...]).all()
     assert (trained.labels[...] == fused.labels[...]).all()

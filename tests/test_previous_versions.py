@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from fusion_jax.finetune import Chains, lottery, squeeze, task_source
 
 import fusion_jax as fj
 from fusion_jax.cli import main
-from fusion_jax.finetune import Chains, lottery, squeeze, task_source
 from tests import nlg
 
 FOLDER = Path(__file__).parent / "previous_versions" / "v0.1.0"

@@ -1,4 +1,4 @@
-"""Methods on experts, and one after the other: what is saved, loaded, trained and exported."""
+"""Methods on experts, and methods one after another: saved, loaded, trained and exported."""
 
 import dataclasses
 from functools import partial
@@ -35,7 +35,7 @@ def mixtures(tmp_path_factory):
 
 
 def on_rows(mlp, rows=5):
-    """What experts make of a few rows each."""
+    """Returns the outputs of experts at a few rows each."""
     x = jax.random.normal(jax.random.key(1), (*mlp.stack, rows, mlp.d_in), jnp.float32)
     return np.asarray(mlp(x))
 
@@ -103,7 +103,7 @@ def test_a_fused_model_is_pruned_statically(fused, data, key, tmp_path):
         np.testing.assert_array_equal(kernel, np.where(mask, flat(fused)[name][1], 0))
     again = fj.load(folder / "last")
     assert bit_equal(fit.model, again)
-    # One bit a weight, as the fused model is where it can be referred to.
+    # One bit per weight: the file refers to the fused model, which was saved before.
     stored = safetensors.numpy.load_file(folder / "last" / "model.safetensors")
     assert all(name.endswith(".mask") for name in stored)
     bits = sum(form.mask[...].size for form in masked.values())

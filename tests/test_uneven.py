@@ -1,4 +1,4 @@
-"""Experts of different widths: how they are chosen, and that nothing else changes."""
+"""Experts of different widths: how the widths are chosen, and that nothing else changes."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.nn.uneven_experts import UnevenExperts, by_use
+from fusion_jax.nn.uneven_experts import UnevenExperts, widths_by_use
 from fusion_jax.training.engine.losses import next_token
 from fusion_jax.training.engine.partition import Parts
 from tests import tiny
@@ -46,7 +46,7 @@ def uneven(model):
 @pytest.mark.parametrize("round_to", [1, 16])
 def test_widths_follow_use_within_the_budget(power, count, round_to):
     use = np.random.default_rng(count).dirichlet(np.ones(count))
-    plan = by_use(use.tolist(), 64, power, most=200, round_to=round_to)
+    plan = widths_by_use(use.tolist(), 64, power, original=200, round_to=round_to)
     widths = np.zeros(count, int)
     for width, members in plan.items():
         assert (widths[members] == 0).all()
@@ -59,14 +59,14 @@ def test_widths_follow_use_within_the_budget(power, count, round_to):
 
 
 def test_widths_of_equal_use_are_equal():
-    assert by_use([0.25] * 4, 8, 1.0, most=32) == {8: [0, 1, 2, 3]}
-    assert by_use([0.7, 0.1, 0.1, 0.1], 8, 0.0, most=32) == {8: [0, 1, 2, 3]}
+    assert widths_by_use([0.25] * 4, 8, 1.0, original=32) == {8: [0, 1, 2, 3]}
+    assert widths_by_use([0.7, 0.1, 0.1, 0.1], 8, 0.0, original=32) == {8: [0, 1, 2, 3]}
 
 
 def test_power_is_the_best_one_where_errors_fall_as_the_width_does():
-    """At 1 / (1 + a) no move of units between experts lessens sum use width^-a."""
+    """At 1 / (1 + a), no move of units between experts lowers ``sum use width^-a``."""
     use, a = np.array([0.55, 0.3, 0.1, 0.05]), 1.0
-    plan = by_use(use.tolist(), 400, 1 / (1 + a), most=4000)
+    plan = widths_by_use(use.tolist(), 400, 1 / (1 + a), original=4000)
     widths = np.zeros(4)
     for width, members in plan.items():
         widths[members] = width
@@ -177,5 +177,5 @@ def test_what_is_and_is_not_done_with_them(mixtral, compressed, key):
 
 
 def test_rounded_widths_are_multiples():
-    plan = by_use([0.97, 0.01, 0.01, 0.01], 96, 1.0, most=384, round_to=16)
+    plan = widths_by_use([0.97, 0.01, 0.01, 0.01], 96, 1.0, original=384, round_to=16)
     assert all(width % 16 == 0 for width in plan) and sum(map(len, plan.values())) == 4

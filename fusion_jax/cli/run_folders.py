@@ -13,9 +13,9 @@ from jax.sharding import AxisType
 
 from fusion_jax.checkpoint.files import check_new_folder, read_json
 from fusion_jax.errors import InputError
-from fusion_jax.report import table
 from fusion_jax.training.engine.trainer import CHECKPOINTS
 from fusion_jax.training.tasks.jobs import Kind
+from ntk.tables import table
 
 RUN = "run.json"
 

@@ -1,9 +1,8 @@
-"""The clustering engine: k-means for few points per cluster, high dimension, many problems.
+"""k-means for few points per cluster in high dimension, for many problems at once.
 
-Points are centred and scaled, and all work is done on their Gram matrix (`clustering.gram`) where
-that fits into `GRAM_BYTES`; otherwise on blocks of points (`clustering.points`). Besides a copy of
-the points, Gram space takes three matrices of n^2 numbers: 113 MB for 3,072 points, 1.5 GB for
-11,008.
+Points are centered and scaled. All work is then done on their Gram matrix (`clustering.gram`) if it
+fits into `GRAM_BYTES`, else on blocks of points (`clustering.points`). Besides a copy of the
+points, Gram space takes three matrices of n^2 numbers: 113 MB for 3,072 points, 1.5 GB for 11,008.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.clustering import gram as gram_space
 from fusion_jax.clustering import points as point_space
-from fusion_jax.clustering.labels import Refined, draw_distinct, indices, plus_plus
+from fusion_jax.clustering.labels import Refinement, draw_distinct, indices, plus_plus
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.meshes import auto, moved
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
 
 Init = Literal["auto", "ward", "k-means++", "random"]
@@ -34,18 +33,18 @@ GRAM_BYTES = 4 * 2**30
 
 
 class KMeansResult(NamedTuple):
-    """A clustering and the facts of how it was found.
+    """A clustering, and how it was found.
 
     Args:
         labels: The cluster of every point, numbered by first appearance.
         centroids: The (weighted) means of the clusters.
-        sizes: The sums of weights in the clusters; counts if there are no weights.
-        inertia: The (weighted) sum of squared distances to the own centroid.
-        inertia_fraction: The same over that to the mean of all points, in [0, 1]; finite even
+        sizes: The sum of weights in each cluster; the number of points if there are no weights.
+        inertia: The (weighted) sum of squared distances from the points to their centroids.
+        inertia_fraction: The inertia divided by that of a single cluster, in [0, 1]; finite even
             where the scale of the points makes `inertia` overflow.
         iterations: Lloyd iterations of the best start.
         moves: Moves of single points after them.
-        converged: Whether nothing was left to improve when it ended.
+        converged: Whether nothing was left to improve at the end.
     """
 
     labels: Int[Array, "*s n"]
@@ -58,6 +57,7 @@ class KMeansResult(NamedTuple):
     converged: Bool[Array, "*s"]
 
 
+@on_auto_axes
 def kmeans(
     points: Shaped[Array, "n d"],
     k: int,
@@ -70,35 +70,35 @@ def kmeans(
     max_iters: int = 300,
     tol: float = 0.0,
 ) -> KMeansResult:
-    """Clusters points: a start, refined until no single point can move for the better.
+    """Clusters points: makes a start and refines it until no move of one point is an improvement.
 
-    No cluster of the result is empty. The result does not depend on the order of the points (but
-    for the numbering of clusters), and the same key gives the same bits on one backend. May be
+    No cluster of the result is empty. The result does not depend on the order of the points, except
+    for the numbers of the clusters, and the same key gives the same bits on one backend. May be
     called under `jax.jit` and `jax.vmap`. Points may be sharded over a mesh: the Gram matrix is
-    then computed where they are.
+    then computed on all its devices.
 
     Args:
-        points: (n, d), finite; computed in float32, or float64 if they are.
+        points: (n, d), finite; computed in float64 if they have that dtype, else in float32.
         k: The number of clusters, 1 to n.
         key: Random key of the starts.
         weights: (n,) non-negative weights, at least k of them positive; None for all 1.
-        init: ``"ward"`` (Ward's agglomeration: the best start, and the same whatever the key),
+        init: ``"ward"`` (Ward's agglomeration: the best start, and independent of the key),
             ``"k-means++"`` (greedy, with as many trials as scikit-learn), ``"random"`` (points), or
             (k, d) centroids. ``"auto"`` is ``"ward"`` where the Gram matrix fits into
             `GRAM_BYTES`, else ``"k-means++"``.
         refine: ``"lloyd"``, or ``"hartigan"``: moves of single points, after Lloyd's iterations
             unless the start is Ward's. ``"auto"`` is ``"hartigan"`` where the Gram matrix fits.
-        n_init: Starts, of which the best is kept; only random ones are repeated.
-        max_iters: Most Lloyd iterations per start, and most rounds of moves.
-        tol: Stop Lloyd when an iteration lowers the inertia by no more than this fraction of it; 0
-            goes on until the labels are stable.
+        n_init: The number of random starts, of which the best is kept.
+        max_iters: The largest number of Lloyd iterations per start, and of rounds of moves.
+        tol: Lloyd stops when an iteration lowers the inertia by at most this fraction; with 0, when
+            the labels are stable.
 
     Returns:
         The clustering, in float32 or float64.
 
     Raises:
-        InputError: k, the shapes, the weights or the options make no sense, or a point is not
-            finite (values are only looked at outside of transformations).
+        InputError: k, a shape, the weights or an option is invalid, or a point is not finite;
+            values are not checked under transformations.
 
     Example:
         >>> x = jnp.array([[0.0], [0.1], [5.0], [5.1]])
@@ -125,7 +125,7 @@ def kmeans(
     options = _Options(k, start, refine, n_init, fits)
     if weights is None:
         weights = jnp.ones(points.shape[0], wide_dtype(points))
-    points, mesh = _on_auto_mesh(points)
+    mesh = _mesh_of(points)
     return _kmeans(points, weights, centroids, key, max_iters, tol, options=options, mesh=mesh)
 
 
@@ -169,14 +169,13 @@ def _check(
             )
 
 
-def _on_auto_mesh(points: Array) -> tuple[Array, Mesh | None]:
-    """Sharded points with a mesh whose axes are left to the compiler, and that mesh."""
+def _mesh_of(points: Array) -> Mesh | None:
+    """Returns the mesh that points are split over, or None."""
     sharding = None if isinstance(points, Tracer) else points.sharding
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
-        return points, None
-    mesh = sharding.mesh
-    assert isinstance(mesh, Mesh)
-    return moved(points, {mesh: auto(mesh)}), auto(mesh)
+        return None
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
 
 
 class _Options(NamedTuple):
@@ -204,14 +203,13 @@ def _kmeans(
     order = _canonical_order(points)
     points = points[order]
     weights = weights.astype(points.dtype)[order]
-    # All that follows is about unit points and unit weights, whose squares neither overflow nor
-    # vanish.
-    unit, shift, scale = _normalised(points, weights)
+    # From here on, points and weights are scaled to at most 1: squares neither overflow nor vanish.
+    unit, shift, scale = _normalized(points, weights)
     unit_weights = weights / weights.max()
     if options.gram:
         x = jnp.matmul(unit, unit.T, precision="highest")
         if mesh is not None:
-            # The loops take row after row: cheaper on each device than across them.
+            # The loops read one row after another: cheaper on each device than across them.
             x = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
         space: Any = gram_space
     else:
@@ -229,7 +227,7 @@ def _kmeans(
             chosen = (centroids.astype(unit.dtype) - shift[None]) / scale
         return point_space.nearest(unit, chosen)[0]
 
-    def one(key: Array) -> tuple[Refined, Array]:
+    def from_start(key: Array) -> tuple[Refinement, Array]:
         labels, moves = start(key), jnp.int32(0)
         refined = None
         if options.start != "ward" or options.refine == "lloyd":
@@ -242,15 +240,14 @@ def _kmeans(
         assert refined is not None
         return refined, moves
 
-    # Under vmap the slowest start decides, which an accelerator's parallelism pays for and a
-    # CPU's does not.
+    # A batch takes as long as its slowest start: worth it on accelerators, not on CPUs.
     batch = None if jax.default_backend() == "cpu" else options.n_init
-    refined, moves = lax.map(one, jax.random.split(key, options.n_init), batch_size=batch)
+    refined, moves = lax.map(from_start, jax.random.split(key, options.n_init), batch_size=batch)
     best = jnp.argmin(refined.objective)
     labels = lax.cond(
         (unit_weights > 0).all(),
         lambda labels: labels,
-        # No objective moves points without weight: they go to the nearest centroid.
+        # Points of weight zero have no part in the objective: they go to the nearest centroid.
         lambda labels: jnp.where(
             unit_weights > 0,
             labels,
@@ -260,7 +257,7 @@ def _kmeans(
     )
     labels = _numbered_by_first(labels, order, k)
 
-    # From the points: where distances are small, the Gram matrix cancels.
+    # Computed from the points: small distances cancel in the Gram matrix.
     inertia = point_space.objective(unit, unit_weights, labels, k)
     total = point_space.objective(unit, unit_weights, jnp.zeros_like(labels), 1)
     centroids, sizes = point_space.means(points, weights, labels, k)
@@ -277,14 +274,14 @@ def _kmeans(
 
 
 def _canonical_order(x: Array) -> Array:
-    """An order of the points that is the same however they come: along a fixed random line."""
+    """Returns an order of the points that does not depend on the given one: along a fixed line."""
     line = jax.random.normal(jax.random.key(0), x.shape[1:], x.dtype)
-    # Products and a sum along rows, no matmul, so that a row's value does not depend on its place.
+    # Row by row, without a matmul, so that a row's value does not depend on its place.
     return jnp.argsort((x * line[None]).sum(1)).astype(jnp.int32)
 
 
-def _normalised(x: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Centred points of largest coordinate 1, and the shift and scale that were taken out."""
+def _normalized(x: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Returns centered points of largest coordinate 1, and the shift and scale taken out."""
 
     def divisor(x: Array) -> Array:
         largest = jnp.abs(x).max()
@@ -299,7 +296,7 @@ def _normalised(x: Array, w: Array) -> tuple[Array, Array, Array]:
 
 
 def _numbered_by_first(labels: Array, order: Array, k: int) -> Array:
-    """Renumbers clusters by the first of their members in the original order of the points."""
+    """Renumbers the clusters by their first members in the original order of the points."""
     first = jax.ops.segment_min(order, labels, k)
     rank = jnp.zeros(k, labels.dtype).at[jnp.argsort(first)].set(indices(k))
     return rank[labels]

@@ -1,6 +1,6 @@
-"""Clustering in the space of a Gram matrix: starts and refinements that never see the points.
+"""Starts and refinements of a clustering that need only the Gram matrix of the points.
 
-With G = X X^T and weights w, a cluster c is known by S_c = sum_{i in c} w_i G_i (a row of n
+With G = X X^T and weights w, a cluster c is described by S_c = sum_{i in c} w_i G_i (a row of n
 numbers), its mass m_c = sum w_i and Q_c = sum_{j in c} w_j S_cj; then |x_j - mean_c|^2 = G_jj - 2
 S_cj / m_c + Q_c / m_c^2. Every step costs n^2 operations or less, whatever the dimension of the
 points. All functions are pure, and run under ``jit`` and ``vmap``; weights are positive or zero,
@@ -8,12 +8,12 @@ and scaled to at most 1.
 
 What was tried for the two sequential parts, at n = 3,072 and k = 768 on two cores:
 
-- Ward: nearest-neighbour chain, 0.12 s (kept); a list of nearest neighbours with lazy updates stops
+- Ward: a nearest-neighbor chain, 0.12 s (used); a list of nearest neighbors with lazy updates stops
   at k clusters but refreshes 7 times per merge, 0.30 s; merging all reciprocal pairs at once needs
   40 to 120 rounds of n^2, 1 s here.
-- Hartigan: one point after the other over all points, 0.8 to 1.8 s; batches of moves between
-  disjoint clusters, accepted when the objective falls, 0.2 to 0.5 s; blocks of the most promising
-  points, moved one after the other exactly and applied to S together, 0.07 to 0.09 s (kept).
+- Hartigan: one point after another over all points, 0.8 to 1.8 s; batches of moves between disjoint
+  clusters, accepted when the objective falls, 0.2 to 0.5 s; blocks of the most promising points,
+  moved exactly one after another and applied to S together, 0.07 to 0.09 s (used).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.clustering.labels import (
-    Labels,
-    Refined,
+    ClusterLabels,
+    Refinement,
     Weights,
     first_min,
     indices,
@@ -41,7 +41,7 @@ _BLOCK = 128
 
 
 class Statistics(NamedTuple):
-    """Of a labelling with k clusters: S, m and Q of this module's description.
+    """S, m and Q of the module's docstring, for labels with k clusters.
 
     Args:
         sums: (k, n).
@@ -54,8 +54,8 @@ class Statistics(NamedTuple):
     inner: Float[Array, " k"]
 
 
-def statistics(gram: Gram, weights: Weights, labels: Labels, k: int) -> Statistics:
-    """S, m and Q of a labelling."""
+def statistics(gram: Gram, weights: Weights, labels: ClusterLabels, k: int) -> Statistics:
+    """Returns S, m and Q of labels with k clusters."""
     sums = sum_by_label(weights[:, None] * gram, labels, k)
     own = sums[labels, indices(gram.shape[0])]
     return Statistics(
@@ -68,20 +68,20 @@ def _objective(gram: Array, weights: Array, s: Statistics) -> Array:
 
 
 def distances_from(gram: Gram, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
-    """Squared distances from some of the points to all; exactly 0 for duplicates."""
+    """Returns squared distances from some of the points to all; exactly 0 for duplicates."""
     square = jnp.diagonal(gram)
     norms = square[chosen][:, None] + square[None]
     d = norms - 2 * gram[chosen]
-    # What cancellation leaves of a duplicate must not count.
+    # Cancellation leaves a small distance between duplicates, which must not count.
     return jnp.where(d > 32 * jnp.finfo(gram.dtype).eps * norms, d, 0)
 
 
-def ward_start(gram: Gram, weights: Weights, k: int) -> Labels:
-    """Labels of Ward's agglomeration cut at k clusters.
+def ward_start(gram: Gram, weights: Weights, k: int) -> ClusterLabels:
+    """Returns the labels of Ward's agglomeration, cut at k clusters.
 
-    A nearest-neighbour chain: each link leads to the cluster that is cheapest to merge with, until
-    two are each other's nearest and merge. It finds all n - 1 merges in at most 3 n steps of n
-    operations, and the n - k cheapest are carried out.
+    A nearest-neighbor chain: each link leads to the cluster that is cheapest to merge with, until
+    two clusters are each other's nearest and merge. The chain finds all n - 1 merges in at most
+    3 n steps of n operations; the n - k cheapest merges are carried out.
 
     References:
         Murtagh, A survey of recent advances in hierarchical clustering (1983), for the chain.
@@ -90,7 +90,7 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> Labels:
     points = indices(n)
 
     def step(_: Array, s: _Chain) -> _Chain:
-        # Writing the last step's row before any is read keeps S in place.
+        # The row of the last step is written before any row is read, so that S is not copied.
         sums = lax.dynamic_update_slice(s.sums, s.row[None], (s.at, jnp.int32(0)))
         running = s.merges < n - 1
         empty = s.length == 0
@@ -105,9 +105,9 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> Labels:
         both = jnp.maximum(s.mass + mass, jnp.finfo(row.dtype).tiny)
         # m m' / (m + m') |mean - mean'|^2, with means' squares q = Q / m^2 and products t / (m m').
         cost = (s.mass * mass * (s.square[last] + s.square) - 2 * inner) / both
-        # In exact arithmetic a chain's links get shorter and never lead back into it, except to
-        # the link before. Rounding may say otherwise, for duplicates; taken as rules, the two
-        # facts make the loop end whatever the rounding.
+        # In exact arithmetic the links of a chain get cheaper and lead back into it only at the
+        # previous cluster. With duplicates, rounding can break both facts; enforced as rules, they
+        # make the loop end whatever the rounding.
         before = jnp.where(length > 1, s.chain[length - 2], last)
         least, best = first_min(jnp.where(s.alive & ~in_chain, cost, jnp.inf))
         back = (length > 1) & (cost[before] <= least)
@@ -163,8 +163,8 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> Labels:
         heights=jnp.full(n, jnp.inf, gram.dtype),
         merges=jnp.int32(0),
     )
-    # A fixed number of steps: under vmap, a condition of its own for each problem would copy S
-    # in every step.
+    # A fixed number of steps: under vmap, a stopping condition for each problem would copy S in
+    # every step.
     end = lax.fori_loop(0, 3 * n, step, start)
     cheapest = jnp.argsort(end.heights)[: n - k]
     parent = points.at[end.loses[cheapest]].set(end.keeps[cheapest])
@@ -174,9 +174,9 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> Labels:
 
 
 class _Chain(NamedTuple):
-    """State of `ward_start`; a cluster has the number of one of its points."""
+    """The state of `ward_start`; a cluster is numbered by one of its points."""
 
-    sums: Array  # S, one row per point; the row at `at` is `row` and not yet written
+    sums: Array  # S, one row per point; `row` is still to be written at `at`
     row: Array
     at: Array
     mass: Array
@@ -196,20 +196,20 @@ class _Chain(NamedTuple):
 def lloyd(
     gram: Gram,
     weights: Weights,
-    labels: Labels,
+    labels: ClusterLabels,
     k: int,
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],
-) -> Refined:
-    """Lloyd's iterations in Gram space, without empty clusters.
+) -> Refinement:
+    """Runs Lloyd's iterations in Gram space, without empty clusters.
 
     Args:
         gram: The Gram matrix.
         weights: The weights.
-        labels: Where to start.
+        labels: The labels to start from.
         k: The number of clusters.
-        max_iters: Most iterations.
-        tol: Stop when an iteration lowers the objective by no more than this fraction of it.
+        max_iters: The largest number of iterations.
+        tol: Stop when an iteration lowers the objective by at most this fraction.
 
     Returns:
         The refined labels.
@@ -228,8 +228,8 @@ def lloyd(
         new = refilled(new, weights, square + least, k)
         new_s = statistics(gram, weights, new, k)
         new_value = _objective(gram, weights, new_s)
-        # In exact arithmetic the objective falls until the labels are stable; rounding may
-        # swap labels for ever, so that a step which does not improve ends the iterations.
+        # In exact arithmetic the objective falls until the labels are stable; rounding may swap
+        # labels forever, so that an iteration without improvement is the last.
         improved = new_value < value
         done = ~improved | (value - new_value <= tol * value)
         labels, s, value = jax.tree.map(
@@ -243,25 +243,25 @@ def lloyd(
     labels, _, value, iterations, converged = lax.while_loop(
         lambda state: ~state[4] & (state[3] < max_iters), step, state
     )
-    return Refined(labels, value, iterations, converged)
+    return Refinement(labels, value, iterations, converged)
 
 
 def hartigan(
-    gram: Gram, weights: Weights, labels: Labels, k: int, max_rounds: Int[Array, ""]
-) -> Refined:
-    """Hartigan and Wong's moves of single points, until no move lowers the objective.
+    gram: Gram, weights: Weights, labels: ClusterLabels, k: int, max_rounds: Int[Array, ""]
+) -> Refinement:
+    """Moves single points, as Hartigan and Wong do, until no move lowers the objective.
 
     Moving x from cluster a to b changes the objective by m_b w / (m_b + w) |x - mean_b|^2 -
-    m_a w / (m_a - w) |x - mean_a|^2. Each round ranks all points by the best such change and moves
-    the best ones one after the other, each with exact numbers: those of the earlier moves in the
-    round enter through the block of G between the round's points. S is updated once per round.
+    m_a w / (m_a - w) |x - mean_a|^2. Each round ranks all points by their best change and moves the
+    best points one after another. Each move is exact: the earlier moves of the round enter through
+    the block of G between the round's points. S is updated once per round.
 
     Args:
         gram: The Gram matrix.
         weights: The weights; points of weight zero stay where they are.
-        labels: Where to start; no cluster is empty.
+        labels: The labels to start from; no cluster is empty.
         k: The number of clusters.
-        max_rounds: Most rounds.
+        max_rounds: The largest number of rounds.
 
     Returns:
         The refined labels.
@@ -275,11 +275,11 @@ def hartigan(
     block = min(_BLOCK, n)
     points, clusters = indices(n), indices(k)
     square = jnp.diagonal(gram)
-    # Gains below rounding are no gains: they would move points for ever.
+    # Gains below the rounding error do not count: they would move points forever.
     floor = 16 * jnp.finfo(gram.dtype).eps * square * weights
 
     def removal(mass: Array, w: Array, distance: Array) -> Array:
-        """What leaving a cluster saves; nothing for a cluster's last point."""
+        """Returns the gain of leaving a cluster; a cluster's last point may not leave."""
         left = mass - w
         alone = left <= 1e-6 * w
         return jnp.where(alone, -jnp.inf, mass * w / jnp.where(alone, 1, left) * distance)
@@ -333,4 +333,4 @@ def hartigan(
         lambda state: ~state[4] & (state[2] < max_rounds), round_, state
     )
     value = _objective(gram, weights, statistics(gram, weights, labels, k))
-    return Refined(labels, value, moves, converged)
+    return Refinement(labels, value, moves, converged)

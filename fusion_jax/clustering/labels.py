@@ -1,4 +1,4 @@
-"""What clustering by Gram matrix and by points share: seeding, sums, empty clusters.
+"""Starts, sums by label and empty clusters, for clustering by Gram matrix and by points.
 
 Weights are positive or zero, scaled to at most 1, and at least k of them are positive.
 """
@@ -15,32 +15,32 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Weights = Float[Array, " n"]
-Labels = Int[Array, " n"]
+ClusterLabels = Int[Array, " n"]
 
 
-class Refined(NamedTuple):
-    """Labels after a refinement.
+class Refinement(NamedTuple):
+    """The result of a refinement.
 
     Args:
         labels: (n,) int32.
-        objective: The weighted sum of squared distances to the own centroid.
+        objective: The weighted sum of squared distances from the points to their centroids.
         steps: Iterations (Lloyd) or moves of single points (Hartigan).
-        converged: Whether nothing was left to do.
+        converged: Whether nothing was left to improve.
     """
 
-    labels: Labels
+    labels: ClusterLabels
     objective: Float[Array, ""]
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
 
 
 def indices(n: int) -> Int[Array, " n"]:
-    """0 to n - 1 as int32, with and without ``jax_enable_x64``."""
+    """Returns 0 to n - 1 as int32, with and without ``jax_enable_x64``."""
     return jnp.arange(n, dtype=jnp.int32)
 
 
-def sum_by_label(x: Float[Array, " n *d"], labels: Labels, k: int) -> Float[Array, " k *d"]:
-    """Sums of rows that have the same label."""
+def sum_by_label(x: Float[Array, " n *d"], labels: ClusterLabels, k: int) -> Float[Array, " k *d"]:
+    """Returns the sums of the rows that have the same label."""
 
     def scatter(x: Array, labels: Array) -> Array:
         return jax.ops.segment_sum(x, labels, k)
@@ -49,12 +49,15 @@ def sum_by_label(x: Float[Array, " n *d"], labels: Labels, k: int) -> Float[Arra
         one_hot = (labels[None] == indices(k)[:, None]).astype(x.dtype)
         return jnp.tensordot(one_hot, x, 1, precision="highest")
 
-    # Scatters are cheap on a CPU; on accelerators they are slow and their order is not fixed.
+    # A scatter is fast on a CPU; on accelerators it is slow, and its order of sums varies.
     return lax.platform_dependent(x, labels, cpu=scatter, default=product)
 
 
 def first_min(a: Array, axis: int = 0) -> tuple[Array, Array]:
-    """Minimum along an axis and its first index; XLA's argmin is several times slower on CPUs."""
+    """Returns the minimum along an axis and its first index.
+
+    XLA's argmin is several times slower on CPUs.
+    """
     least = a.min(axis, keepdims=True)
     index = lax.broadcasted_iota(jnp.int32, a.shape, axis)
     first = jnp.where(a == least, index, a.shape[axis] - 1).min(axis)
@@ -62,16 +65,16 @@ def first_min(a: Array, axis: int = 0) -> tuple[Array, Array]:
 
 
 def draw_distinct(weights: Weights, k: int, key: Key[Array, ""]) -> Int[Array, " k"]:
-    """Different points, k of them, drawn with probabilities as their weights."""
-    # The k largest of an exponential race are a draw without replacement.
+    """Draws k different points with probabilities proportional to their weights."""
+    # The k largest values of an exponential race are a draw without replacement.
     race = jnp.log(weights) + jax.random.gumbel(key, weights.shape, weights.dtype)
     return lax.top_k(race, k)[1].astype(jnp.int32)
 
 
 def plus_plus(
     distances: Callable[[Array], Array], weights: Weights, k: int, key: Key[Array, ""]
-) -> Labels:
-    """Labels by the nearest of k points that greedy k-means++ chose.
+) -> ClusterLabels:
+    """Returns labels by the nearest of k points that greedy k-means++ chooses.
 
     Each new point is the best of 2 + log(k) candidates drawn with probability proportional to
     weight times squared distance, as in scikit-learn.
@@ -110,16 +113,18 @@ def plus_plus(
     return lax.fori_loop(1, k, choose, state)[1]
 
 
-def refilled(labels: Labels, weights: Weights, distance: Float[Array, " n"], k: int) -> Labels:
-    """Labels in which every empty cluster gets a point far from its own centroid.
+def refilled(
+    labels: ClusterLabels, weights: Weights, distance: Float[Array, " n"], k: int
+) -> ClusterLabels:
+    """Returns labels in which every empty cluster gets a point far from its centroid.
 
-    Each cluster that is not empty keeps the member nearest to its centroid, so that with at least
-    k points of positive weight none is empty in the end. No move raises the objective.
+    Each other cluster keeps the member nearest to its centroid, so that with at least k points of
+    positive weight no cluster is empty in the end. No move raises the objective.
 
     Args:
         labels: The labels.
         weights: The weights; a cluster with only zeros counts as empty.
-        distance: (n,) squared distance to the own centroid.
+        distance: (n,) squared distances from the points to their centroids.
         k: The number of clusters.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Clustering in the space of the points, for so many of them that a Gram matrix does not fit.
+"""Clustering for so many points that their Gram matrix does not fit into memory.
 
-Distances are computed for blocks of points, so that beside points and centroids only a block's
-distances are in memory.
+Distances are computed for blocks of points, so that besides points and centroids only the distances
+of one block are in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fusion_jax.clustering.labels import Labels, Refined, Weights, first_min, refilled, sum_by_label
+from fusion_jax.clustering.labels import (
+    ClusterLabels,
+    Refinement,
+    Weights,
+    first_min,
+    refilled,
+    sum_by_label,
+)
 
 Points = Float[Array, "n d"]
 Centroids = Float[Array, "k d"]
@@ -23,7 +30,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def by_blocks(f: Callable[[Array], Any], x: Points, size: int) -> Any:
-    """``f`` of blocks of rows, one after the other, as if it had been given all rows at once."""
+    """Returns f(x), computed on one block of rows after another."""
     n = x.shape[0]
     if n <= size:
         return f(x)
@@ -32,8 +39,8 @@ def by_blocks(f: Callable[[Array], Any], x: Points, size: int) -> Any:
     return jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:])[:n], lax.map(f, padded))
 
 
-def nearest(x: Points, centroids: Centroids) -> tuple[Labels, Float[Array, " n"]]:
-    """The nearest centroid of each point, and the squared distance to it."""
+def nearest(x: Points, centroids: Centroids) -> tuple[ClusterLabels, Float[Array, " n"]]:
+    """Returns the nearest centroid of each point, and the squared distance to it."""
     k = centroids.shape[0]
     squares = jnp.square(centroids).sum(1)
 
@@ -46,7 +53,7 @@ def nearest(x: Points, centroids: Centroids) -> tuple[Labels, Float[Array, " n"]
 
 
 def distances_from(x: Points, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
-    """Squared distances from some of the points to all; exactly 0 for duplicates."""
+    """Returns squared distances from some of the points to all; exactly 0 for duplicates."""
     square = jnp.square(x).sum(1)
     norms = square[chosen][:, None] + square[None]
     d = norms - 2 * jnp.matmul(x[chosen], x.T, precision="highest")
@@ -54,15 +61,15 @@ def distances_from(x: Points, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
 
 
 def means(
-    x: Points, weights: Weights, labels: Labels, k: int
+    x: Points, weights: Weights, labels: ClusterLabels, k: int
 ) -> tuple[Centroids, Float[Array, " k"]]:
-    """Weighted means by label, and sums of weights; no label is without weight."""
+    """Returns weighted means by label, and sums of weights; every label needs some weight."""
     sizes = sum_by_label(weights, labels, k)
     return sum_by_label(x * weights[:, None], labels, k) / sizes[:, None], sizes
 
 
-def objective(x: Points, weights: Weights, labels: Labels, k: int) -> Float[Array, ""]:
-    """The weighted sum of squared distances to the own centroid."""
+def objective(x: Points, weights: Weights, labels: ClusterLabels, k: int) -> Float[Array, ""]:
+    """Returns the weighted sum of squared distances from the points to their centroids."""
     centroids, _ = means(x, weights, labels, k)
     return (jnp.square(x - centroids[labels]).sum(1) * weights).sum()
 
@@ -70,20 +77,20 @@ def objective(x: Points, weights: Weights, labels: Labels, k: int) -> Float[Arra
 def lloyd(
     x: Points,
     weights: Weights,
-    labels: Labels,
+    labels: ClusterLabels,
     k: int,
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],
-) -> Refined:
-    """Lloyd's iterations over blocks of points, without empty clusters.
+) -> Refinement:
+    """Runs Lloyd's iterations over blocks of points, without empty clusters.
 
     Args:
         x: The points.
         weights: The weights.
-        labels: Where to start.
+        labels: The labels to start from.
         k: The number of clusters.
-        max_iters: Most iterations.
-        tol: Stop when an iteration lowers the objective by no more than this fraction of it.
+        max_iters: The largest number of iterations.
+        tol: Stop when an iteration lowers the objective by at most this fraction.
 
     Returns:
         The refined labels.
@@ -104,4 +111,4 @@ def lloyd(
     labels, value, iterations, converged = lax.while_loop(
         lambda state: ~state[3] & (state[2] < max_iters), step, state
     )
-    return Refined(labels, value, iterations, converged)
+    return Refinement(labels, value, iterations, converged)

@@ -1,4 +1,4 @@
-"""One budget of hidden units for several sites: how much each gets."""
+"""Splits one budget of hidden units among several sites."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration.calibrator import Calibrator, Source, padded
+from fusion_jax.calibration.calibrator import Calibrator, stack_padded
 from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import check_method
 from fusion_jax.methods.fusion import Fusion
-from fusion_jax.nn.mlp import Mlp
-from fusion_jax.nn.site import Layers, select, sites
+from fusion_jax.nn.mlp import AnyMlp
+from fusion_jax.nn.site import select_sites, sites
 from fusion_jax.progress import show_progress
+from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
+from ntk.selection import Selection
 
 TRIED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Shares of the original width at which a site's error is measured, besides the smallest."""
-POSITIONS = 512
-"""Most positions at which kernels are compared, kept out of what sites are fitted to."""
-_FEWEST = 8
-"""Positions that a site or an expert needs: of these, two are compared at."""
+"""The shares of the original width at which a site's error is measured, besides the smallest."""
+HELD_OUT_POSITIONS = 512
+"""The largest number of positions at which kernels are compared, and which no site is fitted to."""
+NEEDED_POSITIONS = 8
+"""The number of positions that a site or an expert needs; kernels are compared at two of them."""
+CURVE_POINTS = 512
+"""The number of widths, about, that a site can get."""
+TIE_BREAK = 1e-6
+"""The weight of a site's width among equal errors: more units are better, so that none is left."""
 
 
 @on_auto_axes
@@ -36,37 +43,38 @@ def allocate(
     method: Fusion,
     *,
     total_width: int | float,
-    calibration: Source,
+    calibration: CalibrationSource,
     key: Key[Array, ""],
-    layers: Layers = None,
+    layers: Selection = None,
     progress: bool | None = None,
 ) -> dict[str, Fusion]:
-    """Gives each site its own width, so that the sum of their errors is least.
+    """Gives each site its own width, so that the sum of the sites' errors is smallest.
 
-    Each site is fused alone at a few widths, and its error measured at positions of the calibration
-    that it was not fitted to: the relative change of its neural tangent kernel, SGD's or Adam's as
-    the scaling says, or of its outputs if that is ``"folded"``. Between the widths tried, errors
-    are interpolated; the widths are then an exact minimum over all that add up to the budget.
+    Each site is fused alone at a few widths. Its error is measured at held-out positions of the
+    calibration: the relative change of its neural tangent kernel, SGD's or Adam's as the scaling
+    says, or of its outputs if the scaling is ``"folded"``. Errors at other widths are interpolated;
+    the result is an exact minimum over all widths that add up to the budget.
 
     Args:
         model: The model.
         method: The method; its ``width`` is not used.
-        total_width: Hidden units of all sites together: an int, or a fraction of what they have.
+        total_width: The hidden units of all sites together: an int, or a fraction of the original.
         calibration: As for `compress`.
         key: Random key.
         layers: Which sites, as for `compress`.
         progress: As for `compress`.
 
     Returns:
-        The method for each site's path, to be given to `compress`. Widths are multiples of the
-        method's ``round_to`` or the original width; the sum is at most ``total_width``.
+        The method for each site's path, for `compress`. Widths are multiples of the method's
+        ``round_to``, or the original width; their sum is at most ``total_width``.
 
     Raises:
         InputError: There is no calibration, the budget is below ``round_to`` for each site or above
-            what the sites have, or a site or one of its experts has too few positions to keep some
-            out.
+            the original width of the sites, or a site or an expert has too few positions to hold
+            some out.
 
     Example:
+        >>> from fusion_jax import Mlp
         >>> mlps = nnx.List([Mlp(4, 16, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
         >>> seen = {path: jax.random.normal(jax.random.key(0), (64, 4)) for path in ("0", "1")}
         >>> plan = allocate(mlps, Fusion(round_to=4), total_width=0.5, calibration=seen,
@@ -81,7 +89,7 @@ def allocate(
         raise InputError("allocating needs calibration: texts, or 'random' if there are none")
     if isinstance(total_width, float) and not 0 < total_width <= 1:
         raise InputError(f"a total_width given as a fraction must be in (0, 1]; got {total_width}")
-    chosen = select(sites(model), layers)
+    chosen = select_sites(sites(model), layers)
     originals = [site.mlp.width for site in chosen]
     if isinstance(total_width, float):
         total_width = int(total_width * sum(originals) + 1e-6)
@@ -93,12 +101,12 @@ def allocate(
             f"round_to {unit}; got {total_width}"
         )
     text_key, fit_key, up_key = jax.random.split(key, 3)
-    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key)
-    tried = [_tried(width, unit) for width in originals]
-    errors = []
+    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key).capture()
+    tried = [_tried_widths(width, unit) for width in originals]
+    curves = []
     with show_progress("Allocating", sum(map(len, tried)), progress) as advance:
         for site, widths in zip(chosen, tried, strict=True):
-            fitted, held_out = _parted(source.of(site), site.path)
+            fitted, held_out = _held_out_split(source.of(site), site.path)
             points = [(site.mlp.width, 0.0)]
             for width in widths:
                 made = dataclasses.replace(method, width=width, by_use=0.0, sequential=False)
@@ -107,58 +115,55 @@ def allocate(
                 error = _error(site.mlp, fused, jnp.asarray(held_out), method.scaling, up_key)
                 points.append((width, error))
                 advance(f"{site.path} at {width}")
-            errors.append(_curve(points, site.mlp.width, unit))
-    steps = _least([np.asarray(e) for _, e in errors], [w for w, _ in errors], total_width)
+            curves.append(_curve(points, site.mlp.width, unit))
+    best = _best_widths([errors for _, errors in curves], [w for w, _ in curves], total_width)
     return {
         site.path: dataclasses.replace(method, width=int(widths[i]))
-        for site, (widths, _), i in zip(chosen, errors, steps, strict=True)
+        for site, (widths, _), i in zip(chosen, curves, best, strict=True)
     }
 
 
-def _tried(original: int, unit: int) -> list[int]:
-    """Widths at which a site's error is measured: the smallest, so that none is guessed."""
+def _tried_widths(original: int, unit: int) -> list[int]:
+    """Returns the widths at which a site's error is measured, among them the smallest possible."""
     widths = {max(1, round(share * original / unit)) * unit for share in (0, *TRIED)}
     return sorted(width for width in widths if width < original)
 
 
-def _parted(seen: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs to fit to and inputs held out; of experts each its own, with zeros behind."""
+def _held_out_split(seen: Calibration, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the inputs to fit to and the inputs held out; each expert's are padded with zeros."""
     inputs = np.asarray(seen.inputs)
     rows = [inputs]
     if seen.weights is not None:
         rows = [x[used > 0] for x, used in zip(inputs, np.asarray(seen.weights), strict=True)]
     fewest = min(map(len, rows))
-    if fewest < _FEWEST:
+    if fewest < NEEDED_POSITIONS:
         whose = "an expert of " if seen.weights is not None else ""
         raise InputError(
-            f"{whose}{path or 'the model'} has {fewest} positions of calibration; widths are "
-            f"compared at some that are held out, of at least {_FEWEST}"
+            f"{whose}{path or 'the model'} has {fewest} positions of calibration; at least "
+            f"{NEEDED_POSITIONS} are needed, of which some are held out to compare widths"
         )
     fitted, held_out = [], []
     for x in rows:
-        step = max(4, -(-len(x) // POSITIONS))
+        step = max(4, -(-len(x) // HELD_OUT_POSITIONS))
         out = np.arange(len(x)) % step == step - 1
         fitted.append(x[~out])
         held_out.append(x[out])
     if seen.weights is None:
         return fitted[0], held_out[0]
-    return padded(fitted), padded(held_out)
+    return stack_padded(fitted), stack_padded(held_out)
 
 
 def _error(
-    old: Mlp, new: Mlp, x: Float[Array, "*s t d"], scaling: str, key: Key[Array, ""]
+    old: AnyMlp, new: AnyMlp, x: Float[Array, "*s t d"], scaling: str, key: Key[Array, ""]
 ) -> float:
-    """The relative change of the kernel that the scaling is for, or of the outputs.
+    """Returns the relative change of the scaling's kernel, or of the outputs if it has none.
 
-    Positions that are zero do not count: experts have them behind their own.
+    Inputs of zeros do not count: they are the padding of experts.
     """
     if old.stack:
         each = range(old.stack[0])
         one = [jax.tree.map(lambda a, i=i: a[i], (old, new, x)) for i in each]
         return float(np.mean([_error(a, b, c, scaling, key) for a, b, c in one]))
-    # Only here, so that importing the library does not import ntk.
-    from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
-
     real = (x != 0).any(-1)
     counts = real[:, None] & real[None]
     if scaling == "folded":
@@ -176,24 +181,19 @@ def _error(
 def _curve(
     points: Sequence[tuple[int, float]], original: int, unit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Widths that a site can have, at most `_GRID` or so, and the errors there."""
-    step = unit * -(-original // (unit * _GRID))
+    """Returns the widths that a site can have, about `CURVE_POINTS`, and the errors there."""
+    step = unit * -(-original // (unit * CURVE_POINTS))
     widths = np.unique([min(unit, original), *range(step, original, step), original])
     known = dict(points)
     tried = sorted(known)
-    # More units cannot do worse; what is measured otherwise is noise.
+    # More units cannot be worse: a measured rise is noise.
     falling = np.minimum.accumulate([known[w] for w in tried])
     errors = np.interp(np.log(widths), np.log(tried), falling)
-    # Where errors are the same, more units are better, if only so that none is left over.
-    return widths, errors + _TIE * (1 - widths / original)
+    return widths, errors + TIE_BREAK * (1 - widths / original)
 
 
-_GRID = 512
-_TIE = 1e-6
-
-
-def _least(errors: list[np.ndarray], widths: list[np.ndarray], budget: int) -> list[int]:
-    """The choice of one width per site with the least sum of errors within a budget."""
+def _best_widths(errors: list[np.ndarray], widths: list[np.ndarray], budget: int) -> list[int]:
+    """Returns which width each site gets, so that the sum of errors within a budget is smallest."""
     best = np.zeros(budget + 1)
     choices = []
     for error, width in zip(errors, widths, strict=True):

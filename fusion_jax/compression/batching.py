@@ -1,10 +1,10 @@
-"""Runs a method on stacked MLPs: one after the other, side by side, or spread over a mesh."""
+"""Runs a method on many MLPs: one after another, side by side, or spread over a mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,38 +18,61 @@ from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide_dtype
 from fusion_jax.nn.submlps import SubMLPs
 
-Problems = tuple[SubMLPs, Key[Array, "..."], Calibration | None, SubMLPs | None]
-"""Sub-MLPs, keys, calibration and gradients, stacked along the axes of the keys."""
 TreeT = TypeVar("TreeT")
 
 _MEMORY = 8 * 2**30
-"""Bytes to work in on a device that does not say how many it has."""
+"""The bytes to work in on a device that does not report its memory."""
 
 
-def solve(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves problems that are stacked along the axes of the keys, in one call."""
-    stack = problems[1].shape
-    flat: Problems = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
-    solutions = _solve_flat(method, act, flat)
+class Problems(NamedTuple):
+    """MLPs to compress, stacked along the axes of the keys.
+
+    Args:
+        subs: Their sub-MLPs.
+        keys: A random key for each.
+        calibration: Their calibration, or None.
+        gradients: The gradients of a loss, laid out as the sub-MLPs, or None.
+    """
+
+    subs: SubMLPs
+    keys: Key[Array, "*s"]
+    calibration: Calibration | None = None
+    gradients: SubMLPs | None = None
+
+
+def solve_stacked(method: Method, act: str | None, problems: Problems) -> Solution:
+    """Returns the solutions of stacked problems, stacked in the same way; one call solves all.
+
+    Args:
+        method: The method.
+        act: The activation's name, where it is known.
+        problems: The problems, stacked along any number of axes.
+
+    Returns:
+        The solutions.
+    """
+    stack = problems.keys.shape
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
+    solutions = _solve_along_one_axis(method, act, flat)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
 
 
 def unstacked(tree: TreeT, count: int) -> Iterator[TreeT]:
-    """The parts of stacked trees, each made when it is asked for."""
+    """Yields the parts of stacked trees, each made when it is asked for."""
     return (jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
 def batch_size(count: int, each: int, memory: int) -> int:
-    """How many of some problems to solve side by side.
+    """Returns how many of some problems to solve side by side.
 
     Args:
-        count: The problems.
-        each: Bytes that one works in.
-        memory: Bytes there are.
+        count: The number of problems.
+        each: The bytes that one problem needs.
+        memory: The bytes available.
 
     Returns:
-        1 to ``count``; a divisor of it if one is near, as another size for the rest would have to
-        be compiled, too.
+        1 to ``count``; a divisor of it if one is near, because a smaller last batch would be
+        compiled on its own.
 
     Example:
         >>> batch_size(8, 7, 30), batch_size(60, 1, 16), batch_size(7, 1, 4), batch_size(7, 9, 4)
@@ -61,7 +84,7 @@ def batch_size(count: int, each: int, memory: int) -> int:
 
 
 def working_bytes(method: Method, problems: Problems) -> int:
-    """About how many bytes one of stacked problems works in: rather too many than too few."""
+    """Estimates the bytes that one of the stacked problems needs; rather too many than too few."""
     subs, _, calibration, _ = problems
     count, p = subs.up.shape[:2]
     units = weights = sum(x.size for x in jax.tree.leaves(subs)) // count
@@ -77,29 +100,28 @@ def working_bytes(method: Method, problems: Problems) -> int:
     return itemsize * (2 * weights + 3 * units + 3 * seen + (3 + 2 * starts) * pairs)
 
 
-def memory() -> int:
-    """Half of what is free on a device: the rest is for what comes back, and gaps."""
+def working_memory() -> int:
+    """Returns half of the free bytes of a device: results and gaps take the other half."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return _MEMORY
     return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
 
 
-def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves stacked problems; where the stack is sharded over a mesh, each device its own."""
-    on_cpu = jax.default_backend() == "cpu"
-    sharding = problems[0].up.sharding
-    count = problems[1].shape[0]
+def _solve_along_one_axis(method: Method, act: str | None, problems: Problems) -> Solution:
+    """Solves problems stacked along one axis; each device of a mesh solves those that it holds."""
+    sharding = problems.subs.up.sharding
+    count = problems.keys.shape[0]
     if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
         spec = PartitionSpec(sharding.spec[0])
         problems = jax.device_put(problems, NamedSharding(sharding.mesh, spec))
-        count = problems[1].sharding.shard_shape(problems[1].shape)[0]
+        count = problems.keys.sharding.shard_shape(problems.keys.shape)[0]
         batch = _batch(method, problems, count)
         return _solve_on_mesh(method, act, batch, sharding.mesh, spec, problems)
-    if not on_cpu:
+    if jax.default_backend() != "cpu":
         return _solve_batch(method, act, _batch(method, problems, count), problems)
-    # One after the other on a CPU, as batching gains nothing and the slowest would decide; and in
-    # the programs that a method is made of, many of which other methods share: less to compile.
+    # On a CPU a batch gains nothing and takes as long as its slowest problem. Outside of one large
+    # program, the smaller programs of a method are compiled once for several methods.
     each = unstacked(problems, count)
     return jax.tree.map(
         lambda *x: jnp.stack(x), *[_solve_one(method, act, problem) for problem in each]
@@ -109,12 +131,12 @@ def _solve_flat(method: Method, act: str | None, problems: Problems) -> Solution
 def _batch(method: Method, problems: Problems, count: int) -> int | None:
     if jax.default_backend() == "cpu":
         return None
-    return batch_size(count, working_bytes(method, problems), memory())
+    return batch_size(count, working_bytes(method, problems), working_memory())
 
 
 def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
     subs, key, calibration, gradients = problem
-    more: Any = {"gradients": gradients} if method.graded else {}
+    more: Any = {"gradients": gradients} if method.takes_gradients else {}
     return method.solve(subs, key=key, act=act, calibration=calibration, **more)
 
 

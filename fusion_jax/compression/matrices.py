@@ -1,18 +1,16 @@
-"""Puts any matrices of a model into another form: attention, MLPs, embeddings."""
+"""Puts matrices of a model into another form, in attention, MLPs and embeddings alike."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fusion_jax.compression.checks import all_finite
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Solution, check_method
@@ -23,62 +21,46 @@ from fusion_jax.mpo import MpoEmbed
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import check_plain, find_linears, matrix_of, stack_of
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import find_modules, replaced
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, num_params, size_of
+from ntk.selection import Selection, select
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
-Matrices = str | Callable[[str], bool]
-"""Which matrices: a regular expression for whole paths, or a function of a path."""
 
 LAYERS = r"(?!.*\.(router|shared_gate)$)(.*\.)?layers\..*"
-"""The matrices of all layers: attention and MLPs, but not those that weight experts."""
+"""The matrices of all layers: attention and MLPs, but not the ones that weight experts."""
 
 
-def matrices(model: nnx.Module) -> dict[str, Any]:
-    """The layers of a model that have a matrix: linear layers and embeddings, by path.
+def weight_matrices(model: nnx.Module) -> dict[str, Any]:
+    """Returns the layers of a model that have a matrix, by path: embeddings, then linear layers.
 
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
-        >>> list(matrices(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
+        >>> list(weight_matrices(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
         ['down', 'up']
     """
-    embeds = {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Embed)
-    }
-    return {**embeds, **find_linears(model)}
+    return {**find_modules(model, nnx.Embed), **find_linears(model)}
 
 
-def select_matrices(model: nnx.Module, chosen: Matrices) -> dict[str, Any]:
-    """The matrices that a choice means.
+def select_matrices(model: nnx.Module, matrices: Selection) -> dict[str, Any]:
+    """Returns the chosen ones of the layers that have a matrix, by path.
 
     Args:
         model: The model.
-        chosen: Which.
+        matrices: A regular expression that matches whole paths; indices or a slice; a function of
+            a path; None for all.
 
     Returns:
-        Layers by path.
+        The layers, in the order of `weight_matrices`.
 
     Raises:
-        InputError: The choice matches nothing; lists the matrices.
+        InputError: No matrix is chosen, or an index is out of range; the message lists the
+            matrices.
     """
-    found = matrices(model)
-    if callable(chosen):
-        picked = {path: layer for path, layer in found.items() if chosen(path)}
-    else:
-        try:
-            pattern = re.compile(chosen)
-        except re.error as error:
-            raise InputError(f"matrices {chosen!r} is no regular expression: {error}") from None
-        picked = {path: layer for path, layer in found.items() if pattern.fullmatch(path)}
-    if not picked:
-        raise InputError(
-            f"matrices {chosen!r} matches none (a pattern must match a whole path); "
-            f"they are {', '.join(found)}"
-        )
-    return picked
+    found = list(weight_matrices(model).items())
+    paths = [path for path, _ in found]
+    return dict(found[i] for i in select(matrices, paths, argument="matrices", noun="matrix"))
 
 
 @on_auto_axes
@@ -86,25 +68,25 @@ def compress_matrices(
     model: ModelT,
     method: Factored,
     *,
-    matrices: Matrices,
+    matrices: Selection,
     progress: bool | None = None,
 ) -> tuple[ModelT, Report]:
     """Puts matrices of a model into another form; the model itself is not changed.
 
-    Unlike `compress`, which looks at MLPs, this takes any linear layer, of a fused MLP too; `MPO`
+    Unlike `compress`, which works on MLPs, this takes any linear layer, also in a fused MLP; `MPO`
     takes embeddings as well.
 
     Args:
         model: The model.
         method: `MPO`, `Svd` or `MaskPrune`.
-        matrices: Which: a regular expression for whole paths, or a function of a path.
+        matrices: Which matrices, see `select_matrices`; such as ``r".*attention.*"``.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
         The new model, which shares all other arrays with the original, and a report.
 
     Raises:
-        InputError: No matrix was chosen, or one cannot have the form.
+        InputError: No matrix is chosen, or a chosen one cannot have the form.
 
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
@@ -128,12 +110,12 @@ def compress_matrices(
                 method.spec(layer.in_features, layer.out_features)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    bad = [path for path, layer in picked.items() if not _finite(layer)]
+    bad = [path for path, layer in picked.items() if not all_finite(layer)]
     if bad:
         raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
     new: Any = nnx.clone(model)
     rows = []
-    with show_progress("Factorising", len(picked), progress) as advance:
+    with show_progress("Factorizing", len(picked), progress) as advance:
         for path, layer in picked.items():
             start = time.perf_counter()
             solution = jax.block_until_ready(_factor(method, layer))
@@ -161,10 +143,6 @@ def compress_matrices(
         after=size_of(new, (site.mlp for site in sites(new))),
     )
     return new, report
-
-
-def _finite(layer: Any) -> bool:
-    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(nnx.state(layer, nnx.Param)))
 
 
 def _factor(method: Factored, layer: Any) -> Solution:

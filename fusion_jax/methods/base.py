@@ -1,41 +1,58 @@
-"""What a compression method is."""
+"""Defines what a compression method is."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Array, Key
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.mlp import AnyMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs
 
 
 class Solution(NamedTuple):
-    """What a method finds for one MLP, or for several of one shape along leading axes.
+    """The result of a method for one MLP, or for several of one shape along leading axes.
 
     Args:
-        parts: Arrays that `Method.build` turns into a module; a pytree of the method's own.
-        facts: Scalars for the report: a NamedTuple, whose field names head the columns.
+        parts: Arrays that `Method.build` turns into a module, as any pytree.
+        facts: Scalars for the report, as a NamedTuple whose field names head the columns.
     """
 
     parts: Any
     facts: Any
 
 
+class ModelNeeds(NamedTuple):
+    """The needs of a method beyond one MLP: the names of the options that cause them.
+
+    Args:
+        earlier_sites: The option by which each site is fitted in a model whose earlier sites are
+            already compressed; None if every site is fitted in the original model.
+        expert_use: The option by which the widths of a layer's experts depend on how often the
+            router uses each expert, see `Method.expert_groups`; None if it has no influence.
+    """
+
+    earlier_sites: str | None = None
+    expert_use: str | None = None
+
+
 class Method:
     """Base of the methods: frozen, keyword-only dataclasses whose fields are the configuration.
 
-    A method splits in two, so that the costly half runs under ``jit`` and ``vmap``: `solve` maps
+    A method has two halves, so that the costly one runs under ``jit`` and ``vmap``: `solve` maps
     arrays to arrays, `build` makes the module.
     """
 
     name: ClassVar[str] = ""
-    """Its name in JSON, and of its subcommand; the class's if empty."""
+    """The name in JSON and of the subcommand; if empty, the name of the class."""
     modules: ClassVar[tuple[type[Mlp], ...]] = ()
     """The modules that `build` makes, besides `Mlp` and `GatedMlp`."""
+    accepts_compressed: ClassVar[bool] = False
+    """Whether it accepts already compressed MLPs."""
 
     def __new__(cls, *args: Any, **kwargs: Any):  # noqa: D102
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -45,47 +62,57 @@ class Method:
         return super().__new__(cls)
 
     @property
-    def calibrated(self) -> bool:
+    def takes_calibration(self) -> bool:
         """Whether `solve` takes calibration."""
         return False
 
     @property
-    def graded(self) -> bool:
+    def takes_gradients(self) -> bool:
         """Whether `solve` needs the gradients of a loss, as its argument ``gradients``."""
         return False
 
-    any_mlp: ClassVar[bool] = False
-    """Whether it takes MLPs that another method has been at, too."""
-    sequential: bool = False
-    """Whether a site's calibration comes from the model with the sites before it compressed."""
-    by_use: float = 0.0
-    """Power of the router's use of an expert that its width grows with; 0 for equal widths."""
+    @property
+    def model_needs(self) -> ModelNeeds:
+        """The method's needs beyond one MLP."""
+        return ModelNeeds()
 
-    def within(self, subs: SubMLPs, share: float) -> Method:
-        """The method with the size at which at most so much of an MLP's parameters is left.
+    def expert_groups(self, width: int, use: Sequence[float]) -> list[tuple[Method, list[int]]]:
+        """Splits the experts of a layer into groups, each with the method that compresses it.
 
         Args:
-            subs: Its sub-MLPs, perhaps abstract.
-            share: The share of the parameters, in (0, 1]. The output bias does not count.
+            width: The width of the experts.
+            use: How often the router uses each expert, as shares.
+
+        Returns:
+            The method and the experts of each group.
+        """
+        return [(self, list(range(len(use))))]
+
+    def within(self, subs: SubMLPs, share: float) -> Method:
+        """Returns the method with the largest size that keeps at most a share of the parameters.
+
+        Args:
+            subs: The sub-MLPs of an MLP, perhaps abstract.
+            share: The share of the MLP's parameters, in (0, 1]. The output bias does not count.
 
         Returns:
             The method, otherwise the same.
 
         Raises:
-            InputError: No size is small enough, or the method has none.
+            InputError: No size is small enough, or the method has no size.
         """
         raise InputError(f"{type(self).__name__} cannot be given a budget")
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if the method cannot compress these (looks at shapes only).
+        """Raises `InputError` if the method cannot compress an MLP; only shapes matter.
 
         Args:
-            subs: Sub-MLPs, perhaps abstract.
-            calibrated: Whether there will be calibration.
+            subs: The sub-MLPs of the MLP, perhaps abstract.
+            calibrated: Whether there is calibration.
         """
 
     def check_given(self, *, calibration: bool, gradients: bool) -> None:
-        """Raises `InputError` for what is given without use, or missing.
+        """Raises `InputError` for a given argument that is not used, and for a missing one.
 
         Args:
             calibration: Whether there is calibration.
@@ -93,11 +120,11 @@ class Method:
         """
         score = getattr(self, "score", None)
         name = type(self).__name__ + ("" if score is None else f" with score {score!r}")
-        if calibration and not self.calibrated:
+        if calibration and not self.takes_calibration:
             raise InputError(f"{name} takes no calibration")
-        if gradients and not self.graded:
+        if gradients and not self.takes_gradients:
             raise InputError(f"{name} takes no gradients")
-        if self.graded and not gradients:
+        if self.takes_gradients and not gradients:
             raise InputError(f"{name} needs gradients; fusion_jax.mean_gradients gives them")
 
     def solve(
@@ -108,13 +135,13 @@ class Method:
         act: str | None = None,
         calibration: Calibration | None = None,
     ) -> Solution:
-        """Compresses one MLP's sub-MLPs: pure, for use under ``jit`` and ``vmap``.
+        """Compresses the sub-MLPs of one MLP; pure, for use under ``jit`` and ``vmap``.
 
         Args:
             subs: The sub-MLPs.
             key: Random key.
             act: The activation's name, where it is known.
-            calibration: What the MLP saw, or None; with it, ``act`` is given.
+            calibration: The inputs of the MLP, or None; with calibration, ``act`` is given too.
 
         Returns:
             The solution.
@@ -122,21 +149,28 @@ class Method:
         raise NotImplementedError
 
     def verify(self, solution: Solution) -> None:
-        """Raises an error if a solution is not as good as it must be; outside ``jit``."""
+        """Raises an error if a solution misses a guarantee of the method; outside ``jit``."""
 
-    def build(self, mlp: Mlp, solution: Solution) -> Any:
-        """The module that takes the place of an MLP; the MLP is left as it is."""
+    def build(self, mlp: Mlp, solution: Solution) -> AnyMlp:
+        """Returns the module that replaces an MLP, which is not changed."""
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values, with the method's name under ``"method"``."""
+        """Returns the configuration as JSON values, with the name under ``"method"``."""
         return {"method": type(self).name or type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
 def check_method(method: Any) -> None:
-    """Raises `InputError` unless it is a method."""
+    """Raises `InputError` unless an argument is a method."""
     if not isinstance(method, Method):
         raise InputError(f"a method is an object such as fusion_jax.Svd(); got {method!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises `InputError` unless the value of an option is one of its choices."""
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}{hint}")
 
 
 def check_width(width: int | float) -> None:
@@ -150,18 +184,18 @@ def check_width(width: int | float) -> None:
 
 
 def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
-    """The most hidden units that have at most this share of an MLP's parameters.
+    """Returns the largest number of hidden units with at most a share of an MLP's parameters.
 
     Args:
         subs: The MLP's sub-MLPs, perhaps abstract.
         share: The share, in (0, 1].
-        round_to: The width is a multiple of this, or the MLP's own.
+        round_to: The width is a multiple of this, or the MLP's own width.
 
     Returns:
         The width.
 
     Raises:
-        InputError: Not even the smallest width is within it.
+        InputError: Not even the smallest width has so few parameters.
     """
     width = int(share * subs.width + 1e-9)
     if width < subs.width:
@@ -173,7 +207,7 @@ def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
 
 
 def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
-    """The width that an int or a fraction of the original means.
+    """Returns the width for an int, or for a fraction of the original width.
 
     Args:
         width: An int, 1 to ``original``, or a float, a fraction in (0, 1].

@@ -1,4 +1,4 @@
-"""The Clustering baseline: centroids scaled by square roots of cluster sizes on both sides."""
+"""Implements the Clustering baseline: centroids times square roots of cluster sizes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fusion_jax.nn.submlps import SubMLPs
 class Clustering(Narrower):
     """The paper's Clustering baseline: a plain MLP of centroids times sqrt(cluster size).
 
-    Input weights, biases and output weights are all multiplied by sqrt(n_c) and nothing is divided
-    again, so that the function is the fused MLP's only for activations with s(a z) = a s(z), such
-    as ReLU. In a gated MLP only the factors outside the activation are scaled.
+    Input weights, biases and output weights are all multiplied by sqrt(n_c), without a division
+    inside the activation. The function is therefore the fused MLP's only for activations with
+    s(a z) = a s(z), such as ReLU. In a gated MLP only the parts outside the activation are scaled.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), appendix A.4.
@@ -34,11 +34,11 @@ class Clustering(Narrower):
     name: ClassVar[str] = "clustering"
 
     n_init: int = 1
-    """Starts of the clustering, if they are random; the best is kept."""
+    """The number of random starts of the clustering, of which the best is kept."""
     max_iters: int = 300
-    """Most Lloyd iterations per start."""
+    """The largest number of Lloyd iterations per start."""
     tol: float = 0.0
-    """Stop when an iteration gains no more than this fraction of the inertia."""
+    """Stop when an iteration lowers the inertia by at most this fraction."""
 
     def __post_init__(self):
         self._fusion()
@@ -60,7 +60,7 @@ class Clustering(Narrower):
         act: str | None = None,
         calibration: Calibration | None = None,
     ) -> Solution:
-        """Clusters the rows of one MLP; ``parts`` are the sub-MLPs of the smaller one."""
+        """Clusters the rows of one MLP; ``parts`` are the sub-MLPs of the narrower one."""
         solution = self._fusion().solve(subs, key=key)
         sizes = solution.parts.sizes
         root = sizes**0.5

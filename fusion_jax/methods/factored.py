@@ -1,4 +1,4 @@
-"""What methods share that keep an MLP's width and put its matrices into another form."""
+"""The base of methods that keep an MLP's width and put its matrices into another form."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fusion_jax.nn.submlps import SubMLPs
 
 
 class FactoredFacts(NamedTuple):
-    """What methods on matrices report of a site.
+    """The facts of a site for methods that work on matrices.
 
     Args:
-        error: The Frobenius norm of what was lost of all matrices, relative to theirs.
+        error: The Frobenius norm of the change of all matrices, relative to their own norm.
     """
 
     error: Float[Array, "*s"]
 
 
 def matrices_of(subs: SubMLPs) -> dict[str, Float[Array, "d o"]]:
-    """The matrices of an MLP by the names of its layers, in float32 or float64.
+    """Returns the matrices of an MLP by the names of its layers, in float32 or float64.
 
     Example:
         >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)))
@@ -43,43 +43,43 @@ def matrices_of(subs: SubMLPs) -> dict[str, Float[Array, "d o"]]:
 
 
 def relative_error(pairs: list[tuple[Array, Array]]) -> Float[Array, ""]:
-    """The norm of the differences of pairs of arrays, relative to that of the first ones."""
+    """Returns the norm of the differences of pairs, relative to the norm of the first arrays."""
     lost = jnp.stack([jnp.square(a - b).sum() for a, b in pairs]).sum()
     whole = jnp.stack([jnp.square(a).sum() for a, _ in pairs]).sum()
     return jnp.sqrt(lost / jnp.where(whole > 0, whole, 1))
 
 
 class Factored(Method):
-    """Base of methods that put matrices into another form, one after the other.
+    """Base of methods that put each matrix into another form.
 
     They take any MLP, fused ones too, and any other linear layer (`compress_matrices`).
     """
 
     form: ClassVar[type[LinearForm]]
     """The form."""
-    any_mlp: ClassVar[bool] = True
+    accepts_compressed: ClassVar[bool] = True
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
-        """What the form of a matrix of d inputs and o outputs takes besides.
+        """Returns the arguments that the form of a (d, o) matrix needs besides its sizes.
 
         Raises:
-            InputError: There is none with what was asked for.
+            InputError: No form of this matrix fits the method's options.
         """
         raise NotImplementedError
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
-        """The arrays of the forms of matrices that are compressed together: those of one MLP.
+        """Returns the arrays of the forms of matrices that are compressed together.
 
         Args:
-            matrices: (d, o) each, by name.
+            matrices: (d, o) each, by name; those of one MLP.
 
         Returns:
-            Under ``parts`` the arrays by name, and facts.
+            The arrays by name as ``parts``, and the facts.
         """
         raise NotImplementedError
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if a matrix cannot have the form (looks at shapes only)."""
+        """Raises `InputError` if a matrix cannot have the form; only shapes matter."""
         for d, o in _shapes(subs):
             self.spec(d, o)
 
@@ -95,14 +95,14 @@ class Factored(Method):
         return _factor(self, matrices_of(subs))
 
     def formed(self, linear: AnyLinear, arrays: tuple[Array, ...]) -> Any:
-        """The layer in its form.
+        """Returns a layer in the form.
 
         Args:
-            linear: The layer, which is left as it is.
-            arrays: What its matrix is made of now.
+            linear: The layer, which is not changed.
+            arrays: The arrays of the form.
 
         Returns:
-            The new layer, in the dtype of the old and with its bias.
+            The new layer, with the dtype and the bias of the old one.
         """
         spec = self.spec(linear.in_features, linear.out_features)
         new = self.form.abstract(linear, **spec)
@@ -110,7 +110,7 @@ class Factored(Method):
         return new
 
     def build(self, mlp: Mlp, solution: Solution) -> Any:
-        """The MLP with its matrices in their form."""
+        """Returns the MLP with its matrices in the form."""
         self.verify(solution)
         new: Any = nnx.clone(mlp)
         for name, arrays in solution.parts.items():
@@ -120,9 +120,9 @@ class Factored(Method):
         return new
 
     def within(self, subs: SubMLPs, share: float) -> Factored:
-        """The method with the size at which so much of an MLP's parameters is left.
+        """Returns the method with the largest size within a share of an MLP's parameters.
 
-        Biases stay, so that the matrices get what is left for them.
+        Biases stay as they are, and the matrices get the rest of the budget.
         """
         weights = sum(d * o for d, o in _shapes(subs))
         biases = sum(x.shape[-1] for x in (subs.up_bias, subs.gate_bias) if x is not None)
@@ -132,7 +132,7 @@ class Factored(Method):
         return self._sized(left)
 
     def _sized(self, share: float) -> Factored:
-        """The method that keeps this share of the parameters of matrices."""
+        """Returns the method that keeps this share of the matrices' parameters."""
         raise NotImplementedError
 
 

@@ -1,8 +1,9 @@
-"""MLP Fusion: clusters the sub-MLPs and keeps the centroids and the cluster sizes."""
+"""Implements MLP Fusion: clusters the sub-MLPs and keeps centroids and cluster sizes."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -13,17 +14,26 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.clustering.engine import Init, Refine, kmeans
 from fusion_jax.clustering.labels import sum_by_label
-from fusion_jax.errors import InputError, nearest
-from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import (
+    Method,
+    ModelNeeds,
+    Solution,
+    check_choice,
+    check_width,
+    kept_width,
+    width_within,
+)
 from fusion_jax.methods.geometry import Metric, points
 from fusion_jax.methods.least_squares import matched, refitted
 from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs
+from fusion_jax.nn.uneven_experts import widths_by_use
 
 
 class FusionParts(NamedTuple):
-    """What `Fusion` finds.
+    """The solution of `Fusion`.
 
     Args:
         rows: The c rows that the fused MLP stores, in float32 or float64.
@@ -39,16 +49,16 @@ class FusionParts(NamedTuple):
 
 
 class FusionFacts(NamedTuple):
-    """What `Fusion` reports of a site.
+    """The facts of a site that `Fusion` reports.
 
     Args:
         inertia: The share of the points' sum of squares, about their mean, that stays inside
             clusters, in the geometry of the clustering.
-        raw_inertia: The same of the weights themselves, the paper's geometry.
-        singletons: Clusters of one sub-MLP.
-        largest: Sub-MLPs in the largest cluster.
-        steps: Lloyd iterations and moves of single points of the best start.
-        converged: Whether they ended by themselves.
+        raw_inertia: The same share for the weights themselves, the paper's geometry.
+        singletons: The number of clusters with one sub-MLP.
+        largest: The number of sub-MLPs in the largest cluster.
+        steps: Lloyd iterations plus moves of single points, of the best start.
+        converged: Whether nothing was left to improve at the end.
     """
 
     inertia: Float[Array, "*s"]
@@ -61,7 +71,7 @@ class FusionFacts(NamedTuple):
 
 @jax.jit
 def _averaged(subs: SubMLPs, labels: Array, sizes: Array) -> tuple[SubMLPs, Array]:
-    """Clusters' centroids, with sizes in the output weights; what of the rows stays inside."""
+    """Returns centroids, with sizes in the output weights, and the share of inertia inside."""
     rows = subs.rows()
     sizes = sizes.astype(rows.dtype)
     centroids = sum_by_label(rows, labels, sizes.shape[0]) / jnp.maximum(sizes, 1)[:, None]
@@ -76,9 +86,9 @@ def _averaged(subs: SubMLPs, labels: Array, sizes: Array) -> tuple[SubMLPs, Arra
 class Fusion(Method):
     """MLP Fusion: k-means on the sub-MLPs; centroids and Frozen cluster sizes remain.
 
-    Without calibration this is the published method with a better clustering. With it, sub-MLPs are
-    clustered by what they do, output weights are refitted, and the kernel is matched; each part can
-    be left out.
+    Without calibration this is the published method with a better clustering. With calibration,
+    sub-MLPs are clustered by their behavior on it, output weights are refitted, and the kernel is
+    matched; each of these can be switched off.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.2.
@@ -95,38 +105,52 @@ class Fusion(Method):
     scaling: Scaling = "adam"
     """Which kernel is kept: Adam's (the paper), SGD's, or none with sizes folded into weights."""
     metric: Metric | Literal["auto"] = "auto"
-    """What makes sub-MLPs near: their weights (raw, the paper), first-order effects (sensitivity),
-    or what they do at calibration inputs (function); auto: function with calibration, else raw."""
+    """The geometry of the clustering: weights (raw, the paper), first-order effects (sensitivity),
+    or behavior at calibration inputs (function); auto is function with calibration, else raw."""
     refit: bool = True
-    """With calibration: output weights by ridge regression of the original's outputs."""
+    """With calibration: fit output weights to the original's outputs by ridge regression."""
     match: bool = True
-    """With calibration: fixed factors for which the kernel is nearest to the original's."""
+    """With calibration: choose fixed factors that bring the kernel nearest to the original's."""
     sequential: bool = False
-    """With calibration: each site is fitted on what the sites fused before it lead to."""
+    """With calibration: fit each site in the model whose earlier sites are already fused."""
     by_use: float = 0.0
-    """With calibration text: a layer's experts get widths that grow with this power of how often
-    the router uses each, with the same mean; 0 is equal widths, 1 in proportion."""
+    """With calibration text: the widths of a layer's experts grow with this power of how often the
+    router uses each, with the same mean; 0 gives equal widths, 1 widths in proportion to use."""
     ridge: float = 0.01
     """Strength of refit's regression, relative to the mean square of the hidden units."""
     init: Init = "auto"
-    """How clustering starts."""
+    """How the clustering starts."""
     refine: Refine = "auto"
-    """How clustering goes on."""
+    """How the clustering improves its start."""
     round_to: int = 1
     """Round fractions of a width up to a multiple of this (128 suits TPUs)."""
     n_init: int = 1
-    """Starts of the clustering, if they are random; the best is kept."""
+    """The number of random starts of the clustering, of which the best is kept."""
     max_iters: int = 300
-    """Most Lloyd iterations, and passes of single-point moves, per start."""
+    """The largest number of Lloyd iterations, and of rounds of single-point moves, per start."""
     tol: float = 0.0
-    """Stop when an iteration gains no more than this fraction of the inertia."""
+    """Stop when an iteration lowers the inertia by at most this fraction."""
 
     modules: ClassVar[tuple[type[Mlp], ...]] = (FusedMlp, FusedGatedMlp)
 
     @property
-    def calibrated(self) -> bool:
-        """With it, units are near that do alike, and what is left is fitted to it."""
+    def takes_calibration(self) -> bool:
+        """Always: the geometry, refitting and matching can use it."""
         return True
+
+    @property
+    def model_needs(self) -> ModelNeeds:
+        """The options that look beyond one MLP."""
+        return ModelNeeds(
+            earlier_sites="sequential" if self.sequential else None,
+            expert_use="by_use" if self.by_use else None,
+        )
+
+    def expert_groups(self, width: int, use: Sequence[float]) -> list[tuple[Method, list[int]]]:
+        """Groups the experts of a layer by width; the widths follow the router's use."""
+        mean = kept_width(self.width, width, self.round_to)
+        groups = widths_by_use(use, mean, self.by_use, original=width, round_to=self.round_to)
+        return [(dataclasses.replace(self, width=w), members) for w, members in groups.items()]
 
     def __post_init__(self):
         for name, choices in (
@@ -135,11 +159,7 @@ class Fusion(Method):
             ("init", get_args(Init)),
             ("refine", get_args(Refine)),
         ):
-            value = getattr(self, name)
-            if value not in choices:
-                known = ", ".join(choices)
-                hint = nearest(str(value), choices)
-                raise InputError(f"{name} must be one of {known}; got {value!r}{hint}")
+            check_choice(name, getattr(self, name), choices)
         for name in ("round_to", "n_init", "max_iters"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -153,14 +173,14 @@ class Fusion(Method):
 
     @classmethod
     def paper(cls, *, width: int | float = 0.25, scaling: Scaling = "adam") -> Fusion:
-        """The published method: weights as they are, k-means++ and Lloyd, best of 30 starts.
+        """Returns the published method: raw weights, k-means++ and Lloyd, best of 30 starts.
 
         Args:
             width: As for `Fusion`.
-            scaling: As for `Fusion`; the paper's is ``"adam"``.
+            scaling: As for `Fusion`; the paper uses ``"adam"``.
 
         Returns:
-            The method; calibration changes nothing about it.
+            The method; calibration has no influence on it.
         """
         return cls(
             width=width,
@@ -175,14 +195,16 @@ class Fusion(Method):
         )
 
     def within(self, subs: SubMLPs, share: float) -> Fusion:
-        """The method with the largest width in a budget; Frozen sizes do not count."""
+        """Returns the method with the largest width within a share; Frozen sizes do not count."""
         return dataclasses.replace(self, width=width_within(subs, share, self.round_to))
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""
+        """Raises `InputError` if the width is above the MLP's own, or calibration is missing."""
         kept_width(self.width, subs.width, self.round_to)
         if not calibrated and self.by_use:
-            raise InputError("by_use needs calibration text, which tells the router's use")
+            raise InputError(
+                "by_use needs calibration text, which shows how the router uses experts"
+            )
         if not calibrated and self.sequential:
             raise InputError("sequential needs calibration text or tokens")
         if not calibrated and self.metric not in ("auto", "raw"):
@@ -198,13 +220,13 @@ class Fusion(Method):
         act: str | None = None,
         calibration: Calibration | None = None,
     ) -> Solution:
-        """Clusters the sub-MLPs of one MLP, and fits what remains to calibration inputs.
+        """Clusters the sub-MLPs of one MLP, and fits the result to calibration inputs.
 
         Args:
-            subs: Its p sub-MLPs.
+            subs: The p sub-MLPs.
             key: Random key of the clustering's starts.
             act: The activation's name; needed with calibration.
-            calibration: What the MLP saw, or None.
+            calibration: The inputs of the MLP, or None.
 
         Returns:
             `FusionParts` and `FusionFacts`.
@@ -243,7 +265,7 @@ class Fusion(Method):
         return Solution(parts, facts)
 
     def build(self, mlp: Mlp, solution: Solution) -> FusedMlp | FusedGatedMlp:
-        """The fused MLP of a solution, in the dtype of the original."""
+        """Returns the fused MLP of a solution, in the dtype of the original."""
         parts: FusionParts = solution.parts
         new = mlp.abstract(
             FusedGatedMlp if isinstance(mlp, GatedMlp) else FusedMlp,

@@ -1,4 +1,4 @@
-"""Geometries: what makes two sub-MLPs near each other, as points whose distances k-means sums.
+"""Geometries of sub-MLPs: the points that k-means clusters.
 
 Axis letters in shapes: p width, d inputs, o outputs, t positions.
 """
@@ -23,27 +23,27 @@ Metric = Literal["raw", "sensitivity", "function"]
 def points(
     metric: Metric, subs: SubMLPs, calibration: Calibration | None, act: str
 ) -> Float[Array, "p _"]:
-    r"""The sub-MLPs as points of a geometry.
+    r"""Returns the sub-MLPs as points of a geometry.
 
-    ``"raw"`` is the paper's: all weights in one row. The others measure what a displacement does to
-    the outputs and to the kernel at calibration inputs.
+    ``"raw"`` is the paper's geometry: all weights in one row. The others measure the effect of a
+    displacement on the outputs and on the kernel at calibration inputs.
 
-    ``"sensitivity"`` does so to first order, from second moments. With ``w^ = (w, b)``,
+    ``"sensitivity"`` measures it to first order, from second moments. With ``w^ = (w, b)``,
     ``M = E x^ x^T`` and s' the slope of the activation, the row of unit i is
     ``[M^(1/2) w^_i |v_i| rms s'_i ; v_i rms h_i]``.
 
-    ``"function"`` compares what units do. The kernel is
+    ``"function"`` compares the behavior of units. The kernel is
     ``sum_i h_i(x) h_i(z) + (x^ . z^) |v_i|^2 s'_i(x) s'_i(z)``, and the row of unit i is
 
         ``[rms(h_i) v_i ; |x^_t| |v_i| s'_i(x_t) for all t ; h_i(x_t) for all t]``,
 
-    each block centred and divided by its norm, as none is worth more than another: the first block
+    each block centered and divided by its norm, so that all blocks weigh the same: the first block
     stands for outputs, the others for the two terms of the kernel.
 
     Args:
         metric: The geometry.
         subs: Sub-MLPs, not stacked.
-        calibration: What they saw; not needed for ``"raw"``.
+        calibration: Inputs of the MLP; not needed for ``"raw"``.
         act: The activation's name.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What is fitted to calibration inputs after clustering: output weights, and the kernel's factors.
+"""Fits output weights, and the factors of the kernel, to calibration inputs after clustering.
 
-Both are linear least squares in closed form, over blocks of positions, so that no matrix of
-activations is kept.
+Both are linear least squares in closed form. Sums run over blocks of positions, so that no whole
+matrix of activations is in memory.
 
 Axis letters in shapes: p width, c clusters, d inputs, o outputs, t positions.
 """
@@ -24,20 +24,20 @@ from fusion_jax.nn.fused import Factors, Scaling, factors
 from fusion_jax.nn.submlps import SubMLPs, responses
 
 BLOCK = 1024
-"""Positions whose activations are in memory at a time."""
+"""The number of positions whose activations are in memory at a time."""
 KERNEL_POSITIONS = 2048
-"""Positions that factors are fitted at: c or 2 c unknowns, and every pair of positions counts."""
+"""The number of positions that factors are fitted at; every pair of positions counts."""
 PAIRED_POSITIONS = 128
-"""Positions whose pairs the second factors for Adam are fitted at, one by one."""
+"""The number of positions whose pairs, one by one, the second factors for Adam are fitted at."""
 RIDGE_OF_FACTORS = 1e-2
-LEAST = 1e-2
-"""Of what a squared factor starts at: no kernel term vanishes."""
+FACTOR_FLOOR = 1e-2
+"""The smallest fitted coefficient, relative to its start, so that no kernel term vanishes."""
 
 _product = partial(jnp.matmul, precision="highest")
 
 
 def _sum_over_blocks(f: Callable[..., Any], *arrays: Array) -> Any:
-    """The sum of f over blocks of positions; the last block is filled up with zero rows."""
+    """Returns the sum of f over blocks of positions; the last block is padded with zero rows."""
     count = arrays[0].shape[0]
     size = min(BLOCK, count)
     blocks = -(-count // size)
@@ -59,18 +59,18 @@ def _sum_over_blocks(f: Callable[..., Any], *arrays: Array) -> Any:
 def refitted(
     effective: SubMLPs, subs: SubMLPs, calibration: Calibration, act: str, ridge: Any
 ) -> SubMLPs:
-    r"""Output weights by ridge regression of the original's outputs on the units that are left.
+    r"""Fits the output weights of the units left to the original's outputs, by ridge regression.
 
     ``V + (H^T H + l I)^(-1) H^T (T - H V)`` with H the units' hidden values at the calibration
-    inputs, T the outputs to reach, V the output weights now, and l = ``ridge`` trace(H^T H) / c.
-    The regression is towards V: where text says nothing, the clusters' own weights stay.
+    inputs, T the target outputs, V the present output weights, and l = ``ridge`` trace(H^T H) / c.
+    The regression shrinks towards V: where the text has no influence, the clusters' weights stay.
 
     Args:
         effective: The c units left, with the sizes of clusters in their output weights.
-        subs: The p original units, whose outputs count where the calibration has none.
+        subs: The p original units; their outputs are the target if the calibration has none.
         calibration: Inputs, and perhaps outputs.
         act: The activation's name.
-        ridge: See above; above 0.
+        ridge: The strength, above 0.
 
     Returns:
         The units left, with new output weights.
@@ -93,7 +93,7 @@ def refitted(
 
 
 def _ridge(gram: Array, right: Array, ridge: Any) -> Array:
-    """``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
+    """Returns ``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
     size = gram.shape[0]
     level = ridge * jnp.trace(gram) / size
     level = jnp.where(level > 0, level, 1)
@@ -112,24 +112,24 @@ def matched(
     act: str,
     scaling: Scaling,
 ) -> Factors:
-    r"""Factors with which the fused kernel is nearest to the original's at calibration inputs.
+    r"""Returns the factors that bring the fused kernel nearest to the original's.
 
-    Averaging makes units smaller where their members disagree, which shrinks the kernel, above all
-    in its second term. The factors around the parameters change the kernel and not the function.
+    Averaging makes units smaller where their members disagree. This shrinks the kernel, above all
+    its second term. The factors around the parameters change the kernel but not the function.
     With effective weights (w, V), hidden values h~ and slopes s~, the fused MLP's SGD kernel is
 
         ``sum_c outer_c^2 h~_c(x) h~_c(z) + (x^ . z^) sum_c inner_c^2 |V_c|^2 s~_c(x) s~_c(z)``,
 
-    linear in the squares, which therefore are two least-squares solutions: over all pairs of
+    linear in the squares of the factors. These are two least-squares solutions over all pairs of
     positions, against the original's ``sum_i h_i(x) h_i(z)`` and ``sum_i |v_i|^2 s_i(x) s_i(z)``.
-    The Adam kernel is linear in the factors themselves. Its first term is fitted likewise. Its
-    second, ``(x^ . sign z^) sum_c inner_c a_c(x) sign a_c(z)`` with ``a_c = s~_c V_c . G``, depends
-    on the gradient G that comes from above, for which Gaussian numbers stand in; and as its first
-    factor is by far the largest where x is z, each pair of positions counts as that factor's
-    square. A gated MLP has a second term for each of its two slopes.
+    The Adam kernel is linear in the factors themselves. Its first term is fitted in the same way.
+    Its second, ``(x^ . sign z^) sum_c inner_c a_c(x) sign a_c(z)`` with ``a_c = s~_c V_c . G``,
+    depends on the upstream gradient G, which Gaussian numbers replace here. The factor in front is
+    by far the largest where x is z, so that each pair of positions counts as its square. A gated
+    MLP has a second term for each of its two slopes.
 
-    All solutions are shrunk towards what keeps the cluster's mean square, for Adam its mean
-    absolute value, and kept positive.
+    All solutions are shrunk towards the coefficients that keep a cluster's mean square, for Adam
+    its mean absolute value, and are kept positive.
 
     Args:
         effective: The c units left, with the sizes of clusters in their output weights.
@@ -138,7 +138,7 @@ def matched(
         sizes: Cluster sizes.
         calibration: Inputs.
         act: The activation's name.
-        scaling: Whose kernel: ``"adam"`` or ``"sgd"``; ``"folded"`` has no factors.
+        scaling: The kernel to match, ``"adam"`` or ``"sgd"``; ``"folded"`` has no factors.
 
     Returns:
         The factors.
@@ -151,26 +151,26 @@ def matched(
     size, new_size = (jnp.linalg.norm(wide(m.down), axis=1)[None] for m in (subs, effective))
 
     def positive(x: Array) -> Array:
-        # A cluster without members, or dead on this text, keeps its standard factor.
+        # A cluster without members, or one that is zero on this text, keeps the factor 1.
         return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
 
     def fitted(a: Array, b: Array, start: Array) -> Array:
-        """Coefficients of b's kernels, whose second factors for Adam are signs."""
+        """Returns the coefficients of b's kernels; for Adam, the second factors are signs."""
         a, b, signs_a, signs_b = (root * x for x in (a, b, jnp.sign(a), jnp.sign(b)))
         seconds = (signs_a, signs_b) if scaling == "adam" else (a, b)
         gram = _product(b.T, b) * _product(seconds[1].T, seconds[1])
         cross = _product(a.T, b) * _product(seconds[0].T, seconds[1])
         change = _ridge(gram, (cross.sum(0) - gram @ start)[:, None], RIDGE_OF_FACTORS)[:, 0]
-        return jnp.maximum(start + change, LEAST * start)
+        return jnp.maximum(start + change, FACTOR_FLOOR * start)
 
     def kept(a: Array, b: Array, power: int) -> Array:
-        """Coefficients that keep the mean of a power over each cluster."""
+        """Returns the coefficients that keep the mean of a power over each cluster."""
         total = sum_by_label((root**2 * jnp.abs(a) ** power).sum(0), labels, sizes.shape[0])
         mean = (root**2 * jnp.abs(b) ** power).sum(0)
         return total / jnp.where(mean > 0, mean, 1)
 
     def paired(s: Array, z: Array, bias: Array | None, start: Array) -> Array:
-        """Coefficients of the Adam kernel's second term, given the slopes."""
+        """Returns the coefficients of the Adam kernel's second term, given the slopes."""
         x, r, s, z = (u[:PAIRED_POSITIONS] for u in (wide(sample.inputs), root, s, z))
         above = jax.random.normal(jax.random.key(0), (x.shape[0], subs.down.shape[1]), r.dtype)
         a, b = (
@@ -190,7 +190,7 @@ def matched(
         zero = jnp.zeros_like(start)
         (gram, right), _ = lax.scan(add, (zero[None] * zero[:, None], zero), (a, b, weights))
         change = _ridge(gram, right[:, None], RIDGE_OF_FACTORS)[:, 0]
-        return jnp.maximum(start + change, LEAST * start)
+        return jnp.maximum(start + change, FACTOR_FLOOR * start)
 
     outer = fitted(old.hidden, new.hidden, sizes)
     inner = []

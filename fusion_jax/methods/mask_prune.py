@@ -1,4 +1,4 @@
-"""Unstructured pruning: single weights become 0 and stay 0."""
+"""Implements unstructured pruning: single weights become 0 and stay 0."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.errors import InputError, nearest
-from fusion_jax.methods.base import Solution
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.factored import Factored, matrices_of, relative_error
 from fusion_jax.nn.linear_forms import Masked
 from fusion_jax.nn.masking import count_of, top_mask, top_masks
-from fusion_jax.nn.site import Layers, gradients_of, select, sites
+from fusion_jax.nn.site import gradients_of, select_sites, sites
 from fusion_jax.nn.submlps import SubMLPs
+from ntk.selection import Selection
 
 
 class MaskFacts(NamedTuple):
-    """What `MaskPrune` reports of a site.
+    """The facts of a site that `MaskPrune` reports.
 
     Args:
-        error: The Frobenius norm of what was lost of all matrices, relative to theirs.
+        error: The Frobenius norm of the change of all matrices, relative to their own norm.
         kept: The share of the weights that is kept.
     """
 
@@ -35,16 +36,16 @@ class MaskFacts(NamedTuple):
     kept: Float[Array, "*s"]
 
 
-Score = Literal["magnitude", "gradient"]
+WeightScore = Literal["magnitude", "gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPrune(Factored):
-    """Keeps the weights of largest magnitude in the matrices of an MLP taken together.
+    """Keeps the weights with the largest scores in the matrices of an MLP taken together.
 
-    Or those without which a loss changes most to first order, ``|dL/dw w|``. The matrices stay as
-    large as they were: a mask saves no time here, only bits in a file that packs it. For one limit
-    over all MLPs of a model see `globally`.
+    The score of a weight is its magnitude, or the first-order change of a loss without it,
+    ``|dL/dw w|``. The matrices keep their size: a mask saves no time, only bytes in a file that
+    packs it. For one limit over all MLPs of a model see `with_global_limit`.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1: a quarter of the weights is kept.
@@ -58,26 +59,23 @@ class MaskPrune(Factored):
 
     keep: float = 0.25
     """The share of the weights to keep."""
-    score: Score = "magnitude"
-    """What makes a weight important; ``"gradient"`` needs a loss's gradients."""
+    score: WeightScore = "magnitude"
+    """The importance of a weight; ``"gradient"`` needs a loss's gradients."""
 
     form = Masked
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
             raise InputError(f"keep must be in (0, 1]; got {self.keep}")
-        choices = get_args(Score)
-        if self.score not in choices:
-            hint = nearest(str(self.score), choices)
-            raise InputError(f"score must be one of {', '.join(choices)}; got {self.score!r}{hint}")
+        check_choice("score", self.score, get_args(WeightScore))
 
     @property
-    def graded(self) -> bool:
+    def takes_gradients(self) -> bool:
         """Whether weights are scored by a loss's gradients."""
         return self.score == "gradient"
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
-        """Nothing."""
+        """Returns no arguments."""
         return {}
 
     def solve(
@@ -91,20 +89,20 @@ class MaskPrune(Factored):
     ) -> Solution:
         """Masks the matrices of one MLP."""
         matrices, scores = matrices_of(subs), self.scores(subs, gradients)
-        if self.graded:
-            # Experts that no batch reached have no gradients.
+        if self.takes_gradients:
+            # Experts that no batch reached have no gradients: they are scored by magnitude.
             reached = jnp.stack([score.max() for score in scores.values()]).max() > 0
             scores = {n: jnp.where(reached, scores[n], jnp.abs(m)) for n, m in matrices.items()}
         return self._masked(matrices, scores)
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
-        """The matrices and their masks, by magnitude."""
-        if self.graded:
+        """Returns the matrices and their masks, by magnitude."""
+        if self.takes_gradients:
             raise InputError("score 'gradient' is for MLPs: see fusion_jax.compress")
         return self._masked(matrices, {name: jnp.abs(m) for name, m in matrices.items()})
 
     def scores(self, subs: SubMLPs, gradients: SubMLPs | None) -> dict[str, Float[Array, "_ _"]]:
-        """How important each weight of an MLP is, by the names of its layers."""
+        """Returns the score of each weight of an MLP, by the names of its layers."""
         found = matrices_of(subs)
         if self.score == "magnitude":
             return {name: jnp.abs(matrix) for name, matrix in found.items()}
@@ -137,36 +135,38 @@ def _masked(
     return parts, MaskFacts(relative_error(made), mask.mean(dtype=flat.dtype))
 
 
-def globally(
+def with_global_limit(
     model: nnx.Module,
     method: MaskPrune,
     *,
-    layers: Layers = None,
+    layers: Selection = None,
     gradients: Mapping[str, Array] | None = None,
 ) -> dict[str, MaskPrune]:
-    """The method of each MLP for which one limit of the scores holds in all of them.
+    """Returns a method for each MLP, so that one limit of the scores holds in all MLPs.
 
     Args:
         model: The model.
-        method: The method, whose ``keep`` is the share of all their weights together.
-        layers: Which MLPs, see `fusion_jax.nn.site.select`.
+        method: The method, whose ``keep`` is the share of the weights of all MLPs together.
+        layers: Which MLPs, see `fusion_jax.nn.site.select_sites`.
         gradients: As for `fusion_jax.compress`.
 
     Returns:
-        Methods by site path, for `fusion_jax.compress`; a weight at least is kept in each.
+        Methods by site path, for `fusion_jax.compress`; each keeps at least one weight.
 
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
         >>> pair = nnx.List([Mlp(4, 8, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
-        >>> chosen = globally(pair, MaskPrune(keep=0.25))
+        >>> chosen = with_global_limit(pair, MaskPrune(keep=0.25))
         >>> round(sum(m.keep for m in chosen.values()) / 2, 3)
         0.25
     """
     method.check_given(calibration=False, gradients=gradients is not None)
     scores = {}
-    for site in select(sites(model), layers):
+    for site in select_sites(sites(model), layers):
         if site.mlp.stack:
-            raise InputError(f"{site.path}: experts have no limit in common; give keep to each")
+            raise InputError(
+                f"{site.path}: experts share no limit; compress them with one keep each"
+            )
         slopes = None if gradients is None else gradients_of(site, gradients)
         found = method.scores(site.mlp.sub_mlps(), slopes)
         scores[site.path] = np.concatenate([np.asarray(x).reshape(-1) for x in found.values()])

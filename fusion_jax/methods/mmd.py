@@ -1,4 +1,4 @@
-"""The MMD baseline: few points distributed like the sub-MLPs."""
+"""Implements the MMD baseline: few points distributed like the sub-MLPs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.errors import InputError, nearest
-from fusion_jax.methods.base import Solution
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.nn.submlps import SubMLPs
 
-Outside = Literal["outputs", "everywhere"]
-_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""What the kernels divide by, over the mean squared distance of two points."""
+FactorPlace = Literal["outputs", "everywhere"]
+_KERNEL_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The widths of the kernels, relative to the mean squared distance of two points."""
 
 
 class MmdFacts(NamedTuple):
-    """What `MMD` reports of a site.
+    """The facts of a site that `MMD` reports.
 
     Args:
-        start: The squared discrepancy of the random points that optimisation starts with.
-        end: That of the points that remain.
+        start: The squared discrepancy of the random points that optimization starts with.
+        end: The squared discrepancy of the final points.
     """
 
     start: Float[Array, "*s"]
@@ -42,14 +42,14 @@ def _squares(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n 
 
 def _kernel(a: Array, b: Array, scale: Array) -> Array:
     squares = _squares(a, b)
-    return sum(jnp.exp(-squares / (scale * width)) for width in _WIDTHS)  # type: ignore[return-value]
+    return sum(jnp.exp(-squares / (scale * width)) for width in _KERNEL_WIDTHS)  # type: ignore[return-value]
 
 
 @partial(jax.jit, static_argnames=("count", "steps", "rate"))
 def _matched(
     rows: Float[Array, "p row"], key: Array, count: int, steps: int, rate: float
 ) -> tuple[Array, Array, Array]:
-    """Points that match rows, and the discrepancy at the start and at the end."""
+    """Returns points that match rows, and the discrepancy at the start and at the end."""
     size = jnp.sqrt(jnp.square(rows).mean())
     rows = rows / jnp.where(size > 0, size, 1)
     mean = _squares(rows, rows).sum() / (rows.shape[0] * max(rows.shape[0] - 1, 1))
@@ -88,14 +88,14 @@ def _matched(
 class MMD(Narrower):
     """The paper's MMD baseline: k points whose uniform measure is nearest to that of the p rows.
 
-    Nearest in maximum mean discrepancy by a sum of five Gaussian kernels, minimised by Adam from
-    random rows. The output is multiplied by p / k, here within the output weights.
+    Nearest means the smallest maximum mean discrepancy with a sum of five Gaussian kernels, which
+    Adam minimizes from random rows. The output is multiplied by p / k, here in the output weights.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), equation 10. The published code multiplies input
         weights, biases and output weights by sqrt(p / k) each, ``outside="everywhere"``, which with
-        GELU is another function; it doubles the output bias also, which is left out here. Its
-        kernels are Laplacian: these have cusps at the rows, which hold points that start there.
+        GELU is another function; it also doubles the output bias, which is left out here. Its
+        kernels are Laplacian: their cusps at the rows hold points that start there.
 
     Example:
         >>> MMD(width=0.25).to_json()["steps"]
@@ -104,19 +104,16 @@ class MMD(Narrower):
 
     name: ClassVar[str] = "mmd"
 
-    outside: Outside = "outputs"
+    outside: FactorPlace = "outputs"
     """Where p / k goes: into the output weights, or its root into all weights (published code)."""
     steps: int = 300
     """Steps of Adam."""
     learning_rate: float = 0.03
-    """Its learning rate at the start, relative to the root mean square of the weights."""
+    """Adam's learning rate at the start, relative to the root mean square of the weights."""
 
     def __post_init__(self):
         super().__post_init__()
-        choices = get_args(Outside)
-        if self.outside not in choices:
-            known, hint = ", ".join(choices), nearest(str(self.outside), choices)
-            raise InputError(f"outside must be one of {known}; got {self.outside!r}{hint}")
+        check_choice("outside", self.outside, get_args(FactorPlace))
         if self.steps < 1 or not self.learning_rate > 0:
             raise InputError(
                 f"steps must be at least 1 and learning_rate above 0; got {self.steps} and "

@@ -1,4 +1,4 @@
-"""Matrix product operators in the place of an MLP's matrices."""
+"""Replaces the matrices of an MLP by matrix product operators."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fusion_jax.methods.svd import check_size
 
 
 class MpoFacts(NamedTuple):
-    """What `MPO` reports of a site.
+    """The facts of a site that `MPO` reports.
 
     Args:
-        error: The Frobenius norm of what was lost of all matrices, relative to theirs.
-        bound: What it is at most, by the singular values that were cut off.
+        error: The Frobenius norm of the change of all matrices, relative to their own norm.
+        bound: An upper bound of the error, from the singular values that were cut off.
         entropy: The largest entanglement entropy of a bond, in nats, mean over matrices.
-        excess: The most that one matrix's own error is above its own bound, see `mpo.excess`.
+        excess: The largest amount by which a matrix's error is above its bound, see `mpo.excess`.
     """
 
     error: Float[Array, "*s"]
@@ -37,7 +37,7 @@ class MpoFacts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MPO(Factored):
-    """Each matrix as a chain of small tensors; at full bonds exactly, at smaller ones nearly.
+    """Writes each matrix as a chain of small tensors: exactly at full bonds, else nearly.
 
     References:
         MPOP (Liu et al., ACL 2021), section 3.
@@ -50,13 +50,14 @@ class MPO(Factored):
     name: ClassVar[str] = "mpo"
 
     bond: int | float | None = 0.25
-    """Largest bond: an int; the share of each matrix's parameters to use; None for no limit."""
+    """The largest bond as an int, or a share of each matrix's parameters; None for no limit."""
     cores: int = 5
-    """Tensors of a chain."""
+    """The number of tensors in a chain."""
     inputs: Sequence[int] | None = None
-    """A factor of the rows for each tensor (default: found); swapped where that fits better."""
+    """The factor of the rows for each tensor; by default they are chosen. For matrices that fit
+    better the other way round, inputs and outputs are swapped."""
     outputs: Sequence[int] | None = None
-    """A factor of the columns for each tensor, with ``inputs``."""
+    """The factor of the columns for each tensor; given together with ``inputs``."""
 
     form = mpo.Mpo
 
@@ -88,7 +89,7 @@ class MPO(Factored):
                 )
 
     def layout(self, d: int, o: int) -> mpo.Layout:
-        """How a matrix of d rows and o columns is split."""
+        """Returns how a matrix of d rows and o columns is split."""
         full = self._full(d, o)
         if isinstance(self.bond, float):
             return mpo.within_share(full, d, o, self.bond)
@@ -109,11 +110,11 @@ class MPO(Factored):
         return mpo.Layout(rows, columns, mpo.full_bonds(rows, columns))
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
-        """The factors and bonds."""
+        """Returns the factors and bonds."""
         return self.layout(d, o)._asdict()
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
-        """The cores of each matrix."""
+        """Returns the cores of each matrix."""
         trains = {
             name: mpo.decompose(matrix, self.layout(*matrix.shape))
             for name, matrix in matrices.items()
@@ -138,7 +139,7 @@ class MPO(Factored):
         mpo.check_bound(solution.facts.excess)
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values: factors as lists."""
+        """Returns the configuration as JSON values: factors as lists."""
         fields = super().to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -147,6 +148,6 @@ class MPO(Factored):
 
 
 def _misfit(factors: Sequence[int], size: int) -> float:
-    """The share by which factors are above a size; infinite below it, or from twice it on."""
+    """Returns how far factors exceed a size, as a share; infinite if below, or at least twice."""
     above = math.prod(factors) / size - 1
     return above if 0 <= above < 1 else math.inf

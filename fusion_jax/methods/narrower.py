@@ -1,4 +1,4 @@
-"""What methods share that leave an MLP of the same kind with fewer hidden units."""
+"""The base of methods that make an MLP of the same kind with fewer hidden units."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Narrower(Method):
             raise InputError(f"round_to must be at least 1; got {self.round_to}")
 
     def kept(self, subs: SubMLPs) -> int:
-        """The width that remains of an MLP's."""
+        """Returns the width of the narrower MLP."""
         return kept_width(self.width, subs.width, self.round_to)
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if the width is above that of the MLP."""
+        """Raises `InputError` if the width is above the MLP's own."""
         self.kept(subs)
 
     def within(self, subs: SubMLPs, share: float) -> Narrower:
-        """The method with the largest width in a budget."""
+        """Returns the method with the largest width within a share of the parameters."""
         return dataclasses.replace(self, width=width_within(subs, share, self.round_to))
 
     def build(self, mlp: Mlp, solution: Solution) -> Any:
-        """The narrower MLP, in the dtype of the original."""
+        """Returns the narrower MLP, in the dtype of the original."""
         new = mlp.abstract(type(mlp), solution.parts.width)
         new.load_sub_mlps(solution.parts, mlp.out_bias())
         return new

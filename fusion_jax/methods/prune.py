@@ -1,4 +1,4 @@
-"""Structured pruning: the most important hidden units stay as they are, the others go."""
+"""Implements structured pruning: the most important hidden units stay, the others go."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.errors import InputError, nearest
-from fusion_jax.methods.base import Solution
+from fusion_jax.errors import InputError
+from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
 
-Score = Literal["magnitude", "activation", "gradient"]
+UnitScore = Literal["magnitude", "activation", "gradient"]
 
 
 class PruneFacts(NamedTuple):
-    """What `Prune` reports of a site.
+    """The facts of a site that `Prune` reports.
 
     Args:
-        kept_importance: The share of the units' scores in those that stay.
+        kept_importance: The scores of the units that stay, as a share of all scores.
     """
 
     kept_importance: Float[Array, "*s"]
 
 
 def importance(subs: SubMLPs) -> Float[Array, " p"]:
-    """``|(w_i, b_i)| |v_i|`` of each sub-MLP, biases included; with a gate, all input weights.
+    """Returns ``|(w_i, b_i)| |v_i|`` of each sub-MLP; with a gate, w_i has all input weights.
 
     Example:
         >>> importance(SubMLPs(up=jnp.array([[3.0, 4.0]]), down=jnp.array([[2.0]]))).tolist()
@@ -45,10 +45,10 @@ def importance(subs: SubMLPs) -> Float[Array, " p"]:
 class Prune(Narrower):
     """Keeps the hidden units with the largest scores.
 
-    ``"magnitude"`` scores unit i by ``|(w_i, b_i)| |v_i|``, ``"activation"`` by the root mean
-    square of what it adds to the output at calibration inputs, ``rms(h_i) |v_i|``, and
-    ``"gradient"`` by how much a loss changes without it to first order, ``|<dL/dv_i, v_i>|``. Rows
-    and columns of one unit stay or go together.
+    ``"magnitude"`` scores unit i by ``|(w_i, b_i)| |v_i|``; ``"activation"`` by the root mean
+    square of its contribution to the output at calibration inputs, ``rms(h_i) |v_i|``; and
+    ``"gradient"`` by the first-order change of a loss without it, ``|<dL/dv_i, v_i>|``. All weights
+    of one unit stay or go together.
 
     Example:
         >>> Prune(width=0.25).to_json()["score"]
@@ -57,29 +57,26 @@ class Prune(Narrower):
 
     name: ClassVar[str] = "prune"
 
-    score: Score = "magnitude"
-    """What makes a unit important; ``"activation"`` needs calibration, ``"gradient"``
-    a loss's gradients."""
+    score: UnitScore = "magnitude"
+    """The importance of a unit; ``"activation"`` needs calibration, ``"gradient"`` a loss's
+    gradients."""
 
     @property
-    def calibrated(self) -> bool:
-        """Whether units are scored by what they add to outputs."""
+    def takes_calibration(self) -> bool:
+        """Whether units are scored by their contribution to outputs."""
         return self.score == "activation"
 
     @property
-    def graded(self) -> bool:
+    def takes_gradients(self) -> bool:
         """Whether units are scored by a loss's gradients."""
         return self.score == "gradient"
 
     def __post_init__(self):
         super().__post_init__()
-        choices = get_args(Score)
-        if self.score not in choices:
-            hint = nearest(str(self.score), choices)
-            raise InputError(f"score must be one of {', '.join(choices)}; got {self.score!r}{hint}")
+        check_choice("score", self.score, get_args(UnitScore))
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
-        """Raises `InputError` if the width is above that of the MLP, or calibration is missing."""
+        """Raises `InputError` if the width is above the MLP's own, or calibration is missing."""
         super().check(subs)
         if self.score == "activation" and not calibrated:
             raise InputError(
@@ -106,7 +103,7 @@ class Prune(Narrower):
         elif self.score == "gradient":
             assert gradients is not None
             slope = jnp.abs((wide(gradients.down) * wide(subs.down)).sum(-1))
-            # Experts that no batch reached have none.
+            # Experts that no batch reached have no gradients: they are scored by magnitude.
             score = jnp.where(slope.max() > 0, slope, score.astype(slope.dtype))
         chosen = jnp.sort(jax.lax.top_k(score, self.kept(subs))[1])
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))

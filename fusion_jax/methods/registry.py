@@ -1,4 +1,4 @@
-"""The registry of compression methods. A new method adds its file and one line here."""
+"""The registry of compression methods: a new method adds its file and one line here."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ METHODS: dict[str, type[Method]] = {
         Svd,
     )
 }
-"""Method classes by name, which is also their subcommand and their ``"method"`` in JSON."""
+"""Method classes by name, which is also the subcommand and the ``"method"`` in JSON."""
 
 MODULES: dict[str, type[Mlp]] = {
     module.__name__: module
     for module in (Mlp, GatedMlp, *(m for cls in METHODS.values() for m in cls.modules))
 }
-"""The modules that can be in place of an MLP, by class name, for loading artefacts."""
+"""The modules that can replace an MLP, by class name, for loading artefacts."""
 
 LINEAR_FORMS: dict[str, type[LinearForm]] = {
     form.kind: form
@@ -48,11 +48,11 @@ LINEAR_FORMS: dict[str, type[LinearForm]] = {
         Scored,
     )
 }
-"""What can be in place of a linear layer or an embedding, by its name in files."""
+"""The forms that can replace a linear layer or an embedding, by their names in files."""
 
 
 def method_from_json(fields: dict[str, Any]) -> Method:
-    """The method that `Method.to_json` wrote.
+    """Returns the method that `Method.to_json` wrote.
 
     Args:
         fields: JSON values with the method's name under ``"method"``.

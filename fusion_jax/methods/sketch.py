@@ -1,4 +1,4 @@
-"""The Sketch baseline: hidden units replaced by random mixtures of them."""
+"""Implements the Sketch baseline: random mixtures replace the hidden units."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fusion_jax.nn.submlps import SubMLPs
 
 
 class SketchFacts(NamedTuple):
-    """What `Sketch` reports of a site.
+    """The facts of a site that `Sketch` reports.
 
     Args:
-        kept_importance: The share of the units' importance |w_i| |v_i| in those that stay as they
-            are.
+        kept_importance: The importance |w_i| |v_i| of the units that stay unmixed, as a share of
+            that of all units.
     """
 
     kept_importance: Float[Array, "*s"]
@@ -32,8 +32,8 @@ class SketchFacts(NamedTuple):
 class Sketch(Narrower):
     """The paper's Sketch baseline, ``s(x W1 S + b1 S) S^T W2`` with a Gaussian S.
 
-    Its entries have mean square 1 / k: S S^T is the identity in the mean, and outputs would be
-    right in the mean if the activation were linear. A gated MLP's input matrices share S.
+    The entries of S have mean square 1 / k: the expectation of S S^T is the identity, and with a
+    linear activation the expected outputs would be right. A gated MLP's input matrices share S.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1. The published code of GPT-2 and
@@ -47,7 +47,7 @@ class Sketch(Narrower):
     name: ClassVar[str] = "sketch"
 
     keep: float = 0.0
-    """The share of the remaining width for the units with the largest |w_i| |v_i| as they are."""
+    """The share of the new width for the units with the largest |w_i| |v_i|, which stay unmixed."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition of an MLP's matrices."""
+"""Implements the truncated singular value decomposition of an MLP's matrices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fusion_jax.nn.linear_forms import LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class Svd(Factored):
-    """Each matrix as a product of two of low rank, the nearest there is.
+    """Replaces each matrix by the nearest product of two narrow matrices.
 
-    Singular values are half in the one and half in the other.
+    Each of the two has the square roots of the singular values.
 
     References:
-        MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1. Its text keeps 768 singular values,
-        more parameters than before; its code 153 (`Svd.paper`), a quarter of the parameters.
+        MLP Fusion (ICML 2023, arXiv 2307.08941), section 5.1. The text keeps 768 singular values,
+        more parameters than before; the code keeps 153 (`Svd.paper`), a quarter of the parameters.
 
     Example:
         >>> Svd(rank=0.25).spec(768, 3072), Svd.paper().rank
@@ -35,7 +35,7 @@ class Svd(Factored):
     name: ClassVar[str] = "svd"
 
     rank: int | float = 0.25
-    """Singular values to keep: an int, or the share of each matrix's parameters."""
+    """The number of singular values to keep, or a share of each matrix's parameters."""
 
     form = LowRank
 
@@ -44,11 +44,11 @@ class Svd(Factored):
 
     @classmethod
     def paper(cls) -> Svd:
-        """What the published code does to RoBERTa-base: rank 153."""
+        """Returns the method of the published code for RoBERTa-base: rank 153."""
         return cls(rank=153)
 
     def spec(self, d: int, o: int) -> dict[str, Any]:
-        """The rank."""
+        """Returns the rank."""
         most = min(d, o)
         if isinstance(self.rank, float):
             rank = int(self.rank * d * o / (d + o) + 1e-6)
@@ -63,7 +63,7 @@ class Svd(Factored):
         return {"rank": self.rank}
 
     def factor(self, matrices: Mapping[str, Float[Array, "_ _"]]) -> Solution:
-        """The nearest matrices of low rank."""
+        """Returns the two factors of the nearest matrices of low rank."""
         parts = {}
         for name, matrix in matrices.items():
             rank = self.spec(*matrix.shape)["rank"]

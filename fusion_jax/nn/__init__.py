@@ -1,1 +1,1 @@
-"""What an MLP is, and what it becomes when it is compressed."""
+"""MLPs, their compressed forms, and how to find and replace them in a model."""

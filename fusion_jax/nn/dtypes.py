@@ -1,4 +1,4 @@
-"""The dtypes that numbers are computed in, whatever the model's dtype."""
+"""Converts arrays to the dtypes of computations, whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxtyping import Array
 
 
 def wide(x: Array) -> Array:
-    """The array in float32, or unchanged if it is float64."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    """Returns the array in float32, or unchanged if it is float64."""
+    return x.astype(wide_dtype(x))
 
 
 def wide_dtype(x: Array) -> Any:
-    """float64 for float64, else float32."""
+    """Returns float64 for an array of float64, else float32."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32

@@ -1,4 +1,4 @@
-"""MLPs as fusing leaves them: one sub-MLP per cluster, and how large each cluster is.
+"""Fused MLPs: one sub-MLP per cluster, and the size of each cluster.
 
 Axis letters in shapes: p width before fusing, c clusters, d inputs, o outputs.
 """
@@ -20,17 +20,17 @@ Scaling = Literal["adam", "sgd", "folded"]
 
 
 class Factors(NamedTuple):
-    """Where a fused MLP keeps the sizes of its clusters: fixed factors around stored parameters.
+    """The fixed factors around the parameters of a fused MLP, which hold its cluster sizes.
 
     Plain:  ``f(x) = sum_c outer v s(inner (w . x + b)) + b_out``
     Gated:  ``f(x) = sum_c outer v (middle (u . x + a)) s(inner (g . x + c)) + b_out``
 
-    A function of x and what it computes from effective weights (inner w, outer v, ...) does not
-    depend on how these are split into factor and parameter; gradients by the parameters do.
+    The function depends only on the effective weights (inner w, outer v, ...), and not on how they
+    are split into factor and parameter. The gradients by the parameters do depend on the split.
 
     Args:
         outer: (c,) between activation and output weights.
-        inner: (c,) between the activation's pre-activation and the activation.
+        inner: (c,) on the pre-activations.
         middle: (c,) on the linear factor of a gated MLP; 1 and unused in a plain one.
     """
 
@@ -40,7 +40,7 @@ class Factors(NamedTuple):
 
 
 def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
-    """The factors of a scaling.
+    """Returns the factors of a scaling.
 
     Args:
         sizes: Cluster sizes n_c.
@@ -51,7 +51,7 @@ def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
         ``"folded"``: all 1.
     """
     one = jnp.ones_like(sizes)
-    sizes = jnp.where(sizes > 0, sizes, one)  # an empty cluster has output weights 0 instead
+    sizes = jnp.where(sizes > 0, sizes, one)  # the output weights of an empty cluster are 0
     if scaling == "adam":
         return Factors(outer=sizes, inner=one, middle=one)
     if scaling == "sgd":
@@ -60,10 +60,10 @@ def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
 
 
 def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
-    """The parameters that, within their factors, compute with given weights.
+    """Returns the parameters that have given effective weights within given factors.
 
     Args:
-        effective: c units as the function has them, possibly stacked.
+        effective: c units with effective weights, possibly stacked.
         factors: The factors.
 
     Returns:
@@ -78,26 +78,26 @@ def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
 
 
 def _times(x: Array, factor: Array) -> Array:
-    """``x * factor`` along the last axis, computed in float32 at least, in x's dtype."""
+    """Returns ``x * factor`` along the last axis in x's dtype, computed in at least float32."""
     y = wide(x)
     return (y * jnp.expand_dims(factor.astype(y.dtype), range(x.ndim - 1))).astype(x.dtype)
 
 
 class _Fused(Mlp):
-    """What the fused forms of both kinds of MLP share: cluster sizes and how they are applied."""
+    """Base of fused plain and gated MLPs: cluster sizes and how they are applied."""
 
     def __init__(self, *args: Any, original_width: int, scaling: Scaling, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.original_width = original_width
         self.scaling: Scaling = scaling
-        # At least float32 whatever the model's dtype: bfloat16 would round sizes above 256.
+        # At least float32: bfloat16 would round sizes above 256.
         one = jnp.ones(self.width, wide(jnp.zeros(0, self.dtype)).dtype)
         self.sizes = Frozen(one)
         self.labels = Frozen(jnp.zeros(original_width, jnp.int32))
         self.outer, self.inner, self.middle = Frozen(one), Frozen(one), Frozen(one)
 
     def factors(self) -> Factors:
-        """The fixed factors around the parameters."""
+        """Returns the fixed factors around the parameters."""
         return Factors(self.outer[...], self.inner[...], self.middle[...])
 
     def _effective(self) -> SubMLPs:
@@ -106,7 +106,7 @@ class _Fused(Mlp):
         return self.sub_mlps().scaled(down=f.outer, up=up, gate=f.inner)
 
     def centroids(self) -> SubMLPs:
-        """The clusters' centroids, whatever the scaling stores, in float32 or float64."""
+        """Returns the centroids of the clusters for any scaling, in float32 or float64."""
         effective = self._effective()
         sizes = self.sizes[...]
         one = jnp.ones_like(sizes)
@@ -116,16 +116,16 @@ class _Fused(Mlp):
         return GatedMlp if isinstance(self, GatedMlp) else Mlp
 
     def plain(self) -> Mlp:
-        """The same function as a plain module of this width: factors folded into the weights."""
+        """Returns the same function as a plain module: factors are folded into the weights."""
         new = self.abstract(self._plain_class(), self.width)
         new.load_sub_mlps(self._effective(), self.out_bias())
         return new
 
     def wide_copy(self) -> Mlp:
-        """The MLP of the original width in which every sub-MLP is replaced by its centroid.
+        """Returns the MLP of the original width in which centroids replace all sub-MLPs.
 
-        As a function it equals the fused MLP; with the scalings ``"adam"`` and ``"sgd"``, the fused
-        MLP's kernel of that optimiser is this one's.
+        As a function it equals the fused MLP. With the scalings ``"adam"`` and ``"sgd"``, both have
+        the same kernel of that optimizer.
         """
         new = self.abstract(self._plain_class(), self.original_width)
 
@@ -162,7 +162,7 @@ class _Fused(Mlp):
         self.load_sub_mlps(rows, out_bias)
 
     def spec(self) -> dict[str, Any]:
-        """What, besides the original module, says how to build this one: JSON values."""
+        """Returns how to build this module from the original one, as JSON values."""
         fused = {"original_width": self.original_width, "scaling": self.scaling}
         return {**super().spec(), **fused}
 
@@ -170,8 +170,8 @@ class _Fused(Mlp):
 class FusedMlp(_Fused):
     """The fused MLP: one sub-MLP per cluster, with the cluster sizes n_c Frozen.
 
-    With centroids (w_c, b_c, v_c), as a function always ``sum_c n_c v_c s(w_c . x + b_c) + b_out``,
-    which is the original with every sub-MLP replaced by its centroid (the wide copy). `scaling`
+    With centroids (w_c, b_c, v_c), the function is ``sum_c n_c v_c s(w_c . x + b_c) + b_out`` for
+    any scaling: the original with every sub-MLP replaced by its centroid (the wide copy). `scaling`
     says where the sizes are, and so which neural tangent kernel is kept:
 
     - ``"adam"`` (the paper, eq. 5): ``n_c`` between activation and output weights; for upstream
@@ -181,13 +181,13 @@ class FusedMlp(_Fused):
       the wide copy's, for any activation.
     - ``"folded"``: ``n_c v_c`` stored as output weights; a plain MLP, which keeps neither kernel.
 
-    Why ``"sgd"`` keeps the kernel: a gradient with respect to a stored sqrt(n) w_c is n / sqrt(n)
-    times that of one copy, so that products of two gradients count each copy once, n in all.
-    Why ``"adam"`` does: the gradient is n times one copy's and its sign is that copy's sign.
+    Why ``"sgd"`` keeps the kernel: a gradient by a stored sqrt(n) w_c is n / sqrt(n) times that of
+    one copy, so that the product of two gradients counts each of the n copies once. Why ``"adam"``
+    keeps it: the gradient is n times that of one copy, and its sign is the sign of that copy.
 
     The factors (`Factors`) can also be fitted on calibration text, so that the kernel is nearer to
     the original's than the wide copy's is: averaging rows makes kernels smaller, and factors can
-    undo that without touching the function. See `fusion_jax.Fusion`.
+    undo it without changing the function. See `fusion_jax.Fusion`.
 
     Args:
         *args: As for `Mlp`.
@@ -206,7 +206,7 @@ class FusedMlp(_Fused):
     """
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
-        """What each sub-MLP hands to its output weights, cluster sizes included."""
+        """Returns the hidden values with cluster sizes, which the output weights multiply."""
         h = activation(self.act)(_times(self.up(x), self.inner[...]))
         return _times(h, self.outer[...])
 
@@ -214,11 +214,11 @@ class FusedMlp(_Fused):
 class FusedGatedMlp(_Fused, GatedMlp):
     """The fused gated MLP: `FusedMlp` for ``sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out``.
 
-    Its scalings keep what those of `FusedMlp` keep, for the same reasons: ``"sgd"`` stores sqrt(n)
-    times every centroid, and `Factors` make the function right again.
+    The scalings keep the same kernels as in `FusedMlp`, for the same reasons: ``"sgd"`` stores
+    sqrt(n) times every centroid, and `Factors` correct the function.
     """
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
-        """What each sub-MLP hands to its output weights, cluster sizes included."""
+        """Returns the hidden values with cluster sizes, which the output weights multiply."""
         h = activation(self.act)(_times(self.gate(x), self.inner[...]))
         return _times(h * self.up(x), self.outer[...] * self.middle[...])

@@ -1,4 +1,4 @@
-"""What can stand in for a linear layer: modules whose matrix is made of other arrays.
+"""Forms of a linear layer: modules whose matrix is made of other arrays.
 
 Axis letters in shapes: d inputs, o outputs, r rank, n positions.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.masking import top_mask_of_share
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import find_modules, replaced
 
 
 class Frozen(nnx.Variable):
@@ -26,37 +26,37 @@ class Frozen(nnx.Variable):
 
 
 class Precise(nnx.Param):
-    """A parameter in float32 at least, whatever dtype the model is or computes in."""
+    """A parameter in at least float32, whatever dtype the model has or computes in."""
 
 
 class LinearForm(nnx.Module):
     """Base of the forms of a linear layer ``x W + b``.
 
-    The arrays that W is made of may have leading axes, for the experts of a mixture; a call is then
-    under ``vmap``.
+    The arrays of W may have leading axes, for the experts of a mixture; a call is then under
+    ``vmap``.
 
     Args:
-        d_in: Inputs d.
-        d_out: Outputs o.
-        use_bias: Whether there is a bias b, which every form keeps as it is.
+        d_in: The number d of inputs.
+        d_out: The number o of outputs.
+        use_bias: Whether there is a bias b, which every form keeps unchanged.
         param_dtype: The dtype of the parameters, in which the module also computes.
     """
 
     kind: ClassVar[str]
     """The name of the form in files."""
     _axes: ClassVar[int] = 2
-    """Axes of the first array, without those of experts."""
+    """The number of axes of the first array, without those of experts."""
 
     def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: Any):
         self.in_features, self.out_features = d_in, d_out
         self.bias = nnx.Param(jnp.zeros(d_out, param_dtype)) if use_bias else None
 
     def arrays(self) -> list[nnx.Variable]:
-        """The variables that the matrix is made of."""
+        """Returns the variables that the matrix is made of."""
         raise NotImplementedError
 
     def matrix(self) -> Float[Array, "*s d o"]:
-        """The matrix W, computed."""
+        """Returns the matrix W, computed."""
         return self._each(lambda form: form._matrix())
 
     def _each(self, make: Callable[[Any], Array]) -> Array:
@@ -68,15 +68,15 @@ class LinearForm(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """The outputs ``x W + b``."""
+        """Returns the outputs ``x W + b``."""
         return self.with_bias(self.times(x))
 
     def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """``x W``."""
+        """Returns ``x W``."""
         return x @ self._matrix().astype(x.dtype)
 
     def with_bias(self, y: Array) -> Array:
-        """An output with the bias added, if there is one."""
+        """Returns an output with the bias added, if there is a bias."""
         if self.bias is None:
             return y
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
@@ -97,16 +97,16 @@ class LinearForm(nnx.Module):
         return 2 * sum(math.prod(v.get_value().shape[-self._axes :]) for v in self.arrays())
 
     def spec(self) -> dict[str, Any]:
-        """What, besides the plain layer, says how to build this one: JSON values."""
+        """Returns how to build this form from the plain layer, as JSON values."""
         raise NotImplementedError
 
     @classmethod
     def abstract(cls, linear: Any, **spec: Any) -> Any:
-        """A form in the place of a layer.
+        """Returns a form with the sizes, dtype, bias and experts of a layer.
 
         Args:
-            linear: The layer: its sizes, dtype, bias and experts count.
-            **spec: What the constructor takes besides.
+            linear: The layer.
+            **spec: Further arguments of the constructor.
 
         Returns:
             The form, with shapes in place of arrays.
@@ -129,7 +129,7 @@ class LinearForm(nnx.Module):
         """Overwrites the variables, casting to their dtypes.
 
         Args:
-            arrays: What the matrix is made of, in the order of `arrays`.
+            arrays: The arrays of the matrix, in the order of `arrays`.
             bias: The bias, or None if there is none.
         """
         for variable, value in zip(self.arrays(), arrays, strict=True):
@@ -139,7 +139,7 @@ class LinearForm(nnx.Module):
             self.bias.set_value(bias.astype(self.bias.get_value().dtype))
 
     def plain(self) -> nnx.Module:
-        """The same function as a plain layer."""
+        """Returns the same function as a plain layer."""
         return plain_linear(self.matrix(), None if self.bias is None else self.bias[...])
 
 
@@ -148,7 +148,7 @@ class LowRank(LinearForm):
 
     Args:
         *args: As for `LinearForm`.
-        rank: Columns r of A.
+        rank: The number r of columns of A.
         **kwargs: As for `LinearForm`.
 
     Example:
@@ -166,14 +166,14 @@ class LowRank(LinearForm):
         self.second = nnx.Param(jnp.zeros((rank, self.out_features), dtype))
 
     def arrays(self) -> list[nnx.Variable]:
-        """A (d, r) and B (r, o)."""
+        """Returns A (d, r) and B (r, o)."""
         return [self.first, self.second]
 
     def _matrix(self) -> Array:
         return jnp.matmul(self.first[...], self.second[...], precision="highest")
 
     def times(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """``x A B``."""
+        """Returns ``x A B``."""
         return (x @ self.first[...].astype(x.dtype)) @ self.second[...].astype(x.dtype)
 
     @property
@@ -182,12 +182,12 @@ class LowRank(LinearForm):
         return self.first.get_value().shape[-1]
 
     def spec(self) -> dict[str, Any]:
-        """The form and its rank."""
+        """Returns the form and its rank."""
         return {"form": self.kind, "rank": self.rank}
 
 
 class Masked(LinearForm):
-    """A matrix of which single weights are 0 and stay 0, ``W = K * M``.
+    """A matrix in which single weights are 0 and stay 0, ``W = K * M``.
 
     Example:
         >>> layer = Masked(6, 4, use_bias=False, param_dtype=jnp.float32)
@@ -205,7 +205,7 @@ class Masked(LinearForm):
         self.mask = Frozen(jnp.ones(shape, bool))
 
     def arrays(self) -> list[nnx.Variable]:
-        """K (d, o) and M (d, o), true where weights are kept."""
+        """Returns K (d, o) and M (d, o), true where weights are kept."""
         return [self.kernel, self.mask]
 
     def _matrix(self) -> Array:
@@ -214,20 +214,20 @@ class Masked(LinearForm):
 
     @property
     def flops(self) -> int:
-        """Those of the whole matrix: zeros at single places save nothing in a dense product."""
+        """Operations of the whole matrix: single zeros save nothing in a dense product."""
         return 2 * self.in_features * self.out_features
 
     def spec(self) -> dict[str, Any]:
-        """The form."""
+        """Returns the form."""
         return {"form": self.kind}
 
 
 class Scored(LinearForm):
-    """A matrix of which the weights with the largest scores count, ``W = K * M``.
+    """A matrix in which only the weights with the largest scores count, ``W = K * M``.
 
     The kernel K is Frozen, the scores S train. The mask M has the ``keep * size`` largest scores,
-    rounded down. Gradients go straight through it, dL/dS = dL/dW * K with the whole of K, so that a
-    weight that does not count now may come back.
+    rounded down. Gradients pass straight through the mask, dL/dS = dL/dW * K with the whole of K,
+    so that a weight that does not count now may count again later.
 
     References:
         Jiang et al. (ACL 2023), Pruning Pre-trained Language Models Without Fine-Tuning.
@@ -251,11 +251,11 @@ class Scored(LinearForm):
         self.penalty = Frozen(jnp.zeros((), jnp.float32))
 
     def arrays(self) -> list[nnx.Variable]:
-        """K and S (d, o), the share to keep, and what the size of scores costs in the loss."""
+        """Returns K and S (d, o), the share to keep, and the weight of the scores in the loss."""
         return [self.kernel, self.scores, self.keep, self.penalty]
 
     def mask(self) -> Bool[Array, "*s d o"]:
-        """M, true where weights count."""
+        """Returns M, true where weights count."""
         return self._each(lambda form: form._mask())
 
     def _mask(self) -> Array:
@@ -264,17 +264,17 @@ class Scored(LinearForm):
     def _matrix(self) -> Array:
         kernel, scores = self.kernel[...], self.scores[...]
         kept = jnp.where(self._mask(), kernel, jnp.zeros((), kernel.dtype))
-        # This is 0, and its derivative by the scores is the kernel.
+        # This is 0, but its derivative by the scores is the kernel.
         straight = kernel.astype(scores.dtype) * (scores - lax.stop_gradient(scores))
         return kept + straight.astype(kernel.dtype)
 
     @property
     def flops(self) -> int:
-        """Those of the whole matrix, as for `Masked`."""
+        """Operations of the whole matrix, as for `Masked`."""
         return 2 * self.in_features * self.out_features
 
     def spec(self) -> dict[str, Any]:
-        """The form."""
+        """Returns the form."""
         return {"form": self.kind}
 
 
@@ -282,12 +282,12 @@ AnyLinear = nnx.Linear | LinearForm
 
 
 def matrix_of(linear: AnyLinear) -> Float[Array, "*s d o"]:
-    """The matrix of a layer, plain or not."""
+    """Returns the matrix of a layer, plain or not."""
     return linear.matrix() if isinstance(linear, LinearForm) else linear.kernel[...]
 
 
 def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
-    """The dtype of a layer's or an embedding's parameters."""
+    """Returns the dtype of the parameters of a layer or an embedding."""
     if isinstance(layer, LinearForm):
         return layer.dtype
     weights = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
@@ -295,19 +295,19 @@ def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
 
 
 def params_dtype(model: nnx.Module) -> Any:
-    """The dtype of a model's parameters, by the first; `Precise` ones do not count."""
+    """Returns the dtype of a model's first parameter that is not `Precise`."""
     state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and not isinstance(v, Precise))
     plain = jax.tree.leaves(state)
     return plain[0].dtype if plain else next(iter(find_forms(model).values())).dtype
 
 
 def stack_of(linear: AnyLinear) -> tuple[int, ...]:
-    """(e,) for the layers of e experts, () for one layer."""
+    """Returns (e,) for the layers of e experts, () for one layer."""
     return linear.stack if isinstance(linear, LinearForm) else linear.kernel.shape[:-2]
 
 
 def flops_of(linear: AnyLinear) -> int:
-    """Operations (two a multiply-add) of a layer's products for one position."""
+    """Returns the operations (two a multiply-add) of a layer's products for one position."""
     return (
         linear.flops
         if isinstance(linear, LinearForm)
@@ -316,15 +316,7 @@ def flops_of(linear: AnyLinear) -> int:
 
 
 def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | None) -> nnx.Linear:
-    """A plain layer with given arrays.
-
-    Args:
-        kernel: Its matrix.
-        bias: Its bias, or None.
-
-    Returns:
-        The layer.
-    """
+    """Returns a plain layer with a given matrix and bias."""
 
     def make(_: Any) -> nnx.Linear:
         d, o = kernel.shape[-2:]
@@ -342,39 +334,25 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
 
 
 def find_linears(model: nnx.Module) -> dict[str, Any]:
-    """The linear layers of a model by path, plain or not.
-
-    Args:
-        model: Any NNX module.
-
-    Returns:
-        In the order of the model's layers; of a form, not what is inside it.
+    """Returns the linear layers of a model by path, plain or not, in the order of its layers.
 
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
         >>> sorted(find_linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
         ['down', 'up']
     """
-    found = [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear | LinearForm)]
-    found.sort(key=lambda item: [(isinstance(p, str), p) for p in item[0]])
-    return {".".join(map(str, path)): module for path, module in found}
+    return find_modules(model, nnx.Linear | LinearForm)
 
 
 def find_forms(model: nnx.Module) -> dict[str, LinearForm]:
-    """The layers of a model that are not plain, by path."""
-    return {
-        path: layer for path, layer in find_linears(model).items() if isinstance(layer, LinearForm)
-    }
+    """Returns the layers of a model that have another form than the plain one, by path."""
+    return find_modules(model, LinearForm)
 
 
 def multiplied_out(model: Any) -> Any:
-    """The same function with plain layers in the place of all forms; the model is left as it is.
+    """Returns a clone of a model with plain layers in place of all forms: the same function.
 
-    Args:
-        model: The model.
-
-    Returns:
-        A clone, which shares all other arrays with the model.
+    The clone shares all other arrays with the model.
     """
     model = nnx.clone(model)
     for path, form in find_forms(model).items():

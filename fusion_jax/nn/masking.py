@@ -1,4 +1,4 @@
-"""The largest entries of arrays as masks, without sorting them."""
+"""Masks of the largest entries of arrays, without sorting."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*n"]:
-    """Where the largest entries are; of equal ones, the first. What is below 1e-38 may count as 0.
+    """Returns a mask of the largest entries; among equal entries, the first are kept.
 
-    By interpolation and bisection in turns over the bits of the numbers: ten to twenty passes that
-    count where entries differ, at most 64 (128 in float64). The number kept may change from step to
-    step without compiling again.
+    The limit is found by interpolation and bisection in turns, over the bits of the numbers. This
+    takes ten to twenty passes over the entries, at most 64 (128 in float64). The number of entries
+    to keep may change from step to step without a new compilation. Entries smaller than 1e-38 in
+    size may count as 0.
 
     Args:
         scores: Any array without NaN.
-        keep: How many entries to keep, 0 to all.
+        keep: The number of entries to keep, 0 to all.
 
     Returns:
         A mask with exactly ``keep`` true entries.
@@ -33,7 +34,7 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
     bits = jnp.uint64 if flat.dtype == jnp.float64 else jnp.uint32
     width = jnp.iinfo(bits).bits
     flat = flat if flat.dtype == jnp.float64 else flat.astype(jnp.float32)
-    # Unsigned integers in the order of the numbers: of negative ones, all bits are flipped.
+    # Unsigned integers in the order of the numbers: for negative ones, all bits are flipped.
     flat = jnp.where(flat == 0, jnp.zeros((), flat.dtype), flat)  # -0 and 0 are equal
     raw = lax.bitcast_convert_type(flat, bits)
     top = jnp.asarray(1, bits) << (width - 1)
@@ -45,7 +46,7 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
             x.astype(jnp.float32) for x in (high - low, reach_low - keep, reach_low - reach_high)
         )
         guess = jnp.where(step % 2 == 1, span / 2, span * over / between)
-        # At least one number further whatever the rounding, so that it ends.
+        # At least one step further, whatever the rounding, so that the loop ends.
         guess = low + jnp.clip(guess, 0, 2.0 ** (width - 1)).astype(bits)
         guess = jnp.clip(guess, low + 1, high - 1)
         reach = (ordered >= guess).sum(dtype=jnp.int32)
@@ -65,7 +66,7 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
 
     count = jnp.int32(flat.size)
     start = _Bracket(ordered.min(), ordered.max() + 1, count, jnp.int32(0), jnp.int32(0))
-    # The largest number that at least `keep` entries reach, or any that exactly so many do.
+    # The largest number that at least `keep` entries reach, or any that exactly `keep` reach.
     limit, _, reach, *_ = lax.while_loop(
         lambda s: (s.high - s.low > 1) & (s.reach_low != keep), narrowed, start
     )
@@ -74,7 +75,7 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
 
 
 class _Bracket(NamedTuple):
-    """State of `top_mask`: `low` is reached by at least as many as are kept, `high` by fewer."""
+    """The state of `top_mask`: at least `keep` entries reach `low`, fewer reach `high`."""
 
     low: Array
     high: Array
@@ -84,14 +85,14 @@ class _Bracket(NamedTuple):
 
 
 def top_masks(scores: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
-    """Masks of the largest entries of several arrays taken together; of equal ones, the first.
+    """Returns masks of the largest entries of several arrays together; of equal ones, the first.
 
     Args:
         scores: The arrays, without NaN.
-        share: The share of all their entries to keep, see `count_of`.
+        share: The share of all entries to keep, see `count_of`.
 
     Returns:
-        A mask for each.
+        A mask for each array.
 
     Example:
         >>> [m.tolist() for m in top_masks([np.array([3.0, 1.0]), np.array([3.0, 2.0])], 0.5)]
@@ -107,7 +108,7 @@ def top_masks(scores: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
 
 
 def count_of(share: float, size: int) -> int:
-    """How many of so many a share is: rounded down, but not by rounding errors, and at least 1.
+    """Returns the number of entries in a share: rounded down, safe from float errors, at least 1.
 
     Example:
         >>> count_of(0.29, 100), int(0.29 * 100), count_of(0.29, 3)
@@ -117,15 +118,7 @@ def count_of(share: float, size: int) -> int:
 
 
 def top_mask_of_share(scores: Float[Array, "*n"], share: float | Float[Array, ""]) -> Array:
-    """`top_mask` for a share of the entries, rounded down.
-
-    Args:
-        scores: Any array without NaN.
-        share: The share to keep, clipped to 0 to 1.
-
-    Returns:
-        The mask.
-    """
+    """Returns `top_mask` for a share of the entries, clipped to 0 to 1 and rounded down."""
     share = jnp.clip(jnp.asarray(share, jnp.float32), 0, 1)
     keep = jnp.floor(share * scores.size + 1e-4).astype(jnp.int32)
     return top_mask(scores, jnp.minimum(keep, scores.size))

@@ -1,4 +1,4 @@
-"""MLPs as Flax modules, as models hold them; `fusion_jax.nn.fused` has what fusing leaves of them.
+"""MLPs as Flax modules, as models hold them; `fusion_jax.nn.fused` has the fused ones.
 
 The experts of a mixture are one module whose arrays have a leading axis: see `experts`.
 
@@ -24,7 +24,74 @@ MlpT = TypeVar("MlpT", bound="Mlp")
 _lecun = nnx.initializers.lecun_normal()
 
 
-class Mlp(nnx.Module):
+class AnyMlp(nnx.Module):
+    """Base of the modules at the sites of a model: MLPs, and experts of different widths.
+
+    Attributes:
+        act: The activation, a key of `ACTIVATIONS`.
+        d_in: The number d of inputs.
+        d_out: The number o of outputs.
+        width: The number p of hidden units; of the widest expert where experts differ.
+        widths: The width of each expert where experts differ, else None.
+        dtype: The dtype of the parameters.
+        stack: (e,) for e experts, () for a single MLP.
+        flops: Operations (two a multiply-add) of the matrix products for one position; of experts,
+            those that one position is routed to count.
+    """
+
+    act: str
+    d_in: int
+    d_out: int
+    width: int
+    widths: tuple[int, ...] | None = None
+    dtype: Any
+    stack: tuple[int, ...]
+    flops: int
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
+        """Returns the outputs f(x); experts take (e, n, d), the inputs of each."""
+        raise NotImplementedError
+
+    def linears(self) -> dict[str, Any]:
+        """Returns the linear layers by name."""
+        raise NotImplementedError
+
+    def sub_mlps(self) -> SubMLPs:
+        """Returns the sub-MLPs as rows, in the module's dtype; the output bias is not in them."""
+        return self.plain().sub_mlps()
+
+    def out_bias(self) -> Float[Array, "*s o"] | None:
+        """Returns the output bias b_out, or None if there is none."""
+        return self.plain().out_bias()
+
+    def plain(self) -> Mlp:
+        """Returns the same function as a module that any framework has."""
+        raise NotImplementedError
+
+    def padded(self, width: int) -> Mlp:
+        """Returns the same function with all-zero units added up to a width.
+
+        Every activation here is 0 at 0 or meets a zero output weight, so that the outputs are
+        equal to the bit.
+
+        Args:
+            width: At least the module's width.
+
+        Returns:
+            A module of the class that `plain` gives.
+        """
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Returns how to build this module from the original one, as JSON values.
+
+        Returns:
+            The name of its class under ``"module"``, and the arguments for `Mlp.abstract`.
+        """
+        raise NotImplementedError
+
+
+class Mlp(AnyMlp):
     """A plain MLP, ``f(x) = sum_i v_i s(w_i . x + b_i) + b_out``.
 
     Args:
@@ -34,7 +101,7 @@ class Mlp(nnx.Module):
         act: Activation, a key of `ACTIVATIONS`.
         use_bias: Whether there are biases.
         param_dtype: The dtype of the parameters, in which the module also computes.
-        kernel_init: Initialiser of both matrices.
+        kernel_init: Initializer of both matrices.
         rngs: Random keys of the initial parameters.
 
     Example:
@@ -72,17 +139,17 @@ class Mlp(nnx.Module):
         self.up = linear(d_in, width)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n o"]:
-        """The outputs f(x); experts take (e, n, d), the inputs of each."""
+        """Returns the outputs f(x); experts take (e, n, d), the inputs of each."""
         if self.stack:
             return jax.vmap(lambda expert, x: expert(x))(self, x)
         return self.down(self.hidden(x))
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
-        """What each sub-MLP hands to its output weights."""
+        """Returns the hidden values, which the output weights multiply."""
         return activation(self.act)(self.up(x))
 
     def linears(self) -> dict[str, Any]:
-        """The linear layers by name."""
+        """Returns the linear layers by name."""
         return {"up": self.up, "down": self.down}
 
     @property
@@ -117,14 +184,11 @@ class Mlp(nnx.Module):
 
     @property
     def flops(self) -> int:
-        """Operations (two a multiply-add) of the matrix products for one position.
-
-        Of experts, those that one position is routed to count.
-        """
+        """Operations of the matrix products for one position, see `AnyMlp`."""
         return self.top_k * sum(flops_of(linear) for linear in self.linears().values())
 
     def sub_mlps(self) -> SubMLPs:
-        """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
+        """Returns the sub-MLPs as rows, in the module's dtype; the output bias is not in them."""
         bias = self.up.bias
         return SubMLPs(
             up=matrix_of(self.up).mT,
@@ -143,16 +207,16 @@ class Mlp(nnx.Module):
         _load(self.down, subs.down, out_bias)
 
     def out_bias(self) -> Float[Array, "*s o"] | None:
-        """The output bias b_out."""
+        """Returns the output bias b_out, or None if there is none."""
         return None if self.down.bias is None else self.down.bias[...]
 
     def abstract(self, cls: type[Mlp], width: int, **fields: Any) -> Any:
-        """A module of class ``cls`` with this one's inputs, outputs, activation, dtype and experts.
+        """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
         Args:
             cls: The class of the new module.
             width: Its width.
-            **fields: What else its constructor takes.
+            **fields: Further arguments of its constructor.
 
         Returns:
             The module, with shapes in place of parameters: nothing is allocated.
@@ -177,29 +241,15 @@ class Mlp(nnx.Module):
         )
 
     def spec(self) -> dict[str, Any]:
-        """What, besides the original module, says how to build this one: JSON values.
-
-        Returns:
-            The name of its class under ``"module"``, and the arguments for `abstract`.
-        """
+        """Returns how to build this module from the original one, see `AnyMlp.spec`."""
         return {"module": type(self).__name__, "width": self.width}
 
     def plain(self) -> Mlp:
-        """The same function as a module that any framework has: itself."""
+        """Returns itself."""
         return self
 
     def padded(self, width: int) -> Mlp:
-        """The same function with units that are all zero added up to a width.
-
-        Every activation here is 0 at 0 or meets a zero output weight, so that the outputs are
-        equal to the bit.
-
-        Args:
-            width: At least the module's width.
-
-        Returns:
-            A module of the class that `plain` gives.
-        """
+        """Returns the same function with all-zero units added up to a width."""
         plain = self.plain()
         if width == plain.width:
             return plain
@@ -213,20 +263,19 @@ class Mlp(nnx.Module):
 def experts(
     make: Callable[..., MlpT], count: int, *, top_k: int = 1, rngs: nnx.Rngs, **fields: Any
 ) -> MlpT:
-    """The experts of a mixture as one module, in whose arrays expert e has index e of axis 0.
+    """Returns the experts of a mixture as one module, in whose arrays axis 0 counts the experts.
 
-    All that is said of one MLP holds for each expert on its own, and methods compress the experts
-    of a layer in one call.
+    Each expert is an MLP on its own, and methods compress the experts of a layer in one call.
 
     Args:
         make: Makes one expert, such as the class `Mlp`.
-        count: How many.
-        top_k: To how many of them the model routes one position.
+        count: The number of experts.
+        top_k: The number of experts that the model routes one position to.
         rngs: Random keys of the initial parameters.
         **fields: Further arguments for ``make``.
 
     Returns:
-        A module of the class that ``make`` gives, which maps (e, n, d) to (e, n, o).
+        A module of the class that ``make`` returns; it maps (e, n, d) to (e, n, o).
 
     Example:
         >>> from functools import partial
@@ -264,15 +313,15 @@ class GatedMlp(Mlp):
         self.up = linear(d_in, width)
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
-        """What each sub-MLP hands to its output weights."""
+        """Returns the hidden values, which the output weights multiply."""
         return activation(self.act)(self.gate(x)) * self.up(x)
 
     def linears(self) -> dict[str, Any]:
-        """The linear layers by name."""
+        """Returns the linear layers by name."""
         return {"gate": self.gate, **super().linears()}
 
     def sub_mlps(self) -> SubMLPs:
-        """The sub-MLPs as rows, in the module's dtype; the output bias stays with the module."""
+        """Returns the sub-MLPs as rows, in the module's dtype; the output bias is not in them."""
         bias = self.gate.bias
         return (
             super()

@@ -41,7 +41,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function of a Hugging Face name.
+    """Returns the activation function with a Hugging Face name.
 
     Args:
         name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
@@ -89,7 +89,7 @@ class SubMLPs(NamedTuple):
         return self.up.shape[-2]
 
     def _blocks(self) -> dict[str, Array]:
-        # A bias joins the row as one more coordinate. The order is that of the paper's rows.
+        # A bias is one more coordinate of the row. The order is the paper's.
         blocks = {
             "gate": self.gate,
             "gate_bias": self.gate_bias,
@@ -104,7 +104,7 @@ class SubMLPs(NamedTuple):
         }
 
     def rows(self) -> Float[Array, "*s p row"]:
-        """The points to cluster: each sub-MLP's numbers in one row, [g, c, u, a, v] or [w, b, v].
+        """Returns the points to cluster: [g, c, u, a, v] or [w, b, v] in one row per sub-MLP.
 
         Returns:
             Rows in float32, or in float64 if the weights are.
@@ -116,7 +116,7 @@ class SubMLPs(NamedTuple):
         return jnp.concatenate(blocks, axis=-1)
 
     def with_rows(self, rows: Float[Array, "*s c row"]) -> SubMLPs:
-        """Sub-MLPs of the same layout, read from rows as `rows` writes them.
+        """Returns sub-MLPs of the same layout, read from rows as `rows` writes them.
 
         Args:
             rows: (..., c, row) for any number c of rows.
@@ -135,15 +135,12 @@ class SubMLPs(NamedTuple):
     def scaled(
         self, *, down: Float[Array, "*s p"], up: Float[Array, "*s p"], gate: Float[Array, "*s p"]
     ) -> SubMLPs:
-        """Weights and biases times factors, one for each sub-MLP, in float32 or float64.
+        """Returns the sub-MLPs multiplied by one factor each, in float32 or float64.
 
         Args:
             down: The factors of the output weights.
-            up: Those of the input weights and biases.
-            gate: Those of the gate's, if there is one.
-
-        Returns:
-            The scaled sub-MLPs.
+            up: The factors of the input weights and biases.
+            gate: The factors of the gate's weights and biases, if there is a gate.
         """
 
         def times(x: Any, factor: Array) -> Any:
@@ -165,7 +162,7 @@ class SubMLPs(NamedTuple):
         """Returns itself if the shapes fit together.
 
         Raises:
-            InputError: They do not; the message names the field.
+            InputError: The shapes do not fit; the message names the field.
         """
         if self.up.ndim < 2 or 0 in self.up.shape:
             raise InputError(f"up must be (..., p, d) and not empty; got {self.up.shape}")
@@ -183,12 +180,12 @@ class SubMLPs(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What each unit does at each of t positions.
+    """The values and slopes of p units at t positions.
 
     Args:
-        hidden: (t, p) what it hands to its output weights.
-        slopes: The derivatives of that by the pre-activations: (t, p) by the one of a plain MLP;
-            by the gate's and by the linear factor of a gated one.
+        hidden: (t, p) hidden values, which the output weights multiply.
+        slopes: Their derivatives, (t, p) each: by the pre-activation of a plain MLP; by the gate's
+            pre-activation and by the linear factor of a gated MLP.
     """
 
     hidden: Float[Array, "t p"]
@@ -196,10 +193,10 @@ class Responses(NamedTuple):
 
 
 def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> Responses:
-    """What the units of an MLP do at given inputs.
+    """Returns the values and slopes of the units of an MLP at given inputs.
 
     Args:
-        subs: Its sub-MLPs, not stacked.
+        subs: The sub-MLPs, not stacked.
         x: Inputs.
         act: The activation's name.
 

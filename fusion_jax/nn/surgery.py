@@ -1,4 +1,4 @@
-"""Finding and replacing modules of a model by their paths."""
+"""Finds and replaces modules of a model by their paths."""
 
 from __future__ import annotations
 
@@ -8,27 +8,53 @@ from flax import nnx
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns a path in a model as text, such as ``"layers.3.mlp.up.kernel"``."""
+    """Returns a path of the module tree as one string, such as ``"layers.3.mlp"``.
+
+    Example:
+        >>> path_name(("layers", 3, "mlp"))
+        'layers.3.mlp'
+    """
     return ".".join(map(str, path))
 
 
+def find_modules(model: nnx.Module, kind: Any) -> dict[str, Any]:
+    """Returns the modules of one class by path, in the order of a model's layers.
+
+    Args:
+        model: The model.
+        kind: The class, or a union of classes.
+
+    Returns:
+        The modules; each comes before those inside it, and a shared module is there once.
+
+    Example:
+        >>> model = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(11)])
+        >>> list(find_modules(model, nnx.Linear))[-2:]
+        ['9', '10']
+    """
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, kind)]
+    # Layer 10 comes after layer 9, not after layer 1.
+    found.sort(key=lambda item: [(isinstance(name, str), name) for name in item[0]])
+    return {path_name(path): module for path, module in found}
+
+
 def at(model: Any, path: str) -> Any:
-    """The module at a path, such as ``"layers.3.mlp"``; the model itself if the path is empty."""
+    """Returns the module at a path, such as ``"layers.3.mlp"``; the model for an empty path."""
     for name in path.split(".") if path else ():
         model = model[int(name)] if name.isdigit() else getattr(model, name)
     return model
 
 
 def replaced(model: Any, path: str, new: nnx.Module) -> Any:
-    """The model with another module at a path, and wherever the old one is besides.
+    """Puts another module at a path, and at all other places that share the old module.
 
     Args:
-        model: The model, which is changed in place, unless the path is empty.
+        model: The model. It is changed in place, unless the path is empty.
         path: The path.
         new: The module to put there.
 
     Returns:
-        The model; the new module, if the path is empty.
+        The model; the new module if the path is empty.
     """
     if not path:
         return new

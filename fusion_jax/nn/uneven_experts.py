@@ -1,4 +1,4 @@
-"""Experts of one mixture that are not all of one width."""
+"""Experts of one mixture that have different widths, and how the widths are chosen."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusion_jax.nn.mlp import Mlp
-from fusion_jax.nn.submlps import SubMLPs
+from fusion_jax.nn.mlp import AnyMlp, Mlp
 
 TreeT = TypeVar("TreeT")
 
-GROUPS = 4
-"""Most widths that the experts of one layer have: each is one batched product."""
-LEAST = 0.25
-"""The least width of an expert, as a share of the mean: other text may well use it."""
+MAX_GROUPS = 4
+"""The largest number of different widths in one layer: each is one batched product."""
+SMALLEST_SHARE = 0.25
+"""The smallest width of an expert, relative to the mean width: other text may well use it."""
 
 
-class UnevenExperts(Mlp):
-    """The experts of a mixture in groups, each group one module of experts of one width.
+class UnevenExperts(AnyMlp):
+    """The experts of a mixture in groups; each group is one module of experts of one width.
 
-    No unit is there to fill up: there are as many parameters as in experts of the mean width, and
-    as many operations where each expert computes on as many slots, as in `Moe`. Per position that
-    is really routed there are more, as the experts that are used most are the wide ones. A Hugging
-    Face checkpoint has one width for all, so that exporting fills up to the widest with zeros, and
-    loses what was saved.
+    No expert is padded: the parameters are as many as in experts of the mean width, and so are the
+    operations where each expert computes on the same number of slots, as in `Moe`. The operations
+    per routed position are more, as the experts that are used most are the wide ones. A Hugging
+    Face checkpoint has one width for all experts: exporting pads to the widest expert with zeros
+    and loses what was saved.
 
     Args:
         groups: The modules, each of which has stacked experts.
-        members: The numbers, in the mixture, of the experts of each group.
+        members: The experts of each group, by their numbers in the mixture.
 
     Example:
         >>> from functools import partial
@@ -47,10 +46,10 @@ class UnevenExperts(Mlp):
     def __init__(self, groups: Sequence[Mlp], members: Sequence[Sequence[int]]):
         self.groups = nnx.List(groups)
         self.members = tuple(map(tuple, members))
-        self.act, self.top_k = groups[0].act, groups[0].top_k
+        self.act = groups[0].act
 
-    def __call__(self, x: Float[Array, "e n d"]) -> Float[Array, "e n o"]:  # type: ignore[override]
-        """The outputs of each expert at its own inputs."""
+    def __call__(self, x: Float[Array, "e n d"]) -> Float[Array, "e n o"]:
+        """Returns the outputs of each expert at its own inputs."""
         pairs = zip(self.groups, self.members, strict=True)
         return self._in_order([group(x[np.array(members)]) for group, members in pairs])
 
@@ -59,7 +58,7 @@ class UnevenExperts(Mlp):
         return jnp.concatenate(parts)[order]
 
     def linears(self) -> dict[str, Any]:
-        """The linear layers of all groups by name."""
+        """Returns the linear layers of all groups by name."""
         return {
             f"groups.{i}.{name}": linear
             for i, group in enumerate(self.groups)
@@ -89,11 +88,6 @@ class UnevenExperts(Mlp):
         return self.groups[0].d_out
 
     @property
-    def use_bias(self) -> bool:
-        """Whether the experts have biases."""
-        return self.groups[0].use_bias
-
-    @property
     def dtype(self) -> Any:
         """The dtype of the parameters."""
         return self.groups[0].dtype
@@ -109,85 +103,80 @@ class UnevenExperts(Mlp):
         pairs = zip(self.groups, self.members, strict=True)
         return sum(group.flops * len(members) for group, members in pairs) // self.stack[0]
 
-    def sub_mlps(self) -> SubMLPs:
-        """The sub-MLPs of all experts, with zeros up to the widest."""
-        return self.plain().sub_mlps()
-
-    def out_bias(self) -> Float[Array, "*s o"] | None:
-        """The output bias of each expert."""
-        return self.plain().out_bias()
-
     def plain(self) -> Mlp:
-        """The same function as plain experts of one width, the widest's."""
+        """Returns the same function as plain experts, padded to the width of the widest."""
         return self.padded(self.width)
 
     def padded(self, width: int) -> Mlp:
-        """The same function as plain experts of one width, filled up with zeros."""
+        """Returns the same function as plain experts, padded with zeros to one width."""
         return jax.tree.map(
             lambda *x: self._in_order(x), *(group.padded(width) for group in self.groups)
         )
 
     def spec(self) -> dict[str, Any]:
-        """What, besides the original experts, says how to build these: JSON values."""
+        """Returns how to build this module from the original experts, as JSON values."""
         pairs = zip(self.groups, self.members, strict=True)
         groups = [{**group.spec(), "members": list(members)} for group, members in pairs]
         return {"module": type(self).__name__, "groups": groups}
 
 
-def some(stacked: TreeT, members: Sequence[int]) -> TreeT:
-    """Some experts, or what belongs to them: leading axes reduced to these indices.
+def take_experts(stacked: TreeT, members: Sequence[int]) -> TreeT:
+    """Returns some of stacked experts, or of any stacked arrays that belong to them.
 
     Example:
-        >>> some({"a": jnp.arange(4)}, [2, 0])["a"].tolist()
+        >>> take_experts({"a": jnp.arange(4)}, [2, 0])["a"].tolist()
         [2, 0]
     """
     return jax.tree.map(lambda x: x[jnp.asarray(members)], stacked)
 
 
-def by_use(
-    use: Sequence[float], width: int, power: float, *, most: int, round_to: int = 1
+def widths_by_use(
+    use: Sequence[float], width: int, power: float, *, original: int, round_to: int = 1
 ) -> dict[int, list[int]]:
-    """Widths of a layer's experts that grow with how often the router uses each.
+    """Returns widths for a layer's experts that grow with how often the router uses each expert.
 
-    The experts, ordered by use, are cut into at most `GROUPS` groups, whose widths are in
-    proportion to the members' mean of use to a power, within bounds.
+    The experts, ordered by use, are cut into at most `MAX_GROUPS` groups. The width of a group is
+    proportional to the mean of ``use ** power`` over its experts, within bounds.
 
     Args:
         use: The share of positions that each expert gets.
         width: The mean width, which is not exceeded.
-        power: 0 for all the same, 1 in proportion to use. The least loss, if an expert's grows as
-            its width to the power of -a, is at 1 / (1 + a).
-        most: The original width.
-        round_to: Widths are multiples of it, or ``most``; the mean may fall short by as much.
+        power: 0 for equal widths, 1 for widths in proportion to use. If the loss of an expert falls
+            as its width to the power of -a, the total loss is smallest at 1 / (1 + a).
+        original: The original width, which no expert exceeds.
+        round_to: Widths are multiples of this, or the original width; the mean may fall short of
+            ``width`` by as much.
 
     Returns:
         The experts of each width.
 
     Example:
-        >>> by_use([0.1, 0.4, 0.3, 0.2], 8, 1.0, most=64)
+        >>> widths_by_use([0.1, 0.4, 0.3, 0.2], 8, 1.0, original=64)
         {13: [1], 10: [2], 6: [3], 3: [0]}
     """
     shares = np.asarray(use, np.float64)
     order = np.argsort(-shares, kind="stable")
-    groups = np.array_split(order, min(GROUPS, len(order)))
+    groups = np.array_split(order, min(MAX_GROUPS, len(order)))
     counts = np.array([len(group) for group in groups])
     wanted = np.array([(shares[group] ** power).mean() for group in groups])
-    least = min(most, max(1, round_to, int(LEAST * width) // round_to * round_to))
+    smallest = min(original, max(1, round_to, int(SMALLEST_SHARE * width) // round_to * round_to))
     budget = width * len(shares)
 
     def widths(factor: float) -> np.ndarray:
-        exact = np.clip(factor * wanted, least, most)
-        return np.where(exact == most, most, np.maximum(exact // round_to * round_to, least))
+        exact = np.clip(factor * wanted, smallest, original)
+        rounded = np.maximum(exact // round_to * round_to, smallest)
+        return np.where(exact == original, original, rounded)
 
-    low, high = 0.0, most / max(wanted.min(), 1e-9)
+    low, high = 0.0, original / max(wanted.min(), 1e-9)
     for _ in range(100):
         middle = (low + high) / 2
         fits = (counts * widths(middle)).sum() <= budget
         low, high = (middle, high) if fits else (low, middle)
     chosen = widths(low).astype(int)
-    # What rounding left, for those that are used most, none above a group before it.
+    # Rounding left some units: they go to the experts that are used most, but no group gets wider
+    # than the group before it.
     for i in range(len(chosen)):
-        limit = most if i == 0 else chosen[i - 1]
+        limit = original if i == 0 else chosen[i - 1]
         more = min((budget - (counts * chosen).sum()) // counts[i], limit - chosen[i])
         chosen[i] += more // round_to * round_to
     result: dict[int, list[int]] = {}

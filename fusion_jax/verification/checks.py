@@ -21,9 +21,10 @@ from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
-from fusion_jax.report import num_params, table
+from fusion_jax.report import num_params
 from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
+from ntk.tables import table
 
 ENGINES = ("jacobian", "vector-product", "neural-tangents")
 TOLERANCE = 1e-4
@@ -48,8 +49,8 @@ class Verification:
     """
 
     num_texts: int
-    kernels: dict[str, Float[np.ndarray, "2 n n"]]
-    comparisons: dict[str, Comparison]
+    kernels: dict[ntk.KernelKind, Float[np.ndarray, "2 n n"]]
+    comparisons: dict[ntk.KernelKind, Comparison]
     certificates: dict[str, Certificate]
     engine_differences: dict[str, float] | None
 

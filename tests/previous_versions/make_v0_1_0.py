@@ -29,10 +29,6 @@ from unittest import mock
 import jax
 import numpy as np
 import safetensors.numpy
-from fusion_jax.finetune.loop import Loop
-
-import fusion_jax as fj
-from fusion_jax.cli import main
 from fusion_jax.finetune import (
     Chains,
     lightweight,
@@ -41,6 +37,10 @@ from fusion_jax.finetune import (
     squeeze,
     task_source,
 )
+from fusion_jax.finetune.loop import Loop
+
+import fusion_jax as fj
+from fusion_jax.cli import main
 from tests import glue, nlg, tiny
 
 # As in tests, whose numbers these are compared with.

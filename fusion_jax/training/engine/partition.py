@@ -145,8 +145,6 @@ def _width_axes(model: nnx.Module) -> dict[str, int]:
     axes = {}
     mlps = [m for m in nnx.iter_modules(model) if isinstance(m[1], Mlp)]
     for path, mlp in mlps:
-        if isinstance(mlp, UnevenExperts):
-            continue
         prefix = "".join(f"{name}." for name in path)
         leaves = {"up.kernel": -1, "up.bias": -1, "gate.kernel": -1, "gate.bias": -1}
         leaves["down.kernel"] = -2

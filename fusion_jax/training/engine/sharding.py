@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.meshes import auto
+from fusion_jax.meshes import auto_mesh
 
 AXES = ("data", "fsdp", "model")
 
@@ -42,7 +42,7 @@ class Layout:
         for name in mesh.axis_names:
             if name not in AXES:
                 raise InputError(f"the mesh has an axis {name!r}{nearest(str(name), AXES)}")
-        self.mesh = auto(mesh)
+        self.mesh = auto_mesh(mesh)
 
     def active(self) -> Any:
         """A context in which jitted functions see the mesh."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusion_jax.compression.matrices import Matrices, select_matrices
+from fusion_jax.compression.matrices import select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import check_plain
@@ -18,6 +18,7 @@ from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.partition import Parts
 from fusion_jax.training.engine.sharding import Layout
 from fusion_jax.training.engine.trainer import Source
+from ntk.selection import Selection
 
 Score = Callable[[Any, Source, Loss], Mapping[str, float]]
 """How important each matrix is, by path."""
@@ -110,7 +111,7 @@ def mean_gradients(
     return _Passes(model, source, loss, batches).gradients()
 
 
-def _kernels(model: Any, matrices: Matrices) -> dict[str, str]:
+def _kernels(model: Any, matrices: Selection) -> dict[str, str]:
     """The parameter that is the matrix of each chosen layer, by path of the layer."""
     names = {}
     for path, layer in select_matrices(model, matrices).items():
@@ -125,7 +126,7 @@ def importance_by_removal(
     source: Source,
     loss: Loss,
     *,
-    matrices: Matrices,
+    matrices: Selection,
     batches: int | None = None,
 ) -> dict[str, float]:
     """How much the loss changes when a matrix becomes zero, |L - L_{W=0}|, one after the other.
@@ -161,7 +162,7 @@ def importance_by_gradient(
     source: Source,
     loss: Loss,
     *,
-    matrices: Matrices,
+    matrices: Selection,
     batches: int | None = None,
 ) -> dict[str, float]:
     """The first-order estimate of `importance_by_removal`, |<dL/dW, W>|: one backward pass for all.

@@ -17,7 +17,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.nn.linear_forms import find_forms
-from fusion_jax.nn.mlp import Mlp
+from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches
@@ -140,7 +140,7 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
     return places
 
 
-def _what(mlp: Mlp) -> tuple[Any, ...]:
+def _what(mlp: AnyMlp) -> tuple[Any, ...]:
     """What kind of MLP it is, matrices in other forms included."""
     return mlp.spec(), {path: form.spec() for path, form in find_forms(mlp).items()}
 

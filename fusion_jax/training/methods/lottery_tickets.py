@@ -19,9 +19,10 @@ from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
-from fusion_jax.nn.site import Layers, select, sites
+from fusion_jax.nn.site import select_sites, sites
 from fusion_jax.progress import show_progress
 from fusion_jax.training.methods.stages import Rounds, outcome
+from ntk.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def lottery(
     *,
     keep: float = 0.25,
     rounds: int = 3,
-    layers: Layers = None,
+    layers: Selection = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Ticket:
@@ -90,7 +91,7 @@ def lottery(
     ticket, _ = compress(
         model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0), progress=False
     )
-    chosen = [site.path for site in select(sites(model), layers)]
+    chosen = [site.path for site in select_sites(sites(model), layers)]
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
         # In place of what `compress` wrote, which kept all.

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax import mpo
-from fusion_jax.compression.matrices import LAYERS, Matrices, select_matrices
+from fusion_jax.compression.matrices import LAYERS, select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
@@ -21,6 +21,7 @@ from fusion_jax.nn.surgery import at, replaced
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.trainer import Source
 from fusion_jax.training.methods.importance import importance_by_gradient, top_of_each_type, type_of
+from ntk.selection import Selection
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -111,7 +112,7 @@ class Chains:
     every: int
     per_round: int = 2
     total: int = 8
-    matrices: Matrices = LAYERS
+    matrices: Selection = LAYERS
     cores: int = 11
     batches: int | None = 32
     scores: list[dict[str, float]] = field(default_factory=list, init=False)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.checkpoint.masks import save_masks
-from fusion_jax.compression.matrices import LAYERS, Matrices, select_matrices
+from fusion_jax.compression.matrices import LAYERS, select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
@@ -34,6 +34,7 @@ from fusion_jax.training.engine.step import Rule
 from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.tasks.classification import check_head, finetune
 from fusion_jax.training.tasks.glue import TaskData
+from ntk.selection import Selection
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 Allocation = Literal["S", "L"]
@@ -226,7 +227,7 @@ def _scored(model: nnx.Module) -> dict[str, Scored]:
 
 
 @on_auto_axes
-def scored(model: ModelT, *, matrices: Matrices = LAYERS) -> ModelT:
+def scored(model: ModelT, *, matrices: Selection = LAYERS) -> ModelT:
     """The same function with matrices as `Scored` layers, whose weights are Frozen.
 
     Args:

@@ -1,4 +1,4 @@
-"""Fused models in int8 by qwix."""
+"""Fused models in int8, made by qwix."""
 
 import jax
 import jax.numpy as jnp

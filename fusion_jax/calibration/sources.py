@@ -1,0 +1,176 @@
+"""Reads calibration from text, token batches, files and saved inputs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jaxtyping import Array, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.models.base import Model, max_positions
+from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.tokens import MAX_LENGTH, TokenBatch, batches, length_for, load_tokenizer
+from fusion_jax.nn.site import Site
+
+CalibrationSource = (
+    Sequence[str]
+    | Sequence[TokenBatch]
+    | Sequence[Mapping[str, Any]]
+    | Mapping[str, Any]
+    | os.PathLike
+) | str
+"""Possible sources of calibration, see `fusion_jax.compress`."""
+
+RANDOM_SHAPE = (512, 32)
+"""The number of random sequences that replace text, and of tokens in each."""
+
+
+def read_source(source: CalibrationSource) -> Any:
+    """Returns calibration with the contents of a file in place of its name.
+
+    Args:
+        source: A file of saved inputs (.safetensors) or of text, a sentence per line; anything else
+            is returned as it is.
+
+    Returns:
+        Inputs by site, sentences, or the source itself.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if not isinstance(source, str | os.PathLike) or source == "random":
+        return source
+    path = Path(source)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot read calibration from {path}: {error}") from None
+
+
+def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
+    """Returns the given inputs of a site.
+
+    Args:
+        source: Inputs by site path.
+        site: The site.
+
+    Returns:
+        The inputs, (t, d), or (e, t, d) for experts.
+
+    Raises:
+        InputError: The site has no inputs, or they have another shape.
+    """
+    x = source.get(site.path)
+    if x is None:
+        raise InputError(f"calibration has no inputs for {site.path or 'the model'}")
+    want = (*site.mlp.stack, x.shape[-2], site.mlp.d_in) if x.ndim > 1 else ()
+    if x.shape != want or not x.size:
+        shape = ", ".join(map(str, (*site.mlp.stack, "t", site.mlp.d_in)))
+        raise InputError(
+            f"calibration of {site.path or 'the model'} must be ({shape}); got {x.shape}"
+        )
+    return np.asarray(x)
+
+
+def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
+    """Returns the batches of a source as keyword arguments of a model.
+
+    Args:
+        model: The model.
+        source: Strings, token batches, keyword arguments, or ``"random"``.
+        key: Random key of random tokens.
+
+    Returns:
+        The keyword arguments, batch by batch.
+
+    Raises:
+        InputError: There is no text or no tokenizer, or a batch is unknown or too long.
+    """
+    items: list[Any]
+    ours = isinstance(model, Model)
+    most = max_positions(model) if ours else None
+    longest = length_for(model) if ours else MAX_LENGTH
+    if isinstance(source, str):
+        tokenizer = _tokenizer(model)
+        # Through text, so that the tokenizer adds its special tokens.
+        texts = tokenizer.batch_decode(_random_words(tokenizer, RANDOM_SHAPE, key))
+        items = batches(tokenizer, texts, max_length=longest)
+    elif all(isinstance(item, str) for item in source):
+        texts = [text for text in source if text.strip()]
+        if not texts:
+            raise InputError("calibration has no text")
+        tokenizer = _tokenizer(model)
+        items = batches(tokenizer, texts, max_length=longest)
+        items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
+    else:
+        items = list(source)
+    made = [_keywords(model, item) if isinstance(item, TokenBatch) else item for item in items]
+    if not all(isinstance(item, Mapping) for item in made):
+        raise InputError(
+            "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
+        )
+    for item in made:
+        length = np.shape(item["input_ids"])[-1] if "input_ids" in item else 0
+        if most is not None and length > most:
+            raise InputError(f"a batch has {length} tokens a row; the model has {most} positions")
+    return made
+
+
+def _keywords(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
+    """Returns a batch as keyword arguments; a decoder beside an encoder reads the same text."""
+    fields = batch._asdict()
+    if "decoder_input_ids" not in inspect.signature(type(model).__call__).parameters:
+        return fields
+    return {**fields, **{f"decoder_{name}": value for name, value in fields.items()}}
+
+
+def _tokenizer(model: nnx.Module) -> Any:
+    provenance = getattr(model, "provenance", None)
+    if not isinstance(provenance, Provenance):
+        raise InputError(
+            "calibration with text needs the tokenizer of a model from fusion_jax.load; give token "
+            "batches or inputs"
+        )
+    return load_tokenizer(provenance.folder)
+
+
+def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBatch:
+    """Returns a batch in which a random token of the vocabulary replaces that of every word.
+
+    On text of one kind, a model takes a small part of its possible inputs. With as many random
+    tokens in addition, a fit to the text also holds on text of other kinds.
+
+    Args:
+        batch: The batch.
+        tokenizer: Its tokenizer; special tokens stay and are not drawn.
+        key: Random key.
+
+    Returns:
+        The new batch.
+    """
+    ids = np.asarray(batch.input_ids)
+    drawn = _random_words(tokenizer, ids.shape, key)
+    ids = np.where(np.isin(ids, tokenizer.all_special_ids), ids, drawn)
+    return batch._replace(input_ids=jnp.asarray(ids))
+
+
+def _random_words(tokenizer: Any, shape: tuple[int, ...], key: Array) -> np.ndarray:
+    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids).astype(np.int32)
+    return generator(key).choice(words, shape)
+
+
+def generator(key: Key[Array, ""]) -> np.random.Generator:
+    """Returns a NumPy generator whose seed is drawn with a random key."""
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
