@@ -228,6 +228,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: it holds the old text or the new text, never a part of it.
+
+    Args:
+        path: The file; an existing file is replaced.
+        text: The new text.
+    """
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes ``model.safetensors``, or shards and their index where there is more than one.
 

@@ -7,6 +7,11 @@ from typing import Any
 from flax import nnx
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a path in a model as text, such as ``"layers.3.mlp.up.kernel"``."""
+    return ".".join(map(str, path))
+
+
 def at(model: Any, path: str) -> Any:
     """The module at a path, such as ``"layers.3.mlp"``; the model itself if the path is empty."""
     for name in path.split(".") if path else ():
