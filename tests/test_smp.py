@@ -22,7 +22,8 @@ from fusion_jax.nn.mlp import Mlp, experts
 from fusion_jax.training import GLUE, LABEL_WORDS, Recipe, measure, predict, with_masks, with_scores
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.partition import Partition
-from fusion_jax.training.methods.static_pruning import SCORES, penalized
+from fusion_jax.training.methods.scores import penalized
+from fusion_jax.training.methods.static_pruning import SCORES
 from tests import glue, tiny
 
 

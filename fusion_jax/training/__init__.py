@@ -52,10 +52,10 @@ from fusion_jax.training.tasks.plain_text import nats_per_token as nats_per_toke
 from fusion_jax.training.methods.lottery_tickets import lottery as lottery
 from fusion_jax.training.methods.overparameterization import Chains as Chains
 from fusion_jax.training.methods.overparameterization import overparameterize as overparameterize
+from fusion_jax.training.methods.scores import with_masks as with_masks
+from fusion_jax.training.methods.scores import with_scores as with_scores
 from fusion_jax.training.methods.squeezing import lightweight as lightweight
 from fusion_jax.training.methods.squeezing import squeeze as squeeze
 from fusion_jax.training.methods.static_pruning import LABEL_WORDS as LABEL_WORDS
 from fusion_jax.training.methods.static_pruning import StaticPruning as StaticPruning
 from fusion_jax.training.methods.static_pruning import static_prune as static_prune
-from fusion_jax.training.methods.static_pruning import with_masks as with_masks
-from fusion_jax.training.methods.static_pruning import with_scores as with_scores

@@ -23,83 +23,6 @@ BEST = "best"
 LAST = "last"
 
 
-class Checkpoints:
-    """The checkpoints in a folder, which Orbax writes in the background, and whole or not at all.
-
-    Args:
-        folder: Where to write; made if it does not exist.
-        keep: The number of checkpoints to keep.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        # Orbax takes a second to import.
-        import orbax.checkpoint as ocp
-
-        self._args = ocp.args
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_names=("state", "meta")
-        )
-
-    @property
-    def latest(self) -> int | None:
-        """The step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; `wait` waits for the end.
-
-        Args:
-            step: The steps done.
-            state: A pytree of arrays.
-            meta: JSON values by name.
-        """
-        leaves = jax.tree.leaves(state)
-        if jax.default_backend() == "cpu":
-            # Orbax writes in the background from buffers that the next step would overwrite.
-            leaves = [jnp.array(x) for x in leaves]
-        self._manager.save(
-            step,
-            args=self._args.Composite(
-                state=self._args.StandardSave(_named(leaves)), meta=self._args.JsonSave(meta)
-            ),
-        )
-
-    def meta(self) -> dict[str, Any]:
-        """Returns the JSON values of the newest checkpoint."""
-        restore = self._args.Composite(meta=self._args.JsonRestore())
-        return self._manager.restore(self.latest, args=restore)["meta"]
-
-    def restore(self, like: Any) -> Any:
-        """Returns the state of the newest checkpoint.
-
-        Args:
-            like: A state of the same structure, with the shapes, dtypes and shardings to restore.
-
-        Returns:
-            The state.
-        """
-        leaves, tree = jax.tree.flatten(like)
-        abstract = _named(
-            [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
-        )
-        restore = self._args.Composite(state=self._args.StandardRestore(abstract))
-        named = self._manager.restore(self.latest, args=restore)["state"]
-        return jax.tree.unflatten(tree, [named[name] for name in abstract])
-
-    def wait(self) -> None:
-        """Waits until all checkpoints are on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits until all checkpoints are on disk, and closes them."""
-        self._manager.close()
-
-
-def _named(leaves: list[Any]) -> dict[str, Any]:
-    return {str(i): leaf for i, leaf in enumerate(leaves)}
-
-
 class Metrics:
     """Writes lines of numbers to ``metrics.jsonl`` and, on request, to TensorBoard.
 
@@ -156,10 +79,12 @@ def _step_of(line: str) -> int | float:
 
 
 class RunFolder:
-    """What a run keeps, and where it resumes.
+    """The folder of a run: what it keeps, and where it resumes.
+
+    Orbax writes checkpoints in the background; each is there as a whole or not at all.
 
     Args:
-        folder: The folder of the run; None keeps nothing.
+        folder: The folder; made if it does not exist. None keeps nothing.
         config: The settings of training.
         settings: Settings that must match on resume, as JSON values by name.
 
@@ -168,19 +93,29 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path | None, config: TrainConfig, settings: Mapping[str, Any]):
-        self.path, self._settings, self._checkpoints = folder, dict(settings), None
+        self.path, self._settings, self._manager = folder, dict(settings), None
         self.done = 0
-        """The steps of the newest checkpoint."""
+        """The steps of the checkpoint to resume from."""
         self.history: list[dict[str, Any]] = []
         """The evaluations: the step, and metrics by name."""
         self.changes: list[Any] = []
-        """The changes of the model's structure."""
+        """The changes of the model's structure up to the checkpoint."""
         if folder is not None:
-            self._checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
-            if self._checkpoints.latest is not None:
-                meta = self._checkpoints.meta()
+            # Orbax takes a second to import.
+            import orbax.checkpoint as ocp
+
+            self._args = ocp.args
+            self._manager = ocp.CheckpointManager(
+                (folder / CHECKPOINTS).absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=config.keep_checkpoints, cleanup_tmp_directories=True
+                ),
+                item_names=("state", "meta"),
+            )
+            if self.latest is not None:
+                meta = self._restore("meta", self._args.JsonRestore())
                 check_same(folder, meta["run"], json.loads(json.dumps(self._settings)))
-                self.done, self.history = self._checkpoints.latest, meta["history"]
+                self.done, self.history = self.latest, meta["history"]
                 self.changes = meta.get("changes", [])
         writes = jax.process_index() == 0
         self.metrics = Metrics(
@@ -192,16 +127,20 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
+        if self._manager is not None:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
-        return None if self._checkpoints is None else self._checkpoints.latest
+        return None if self._manager is None else self._manager.latest_step()
+
+    def _restore(self, item: str, how: Any) -> Any:
+        assert self._manager is not None
+        return self._manager.restore(self.latest, args=self._args.Composite(**{item: how}))[item]
 
     def restore(self, state: Any) -> Any:
-        """Returns the newest checkpoint, or the state itself if there is none.
+        """Returns the state of the newest checkpoint, or the given state if there is none.
 
         Args:
             state: A state of the same structure, with the shapes, dtypes and shardings to restore.
@@ -211,20 +150,42 @@ class RunFolder:
         """
         if not self.done:
             return state
-        assert self._checkpoints is not None
-        return self._checkpoints.restore(state)
+        leaves, tree = jax.tree.flatten(state)
+        abstract = _named(
+            [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
+        )
+        named = self._restore("state", self._args.StandardRestore(abstract))
+        return jax.tree.unflatten(tree, [named[name] for name in abstract])
 
     def write_checkpoint(self, step: int, state: Any, changes: Sequence[Any]) -> None:
-        """Starts to write a checkpoint; it is whole after `wait`."""
-        if self._checkpoints is not None:
-            # Copies, since Orbax writes in the background.
-            meta = {"run": self._settings, "history": list(self.history), "changes": list(changes)}
-            self._checkpoints.save(step, state, meta)
+        """Starts to write a checkpoint; it is complete after `wait`.
+
+        Args:
+            step: The steps done.
+            state: A pytree of arrays.
+            changes: The changes of the model's structure.
+        """
+        if self._manager is None:
+            return
+        leaves = jax.tree.leaves(state)
+        if jax.default_backend() == "cpu":
+            # Orbax writes in the background from buffers that the next step would overwrite.
+            leaves = [jnp.array(x) for x in leaves]
+        # Copies, for the same reason.
+        meta = {"run": self._settings, "history": list(self.history), "changes": list(changes)}
+        args = self._args.Composite(
+            state=self._args.StandardSave(_named(leaves)), meta=self._args.JsonSave(meta)
+        )
+        self._manager.save(step, args=args)
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+
+def _named(leaves: list[Any]) -> dict[str, Any]:
+    return {str(i): leaf for i, leaf in enumerate(leaves)}
 
 
 def replace_artefact(model: Any, folder: Path, save: Save) -> None:

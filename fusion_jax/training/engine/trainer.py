@@ -99,21 +99,13 @@ def fit(
 
     Example:
         >>> from flax import nnx
-        >>> from fusion_jax import Mlp
-        >>> from fusion_jax.training import losses
-        >>> class Numbers:  # batches of four rows, two in an epoch
-        ...     def __len__(self):
-        ...         return 2
-        ...     def __call__(self, step):
-        ...         return {"x": np.ones((4, 3), np.float32)}
-        ...     def names(self, step):
-        ...         return []
-        >>> def square(model, batch, key):
-        ...     y = model(batch["x"])
-        ...     return losses.Total((y**2).sum(), y.size * jax.numpy.float32(1))
-        >>> config = TrainConfig(epochs=5, batch_size=4, learning_rate=0.1)
-        >>> mlp = Mlp(3, 8, act="relu", rngs=nnx.Rngs(0))
-        >>> fit(mlp, Numbers(), square, config, key=jax.random.key(0), progress=False).step
+        >>> from fusion_jax.training import Windows, losses
+        >>> def length(model, batch, key):
+        ...     return losses.Total((model(batch["input_ids"]) ** 2).sum(), jax.numpy.float32(6))
+        >>> windows = Windows(np.arange(9), context=3, batch_size=2)
+        >>> config = TrainConfig(epochs=5, batch_size=2)
+        >>> embed = nnx.Embed(9, 4, rngs=nnx.Rngs(0))
+        >>> fit(embed, windows, length, config, key=jax.random.key(0)).step
         10
     """
     if folder is None and (recipe.save is not None or recipe.best_from):

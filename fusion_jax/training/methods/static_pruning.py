@@ -7,38 +7,38 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.checkpoint.masks import save_masks
-from fusion_jax.compression.matrices import LAYERS, Matrices, select_matrices
+from fusion_jax.compression.matrices import LAYERS
 from fusion_jax.errors import InputError
-from fusion_jax.meshes import auto, on_auto_axes
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Provenance
-from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import Masked, Scored, check_plain, find_forms
-from fusion_jax.nn.surgery import replaced
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.engine.losses import Batch, Loss, Total, bound
+from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.step import VariableUpdate
 from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.finetuning import finetune
 from fusion_jax.training.methods.importance import type_of
+from fusion_jax.training.methods.scores import (
+    PenaltyOf,
+    penalized,
+    scored_layers,
+    with_masks,
+    with_scores,
+)
 from fusion_jax.training.tasks.classification import Classification, check_head
 
-ModelT = TypeVar("ModelT", bound=nnx.Module)
 Allocation = Literal["S", "L"]
-PenaltyOf = Literal["mean", "sum"]
 
 SCORES = TrainConfig(
     epochs=12,
@@ -186,7 +186,7 @@ class StaticPruning:
         """
         self.ramp_steps(steps)
         types: dict[str, list[str]] = {}
-        for path in _scored(model):
+        for path in scored_layers(model):
             types.setdefault(type_of(path), []).append(path)
 
         def values(params: Mapping, rest: Mapping, step: Array) -> dict[str, Array]:
@@ -223,115 +223,6 @@ def _steps(value: int | float, steps: int) -> int:
 
 def _left(step: Array, steps: int) -> Array:
     return (1 - jnp.minimum(step.astype(jnp.float32) / steps, 1.0)) ** 3
-
-
-def _scored(model: nnx.Module) -> dict[str, Scored]:
-    found = {path: form for path, form in find_forms(model).items() if isinstance(form, Scored)}
-    if not found:
-        raise InputError("the model has no scores; see fusion_jax.training.with_scores")
-    return found
-
-
-@on_auto_axes
-def with_scores(model: ModelT, *, matrices: Matrices = LAYERS) -> ModelT:
-    """Returns the same function with matrices as `Scored` layers, whose weights are Frozen.
-
-    Args:
-        model: The model; not changed.
-        matrices: Which plain linear layers: a regular expression for whole paths, or a function of
-            a path.
-
-    Returns:
-        The model with all scores 0, which shares its arrays with the original.
-
-    Raises:
-        InputError: No layer was chosen, or a layer is not plain.
-
-    Example:
-        >>> from fusion_jax import Mlp
-        >>> mlp = with_scores(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)), matrices="up")
-        >>> type(mlp.up).__name__, type(mlp.up.kernel).__name__, type(mlp.down).__name__
-        ('Scored', 'Frozen', 'Linear')
-    """
-    new: Any = nnx.clone(model)
-    for path, layer in select_matrices(model, matrices).items():
-        if isinstance(layer, nnx.Embed):
-            raise InputError(f"{path} is an embedding; only linear layers have scores")
-        check_plain(layer, path)
-        form = Scored.abstract(layer)
-        kernel = layer.kernel[...]
-        one = jnp.ones(kernel.shape[:-2], jnp.float32)
-        values = [kernel, wide(jnp.zeros_like(kernel)), one, jnp.zeros_like(one)]
-        form.load(values, None if layer.bias is None else layer.bias[...])
-        new = replaced(new, path, form)
-    return new
-
-
-@on_auto_axes
-def with_masks(model: ModelT) -> ModelT:
-    """Returns the same function with fixed masks in place of scores.
-
-    Args:
-        model: A model with `Scored` layers; not changed.
-
-    Returns:
-        The model with `Masked` layers, whose pruned weights are 0.
-
-    Raises:
-        InputError: The model has no scores.
-
-    Example:
-        >>> from fusion_jax import Mlp
-        >>> mlp = with_scores(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0)), matrices="up")
-        >>> type(with_masks(mlp).up).__name__
-        'Masked'
-    """
-    new: Any = nnx.clone(model)
-    for path, form in _scored(model).items():
-        mask, kernel = _mask(form), np.asarray(form.kernel[...])
-        masked = Masked.abstract(form)
-        kept = np.where(mask, kernel, np.zeros((), kernel.dtype))
-        arrays = [jnp.asarray(kept), jnp.asarray(mask)]
-        masked.load(arrays, None if form.bias is None else form.bias[...])
-        new = replaced(new, path, masked)
-    return new
-
-
-def _mask(form: Scored) -> np.ndarray:
-    """Returns the mask, computed on one device, since only one process of a mesh saves models."""
-    one = jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])
-    with jax.set_mesh(auto(one)):
-        return np.asarray(_jitted_mask(jax.tree.map(np.asarray, form)))
-
-
-@jax.jit
-def _jitted_mask(form: Scored) -> Array:
-    return form.mask()
-
-
-def penalized(loss: Loss, *, of: PenaltyOf = "mean") -> jax.tree_util.Partial:
-    """Returns a loss plus the penalty of the scores.
-
-    Args:
-        loss: The loss without the penalty.
-        of: "mean" for the mean over matrices of the mean sigmoid of their scores; "sum" for the sum
-            of the sigmoids of all scores.
-
-    Returns:
-        The loss. The factor of the penalty is the variable ``penalty`` of `Scored` layers, which
-        `StaticPruning` sets.
-    """
-    return jax.tree_util.Partial(partial(_penalized, of), bound(loss))
-
-
-def _penalized(of: PenaltyOf, loss: Loss, model: Any, batch: Batch, key: Any) -> Total:
-    own = loss(model, batch, key)
-    add = jnp.sum if of == "sum" else jnp.mean
-    parts = []
-    for form in _scored(model).values():
-        scores = add(jax.nn.sigmoid(form.scores[...]), (-1, -2)).astype(own.total.dtype)
-        parts.append(jnp.ravel(form.penalty[...].astype(scores.dtype) * scores))
-    return Total(own.total + add(jnp.concatenate(parts)) * own.count, own.count)
 
 
 @on_auto_axes
