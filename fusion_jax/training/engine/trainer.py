@@ -108,8 +108,10 @@ def fit(
         >>> fit(embed, windows, length, config, key=jax.random.key(0)).step
         10
     """
-    if folder is None and (recipe.save is not None or recipe.best_from):
-        raise InputError("save and best_from of a recipe are for runs with a folder; give one")
+    if folder is None and recipe.save is not None:
+        raise InputError("save of a recipe is for runs with a folder; give one, or leave save out")
+    if recipe.save is None and recipe.best_from:
+        raise InputError("best_from of a recipe is for runs with a folder that save artefacts")
     folder = None if folder is None else Path(folder)
     run = _Run(model, batches, loss, config, key, evaluate, lowest, recipe)
     with (
