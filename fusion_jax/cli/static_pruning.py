@@ -68,10 +68,11 @@ def prune_statically(
     mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
-    """Prune a pre-trained model for a task by learning which weights to keep, unchanged.
+    """Prune a pre-trained model for a task by learning which of its weights to keep.
 
-    The same command resumes a run that was stopped. The artefacts best and last hold one bit for
-    each weight; to load them, the model is needed too (see rebase).
+    The weights that are kept do not change. The same command resumes a run that was stopped. The
+    artefacts best and last hold one bit for each weight; to load them, the model is needed too (see
+    rebase).
 
     Args:
         model: Hub id, Hugging Face folder, or artefact: BERT or RoBERTa, not fine-tuned.

@@ -149,10 +149,9 @@ def _transfer(old: TrainState, new: TrainState) -> TrainState:
 
 
 def _find_origins(before: Collection[str], now: Collection[str]) -> dict[str, str]:
-    """Returns, for parameters of a changed model, the earlier parameters whose settings they take.
+    """Returns the first model's parameter whose settings each parameter of a changed model takes.
 
-    A parameter that stays is its own origin; the origin of a new parameter is a removed one of the
-    same layer.
+    A parameter that stays takes its own; a new parameter takes those of a removed one of its layer.
     """
     same = set(before) & set(now)
     removed = {path.rpartition(".")[0]: path for path in before if path not in same}

@@ -216,7 +216,7 @@ def squeeze(
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Squeezed:
-    """Dimension squeezing: makes the cheapest bond smaller, fine-tunes, and repeats.
+    """Squeezes a model: makes the cheapest bond smaller, fine-tunes, and repeats.
 
     Args:
         model: A model with `Mpo` layers, fine-tuned (`lightweight`).
