@@ -1,15 +1,14 @@
-"""What a compressed model does after fine-tuning: methods x tasks x seeds.
+"""Measures compressed models after fine-tuning: methods x tasks x seeds.
 
 all-MiniLM-L6-v2 with its last 4 of 6 MLPs at a quarter and an eighth of their width, with and
-without layer-wise tuning, on tasks of GLUE; the official dev sets, measured after the last step,
-and never used to choose anything. Ours is calibrated on the first texts of the training set.
+without layer-wise tuning, on tasks of GLUE. The official dev sets are measured after the last step
+and never used to choose anything. Our method is calibrated on the first training texts.
 
     python -m benchmarks.finetune --data GLUE [--runs DIR] [--tasks sst2 cola] [--seeds 3]
         [--epochs 10] [--steps N] [--budget SECONDS] [--quick] [--json FILE]
 
-Runs are added to FILE as soon as they end; those that it holds already, made by the same settings,
-are not repeated, so that the same command given again does the rest. One that was interrupted goes
-on from its last checkpoint under DIR. --budget stops in good order after so many seconds.
+Runs are added to FILE when they end. The same command resumes: it skips the runs in FILE, and an
+interrupted run starts from its last checkpoint under DIR. --budget stops after this many seconds.
 
 The learning rate is 8e-5, the largest of the paper's grid: MiniLM is small.
 """
@@ -32,16 +31,16 @@ import fusion_jax as fj
 from benchmarks.common import parser, peak_gib
 from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
 from fusion_jax.cli.demo import find_model
-from fusion_jax.training import GLUE, TaskData
+from fusion_jax.training import GLUE, Classification, Recipe
 
 LAYERS = slice(-4, None)
 CALIBRATION = 1024
-"""Training texts that ours is calibrated on."""
+"""The number of training texts that our method is calibrated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: a method at a width with or without tuning, on a task, with a seed."""
+    """A run: a method at a width, with or without tuning, on a task, with a seed."""
 
     task: str
     method: str
@@ -51,13 +50,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         tuned = "-tuned" if self.tuned else ""
         return f"{self.task}-{self.method}-{self.width:g}{tuned}-{self.seed}"
 
 
 def method(name: str, width: float) -> Any:
-    """The method of a cell; None leaves the model dense."""
+    """Returns the method of a cell; None leaves the model dense."""
     made = {
         "dense": lambda: None,
         "paper": lambda: fj.Fusion.paper(width=width),
@@ -68,7 +67,7 @@ def method(name: str, width: float) -> Any:
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
-    """All runs, seeds outermost, so that a table with few seeds is complete first."""
+    """Returns all runs, with seeds outermost, so that all methods have the same number of seeds."""
     found = []
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
@@ -82,15 +81,17 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     return found
 
 
-def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, end: float) -> dict:
-    """Runs a cell, or goes on with it."""
+def measure(
+    cell: Cell, data: Classification, config: fj.TrainConfig, folder: Path, end: float
+) -> dict[str, Any]:
+    """Runs or resumes a cell."""
 
     def watch(step: int, state: Any) -> None:
         if time.perf_counter() > end:
             raise OutOfTimeError
 
     key = jax.random.key(cell.seed)
-    labels = data.task.num_labels
+    labels = data.spec.num_labels
     model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
     start = time.perf_counter()
     how = method(cell.method, cell.width)
@@ -112,8 +113,9 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, en
             if not fit.finished:
                 raise KeyboardInterrupt
             model = fit.model
+    recipe = Recipe(on_step=watch)
     fit = fj.finetune(
-        model, data, config, key=key, folder=folder / "run", on_step=watch, progress=False
+        model, data, config, key=key, folder=folder / "run", recipe=recipe, progress=False
     )
     if not fit.finished:
         raise KeyboardInterrupt
@@ -129,13 +131,13 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, folder: Path, en
 
 
 def mean_seconds(runs: list[dict[str, Any]], name: str) -> float:
-    """The mean time of runs; those that ran beside other work have none."""
+    """Returns the mean time of runs; runs beside other work have no time."""
     times = [run[name] for run in runs if name in run]
     return statistics.mean(times) if times else float("nan")
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds, one row per method and task."""
+    """Returns means over seeds, with one row per method and task."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["task"], r["method"], r["width"], r["tuned"]), []).append(r)

@@ -1,13 +1,13 @@
-"""What fusing does to small real language models: errors and kernels of MLPs, nats per token.
+"""Measures what fusing does to small real language models: errors, kernels and nats per token.
 
-tinygpt-shakespeare on the last tenth of its text, calibrated on the rest; stories260K on stories
-that it tells itself (sampled from the dense model, whose entropy is then its own nats), calibrated
-on others of these. Every MLP is fused to a half, a quarter and an eighth of its width: the paper's
-method, ours without calibration, and ours. Relative Frobenius errors of outputs and of the SGD and
-Adam kernels, as in ``benchmarks.quality``, are means over MLPs, each at the inputs that it has in
-the dense model on text to evaluate on. Then the paper's and ours are tuned layer by layer towards
-the dense model, and fine-tuned, on the text that calibration came from; the dense model is
-fine-tuned as long. The last evaluation counts.
+tinygpt-shakespeare is evaluated on the last tenth of its text and calibrated on the rest.
+stories260K is evaluated on stories sampled from the dense model itself, whose nats are then its
+entropy, and calibrated on other such stories. Every MLP is fused to a half, a quarter and an eighth
+of its width by the paper's method, by ours without calibration, and by ours. Relative Frobenius
+errors of outputs and of the SGD and Adam kernels, as in ``benchmarks.quality``, are means over
+MLPs, at the inputs of each MLP in the dense model on the evaluation text. Then the paper's and our
+models are tuned layer by layer towards the dense model, and fine-tuned, on the calibration text;
+the dense model is fine-tuned for the same number of steps. The last evaluation counts.
 
     python -m benchmarks.language --data DIR [--models NAME ...] [--quick] [--json FILE]
 """
@@ -36,7 +36,7 @@ from fusion_jax.training import Windows, nats_per_token
 CONTEXT = 128
 WINDOWS = 128
 STORIES = 16
-"""Times as many windows of told stories to train on."""
+"""The training text has this many times the windows of the evaluation text."""
 BATCH = 16
 TUNING = 150
 """Steps of layer-wise tuning."""
@@ -45,7 +45,7 @@ TRAINING = 200
 
 
 def stories(model: Any, seeds: Iterable[int]) -> Int[Array, " n"]:
-    """Stories that the model tells, one after the other: as many windows for each seed."""
+    """Returns the tokens of stories sampled from the model: `WINDOWS` windows for each seed."""
     starts = np.ones((WINDOWS, 1), np.int32)
     told = [
         generate(
@@ -63,7 +63,7 @@ def stories(model: Any, seeds: Iterable[int]) -> Int[Array, " n"]:
 
 
 def texts(name: str, model: Any, data: Path) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """Text to calibrate on, and to evaluate on."""
+    """Returns the text to calibrate on, and the text to evaluate on."""
     if name == "stories260K":
         return stories(model, range(1, 1 + STORIES)), stories(model, [0])
     whole, last = shakespeare_ids(data, 1.0), shakespeare_ids(data)
@@ -71,7 +71,7 @@ def texts(name: str, model: Any, data: Path) -> tuple[Int[Array, " n"], Int[Arra
 
 
 def trained(model: Any, teacher: Any, ids: Any, quick: bool) -> dict[str, Any]:
-    """The model after tuning, if there is a teacher, and after fine-tuning."""
+    """Returns the model after tuning, if there is a teacher, and after fine-tuning."""
     config = fj.TrainConfig(
         epochs=1000,
         max_steps=4 if quick else TRAINING,
@@ -84,14 +84,13 @@ def trained(model: Any, teacher: Any, ids: Any, quick: bool) -> dict[str, Any]:
         steps = replace(config, max_steps=4 if quick else TUNING)
         fit = fj.tune(model, teacher, windows, steps, key=jax.random.key(1), progress=False)
         tuned = model = fit.model
-    fit = fj.finetune_language(
-        model, ids, config, key=jax.random.key(2), context=CONTEXT, progress=False
-    )
+    data = fj.PlainText(ids, context=CONTEXT)
+    fit = fj.finetune(model, data, config, key=jax.random.key(2), progress=False)
     return {"tuned": tuned, "fine_tuned": fit.model}
 
 
 def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dict[str, Any]]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     with tempfile.TemporaryDirectory() as folder:
         model = fj.load(hf_folder(data, name, Path(folder) / name), head="causal-lm")
     text, held_out = texts(name, model, data)

@@ -25,7 +25,7 @@ import numpy as np
 import fusion_jax as fj
 from benchmarks.common import finish, parser
 from fusion_jax.cli.demo import find_model
-from fusion_jax.training import fit
+from fusion_jax.training import Recipe, fit
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 
@@ -79,7 +79,7 @@ def main() -> int:
             key=key,
             folder=Path(folder),
             evaluate=evaluate,
-            on_step=look,
+            recipe=Recipe(on_step=look),
         )
     third = steps // 3
     rows = [

@@ -1,25 +1,26 @@
-"""Every method at one parameter budget: errors, kernels, cost, and fine-tuning.
+"""Compares all methods at one parameter budget: errors, kernels, cost, and fine-tuning.
 
-all-MiniLM-L6-v2 with a quarter of the parameters of its last 4 of 6 MLPs, by every method; beside
-them, matrix product operators at full size, over-parameterised fine-tuning and static pruning,
-which have sizes of their own. First what compressing changes: outputs of single MLPs and the kernel
-of the whole model at held-out sentences, the time it takes, the artefact, and the time of a
-training step. Then the dev scores after fine-tuning for a few steps: the same for all, but that
-lottery tickets and static over-parameterisation train as long once more before, squeezing in short
-rounds after, and that static pruning has its own loss and settings.
+all-MiniLM-L6-v2 keeps a quarter of the parameters of its last 4 of 6 MLPs, by every method. Matrix
+product operators at full size, over-parameterized fine-tuning and static pruning have sizes of
+their own. The first part measures what compressing changes: outputs of single MLPs and the kernel
+of the whole model at held-out sentences, the time of compressing, the artefact, and the time of a
+training step. The second part measures dev scores after fine-tuning. All methods have the same
+number of steps, except that lottery tickets and static over-parameterization train for the same
+number once more before, that squeezing trains in short rounds after, and that static pruning has
+its own loss and settings.
 
     python -m benchmarks.methods --data GLUE [--runs DIR] [--only NAME ...] [--seeds 3]
         [--tasks facts sst2 cola] [--steps N] [--budget SECONDS] [--workers N] [--quick]
         [--json FILE] [--figure FILE]
 
-Runs are added to FILE as they end, each in a process of its own; the same command does the rest.
-With several workers, times are those of a shared machine.
+Each run has its own process and is added to FILE when it ends; the same command resumes. With
+several workers, times are those of a shared machine.
 
-Kernels are by each model's own parameters in these MLPs: of chains and products of two matrices
-these are the factors, so that training them is another thing than training the matrix, and their
-kernels are no measure of the method. Masked weights do not count as parameters, here and in the
-artefact, where a mask and the weights that are left would do. Of methods that fine-tune in ways of
-their own only the cost is measured.
+Kernels are with respect to each model's own parameters in these MLPs. For chains and products of
+two matrices these are the factors: training factors is not the same as training the matrix, so that
+their kernels do not measure the method. Masked weights do not count as parameters, here and in the
+artefact, since a mask and the remaining weights are enough. For methods that fine-tune in their own
+way, only the cost is measured.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ from fusion_jax.report import num_params
 from fusion_jax.training import (
     GLUE,
     Chains,
-    TaskData,
+    Classification,
+    Recipe,
     Texts,
     importance_by_removal,
     lightweight,
     lottery,
     mean_gradients,
     mean_loss,
-    overparameterise,
+    overparameterize,
     squeeze,
-    task_source,
     top_of_each_type,
 )
 from fusion_jax.training.methods.squeezing import cheapest_cut, cut
@@ -74,20 +75,20 @@ from fusion_jax.verification.checks import Probability
 LAYERS = slice(-4, None)
 BUDGET = 0.25
 CALIBRATION = 1024
-"""Training texts that methods with calibration see."""
+"""The number of training texts for methods with calibration."""
 STEPS = {"": 150, "sst2": 150, "cola": 400}
-"""Steps of fine-tuning; before about 300, CoLA's scores of all methods are 0."""
+"""Steps of fine-tuning; before about 300 steps, the scores of all methods on CoLA are 0."""
 KERNEL_TEXTS = 48
-"""Dev sentences that kernels are compared on."""
+"""The number of dev sentences on which kernels are compared."""
 CUTS = 5
-"""Cuts of squeezing, at most."""
+"""The largest number of cuts of squeezing."""
 LINEARS = r"layers\..*"
 MATRICES = r"layers\.[2-5]\.mlp\..*"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run; without a task, what compressing changes."""
+    """A run; without a task, it measures what compressing changes."""
 
     method: str
     task: str = ""
@@ -95,65 +96,66 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return f"{self.task or 'facts'}-{self.method}-{self.seed}"
 
 
 class Run:
-    """What a method has to work with.
+    """The dense model, the data and the settings of a run.
 
     Args:
         model: The dense model.
         data: The task.
-        config: How it is fine-tuned.
+        config: The settings of fine-tuning.
         key: Random key.
-        end: When the budget ends.
+        end: The time at which the budget ends.
     """
 
-    def __init__(self, model: Any, data: TaskData, config: fj.TrainConfig, key: Any, end: float):
+    def __init__(
+        self, model: Any, data: Classification, config: fj.TrainConfig, key: Any, end: float
+    ):
         self.model, self.data, self.config, self.key = model, data, config, key
         self.end = end
 
     @property
     def texts(self) -> list[str]:
-        """Texts to calibrate on."""
+        """The texts to calibrate on."""
         return [text for text, *_ in self.data.train.texts[:CALIBRATION]]
 
     def source(self, model: Any) -> Any:
-        """Training batches and the loss."""
-        return task_source(model, self.data, self.config, key=self.key)
+        """Returns the training batches and the loss."""
+        return self.data.prepare(model, self.config, key=self.key)[:2]
 
     def watch(self, step: int, state: Any) -> None:
-        """Stops when the budget ends; for ``on_step``."""
+        """Stops the run when the budget ends; for ``on_step``."""
         if time.perf_counter() > self.end:
             raise OutOfTimeError
 
-    def train(self, model: Any, *, steps: int | None = None, **options: Any) -> Any:
-        """The model after fine-tuning, and its last dev metrics."""
+    def train(self, model: Any, *, steps: int | None = None, growth: Any = None) -> Any:
+        """Returns the result of fine-tuning, with the metrics after the last step."""
         config = self.config if steps is None else replace(self.config, max_steps=steps)
         # Only the last step is evaluated.
         config = replace(config, eval_every=10**9)
-        return fj.finetune(
-            model, self.data, config, key=self.key, on_step=self.watch, progress=False, **options
-        )
+        recipe = Recipe(on_step=self.watch, growth=growth)
+        return fj.finetune(model, self.data, config, key=self.key, recipe=recipe, progress=False)
 
 
 class Timed(Run):
-    """A few steps on batches of one shape, each timed, in place of another run's."""
+    """A run of a few timed steps on batches of one shape."""
 
     def __init__(self, run: Run):
         config = replace(run.config, max_steps=8, shapes=1, max_length=64, dropout=False)
-        super().__init__(run.model, run.data._replace(dev={}), config, run.key, math.inf)
+        super().__init__(run.model, replace(run.data, dev={}), config, run.key, math.inf)
         self.times: list[float] = []
 
     def watch(self, step: int, state: Any) -> None:
-        """Notes the time."""
+        """Records the time; for ``on_step``."""
         jax.block_until_ready(state.params)
         self.times.append(time.perf_counter())
 
     @property
     def step_seconds(self) -> float:
-        """The median time of a training step, compilation left out."""
+        """The median time of a training step, without compilation."""
         return statistics.median(np.diff(self.times[2:]).tolist())
 
 
@@ -196,12 +198,12 @@ COMPRESSED: dict[str, Callable[[Run], Any]] = {
     "masks, gradient": _compressed(_method("mask-prune", score="gradient"), graded=True),
     "mpo": _compressed(_method("mpo")),
 }
-"""Methods that give a model at once, by name."""
+"""Methods that compress in one shot, by name."""
 BY_SGD: dict[str, Callable[[Run], Any]] = {
     "fusion": _compressed(fj.Fusion(scaling="sgd"), calibrated=True),
     "fusion, paper": _compressed(fj.Fusion.paper(scaling="sgd")),
 }
-"""The same for training by SGD, whose kernel is compared in their place."""
+"""The same methods for training by SGD, whose SGD kernels are compared instead."""
 
 
 def _fit(make: Callable[[Run], Any]) -> Callable[[Run], tuple[Any, Any]]:
@@ -242,7 +244,7 @@ def _squeezed(run: Run) -> tuple[Any, Any]:
     return last.model, {**last.history[-1], "cuts": len(found.cuts)}
 
 
-def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
+def _overparameterized(run: Run, dynamic: bool) -> tuple[Any, Any]:
     cores, count = 4, 2
     if dynamic:
         source, loss = run.source(run.model)
@@ -256,14 +258,14 @@ def _overparameterised(run: Run, dynamic: bool) -> tuple[Any, Any]:
         source, loss = run.source(trained)
         scores = importance_by_removal(trained, source, loss, matrices=LINEARS, batches=8)
         chosen = top_of_each_type(scores, count)
-        fit = run.train(overparameterise(run.model, chosen, cores=cores))
+        fit = run.train(overparameterize(run.model, chosen, cores=cores))
     return fj.plain(fit.model), fit.history[-1]
 
 
 def _masks(run: Run, keep: float) -> Any:
-    """Static pruning of all layers; MiniLM has no head of label words, so that a plain one trains.
+    """Prunes all layers statically, and trains a plain head at the other methods' learning rate.
 
-    That head has the learning rate of the other methods.
+    MiniLM has no head for label words.
     """
     head = run.config.learning_rate / SCORES.learning_rate
     config = replace(
@@ -278,8 +280,9 @@ def _masks(run: Run, keep: float) -> Any:
         multipliers=((r"(head|pooler)\..*", head),),
     )
     how = StaticPruning(keep=keep, temperature=4.0 if keep >= 0.7 else 1.0, train_head=True)
+    recipe = Recipe(on_step=run.watch)
     return static_prune(
-        run.model, run.data, config, how, key=run.key, on_step=run.watch, progress=False
+        run.model, run.data, config, how, key=run.key, recipe=recipe, progress=False
     )
 
 
@@ -289,7 +292,7 @@ def _static(run: Run, keep: float) -> tuple[Any, Any]:
 
 
 def _cut(run: Run) -> Any:
-    """Chains with as many cuts as squeezing makes, but no training between."""
+    """Returns chains with as many cuts as squeezing makes, without training between the cuts."""
     model = lightweight(_chains(run))
     for _ in range(CUTS):
         chosen = cheapest_cut(model, step=64)
@@ -299,13 +302,13 @@ def _cut(run: Run) -> Any:
 
 
 def _widened(run: Run) -> Any:
-    """Two matrices of each type as chains; which ones changes no cost."""
+    """Returns the model with two matrices of each type as chains; any choice costs the same."""
     found = {path: float(k) for k, path in enumerate(select_matrices(run.model, LINEARS))}
-    return overparameterise(run.model, top_of_each_type(found, 2), cores=4)
+    return overparameterize(run.model, top_of_each_type(found, 2), cores=4)
 
 
 KEPT = {f"static, {keep:.0%} kept": keep for keep in (0.8, 0.5, 0.1)}
-"""Shares of weights that static pruning keeps, by name."""
+"""The shares of weights that static pruning keeps, by name."""
 BEGUN: dict[str, Callable[[Run], Any]] = {
     "dense": lambda run: run.model,
     **COMPRESSED,
@@ -318,8 +321,8 @@ BEGUN: dict[str, Callable[[Run], Any]] = {
     "overparam, dynamic": _widened,
     **dict.fromkeys(KEPT, lambda run: run.model),
 }
-"""Models whose training steps are timed, by method: as fine-tuning begins with them, or, of those
-that change in training, of the shapes that they end with."""
+"""Models whose training steps are timed, by method: those that fine-tuning starts with, or, if they
+change in training, models of the final shapes."""
 
 
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
@@ -330,15 +333,15 @@ TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
     "mpo, full, lightweight": _fit(lambda run: lightweight(_chains(run))),
     "mpo, lightweight": _fit(lambda run: lightweight(COMPRESSED["mpo"](run))),
     "mpo, squeezed": _squeezed,
-    "overparam, static": partial(_overparameterised, dynamic=False),
-    "overparam, dynamic": partial(_overparameterised, dynamic=True),
+    "overparam, static": partial(_overparameterized, dynamic=False),
+    "overparam, dynamic": partial(_overparameterized, dynamic=True),
     **{name: partial(_static, keep=keep) for name, keep in KEPT.items()},
 }
-"""What is fine-tuned, by name."""
+"""Fine-tunes and returns the model and its last metrics, by name."""
 
 
 def counted(model: Any) -> tuple[int, int]:
-    """Parameters of the MLPs, and those of the whole model that train, masked ones left out."""
+    """Returns the numbers of unmasked parameters: those of the MLPs, and all that train."""
     chosen = fj.sites(model)[LAYERS]
     lost = {
         path: int((~np.asarray(form.mask[...])).sum())
@@ -356,12 +359,12 @@ def counted(model: Any) -> tuple[int, int]:
 
 
 def facts(cell: Cell, run: Run) -> dict[str, Any]:
-    """What compressing changes, and what training costs then."""
+    """Measures what compressing changes, and the cost of training after it."""
     start = time.perf_counter()
     made = BEGUN[cell.method](run)
     jax.block_until_ready(nnx.state(made))
     row: dict[str, Any] = {"seconds": time.perf_counter() - start}
-    # In the same process, as machines are not equally fast at all times.
+    # In the same process, since the speed of a machine changes over time.
     plain = Timed(run)
     plain.train(run.model)
     row["dense_step_seconds"] = plain.step_seconds
@@ -384,7 +387,7 @@ def facts(cell: Cell, run: Run) -> dict[str, Any]:
 
 
 def errors(cell: Cell, run: Run, made: Any) -> dict[str, float]:
-    """Relative errors of outputs and kernels."""
+    """Returns relative errors of outputs and kernels."""
     tokenizer = load_tokenizer(run.model.provenance.folder)
     text = [text for text, *_ in next(iter(run.data.dev.values())).texts]
     inputs = fj.calibrate(
@@ -410,24 +413,26 @@ def errors(cell: Cell, run: Run, made: Any) -> dict[str, float]:
     return row
 
 
-def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: float) -> dict:
-    """Does a run."""
+def measure(
+    cell: Cell, data: Classification, config: fj.TrainConfig, _: Path, end: float
+) -> dict[str, Any]:
+    """Runs a cell."""
     key = jax.random.key(cell.seed)
-    labels = data.task.num_labels
+    labels = data.spec.num_labels
     model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
     run = Run(model, data, config, key, end)
     if not cell.task:
         return {**asdict(cell), **facts(cell, run)}
     start = time.perf_counter()
     made, last = TRAINED[cell.method](run)
-    metric = data.task.metrics[0]
+    metric = data.spec.metrics[0]
     score = next(value for name, value in last.items() if name.endswith(metric))
     return {
         **asdict(cell),
         "score": 100 * score,
         "steps": run.config.max_steps,
         "mlp_params": counted(made)[0],
-        # So that squeezing of which nothing was kept shows.
+        # Shows whether squeezing kept any cut.
         **({"cuts": last["cuts"]} if "cuts" in last else {}),
         "seconds": time.perf_counter() - start,
         "peak_gib": peak_gib(),
@@ -435,12 +440,12 @@ def measure(cell: Cell, data: TaskData, config: fj.TrainConfig, _: Path, end: fl
 
 
 def few(texts: Texts, count: int) -> Texts:
-    """The first texts."""
+    """Returns the first texts."""
     return Texts(*(None if x is None else x[:count] for x in texts))  # type: ignore[arg-type]
 
 
 def cells(options: Any) -> list[Cell]:
-    """All runs: first what compressing changes, then seeds outermost."""
+    """Returns all runs: first those without a task, then the others with seeds outermost."""
     names = options.only or list(TRAINED)
     found = [Cell(method=name) for name in BEGUN if name in names and "facts" in options.tasks]
     tasks = [task for task in options.tasks if task != "facts"]
@@ -450,7 +455,7 @@ def cells(options: Any) -> list[Cell]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method."""
+    """Returns one row for each method."""
     shown = []
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
@@ -470,14 +475,14 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def agreement(rows: list[dict[str, Any]], *, but: str = "") -> list[dict[str, Any]]:
-    """Rank correlations of mean dev scores with errors, over methods at the budget.
+    """Returns rank correlations of mean dev scores with errors, over methods at the budget.
 
     Args:
         rows: All rows.
-        but: Methods whose names begin so are left out.
+        but: Leaves out methods whose names start with this; empty for none.
 
     Returns:
-        A row for each task of which all methods have scores.
+        A row for each task on which all methods have scores.
     """
     errors = {r["method"]: r for r in rows if not r["task"] and r["method"] in COMPRESSED}
     found = []
@@ -499,7 +504,7 @@ def agreement(rows: list[dict[str, Any]], *, but: str = "") -> list[dict[str, An
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Dev scores against the time of a training step, relative to the dense model's."""
+    """Draws dev scores against the time of a training step relative to the dense model."""
     plt = pyplot()
     timed = {row["method"] for row in rows if "step_seconds" in row}
     tasks = list(
@@ -599,7 +604,7 @@ def main() -> int:
         data = fj.load_task(cell.task or "sst2", options.data)
         if options.quick:
             dev = {name: few(texts, 48) for name, texts in data.dev.items()}
-            data = data._replace(train=few(data.train, 256), dev=dev)
+            data = replace(data, train=few(data.train, 256), dev=dev)
         return run_one(cell, partial(measure, cell, data, config), options)
     settings = {name: value for name, value in config.to_json().items() if value is not None}
     with run_folder(options):

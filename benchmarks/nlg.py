@@ -1,19 +1,18 @@
-"""What a compressed language model writes after fine-tuning: the paper's WebNLG table in small.
+"""Measures texts of compressed language models: the paper's WebNLG table at a small scale.
 
-A GPT-2 trained from scratch by our own trainer, with a byte-level BPE of its texts: E2E's pairs,
+A GPT-2 is trained from scratch by our own trainer, with a byte-level BPE of its texts: E2E's pairs,
 the texts (not the triples) of WebNLG's training set, and plain text. Then the last two thirds of
-its MLPs are compressed, as in the paper, and it is fine-tuned on WebNLG: dense, the paper's fusion
-and ours, each with and without layer-wise tuning. Ours is calibrated on training pairs. The model
-after the last step generates greedily from the test set; the texts are measured on categories that
-the training set has (seen), on others (unseen), and on all.
+its MLPs are compressed, as in the paper, and it is fine-tuned on WebNLG: dense, by the paper's
+fusion and by ours, each with and without layer-wise tuning. Our method is calibrated on training
+pairs. The model after the last step generates greedily from the test set; the texts are measured on
+categories of the training set (seen), on other categories (unseen), and on all.
 
     python -m benchmarks.nlg --data DIR [--runs DIR] [--seeds 3] [--epochs 3] [--budget SECONDS]
         [--layers 4] [--features 128] [--pretraining 2000] [--quick] [--json FILE]
 
-The model is trained once and kept as the Hugging Face folder DIR/model of --runs. Runs are added to
-FILE as soon as they end; those that it holds already, made by the same settings, are not repeated.
-One that was interrupted goes on from its last checkpoint, so the same command given again does the
-rest, as long as --runs is the same. --budget stops in good order after so many seconds.
+The model is trained once and kept as a Hugging Face folder in --runs. Runs are added to FILE when
+they end. The same command with the same --runs resumes: it skips the runs in FILE, and an
+interrupted run starts from its last checkpoint. --budget stops after this many seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ from fusion_jax.models.gpt2 import Gpt2, Gpt2Config
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.report import num_params
-from fusion_jax.training import TextData, measure_pairs
+from fusion_jax.training import Recipe, TextPairs, measure_pairs
+from fusion_jax.training.engine.config import with_current_names
 
 VOCABULARY = 4096
 POSITIONS = 384
@@ -51,14 +51,14 @@ PLAIN = ("wikitext-2/valid.txt", "tinyshakespeare/input.txt")
 METRICS = ("bleu", "chrf", "ter")
 
 
-def documents(data: Path, webnlg: TextData, seed: int) -> list[str]:
-    """What the language model is trained on, in random order."""
+def documents(data: Path, webnlg: TextPairs, seed: int) -> list[str]:
+    """Returns the training texts of the language model in random order."""
     e2e = fj.load_pairs("e2e", data / "nlg").train
     texts = [f"{a}\n{b}" for a, each in zip(e2e.sources, e2e.references, strict=True) for b in each]
     texts += [text for each in webnlg.train.references for text in each]
     for name in PLAIN:
         plain = (data / "lm" / name).read_text(encoding="utf-8").split("\n")
-        # A few lines at a time: one alone is short.
+        # Eight lines at a time, since single lines are short.
         texts += ["\n".join(plain[i : i + 8]) for i in range(0, len(plain), 8)]
     order = np.random.default_rng(seed).permutation(len(texts))
     return [texts[i] for i in order]
@@ -76,9 +76,9 @@ def tokenizer(texts: Sequence[str], folder: Path) -> None:
 
 
 def pretrained(
-    arguments: argparse.Namespace, webnlg: TextData, watch: Callable[[int, Any], None]
+    arguments: argparse.Namespace, webnlg: TextPairs, watch: Callable[[int, Any], None]
 ) -> Path:
-    """The language model's folder; trains it, or goes on with that, if it is not there."""
+    """Returns the folder of the language model; trains it, or resumes that, if it is missing."""
     sizes = arguments.layers, arguments.features, arguments.pretraining
     name = "-".join(map(str, sizes))
     done, raw = arguments.runs / f"model-{name}", arguments.runs / f"raw-{name}"
@@ -114,15 +114,14 @@ def pretrained(
         eval_every=500,
         checkpoint_every=100,
     )
-    fit = fj.finetune_language(
+    dev, train = np.split(np.array(ids, np.int32), [held_out])
+    fit = fj.finetune(
         model,
-        np.array(ids[held_out:], np.int32),
+        fj.PlainText(train, dev, context=CONTEXT),
         training,
         key=jax.random.key(0),
-        context=CONTEXT,
-        dev=np.array(ids[:held_out], np.int32),
         folder=raw / "run",
-        on_step=watch,
+        recipe=Recipe(on_step=watch),
         progress=True,
     )
     if not fit.finished:
@@ -136,12 +135,12 @@ def pretrained(
 def measure(
     cell: Cell,
     base: Path,
-    data: TextData,
+    data: TextPairs,
     config: fj.TrainConfig,
     folder: Path,
     watch: Callable[[int, Any], None],
 ) -> dict[str, Any]:
-    """Runs a cell, or goes on with it."""
+    """Runs or resumes a cell."""
     assert data.dev is not None and data.test is not None
     key = jax.random.key(cell.seed)
     model: Any = fj.load(base, head="causal-lm")
@@ -164,7 +163,8 @@ def measure(
                 raise KeyboardInterrupt
             model = fit.model
     parameters = num_params(model)
-    fit = fj.finetune_pairs(model, data, config, key=key, folder=folder / "run", on_step=watch)
+    recipe = Recipe(on_step=watch)
+    fit = fj.finetune(model, data, config, key=key, folder=folder / "run", recipe=recipe)
     if not fit.finished:
         raise KeyboardInterrupt
     training = time.perf_counter() - start
@@ -184,7 +184,7 @@ def measure(
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds, one row per method; seen, unseen and all, as the paper's."""
+    """Returns means over seeds, one row per method, as seen/unseen/all like the paper's table."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["method"], r["width"], r["tuned"]), []).append(r)
@@ -237,7 +237,8 @@ def main() -> int:
     if arguments.quick:
         arguments.seeds, arguments.steps, arguments.pretraining = 1, 3, 5
         arguments.layers, arguments.features = 2, 32
-        data = data._replace(**{part: few(getattr(data, part)) for part in data._fields[1:]})
+        parts = {name: few(getattr(data, name)) for name in ("train", "dev", "test")}
+        data = replace(data, **parts)
     config = fj.TrainConfig(
         epochs=arguments.epochs,
         max_steps=arguments.steps,
@@ -252,7 +253,7 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     if arguments.json is not None and arguments.json.is_file():
         kept = json.loads(arguments.json.read_text())["rows"]
-        results = [row for row in kept if row["config"] == settings]
+        results = [row for row in kept if with_current_names(row["config"]) == settings]
     done = {row["name"] for row in results}
     arguments.tasks = ["webnlg"]
     left = [cell for cell in cells(arguments) if cell.name not in done]
@@ -285,7 +286,7 @@ def main() -> int:
 
 
 def few(pairs: Any) -> Any:
-    """A few of the pairs."""
+    """Returns a few of the pairs."""
     rows = np.linspace(0, len(pairs.sources) - 1, 16).astype(int).tolist()
     taken = ([part[i] for i in rows] if part is not None else None for part in pairs)
     return type(pairs)(*taken)

@@ -1,4 +1,4 @@
-"""Benchmarks of many runs: each in a process of its own, added to a file as soon as it ends."""
+"""Benchmarks of many runs: each runs in its own process, and is added to a file when it ends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import finish
+from fusion_jax.training.engine.config import with_current_names
 
 OUT_OF_TIME = 3
-"""Exit status of a run's process when the budget is spent."""
+"""Exit status of the process of a run when the budget is spent."""
 
 
 class OutOfTimeError(Exception):
@@ -39,7 +40,7 @@ def add_options(arguments: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def run_folder(options: Any) -> Iterator[None]:
-    """Uses a folder that is removed at the end where ``--runs`` names none."""
+    """Makes a folder that is removed at the end if ``--runs`` is not given."""
     with contextlib.ExitStack() as stack:
         if options.runs is None:
             options.runs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -47,12 +48,12 @@ def run_folder(options: Any) -> Iterator[None]:
 
 
 def run_one(cell: Any, measure: Callable[[Path, float], dict[str, Any]], options: Any) -> int:
-    """What the process of a run does.
+    """Runs one cell in this process and prints its row.
 
     Args:
         cell: The run, a dataclass with a name.
-        measure: Makes the run's row; takes its folder and the time at which the budget ends.
-        options: The command's options.
+        measure: Returns the row of the run: (run folder, time at which the budget ends) -> row.
+        options: The options of the command.
 
     Returns:
         Exit status.
@@ -71,19 +72,19 @@ def run_all(
     shown: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     options: Any,
 ) -> list[dict[str, Any]]:
-    """Does the runs that the JSON file does not hold yet.
+    """Runs all cells that are not in the JSON file yet.
 
     Args:
         cells: All runs.
-        settings: What they have in common; a file of other settings is refused.
-        shown: The table to show of the rows.
-        options: The command's options.
+        settings: The settings of all runs; a file with other settings is refused.
+        shown: Makes the table to show from the rows.
+        options: The options of the command.
 
     Returns:
         All rows.
 
     Raises:
-        SystemExit: An option makes no sense, or the file holds runs with other settings.
+        SystemExit: An option is wrong, or the file has runs with other settings.
     """
     if options.workers < 1:
         raise SystemExit(f"--workers must be at least 1; got {options.workers}")
@@ -95,12 +96,13 @@ def run_all(
     if options.json is not None and options.json.is_file():
         rows = json.loads(options.json.read_text())["rows"]
         for row in rows:
+            row["config"] = with_current_names(row["config"])
             if row["config"] != settings:
                 every = row["config"].keys() | settings.keys()
                 other = {k: row["config"].get(k) for k in sorted(every)}
                 other = {k: v for k, v in other.items() if settings.get(k) != v}
                 raise SystemExit(
-                    f"{options.json} holds runs with other settings ({other}); give those, or "
+                    f"{options.json} has runs with other settings ({other}); give those, or "
                     "another file"
                 )
     done = {row["name"] for row in rows}
@@ -112,7 +114,7 @@ def run_all(
         finish(options, rows, summary, "optax", shown=shown(rows))
 
     def started(cell: Any) -> subprocess.CompletedProcess[bytes] | None:
-        # In a process of its own, whose peak memory is the run's.
+        # In its own process, so that peak memory is that of the run.
         seconds = end - time.perf_counter()
         if seconds <= 0:
             return None
@@ -138,6 +140,6 @@ def run_all(
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    if len(left) == asked:  # nothing has been shown
+    if len(left) == asked:  # nothing has been shown yet
         report()
     return rows

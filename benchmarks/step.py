@@ -1,16 +1,16 @@
-"""Time and peak memory of a training step, next to PyTorch's on the same cores.
+"""Measures time and peak memory of a training step, beside PyTorch's on the same cores.
 
 An encoder of RoBERTa-base's size with random weights, batches of 8 x 128 tokens, dropout, forward,
 backward, clipping and AdamW in float32; dense, and with the last 8 of 12 MLPs fused from 3,072 to
-768. Each case runs in a process of its own, so that peak memory is its own. PyTorch's cases are
-transformers' model in training mode with the fused AdamW; they are left out where torch is not
+768. Each case runs in its own process, so that peak memory is its own. PyTorch's cases are the
+model of transformers in training mode with the fused AdamW; they are left out if torch is not
 installed.
 
     python -m benchmarks.step [--quick] [--json FILE]
 
-vs_torch_* is PyTorch's time over ours; fused_over_dense our dense time over our fused time;
-flop_ratio the same ratio of the operations of matrix products, which time cannot beat where they
-are all that costs.
+vs_torch_* is PyTorch's time divided by ours; fused_over_dense is our dense time divided by our
+fused time; flop_ratio is the same ratio for the operations of matrix products, the upper limit of
+fused_over_dense if only these cost time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARMUP = 2
 
 
 def flops(fused: bool) -> int:
-    """Operations of the matrix products of one forward pass."""
+    """Returns the number of operations of the matrix products of one forward pass."""
     widths = [WIDTH] * LAYERS
     if fused:
         widths[-FUSED_LAYERS:] = [FUSED] * FUSED_LAYERS
@@ -39,7 +39,7 @@ def flops(fused: bool) -> int:
 
 
 def ours(fused: bool, steps: int) -> dict[str, Any]:
-    """Times `fit` with its own loop."""
+    """Times the training loop of `fit`."""
     import jax
     import numpy as np
     from flax import nnx
@@ -47,9 +47,7 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     import fusion_jax as fj
     from fusion_jax.models.bert import Bert, BertConfig
     from fusion_jax.report import num_params
-    from fusion_jax.training import fit
-    from fusion_jax.training.engine import losses
-    from fusion_jax.training.engine.batches import Batches, Examples
+    from fusion_jax.training import Batches, Examples, Recipe, fit, losses
 
     config = BertConfig(
         model_type="roberta", vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1
@@ -60,7 +58,7 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     model = nnx.merge(graph, state)
     del state
     if fused:
-        # The clusters do not matter for time: every MLP is replaced by an empty fused one.
+        # Clusters do not change the time: the fused MLPs have constant weights.
         for layer in list(model.layers)[-FUSED_LAYERS:]:
             abstract = layer.mlp.abstract(fj.FusedMlp, FUSED, original_width=WIDTH, scaling="adam")
             tree, variables = nnx.split(abstract)
@@ -82,14 +80,14 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
         losses.classification,
         train,
         key=jax.random.key(0),
-        on_step=mark,
+        recipe=Recipe(on_step=mark),
         progress=False,
     )
     return {"parameters": params, "seconds": _median(times), "peak_gib": peak_gib()}
 
 
 def torch(fused: bool, steps: int) -> dict[str, Any]:
-    """Times a plain loop of PyTorch."""
+    """Times a plain PyTorch loop."""
     import torch  # type: ignore[import-not-found]
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -107,7 +105,7 @@ def torch(fused: bool, steps: int) -> dict[str, Any]:
         for layer in model.roberta.encoder.layer[-FUSED_LAYERS:]:
             layer.intermediate.dense = torch.nn.Linear(D, FUSED)
             layer.output.dense = torch.nn.Sequential(Scale(), torch.nn.Linear(FUSED, D))
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         model.parameters(), lr=2e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
     )
     ids = torch.randint(5, VOCAB, (BATCH, TOKENS))
@@ -116,8 +114,8 @@ def torch(fused: bool, steps: int) -> dict[str, Any]:
     for _ in range(steps + WARMUP):
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         times.append(time.perf_counter())
     params = sum(p.numel() for p in model.parameters())
     return {"parameters": params, "seconds": _median(times), "peak_gib": peak_gib()}

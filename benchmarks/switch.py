@@ -1,15 +1,16 @@
-"""What fusing does to the experts of a Switch Transformer that was trained here from nothing.
+"""Measures what fusing does to the experts of a Switch Transformer trained from scratch.
 
-A small Switch (4 + 4 layers of 128, every other with 8 experts of width 512) learns E2E, from
-meanings to sentences, by words: cross-entropy with the routers' load-balancing and z losses. Then
-its experts are fused to a quarter of their width: by the paper's method, by ours calibrated on
-training pairs, and by ours with widths that follow the router's use. Each is tuned layer by layer
-towards the dense model and fine-tuned; the dense model is trained on as long. On meanings that were
-not trained on: nats per target token, and the share of target tokens that have the highest score.
+A small Switch (4 + 4 layers of 128, every other layer with 8 experts of width 512) learns E2E, from
+meanings to sentences, with words as tokens: cross-entropy plus the routers' load-balancing and z
+losses. Then its experts are fused to a quarter of their width: by the paper's method, by ours with
+calibration on training pairs, and by ours with widths that follow the router's use. Each model is
+tuned layer by layer towards the dense model and fine-tuned; the dense model is trained further for
+the same number of steps. Measured on held-out meanings: nats per target token, and the share of
+target tokens that have the highest score.
 
-"not applied" is what the published code does to Switch: the multiplication by cluster sizes is
-commented out there, so that the fused experts are bare centroids, whose outputs are several times
-too small. (Its tuning does nothing either, as the teacher is copied after fusing; here it does.)
+"not applied" is what the published code does to Switch: there, the multiplication by cluster sizes
+is commented out, so that the fused experts are bare centroids, whose outputs are several times too
+small. (Tuning has no effect in that code, since the teacher is copied after fusing; here it has.)
 
     python -m benchmarks.switch --data DIR [--quick] [--json FILE]
 """
@@ -33,8 +34,7 @@ from flax import nnx
 import fusion_jax as fj
 from benchmarks.common import finish, parser
 from fusion_jax.models.t5 import T5, T5Config
-from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.trainer import fit
+from fusion_jax.training import fit, losses
 
 PAD, END, UNKNOWN = 0, 1, 2
 LENGTH = 44
@@ -45,7 +45,7 @@ LOSS = jax.tree_util.Partial(losses.sequence_to_sequence, balance=0.01, router_z
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is computed."""
+    """The sizes of the model and of the runs."""
 
     d_model: int = 128
     d_ff: int = 512
@@ -62,7 +62,7 @@ QUICK = Scale(32, 32, 2, 4, steps=8, tuning=3, training=3, calibration=64, held_
 
 
 class Pairs:
-    """Batches of sources and targets, each found by its step alone: a source for `fit`."""
+    """Batches of sources and targets for `fit`; each depends only on its step."""
 
     def __init__(self, ids: tuple[np.ndarray, np.ndarray], seed: int | None = None):
         self._sources, self._targets = ids
@@ -79,11 +79,11 @@ class Pairs:
         return order[i * BATCH : (i + 1) * BATCH]
 
     def names(self, step: int) -> list[str]:
-        """Where the pairs of a batch come from."""
+        """Returns where the pairs of a batch come from."""
         return [f"pair {row}" for row in self._rows(step)]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step; the last of an epoch is filled up with pairs of weight 0."""
+        """Returns the batch of a step; the last of an epoch is padded with pairs of weight 0."""
         rows = self._rows(step)
         weights = np.zeros(BATCH, np.float32)
         weights[: len(rows)] = 1
@@ -95,7 +95,7 @@ class Pairs:
 
 
 def read(data: Path, name: str) -> list[list[list[str]]]:
-    """The words of E2E's pairs."""
+    """Returns the words of E2E's pairs."""
     lines = (data / "nlg/e2e" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     return [[text.split() for text in line.split("||")] for line in lines]
 
@@ -103,7 +103,7 @@ def read(data: Path, name: str) -> list[list[list[str]]]:
 def numbered(
     pairs: Sequence[list[list[str]]], words: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of sources and targets, padded."""
+    """Returns the tokens of sources and targets, padded."""
     pairs = [pair for pair in pairs if max(map(len, pair)) < LENGTH]
     both = np.zeros((2, len(pairs), LENGTH), np.int32)
     for i, pair in enumerate(pairs):
@@ -114,7 +114,7 @@ def numbered(
 
 @jax.jit
 def scores(model: Any, batch: Any) -> tuple[Any, Any]:
-    """The sum of nats of a batch, the target tokens, and those that have the highest score."""
+    """Returns the nats and target tokens of a batch, and the number of tokens scored highest."""
     total = losses.sequence_to_sequence(model, batch, None)
     labels = batch["labels"]
     before = model.shift_right(jnp.maximum(labels, 0))
@@ -124,14 +124,14 @@ def scores(model: Any, batch: Any) -> tuple[Any, Any]:
 
 
 def measured(model: Any, pairs: Pairs) -> tuple[float, float]:
-    """Nats per target token, and accuracy."""
+    """Returns nats per target token, and accuracy."""
     found = jax.device_get([scores(model, pairs(i)) for i in range(len(pairs))])
     nats, count = np.asarray([total for total, _ in found], np.float64).sum(0)
     return float(nats / count), float(sum(int(hit) for _, hit in found) / count)
 
 
 def without_sizes(model: Any) -> Any:
-    """The fused experts as bare centroids."""
+    """Returns the model with its fused experts as bare centroids."""
     bare = nnx.clone(model)
     for site in fj.sites(bare):
         if isinstance(site.mlp, fj.FusedMlp):
@@ -140,7 +140,7 @@ def without_sizes(model: Any) -> Any:
 
 
 def trained(model: Any, pairs: Pairs, steps: int, rate: float, seed: int) -> Any:
-    """The model after some steps on pairs."""
+    """Returns the model after some steps on pairs."""
     config = fj.TrainConfig(
         epochs=1000, max_steps=steps, batch_size=BATCH, learning_rate=rate, weight_decay=0.01
     )
@@ -176,7 +176,7 @@ def main() -> int:
             "num_decoder_layers": scale.layers,
             "num_heads": 4,
             "num_experts": scale.experts,
-            # Three times what each gets if all get the same.
+            # Three times the tokens of each expert if all get the same number.
             "expert_capacity": 3 * LENGTH // scale.experts,
             "num_sparse_encoder_layers": scale.layers // 2,
             "num_sparse_decoder_layers": scale.layers // 2,

@@ -3,7 +3,7 @@
     python examples/tpu_finetune.py --data glue/SST-2 --out run
 
 On several hosts, start it on each at the same time (docs/finetuning.md says how); every process
-moves the rows of its own devices only. Stopped or preempted, the same command goes on.
+moves the rows of its own devices only. The same command resumes a run that was stopped.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     key = jax.random.key(0)
     data = fj.load_task(arguments.task, arguments.data)
     teacher = fj.load(
-        arguments.model, head="classification", num_labels=data.task.num_labels, key=key
+        arguments.model, head="classification", num_labels=data.spec.num_labels, key=key
     )
     # Widths that are multiples of 128 fill the matrix units of a TPU.
     method = fj.Fusion(width=0.25, round_to=128)
@@ -44,7 +44,7 @@ def main() -> None:
     )
     n = arguments.model_axis
     with jax.set_mesh(jax.make_mesh((jax.device_count() // n, n), ("data", "model"))):
-        tuned = fj.tune(student, teacher, data.train, once, key=key, folder=arguments.out / "tune")
+        tuned = fj.tune(student, teacher, data, once, key=key, folder=arguments.out / "tune")
         if not tuned.finished:
             return
         fit = fj.finetune(tuned.model, data, config, key=key, folder=arguments.out / "run")

@@ -40,11 +40,11 @@ from fusion_jax.nn.site import sites as sites
 from fusion_jax.nn.submlps import SubMLPs as SubMLPs
 from fusion_jax.report import Report as Report
 from fusion_jax.training import LABEL_WORDS as LABEL_WORDS
+from fusion_jax.training import PlainText as PlainText
+from fusion_jax.training import Recipe as Recipe
 from fusion_jax.training import StaticPruning as StaticPruning
 from fusion_jax.training import TrainConfig as TrainConfig
 from fusion_jax.training import finetune as finetune
-from fusion_jax.training import finetune_language as finetune_language
-from fusion_jax.training import finetune_pairs as finetune_pairs
 from fusion_jax.training import generate_texts as generate_texts
 from fusion_jax.training import load_pairs as load_pairs
 from fusion_jax.training import load_task as load_task

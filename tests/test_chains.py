@@ -19,6 +19,7 @@ from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.surgery import at
 from fusion_jax.training import (
     Chains,
+    Recipe,
     fit,
     importance_by_gradient,
     importance_by_removal,
@@ -26,13 +27,12 @@ from fusion_jax.training import (
     lottery,
     mean_gradients,
     mean_loss,
-    overparameterise,
+    overparameterize,
     squeeze,
-    task_source,
     top_of_each_type,
 )
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.importance import type_of
 from fusion_jax.training.methods.squeezing import Cut, all_train, chains, cheapest_cut, cut
 from tests import glue, tiny
@@ -55,7 +55,16 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(model, data):
-    return task_source(model, data, CONFIG, key=jax.random.key(1))
+    return batches_and_loss(model, data, jax.random.key(1))
+
+
+def batches_and_loss(model, data, key):
+    batches, loss, *_ = data.prepare(model, CONFIG, key=key)
+    return batches, loss
+
+
+def finetune(model, data, config, *, key, folder=None, **recipe):
+    return fj.finetune(model, data, config, key=key, folder=folder, recipe=Recipe(**recipe))
 
 
 def logits(model):
@@ -64,7 +73,7 @@ def logits(model):
 
 def test_chains_are_exact_both_ways(model):
     paths = [path for path in weight_matrices(model) if path.startswith("layers.")]
-    chained = overparameterise(model, paths, cores=6)
+    chained = overparameterize(model, paths, cores=6)
     assert sorted(find_forms(chained)) == sorted(paths)
     for path in paths:
         before, after = at(model, path).kernel[...], at(chained, path).matrix()
@@ -82,7 +91,7 @@ def test_chains_are_exact_both_ways(model):
 
 
 def test_every_core_trains(model, data, key):
-    chained = overparameterise(model, ["layers.0.mlp.up", "layers.1.attention.value"], cores=4)
+    chained = overparameterize(model, ["layers.0.mlp.up", "layers.1.attention.value"], cores=4)
     fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
     cores = {p for p, (kind, _) in flat(chained).items() if ".cores." in p and kind is nnx.Param}
     assert len(cores) == 8 and cores <= moved(chained, fit.model)
@@ -99,13 +108,13 @@ def test_a_chain_that_is_not_its_matrix_is_refused(model, monkeypatch):
 
     monkeypatch.setattr(mpo, "decompose", wrong)
     with pytest.raises(ArithmeticError, match="above its bound"):
-        overparameterise(model, ["layers.0.mlp.up"], cores=7)
+        overparameterize(model, ["layers.0.mlp.up"], cores=7)
 
 
 @pytest.mark.parametrize("path", ["layers.0.mlp", "layers.7.mlp.up", "embeddings.word"])
 def test_only_linear_layers_become_chains(path, model):
-    with pytest.raises(fj.InputError, match=f"{path} is no linear layer"):
-        overparameterise(model, [path])
+    with pytest.raises(fj.InputError, match=f"{path} is not a linear layer"):
+        overparameterize(model, [path])
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,7 @@ def ranked(scores):
 
 
 def test_importance_equals_brute_force(three, data):
-    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    source = batches_and_loss(three, data, jax.random.key(1))
     paths = [path for path in weight_matrices(three) if path.startswith("layers.")]
     mean = brute_force(three, source, 3)
     whole = mean(paths[0], 1.0)
@@ -206,14 +215,14 @@ def growing(source, **options):
                   matrices=r"layers\.\d\.(mlp\.up|attention\.query)", **options)  # fmt: skip
 
 
-def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path):
+def test_dynamic_chains_grow_train_and_resume(model, data, source, key, tmp_path):
     config = dataclasses.replace(CONFIG, warmup=0.0, eval_every=100)
     growth, seen = growing(source), {}
 
     def watch(step, state):
         seen[step] = sorted(p for p in state.params if ".cores." in p)
 
-    whole = fj.finetune(model, data, config, key=key, growth=growth, on_step=watch)
+    whole = finetune(model, data, config, key=key, growth=growth, on_step=watch)
     assert [len(seen[i]) for i in (1, 2, 3, 4, 5, 6)] == [0, 0, 6, 6, 12, 12]
     # The first round takes the most important of each type, by a fresh measurement.
     assert len(growth.scores) == 2 and len(growth.scores[0]) == 4 and len(growth.scores[1]) == 2
@@ -230,17 +239,15 @@ def test_dynamic_chains_grow_train_and_go_on(model, data, source, key, tmp_path)
 
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
-        fj.finetune(
-            model, data, config, key=key, growth=growing(source), folder=folder, on_step=stop
-        )
+        finetune(model, data, config, key=key, growth=growing(source), folder=folder, on_step=stop)
     for name in ("every", "per_round", "total", "cores"):
         other = dataclasses.replace(growing(source), **{name: 4})
         message = rf"other settings \(growth's {name} [123], now 4\); give those, or another folder"
         with pytest.raises(fj.InputError, match=message):
-            fj.finetune(model, data, config, key=key, growth=other, folder=folder)
+            finetune(model, data, config, key=key, growth=other, folder=folder)
     with pytest.raises(fj.InputError, match="growth 'Chains', now None"):
         fj.finetune(model, data, config, key=key, folder=folder)
-    again = fj.finetune(model, data, config, key=key, growth=growing(source), folder=folder)
+    again = finetune(model, data, config, key=key, growth=growing(source), folder=folder)
     assert again.step == 6
     for path, (_, x) in flat(whole.model).items():
         np.testing.assert_array_equal(x, flat(again.model)[path][1], err_msg=path)
@@ -255,10 +262,10 @@ def test_cores_train_if_their_matrix_did(train, model, data, source, key):
     config = dataclasses.replace(CONFIG, warmup=0.0, train=train)
     if "cores" in train:
         with pytest.raises(fj.InputError, match="matches no parameter"):
-            fj.finetune(model, data, config, key=key, growth=growing(source))
+            finetune(model, data, config, key=key, growth=growing(source))
         return
-    seen, trains = {}, Parts(model, train).trained
-    fit = fj.finetune(
+    seen, trains = {}, Partition(model, train).training
+    fit = finetune(
         model,
         data,
         config,
@@ -292,12 +299,12 @@ class One:
 
 
 def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
-    batches, loss = task_source(model, data, CONFIG, key=key)
+    batches, loss = batches_and_loss(model, data, key)
     config = dataclasses.replace(
         CONFIG,
         max_steps=3,
         warmup=0.0,
-        optimiser="sgd",
+        optimizer="sgd",
         clip_norm=None,
         weight_decay=0.0,
         schedule="constant",
@@ -305,7 +312,7 @@ def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
         multipliers=((r"layers\.\d\.mlp\.up\.kernel", 0.5), (r"layers\..*", 3.0)),
     )
     seen = {}
-    fit = fj.finetune(
+    fit = finetune(
         model,
         data,
         config,
@@ -316,7 +323,7 @@ def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
     )
     paths = sorted(find_forms(fit.model))
     assert sorted(path.rpartition(".")[2] for path in paths) == ["query", "up"]
-    before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
+    before = overparameterize(Partition(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
     grads = mean_gradients(before, One(batches(2)), loss)
     for path in paths:
         rate = 0.1 * (0.5 * 0.25 if path.endswith("up") else 3.0)
@@ -334,17 +341,17 @@ def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, k
     config = dataclasses.replace(CONFIG, max_steps=3)
     options = {"key": key, "growth": growing(source)}
     with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up\.kernel has an array"):
-        fj.finetune(model, data, config, multipliers=rows, **options)
+        finetune(model, data, config, multipliers=rows, **options)
     del rows["layers.0.mlp.up.kernel"]
     rows["layers.0.mlp.up.bias"] = np.ones(48)
-    assert find_forms(fj.finetune(model, data, config, multipliers=rows, **options).model)
+    assert find_forms(finetune(model, data, config, multipliers=rows, **options).model)
 
 
 def test_each_round_takes_the_most_important_of_its_step(three, data, key):
-    source = task_source(three, data, CONFIG, key=jax.random.key(1))
+    source = batches_and_loss(three, data, jax.random.key(1))
     config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, learning_rate=5e-3)
     seen = {}
-    fj.finetune(
+    finetune(
         three,
         data,
         config,
@@ -354,24 +361,24 @@ def test_each_round_takes_the_most_important_of_its_step(three, data, key):
     )
     made, grown = three, set()
     for step in (2, 4):
-        now = Parts(made).merge(seen[step].params, seen[step].rest)
+        now = Partition(made).merge(seen[step].params, seen[step].rest)
         left = [path.removesuffix(".kernel") for path in growing(source).replaceable(made)]
         order = ranked(slopes(now, source, 2, left))
         assert [len(each) for each in order.values()] == [3 - len(grown) // 2] * 2
         grown |= {each[0] for each in order.values()}
         assert grown == {p.partition(".cores.")[0] for p in seen[step + 1].params if ".cores." in p}
-        made = overparameterise(now, [each[0] for each in order.values()], cores=3)
+        made = overparameterize(now, [each[0] for each in order.values()], cores=3)
 
 
 def test_the_last_of_a_type_to_grow_is_the_most_important(three, data):
-    batches, loss = task_source(three, data, CONFIG, key=jax.random.key(1))
+    batches, loss = batches_and_loss(three, data, jax.random.key(1))
     growth = Chains(source=batches, loss=loss, every=1, per_round=2, total=2, cores=3, batches=3,
                     matrices=r"layers\.\d\.mlp\.up")  # fmt: skip
     assert growth.choose(three, 1) == ["layers.0.mlp.up", "layers.1.mlp.up"]
-    one = overparameterise(three, ["layers.2.mlp.up"], cores=3)
+    one = overparameterize(three, ["layers.2.mlp.up"], cores=3)
     assert growth.choose(one, 1) == ["layers.1.mlp.up"]
     assert growth.scores[-1]["layers.1.mlp.up"] > growth.scores[-1]["layers.0.mlp.up"]
-    assert growth.choose(overparameterise(one, ["layers.1.mlp.up"], cores=3), 2) is None
+    assert growth.choose(overparameterize(one, ["layers.1.mlp.up"], cores=3), 2) is None
 
 
 @pytest.mark.parametrize("family", ["t5", "switch", "qwen2-moe"])
@@ -423,7 +430,7 @@ class Unchanged:
 
 def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, key):
     config = dataclasses.replace(CONFIG, warmup=0.0)
-    with_a_change = flat(fj.finetune(model, data, config, key=key, growth=Unchanged(3)).model)
+    with_a_change = flat(finetune(model, data, config, key=key, growth=Unchanged(3)).model)
     for path, (_, x) in flat(fj.finetune(model, data, config, key=key).model).items():
         np.testing.assert_allclose(with_a_change[path][1], x, rtol=1e-5, atol=1e-6, err_msg=path)
 
@@ -461,7 +468,7 @@ def test_the_cheapest_cut_is_the_cheapest(chained):
     np.testing.assert_allclose(chosen.estimate, losses_of[best], rtol=1e-3)
 
 
-def test_squeezing_stops_at_the_tolerance_and_goes_on(chained, tmp_path):
+def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
     """With a measure that only looks at sizes, and training that does nothing."""
 
     def measure(model):
@@ -556,14 +563,12 @@ def told_to_stop(data, key, round_, calls):
             if step == 1 and calls == [f"round-{k}" for k in range(round_ + 1)]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return fj.finetune(
-            model, data, config, key=key, folder=folder, on_step=tell, progress=False
-        )
+        return finetune(model, data, config, key=key, folder=folder, on_step=tell)
 
     return train
 
 
-def test_squeezing_that_is_told_to_stop_goes_on_in_its_round(chained, data, source, key, tmp_path):
+def test_squeezing_that_is_told_to_stop_resumes_in_its_round(chained, data, source, key, tmp_path):
     batches, loss = source
     options = {"tolerance": 10.0, "rounds": 3, "step": 2}
 
@@ -584,7 +589,7 @@ def test_squeezing_that_is_told_to_stop_goes_on_in_its_round(chained, data, sour
     np.testing.assert_array_equal(logits(again.model), logits(whole.model))
 
 
-def test_a_lottery_that_is_told_to_stop_goes_on_in_its_round(model, data, key, tmp_path):
+def test_a_lottery_that_is_told_to_stop_resumes_in_its_round(model, data, key, tmp_path):
     options = {"keep": 0.25, "rounds": 3, "layers": -1}
     whole = lottery(model, told_to_stop(data, key, 9, []), **options)
     calls = []
@@ -664,8 +669,8 @@ def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
     def watch(name):
         return lambda step, state: seen.update({(name, step): jax.tree.map(np.asarray, state)})
 
-    fj.finetune(model, data, config, key=key, on_step=watch("plain"))
-    fj.finetune(model, data, config, key=key, on_step=watch("grown"), growth=Unchanged(2))
+    finetune(model, data, config, key=key, on_step=watch("plain"))
+    finetune(model, data, config, key=key, on_step=watch("grown"), growth=Unchanged(2))
     for path, x in seen["plain", 3].params.items():
         np.testing.assert_allclose(seen["grown", 3].params[path], x, rtol=1e-6, atol=1e-9)
 
@@ -674,7 +679,7 @@ def test_chains_grow_from_float32_weights_of_a_bfloat16_model(tmp_path, data, ke
     folder = glue.checkpoint(tmp_path / "model")
     options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}
     model = fj.load(folder, dtype=jnp.bfloat16, **options)
-    batches, loss = task_source(model, data, CONFIG, key=jax.random.key(1))
+    batches, loss = batches_and_loss(model, data, jax.random.key(1))
     config = dataclasses.replace(CONFIG, max_steps=3, warmup=0.0, learning_rate=1e-6)
     seen = {}
 
@@ -682,7 +687,7 @@ def test_chains_grow_from_float32_weights_of_a_bfloat16_model(tmp_path, data, ke
         seen[step] = jax.tree.map(np.asarray, state.params)
 
     growth = growing((batches, loss))
-    fit = fj.finetune(model, data, config, key=key, on_step=watch, growth=growth)
+    fit = finetune(model, data, config, key=key, on_step=watch, growth=growth)
     assert len(find_forms(fit.model)) == 2
     for path, form in find_forms(fit.model).items():
         assert {core.dtype.name for core in form.cores} == {"bfloat16"}
@@ -698,7 +703,7 @@ def test_what_grows_begins_at_the_full_rate(model, data, source, key):
     options = {"warmup": 0.0, "weight_decay": 0.0, "schedule": "constant", "learning_rate": 1e-3}
     config = dataclasses.replace(CONFIG, max_steps=3, clip_norm=None, epsilon=1e-12, **options)
     seen = {}
-    fit = fj.finetune(
+    fit = finetune(
         model,
         data,
         config,
@@ -707,7 +712,7 @@ def test_what_grows_begins_at_the_full_rate(model, data, source, key):
         on_step=lambda step, state: seen.update({step: jax.tree.map(jnp.array, state)}),
     )
     paths = sorted(find_forms(fit.model))
-    before = overparameterise(Parts(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
+    before = overparameterize(Partition(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
     for path in paths:
         moves = [np.abs(a[...] - b[...]) for a, b in
                  zip(at(fit.model, path).cores, at(before, path).cores, strict=True)]  # fmt: skip
@@ -727,7 +732,7 @@ def test_matrices_that_were_chains_before_are_not_counted_as_grown(model, source
 
 
 def test_chains_under_remat(model, data, key):
-    chained = overparameterise(model, ["layers.0.mlp.up"], cores=3)
+    chained = overparameterize(model, ["layers.0.mlp.up"], cores=3)
     config = dataclasses.replace(CONFIG, max_steps=1, warmup=0.0)
     plain = fj.finetune(chained, data, config, key=key).model
     remat = fj.finetune(chained, data, dataclasses.replace(config, remat=True), key=key).model
@@ -752,15 +757,15 @@ def test_what_squeezing_is_given(tmp_path):
     with pytest.raises(FloatingPointError, match="before the first cut is nan"):
         squeeze(light, same, lambda m: float("nan"))
     for wrong in (None, (light, 1)):
-        with pytest.raises(fj.InputError, match="train must give its Fit, or the model"):
+        with pytest.raises(fj.InputError, match="train must return its Fit, or the model"):
             squeeze(light, lambda m, folder, wrong=wrong: wrong, lambda m: 1.0)
-        with pytest.raises(fj.InputError, match="train must give its Fit, or the model"):
+        with pytest.raises(fj.InputError, match="train must return its Fit, or the model"):
             lottery(fj.plain(light), lambda m, folder, wrong=wrong: wrong)
     with pytest.raises(fj.InputError, match="masks are gone"):
         lottery(fj.plain(light), lambda m, folder: fj.plain(light))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "squeezed.json").write_text("")
-    with pytest.raises(fj.InputError, match="none of ours"):
+    with pytest.raises(fj.InputError, match="was not written by fusion_jax"):
         squeeze(light, same, lambda m: 1.0, folder=tmp_path / "other")
     with pytest.raises(fj.InputError, match="is a file"):
         squeeze(light, same, lambda m: 1.0, folder=tmp_path / "other" / "squeezed.json")
@@ -776,17 +781,17 @@ def test_what_over_parameterising_is_given():
     mlp = fj.Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
     for paths in ("up", []):
         with pytest.raises(fj.InputError, match="list of paths"):
-            overparameterise(mlp, paths)
+            overparameterize(mlp, paths)
     growth = Chains(source=One({}), loss=losses.next_token, every=8)
-    config = fj.TrainConfig(max_steps=8, epochs=99)
+    config, recipe = fj.TrainConfig(max_steps=8, epochs=99), Recipe(growth=growth)
     with pytest.raises(fj.InputError, match="every 8 steps does nothing in a run of 8"):
-        fit(mlp, One({}), losses.next_token, config, key=jax.random.key(0), growth=growth)
+        fit(mlp, One({}), losses.next_token, config, key=jax.random.key(0), recipe=recipe)
     for options in ({"cores": 1}, {"batches": 0}):
         with pytest.raises(fj.InputError, match="must be at least"):
             Chains(source=One({}), loss=losses.next_token, every=1, **options)
     with pytest.raises(fj.InputError, match="count must be at least 1"):
         top_of_each_type({"up": 1.0}, 0)
-    with pytest.raises(fj.InputError, match="chain of one tensor"):
+    with pytest.raises(fj.InputError, match="chain of one core"):
         lightweight(fj.compress_matrices(mlp, fj.MPO(bond=None, cores=1), matrices="up")[0])
     with pytest.raises(fj.InputError, match="give batches and a loss"), unchecked():
         mean_loss(mlp, (1, 2), losses.next_token)

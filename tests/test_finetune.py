@@ -1,4 +1,4 @@
-"""The trainer: what a step does, what trains, and runs that go on after they were stopped."""
+"""The trainer: what a step does, what trains, and runs that resume after they were stopped."""
 
 import dataclasses
 import json
@@ -15,13 +15,14 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.nn.linear_forms import Frozen
-from fusion_jax.training import Texts, fit, measure, predict
+from fusion_jax.training import Prepared, Recipe, Task, Texts, fit, measure, predict
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
-from fusion_jax.training.engine.optimizer import optimiser
-from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.engine.optimizer import make_optimizer
+from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.tasks import classification as classify
 from tests import glue
+from tests.conftest import unchecked
 
 CONFIG = fj.TrainConfig(
     max_steps=6,
@@ -84,9 +85,9 @@ def test_finetune_learns(fused, data, key):
         True,
         [30, 60],
     )
-    train = measure(data.task, predict(result.model, data.train), data.train)
+    train = measure(data.spec, predict(result.model, data.train), data.train)
     assert train["accuracy"] > 0.9
-    dev = measure(data.task, predict(result.model, data.dev["dev"]), data.dev["dev"])
+    dev = measure(data.spec, predict(result.model, data.dev["dev"]), data.dev["dev"])
     assert dev["accuracy"] == result.history[-1]["accuracy"]
     for path, (kind, x) in flat(fused).items():
         np.testing.assert_array_equal(x, before[path][1])  # the caller's model is as it was
@@ -110,9 +111,9 @@ def batches_of(n, size, length=8):
     return Batches(Examples(list(tokens), None, labels, names), size, pad_id=0, shapes=1, seed=3)
 
 
-def one_epoch(model, config, key, batches=None, loss=losses.classification, **more):
+def one_epoch(model, config, key, batches=None, loss=losses.classification, folder=None, **more):
     batches = batches_of(16, config.batch_size) if batches is None else batches
-    return fit(model, batches, loss, config, key=key, **more)
+    return fit(model, batches, loss, config, key=key, folder=folder, recipe=Recipe(**more))
 
 
 def test_accumulation_equals_one_big_batch(fused, key):
@@ -179,7 +180,7 @@ def test_remat_changes_nothing(fused, key):
 
 
 def test_bfloat16_computes_with_float32_weights(fused, key):
-    parts = Parts(fused, compute_dtype=jnp.bfloat16)
+    parts = Partition(fused, compute_dtype=jnp.bfloat16)
     params, rest = parts.split(fused)
     out = parts.compute(params, rest)(jnp.array([[2, 7, 3]]), output_hidden_states=True)
     assert {x.dtype.name for x in jax.tree.leaves(out)} == {"bfloat16"}
@@ -192,7 +193,7 @@ def test_bfloat16_computes_with_float32_weights(fused, key):
 
 
 def test_multipliers(fused, key):
-    config = dataclasses.replace(CONFIG, max_steps=1, optimiser="sgd", warmup=0.0)
+    config = dataclasses.replace(CONFIG, max_steps=1, optimizer="sgd", warmup=0.0)
     config = dataclasses.replace(config, weight_decay=0.0, clip_norm=None)
     plain, path = one_epoch(fused, config, key).model, "layers.1.mlp.down.kernel"
     rows = jnp.arange(12.0)[:, None]
@@ -212,7 +213,7 @@ def test_sgd_by_cluster_sizes_equals_sgd_on_the_wide_copy(model, fused, key):
     from fusion_jax.compression.mlps import replaced
 
     config = dataclasses.replace(
-        CONFIG, max_steps=3, optimiser="sgd", weight_decay=0.0, clip_norm=None
+        CONFIG, max_steps=3, optimizer="sgd", weight_decay=0.0, clip_norm=None
     )
     wide, multipliers = nnx.clone(fused), {}
     for site in fj.sites(fused):
@@ -233,10 +234,10 @@ def test_sgd_by_cluster_sizes_equals_sgd_on_the_wide_copy(model, fused, key):
 
 
 def run(model, data, folder, key, config=CONFIG, **more):
-    return fj.finetune(model, data, config, key=key, folder=folder, **more)
+    return fj.finetune(model, data, config, key=key, folder=folder, recipe=Recipe(**more))
 
 
-def test_stopping_and_going_on_changes_no_bit(fused, data, key, tmp_path):
+def test_stopping_and_resuming_changes_no_bit(fused, data, key, tmp_path):
     config = dataclasses.replace(CONFIG, dropout=True)
     whole = run(fused, data, tmp_path / "whole", key, config)
 
@@ -263,7 +264,7 @@ def test_stopping_and_going_on_changes_no_bit(fused, data, key, tmp_path):
     assert whole.history == ended.history
     assert bit_equal(whole.model, fj.load(folder / "last"))
     best = fj.load(folder / "best")
-    assert measure(data.task, predict(best, data.dev["dev"]), data.dev["dev"])["accuracy"] == max(
+    assert measure(data.spec, predict(best, data.dev["dev"]), data.dev["dev"])["accuracy"] == max(
         h["accuracy"] for h in whole.history
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -280,6 +281,55 @@ def test_another_run_in_the_folder(fused, data, key, tmp_path):
         run(fused, data, tmp_path, key, other)
     with pytest.raises(fj.InputError, match="key"):
         run(fused, data, tmp_path, jax.random.key(9), config)
+
+
+def test_runs_of_earlier_versions_have_other_names(fused, data, key, tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=2)
+    ended = run(fused, data, tmp_path, key, config)
+    (meta,) = tmp_path.glob("checkpoints/2/meta/metadata")
+    meta.write_text(meta.read_text().replace('"optimizer"', '"optimiser"'))
+    assert bit_equal(run(fused, data, tmp_path, key, config).model, ended.model)
+    with pytest.raises(fj.InputError, match=r"optimizer 'adamw', now 'sgd'"):
+        run(fused, data, tmp_path, key, dataclasses.replace(config, optimizer="sgd"))
+
+
+class Parity:
+    """A task of one's own: whether the first token is even."""
+
+    def prepare(self, model, config, *, key):
+        def evaluate(model):
+            return {"error": float(losses.classification(model, self.batch(), None).total)}
+
+        return Prepared(self.inputs(model, config, key=key), losses.classification, evaluate, True)
+
+    def inputs(self, model, config, *, key):
+        return batches_of(16, config.batch_size)
+
+    def batch(self):
+        return {name: jnp.asarray(x) for name, x in batches_of(16, 16)(0).items()}
+
+
+def test_a_task_of_ones_own(model, fused, key, tmp_path):
+    task = Parity()
+    assert isinstance(task, Task)
+    config = dataclasses.replace(CONFIG, eval_every=2)
+    result = fj.finetune(fused, task, config, key=key, folder=tmp_path)
+    errors = [each["error"] for each in result.history]
+    best = fj.load(tmp_path / "best")
+    found = float(losses.classification(best, task.batch(), None).total)
+    assert found == pytest.approx(min(errors))
+    tuned = [fj.tune(fused, model, x, CONFIG, key=key).model for x in (task, batches_of(16, 8))]
+    assert bit_equal(*tuned)
+
+
+def test_recipes_and_tasks_that_do_not_fit(fused, data, key):
+    with unchecked(), pytest.raises(fj.InputError, match=r"data must be a task, .* got Texts"):
+        fj.finetune(fused, data.train, CONFIG, key=key)
+    for recipe in (Recipe(save=fj.save), Recipe(best_from=3)):
+        with pytest.raises(fj.InputError, match="for runs with a folder"):
+            fj.finetune(fused, data, CONFIG, key=key, recipe=recipe)
+    with pytest.raises(fj.InputError, match=r"recipe\.trains does not apply to static_prune"):
+        fj.static_prune(fused, data, key=key, recipe=Recipe(trains="head"))
 
 
 def test_on_step_may_change_the_state(fused, key):
@@ -353,7 +403,7 @@ def test_padding_is_left_out_of_tuning(model, fused):
     ("fields", "message"),
     [
         ({"train": "layers"}, "train 'layers' matches no parameter"),
-        ({"train": "("}, "no regular expression"),
+        ({"train": "("}, "not a regular expression"),
         ({"multipliers": (("x", 1.0),)}, "matches no parameter that trains"),
         ({"max_length": 99}, "above the model's 40 positions"),
         ({"max_length": 5}, r"train\.tsv:\d+: \d+ tokens, above 5"),
@@ -372,7 +422,7 @@ def test_errors(fields, message, fused, data, key, tmp_path, monkeypatch):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
-        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is no multiple of accumulate 4"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0"),
     ],
 )
@@ -385,7 +435,7 @@ def test_heads_that_do_not_fit(folder, data, key):
     with pytest.raises(fj.InputError, match="head='classification', num_labels=2"):
         fj.finetune(fj.load(folder), data, CONFIG, key=key)
     three = fj.load(folder, head="classification", num_labels=3, key=key)
-    with pytest.raises(fj.InputError, match="3 outputs, sst2 wants 2"):
+    with pytest.raises(fj.InputError, match="3 outputs, sst2 needs 2"):
         fj.finetune(three, data, CONFIG, key=key)
 
 
@@ -418,8 +468,8 @@ def test_regression(folder, key, tmp_path):
 
 
 def test_weights_decay_by_name():
-    config = dataclasses.replace(CONFIG, optimiser="sgd", clip_norm=None, schedule="constant")
-    tx = optimiser(dataclasses.replace(config, warmup=0.0, learning_rate=1.0), 1)
+    config = dataclasses.replace(CONFIG, optimizer="sgd", clip_norm=None, schedule="constant")
+    tx = make_optimizer(dataclasses.replace(config, warmup=0.0, learning_rate=1.0), 1)
     params = {name: jnp.ones((2, 3)) for name in ("up.kernel", "experts.bias", "norm.scale")}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)

@@ -1,4 +1,4 @@
-"""The commands finetune, tune, evaluate and predict, as a user types them; killed and gone on."""
+"""The commands finetune, tune, evaluate and predict, as a user types them; killed and resumed."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
 
 
-def test_tuning_goes_on_only_with_the_same_models_and_texts(places, tmp_path, monkeypatch, capsys):
+def test_tuning_resumes_only_with_the_same_models_and_texts(places, tmp_path, monkeypatch, capsys):
     model, data = places
     fused, other = str(tmp_path / "fused"), str(tmp_path / "other")
     for out, seed in ((fused, "0"), (other, "1")):
@@ -118,7 +118,7 @@ def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
     assert np.abs(np.array(found[2]) - found[0]).max() > 1e-4
     capsys.readouterr()
     assert main(["predict", run, *files, "--out", str(tmp_path / "new"), "--beams", "2"]) == 1
-    assert "--beams is for texts to generate" in capsys.readouterr().err
+    assert "--beams is for generated texts" in capsys.readouterr().err
     assert main(["evaluate", run, *task]) == 1
     assert "above 4" in capsys.readouterr().err
     assert main(["finetune", model, "--out", run, *task, *OPTIONS, "--truncate"]) == 1
@@ -132,7 +132,7 @@ def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
         (["finetune", "MODEL", "--out", "MODEL", "TASK"], "not an empty folder"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "date=8"], "mean 'data'"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--mesh", "data=3"], "the 8 devices"),
-        (["finetune", "MODEL", "--out", "OUT", "TASK", "--batch-size", "9"], "no multiple of 8"),
+        (["finetune", "MODEL", "--out", "OUT", "TASK", "--batch-size", "9"], "not a multiple of 8"),
         (["finetune", "MODEL", "--out", "OUT", "TASK", "--router-z", "1"], "models with experts"),
         (["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "TASK"], "before compression"),
         (
@@ -141,7 +141,7 @@ def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
         ),
         (
             ["finetune", "MODEL", "--out", "OUT", "--train-file", "x.csv", "--source", "x"],
-            "--source does not apply to labelled texts",
+            "--source does not apply to labeled texts",
         ),
         (
             ["tune", "MODEL", "--teacher", "MODEL", "--out", "OUT", "COLUMN", "--context", "9"],
@@ -210,7 +210,7 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
         out, _ = process.communicate()
         if how == signal.SIGTERM:
             assert process.returncode == 0
-            assert "To go on, give the same command again." in out
+            assert "To resume, give the same command again." in out
     process = start(parts)
     process.communicate()
     assert process.returncode == 0

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax.models.tokens import load_tokenizer
-from fusion_jax.training.engine.batches import Batches, Examples, bounds
+from fusion_jax.training.engine.batches import Batches, Examples, padded_lengths
 from fusion_jax.training.tasks import metrics, tables
-from fusion_jax.training.tasks.glue import GLUE, encode, load_task, read_task
+from fusion_jax.training.tasks.classification import TextEncoder
+from fusion_jax.training.tasks.glue import GLUE, load_task, read_task
 from tests import glue, tiny
 
 GLUE_FILES = {
@@ -42,7 +42,7 @@ def test_glue_files(name, tmp_path):
         text = "".join(f"{line}\r\n" for line in (header, row, row) if line)
         (tmp_path / folder / f"{part}.tsv").write_text(text, encoding="utf-8-sig")
     data = load_task(name, tmp_path)
-    assert data.task == GLUE[name]
+    assert data.spec == GLUE[name]
     for texts in (data.train, data.dev["dev"]):
         assert texts.labels.tolist() == [label, label]
         assert len(texts.texts[0]) == (1 if name in ("sst2", "cola") else 2)
@@ -89,15 +89,15 @@ def test_files_of_ones_own(tmp_path):
     csv = write(tmp_path / "a.csv", 'text,label\n"one, ""two""\nthree",good\nfour,bad\n')
     jsonl = write(tmp_path / "b.jsonl", '{"text": "x", "label": "bad"}\n\n')
     data = read_task(csv, jsonl)
-    assert data.task.labels == ("bad", "good")
+    assert data.spec.labels == ("bad", "good")
     assert data.train.texts == [('one, "two"\nthree',), ("four",)]
     assert data.train.labels.tolist() == [1, 0]
     assert data.train.names[1].endswith("a.csv:4")
     assert data.dev["dev"].labels.tolist() == [0]
     numbers = write(tmp_path / "c.jsonl", '{"text": "x", "label": 10}\n{"text": "y", "label": 9}\n')
-    assert read_task(numbers).task.labels == ("9", "10")
+    assert read_task(numbers).spec.labels == ("9", "10")
     data = read_task(numbers, regression=True)
-    assert (data.task.labels, data.task.num_labels) == (None, 1)
+    assert (data.spec.labels, data.spec.num_labels) == (None, 1)
     assert data.train.labels.tolist() == [10.0, 9.0]
 
 
@@ -105,16 +105,16 @@ def test_files_of_ones_own(tmp_path):
     ("name", "text", "message"),
     [
         ("a.tsv", "sentense\tlabel\nx\t1\n", "no column 'sentence'; did you mean 'sentense'?"),
-        ("a.tsv", "sentence\tlabel\nx\t1\ny\t2\n", "a.tsv:3: label '2' is none of 0, 1"),
+        ("a.tsv", "sentence\tlabel\nx\t1\ny\t2\n", "a.tsv:3: label '2' is not one of 0, 1"),
         ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "a.tsv:3: no label"),
         ("a.tsv", "sentence\tlabel\n \t1\n", "a.tsv:2: no text in column 'sentence'"),
         ("a.tsv", b"sentence\tlabel\nx\t1\n\xff\t0\n", "a.tsv:3: broken UTF-8"),
-        ("a.tsv", "sentence\tlabel\n", "holds no rows"),
+        ("a.tsv", "sentence\tlabel\n", "has no rows"),
         ("a.csv", 'sentence,label\nx,1\n"y,0\n', "a.csv:3: unexpected end of data"),
-        ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "a.jsonl:2: no valid JSON"),
-        ("a.jsonl", "[]\n", "a.jsonl:1: no JSON object"),
+        ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", "[]\n", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", '{"sentence": 3, "label": 1}\n', "a.jsonl:1: no text in column"),
-        ("a.txt", "x", "unknown kind; known: .tsv, .csv, .jsonl"),
+        ("a.txt", "x", "not one of the known kinds of file: .tsv, .csv, .jsonl"),
     ],
 )
 def test_errors_name_file_and_line(name, text, message, tmp_path):
@@ -128,25 +128,25 @@ def test_errors_name_file_and_line(name, text, message, tmp_path):
 def test_more_errors(tmp_path):
     with pytest.raises(fj.InputError, match="did you mean 'sst2'"):
         load_task("sst", tmp_path)
-    with pytest.raises(fj.InputError, match=r"no file .*train\.tsv"):
+    with pytest.raises(fj.InputError, match=r"there is no file .*train\.tsv"):
         load_task("sst2", tmp_path)
     numbers = write(tmp_path / "a.tsv", "text\tlabel\nx\tmuch\n")
-    with pytest.raises(fj.InputError, match="label 'much' is no number"):
+    with pytest.raises(fj.InputError, match="label 'much' is not a number"):
         read_task(numbers, regression=True)
     with pytest.raises(fj.InputError, match="fewer than two classes"):
         read_task(numbers)
 
 
 def test_encode(tmp_path):
-    tokenizer = load_tokenizer(str(glue.vocabulary(tiny.checkpoint(tmp_path / "m"))))
+    model = fj.load(glue.vocabulary(tiny.checkpoint(tmp_path / "m")))
     path = write(tmp_path / "a.tsv", "a\tb\tlabel\nw0 w1\tw2\t1\nw3\tw4 w5 w6\t0\n")
     texts = read_task(path, text=("a", "b")).train
-    examples = encode(tokenizer, texts, max_length=10)
+    examples = TextEncoder(model, 10)(texts)
     assert examples.tokens[0].tolist() == [2, 5, 6, 3, 7, 3]
     assert examples.types[0].tolist() == [0, 0, 0, 0, 1, 1]
     with pytest.raises(fj.InputError, match=r"a\.tsv:3: 7 tokens, above 6"):
-        encode(tokenizer, texts, max_length=6)
-    cut = encode(tokenizer, texts, max_length=6, truncate=True)
+        TextEncoder(model, 6)(texts)
+    cut = TextEncoder(model, 6, truncate=True)(texts)
     assert [len(t) for t in cut.tokens] == [6, 6]
 
 
@@ -190,7 +190,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 @given(lengths, st.integers(1, 4))
-def test_bounds_compute_least(sizes, shapes):
+def test_padded_lengths_need_the_smallest_number_of_tokens(sizes, shapes):
     from itertools import combinations
 
     sizes = np.array(sizes)
@@ -199,7 +199,7 @@ def test_bounds_compute_least(sizes, shapes):
     def cost(chosen):
         return np.array(sorted(chosen))[np.searchsorted(sorted(chosen), rounded)].sum()
 
-    found = bounds(sizes, shapes)
+    found = padded_lengths(sizes, shapes)
     assert len(found) <= shapes
     distinct = sorted(set(rounded.tolist()))[:-1]
     best = min(

@@ -11,7 +11,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.surgery import at
-from fusion_jax.training import Chains, Windows, nats_per_token
+from fusion_jax.training import Chains, Recipe, Windows, nats_per_token
 from fusion_jax.training.engine import losses
 from fusion_jax.training.methods.importance import type_of
 from tests import tiny
@@ -31,6 +31,11 @@ def model(tmp_path_factory):
 def text():
     """A pattern that can be learnt."""
     return np.tile(np.array([5, 9, 7, 11, 6, 8, 13], np.int32), 30)
+
+
+def finetune(model, ids, config, *, key, context, dev=None, folder=None, **recipe):
+    data = fj.PlainText(ids, dev=dev, context=context)
+    return fj.finetune(model, data, config, key=key, folder=folder, recipe=Recipe(**recipe))
 
 
 def by_hand(model, ids, weights):
@@ -103,8 +108,8 @@ def test_nats_are_the_mean_over_all_windows(model, text):
         np.testing.assert_allclose(got, total / count, rtol=1e-5)
 
 
-def test_learns_and_goes_on(model, text, key, tmp_path):
-    whole = fj.finetune_language(model, text, CONFIG, key=key, context=8, dev=text)
+def test_learns_and_resumes(model, text, key, tmp_path):
+    whole = finetune(model, text, CONFIG, key=key, context=8, dev=text)
     before = nats_per_token(model, text, 8)
     assert whole.history[-1]["nats"] < 0.6 < 2 < before
     half = dataclasses.replace(CONFIG, checkpoint_every=10)
@@ -118,8 +123,8 @@ def test_learns_and_goes_on(model, text, key, tmp_path):
 
     options = {"key": key, "context": 8, "folder": tmp_path / "run"}
     with pytest.raises(Killed):
-        fj.finetune_language(model, text, half, **options, on_step=kill)
-    again = fj.finetune_language(model, text, half, **options)
+        finetune(model, text, half, **options, on_step=kill)
+    again = finetune(model, text, half, **options)
     for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(again.model), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "run" / "last" / "fusion.json").is_file()
@@ -144,7 +149,7 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
         saved.append(folder.name)
         fj.save(model, folder)
 
-    result = fj.finetune_language(
+    result = finetune(
         model,
         text,
         config,
@@ -156,12 +161,11 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
         loss=twice,
         multipliers={f"layers.{i}.mlp.up.kernel": 0.0 for i in range(3)},
         on_step=lambda step, state: seen.update({step: state}),
-        rule=lambda params, rest, step: {"word.embedding": 2 * rest["word.embedding"]},
+        update=lambda params, rest, step: {"word.embedding": 2 * rest["word.embedding"]},
         growth=growth,
         save=save,
         best_from=4,
         about={"why": "a test"},
-        progress=False,
     )
     grown = find_forms(result.model)
     assert sorted(map(type_of, grown)) == [
@@ -182,9 +186,7 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
     np.testing.assert_allclose(plain(ids).logits, result.model(ids).logits, rtol=1e-5, atol=1e-5)
     options = {"trains": r"layers\..*\.kernel", "growth": growth, "about": {"why": "another"}}
     with pytest.raises(fj.InputError, match=r"other settings \(why 'a test', now 'another'\)"):
-        fj.finetune_language(
-            model, text, config, key=key, context=8, folder=tmp_path / "run", **options
-        )
+        finetune(model, text, config, key=key, context=8, folder=tmp_path / "run", **options)
 
 
 def test_tuning_brings_hidden_states_nearer(model, text, key):
@@ -206,11 +208,11 @@ def test_tuning_brings_hidden_states_nearer(model, text, key):
 
 def test_bad_input(model, text, key, tmp_path):
     with pytest.raises(fj.InputError, match="a text of 5 tokens has no window of 8"):
-        fj.finetune_language(model, text[:5], CONFIG, key=key, context=8)
+        finetune(model, text[:5], CONFIG, key=key, context=8)
     with pytest.raises(fj.InputError, match="a text of 3 tokens has no window of 8"):
-        fj.finetune_language(model, text, CONFIG, key=key, context=8, dev=text[:3])
+        finetune(model, text, CONFIG, key=key, context=8, dev=text[:3])
     with pytest.raises(fj.InputError, match="context 40 is above the model's 32 positions"):
-        fj.finetune_language(model, text, CONFIG, key=key, context=40)
+        finetune(model, text, CONFIG, key=key, context=40)
     headless = fj.load(tiny.checkpoint(tmp_path / "bare", "gpt2"))
     with pytest.raises(fj.InputError, match="head='causal-lm'"):
-        fj.finetune_language(headless, text, CONFIG, key=key, context=8)
+        finetune(headless, text, CONFIG, key=key, context=8)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.nn.linear_forms import find_forms
-from fusion_jax.training import Chains, fit, lightweight
+from fusion_jax.training import Chains, Recipe, fit, lightweight
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 from tests import glue
@@ -38,8 +38,16 @@ def batches():
     return Batches(examples, 8, pad_id=0, seed=3)
 
 
-def train(model, config=CONFIG, **more):
-    return fit(model, batches(), losses.classification, config, key=jax.random.key(0), **more)
+def train(model, config=CONFIG, folder=None, **more):
+    return fit(
+        model,
+        batches(),
+        losses.classification,
+        config,
+        key=jax.random.key(0),
+        folder=folder,
+        recipe=Recipe(**more),
+    )
 
 
 def numbers(model):
@@ -138,7 +146,7 @@ def test_auxiliary_tensors_train_on_a_mesh_as_on_one_device(model):
     assert len(cores) == 12 and not [path for path in cores if path.endswith("cores.1")]
 
 
-def test_a_run_goes_on_on_another_mesh(model, alone, tmp_path):
+def test_a_run_resumes_on_another_mesh(model, alone, tmp_path):
     config = dataclasses.replace(CONFIG, checkpoint_every=5)
 
     class Killed(Exception):

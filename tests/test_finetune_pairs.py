@@ -18,7 +18,7 @@ from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.decoding import Beams, Sampling, generate
 from fusion_jax.models.tokens import load_tokenizer, tokenize
 from fusion_jax.nn.linear_forms import find_forms, find_linears
-from fusion_jax.training import Chains, Pairs, measure_pairs, pairs_source
+from fusion_jax.training import Chains, Pairs, Recipe, measure_pairs
 from fusion_jax.training.engine import losses
 from fusion_jax.training.methods.importance import type_of
 from fusion_jax.training.tasks import text_metrics
@@ -69,7 +69,7 @@ def test_webnlg(tmp_path):
     nlg.webnlg(tmp_path / "webnlg")
     for folder in (tmp_path, tmp_path / "webnlg"):
         data = fj.load_pairs("webnlg", folder)
-        assert data.task.name == "webnlg"
+        assert data.name == "webnlg"
         assert list(data.train.sources) == ["a : b : c", "a : b : c | a : d : e", "b : d : f"]
         assert list(data.train.references) == [("Ab c.", "Ac b."), ("Abc de.",), ("Bd f.",)]
         assert (data.train.size, data.train.groups, data.dev.groups) == (4, None, None)
@@ -95,7 +95,7 @@ def test_own_files(kind, tmp_path):
         mark = {"csv": ",", "tsv": "\t"}[kind]
         path.write_text("\n".join(mark.join(row) for row in [("mr", "ref"), *rows]))
     data = fj.read_pairs(path, path, source="mr", target="ref")
-    assert data.task.name == "own"
+    assert data.name == "own"
     assert data.test is None
     first = 1 + (kind != "jsonl")
     names = [f"{tmp_path.name}/own.{kind}:{first + i}" for i in range(3)]
@@ -127,26 +127,28 @@ REAL = Path(os.environ.get("FUSION_JAX_DATA", "nowhere")) / "nlg"
 @pytest.mark.skipif(not REAL.is_dir(), reason="FUSION_JAX_DATA names no folder with nlg")
 def test_published_files():
     data = fj.load_pairs("webnlg", REAL)
-    assert [len(pairs.sources) for pairs in data[1:]] == [6940, 872, 1862]
-    assert [pairs.size for pairs in data[1:]] == [18102, 2268, 4928]
+    parts = data.train, data.dev, data.test
+    assert [len(pairs.sources) for pairs in parts] == [6940, 872, 1862]
+    assert [pairs.size for pairs in parts] == [18102, 2268, 4928]
     assert collections.Counter(data.test.groups) == {"seen": 971, "unseen": 891}
     data = fj.load_pairs("e2e", REAL)
-    assert [pairs.size for pairs in data[1:]] == [42061, 4672, 4693]
-    assert [len(pairs.sources) for pairs in data[1:]] == [4862, 547, 630]
+    parts = data.train, data.dev, data.test
+    assert [pairs.size for pairs in parts] == [42061, 4672, 4693]
+    assert [len(pairs.sources) for pairs in parts] == [4862, 547, 630]
 
 
 @pytest.mark.parametrize(
     ("task", "file", "change", "message"),
     [
-        ("e2e", "train.txt", broken("a||b\n\nc|d\n"), r"train.txt:3: not of the form meaning\|\|"),
-        ("e2e", "valid.txt", broken("a|| \n"), "valid.txt:1: not of the form"),
-        ("e2e", "test.txt", broken("\n"), "test.txt holds no lines"),
-        ("e2e", "test.txt", lambda path: path.unlink(), "no file .*test.txt"),
+        ("e2e", "train.txt", broken("a||b\n\nc|d\n"), r"train.txt:3: not in the form meaning\|\|"),
+        ("e2e", "valid.txt", broken("a|| \n"), "valid.txt:1: not in the form"),
+        ("e2e", "test.txt", broken("\n"), "test.txt has no lines"),
+        ("e2e", "test.txt", lambda path: path.unlink(), "there is no file .*test.txt"),
         ("e2e", "train.txt", lambda p: p.write_bytes(b"a||b\n\xff||c"), "train.txt:2: broken UTF"),
-        ("webnlg", "train.json", broken('{"entries":\n[}'), "train.json:2: no valid JSON"),
+        ("webnlg", "train.json", broken('{"entries":\n[}'), "train.json:2: not valid JSON"),
         ("webnlg", "dev.json", broken("[1]"), "dev.json has no entries"),
-        ("webnlg", "dev.json", broken('{"entries": []}'), "dev.json holds no entries"),
-        ("webnlg", "test.json", broken('{"entries": [3]}'), "test.json, entry 1: not of WebNLG's"),
+        ("webnlg", "dev.json", broken('{"entries": []}'), "dev.json has an empty list of entries"),
+        ("webnlg", "test.json", broken('{"entries": [3]}'), "test.json, entry 1: not in WebNLG's"),
         ("webnlg", "train.json", without("category"), "train.json, entry 2: no 'category'"),
         (
             "webnlg",
@@ -167,7 +169,9 @@ def test_broken_files(task, file, change, message, tmp_path):
 def test_bad_names(tmp_path):
     with pytest.raises(fj.InputError, match="unknown task 'webnl'; did you mean"):
         fj.load_pairs("webnl", tmp_path)
-    with pytest.raises(fj.InputError, match="no folder hub; give the one with e2e's files"):
+    with pytest.raises(
+        fj.InputError, match="there is no folder hub; give the folder with e2e's files"
+    ):
         fj.load_pairs("e2e", "hub")
     path = nlg.csv(tmp_path / "x.csv", [("a", "b"), ("a", " ")])
     with pytest.raises(fj.InputError, match=r"x\.csv:3: no text in column 'target'"):
@@ -278,7 +282,7 @@ def test_sources_are_cut_to_the_length_that_training_had(family, models):
 
 def test_models_that_do_not_fit(models, data, key, tmp_path):
     with pytest.raises(fj.InputError, match="does not generate text"):
-        fj.finetune_pairs(fj.load(tiny.checkpoint(tmp_path / "bert")), data, CONFIG, key=key)
+        fj.finetune(fj.load(tiny.checkpoint(tmp_path / "bert")), data, CONFIG, key=key)
     for family, head in (("gpt2", "causal-lm"), ("t5", "seq2seq-lm")):
         bare = fj.load(nlg.checkpoint(tmp_path / family, family))
         with pytest.raises(fj.InputError, match=f"head='{head}'"):
@@ -355,8 +359,8 @@ def test_learns_to_capitalise(family, models, data, key, tmp_path):
         checkpoint_every=steps,
         batch_size=12,
     )
-    data = data._replace(dev=data.train)
-    result = fj.finetune_pairs(models[family], data, config, key=key, folder=tmp_path / "run")
+    data = dataclasses.replace(data, dev=data.train)
+    result = fj.finetune(models[family], data, config, key=key, folder=tmp_path / "run")
     assert [h["step"] for h in result.history] == [steps // 2, steps]
     best = min(h["nats"] for h in result.history)
     kept = fj.load(tmp_path / "run" / "best")
@@ -374,19 +378,21 @@ def test_learns_to_capitalise(family, models, data, key, tmp_path):
 def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_path):
     model = models[family]
     config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, eval_every=5)
-    source, loss = pairs_source(model, data, config, key=key)
+    source, loss, *_ = data.prepare(model, config, key=key)
     growth = Chains(source=source, loss=loss, every=2, per_round=1, total=1, cores=3, batches=1)
     last = {}
-    result = fj.finetune_pairs(
+    result = fj.finetune(
         model,
         data,
         config,
         key=key,
         folder=tmp_path / "run",
-        growth=growth,
-        loss=lambda own: lambda model, batch, key: own(model, batch, key),
-        about={"why": "a test"},
-        on_step=lambda step, state: last.update(params=sorted(state.params)),
+        recipe=Recipe(
+            growth=growth,
+            loss=lambda own: lambda model, batch, key: own(model, batch, key),
+            about={"why": "a test"},
+            on_step=lambda step, state: last.update(params=sorted(state.params)),
+        ),
     )
     grown = find_forms(result.model)
     types = [type_of(path) for path in grown]
@@ -405,9 +411,9 @@ def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_pat
         np.testing.assert_allclose(after(**batch).logits, want, atol=1e-5)
 
 
-def test_goes_on_with_the_same_bits(models, data, key, tmp_path):
+def test_resumes_with_the_same_bits(models, data, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=7, dropout=True, checkpoint_every=3)
-    whole = fj.finetune_pairs(models["gpt2"], data, config, key=key)
+    whole = fj.finetune(models["gpt2"], data, config, key=key)
 
     class Killed(Exception):
         pass
@@ -416,11 +422,10 @@ def test_goes_on_with_the_same_bits(models, data, key, tmp_path):
         if step == 5:
             raise Killed
 
+    options = {"key": key, "folder": tmp_path / "run"}
     with pytest.raises(Killed):
-        fj.finetune_pairs(
-            models["gpt2"], data, config, key=key, folder=tmp_path / "run", on_step=kill
-        )
-    again = fj.finetune_pairs(models["gpt2"], data, config, key=key, folder=tmp_path / "run")
+        fj.finetune(models["gpt2"], data, config, recipe=Recipe(on_step=kill), **options)
+    again = fj.finetune(models["gpt2"], data, config, **options)
     assert again.history == whole.history
     assert bit_equal(again.model, whole.model)
 

@@ -121,18 +121,30 @@ def test_plain_text(places, tmp_path, capsys):
     )
 
 
+def test_plain_text_is_a_file_or_tokens(places, key):
+    model = fj.load(places / "gpt2", head="causal-lm")
+    text = (places / "plain.txt").read_text()
+    ids = np.array([3 + nlg.CHARS.index(char) for char in text], np.int32)
+    config = fj.TrainConfig(max_steps=2, batch_size=8, dropout=False)
+    found = [
+        fj.finetune(model, fj.PlainText(train, dev, context=16), config, key=key)
+        for train, dev in ((ids, ids[:50]), (str(places / "plain.txt"), ids[:50]))
+    ]
+    assert found[0].history == found[1].history
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["finetune", "GPT2", "--task", "webnlg"], "give either --task and --data"),
-        (["finetune", "GPT2", "--task", "webnlg", "--data", "hub"], "no folder hub"),
+        (["finetune", "GPT2", "--task", "webnlg", "--data", "hub"], "there is no folder hub"),
         (["finetune", "GPT2", "--target", "target"], "give either --task and --data"),
         (["finetune", "GPT2", "--train-file", "OWN", "--target", "targt"], "did you mean 'target'"),
-        (["finetune", "GPT2", "--task", "text"], "wants --data FILE.txt"),
+        (["finetune", "GPT2", "--task", "text"], "needs --data FILE.txt"),
         (["finetune", "GPT2", "--task", "text", "--data", "PLAIN"], "context 512 is above"),
         (["finetune", "T5", "--task", "text", "--data", "PLAIN"], "decoder-only"),
         (["finetune", "GPT2", "--task", "e2e", "--data", "E2E", "--max-length", "9"], "train.txt:"),
-        (["finetune", "BERT", "--task", "e2e", "--data", "E2E"], "no model that generates text"),
+        (["finetune", "BERT", "--task", "e2e", "--data", "E2E"], "not a model that generates text"),
         (["tune", "GPT2", "--teacher", "GPT2", "--task", "e2e", "--data", "E2E"], "differs from"),
         (["evaluate", "GPT2", "--task", "e2e"], "give either --task and --data, or --file"),
         (["evaluate", "GPT2", "--task", "e2e", "--data", "E2E", "--out", "OWN"], "exists; choose"),
@@ -160,7 +172,7 @@ def test_plain_text(places, tmp_path, capsys):
             ["evaluate", "GPT2", "--task", "text", "--file", "OWN"],
             "--task text --data FILE.txt, not",
         ),
-        (["evaluate", "GPT2", "--task", "sst2", "--beams", "2"], "for texts to generate"),
+        (["evaluate", "GPT2", "--task", "sst2", "--beams", "2"], "for generated texts"),
         (
             ["finetune", "GPT2", "--task", "text", "--data", "PLAIN", "--max-length", "9"],
             "max_length and truncate do not apply to plain text; see context",
@@ -169,7 +181,7 @@ def test_plain_text(places, tmp_path, capsys):
             ["evaluate", "GPT2", "--task", "text", "--data", "PLAIN", "--truncate"],
             "--truncate are not for plain text",
         ),
-        (["evaluate", "GPT2", "--task", "text"], "wants --data FILE.txt"),
+        (["evaluate", "GPT2", "--task", "text"], "needs --data FILE.txt"),
     ],
 )
 def test_errors(arguments, message, places, tmp_path, capsys):

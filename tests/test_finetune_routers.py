@@ -9,7 +9,7 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.training import Windows
+from fusion_jax.training import Recipe, Windows
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.trainer import fit
 from tests import tiny
@@ -128,29 +128,31 @@ def test_balance_trains_routers_to_use_all_experts(family, tmp_path, key):
         return float((with_it.total - LOSSES[family](model, batch, None).total) / with_it.count)
 
     loss = jax.tree_util.Partial(LOSSES[family], balance=10.0)
-    trained = fit(model, Same(), loss, config, key=key, trains=".*router.*", progress=False).model
+    recipe = Recipe(trains=".*router.*")
+    trained = fit(model, Same(), loss, config, key=key, recipe=recipe, progress=False).model
     stacks, least = (2, 2) if family == "switch" else (1, 2)
     # Not below what equal use gives: 1 for each stack and expert of a position.
     assert least * 0.9 < balance(trained) < balance(model) - 0.2 * stacks
 
 
 def test_configurations_ask_for_them(tmp_path, key):
-    """In `finetune_language`: as the loss with the same coefficients, and not without routers."""
+    """In `finetune`: as the loss with the same coefficients, and not without routers."""
     model = mixture("mixtral", tmp_path / "m")
     ids = np.random.RandomState(0).randint(5, 61, 100).astype(np.int32)
     options = {"max_steps": 2, "batch_size": 4, "dropout": False, "warmup": 0.0}
     asked = fj.TrainConfig(**options, router_balance=3.0, router_z=2.0)
-    trained = fj.finetune_language(model, ids, asked, key=key, context=9).model
+    data = fj.PlainText(ids, context=9)
+    trained = fj.finetune(model, data, asked, key=key).model
     order, dropout = jax.random.split(key)
     windows = Windows(ids, 9, 4, seed=int(jax.random.bits(order)))
     loss = jax.tree_util.Partial(losses.next_token, balance=3.0, router_z=2.0)
     want = fit(model, windows, loss, fj.TrainConfig(**options), key=dropout).model
     assert bit_equal(trained, want)
-    plain = fj.finetune_language(model, ids, fj.TrainConfig(**options), key=key, context=9).model
+    plain = fj.finetune(model, data, fj.TrainConfig(**options), key=key).model
     assert not bit_equal(trained, plain)
     dense = fj.load(tiny.checkpoint(tmp_path / "d", "llama", "causal-lm"), head="causal-lm")
     with pytest.raises(fj.InputError, match="router_balance is for training language models with"):
-        fj.finetune_language(dense, ids, asked, key=key, context=9)
+        fj.finetune(dense, data, asked, key=key)
 
 
 def test_hidden_states_of_encoder_decoders(tmp_path, key):

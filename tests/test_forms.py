@@ -12,7 +12,7 @@ from fusion_jax import mpo
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression.matrices import weight_matrices
 from fusion_jax.nn.linear_forms import find_forms, find_linears
-from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.squeezing import lightweight
 from ntk.mlp import mlp_weights
 from tests import tiny
@@ -195,7 +195,7 @@ def test_embedding_with_frozen_cores_in_bfloat16():
     embeds, _ = fj.compress_matrices(
         nnx.List([embed]), fj.MPO(bond=None, cores=3), matrices="0", progress=False
     )
-    parts = Parts(lightweight(embeds), compute_dtype=jnp.bfloat16)
+    parts = Partition(lightweight(embeds), compute_dtype=jnp.bfloat16)
     computed = parts.compute(*parts.split(lightweight(embeds)))
     assert computed[0](jnp.array([[1, 2]])).dtype == jnp.bfloat16
 

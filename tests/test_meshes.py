@@ -21,7 +21,7 @@ from fusion_jax.training import (
     lottery,
     mean_gradients,
     mean_loss,
-    overparameterise,
+    overparameterize,
     squeeze,
 )
 from fusion_jax.training.engine import losses
@@ -114,7 +114,7 @@ def test_training_and_all_that_follows():
         yield np.asarray(dense(jnp.asarray(source(0)["x"])))
         yield mean_loss(dense, source, loss)
         yield list(importance_by_removal(dense, source, loss, matrices=".*up").values())
-        yield fj.plain(overparameterise(dense, ["layers.0.up"], cores=3))
+        yield fj.plain(overparameterize(dense, ["layers.0.up"], cores=3))
         chains, _ = fj.compress_matrices(dense, EXACT, matrices=".*", progress=False)
         light = fit(lightweight(chains), source, loss, CONFIG, key=jax.random.key(0)).model
         squeezed = squeeze(
@@ -165,7 +165,7 @@ def test_matrices_that_are_split():
     split = put(Model(), mesh, "model")
     for model in (
         fj.compress_matrices(split, EXACT, matrices=".*", progress=False)[0],
-        overparameterise(split, ["layers.0.up"], cores=3),
+        overparameterize(split, ["layers.0.up"], cores=3),
     ):
         assert find_forms(model) and on(model, mesh)
         assert_close(fj.plain(model), Model())

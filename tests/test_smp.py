@@ -19,10 +19,11 @@ from fusion_jax.cli.main import main
 from fusion_jax.models.bert import Bert, BertConfig
 from fusion_jax.nn.linear_forms import Frozen, Masked, Scored, find_forms
 from fusion_jax.nn.mlp import Mlp, experts
-from fusion_jax.training import GLUE, LABEL_WORDS, finished, measure, predict, scored
+from fusion_jax.training import GLUE, LABEL_WORDS, Recipe, measure, predict, with_masks, with_scores
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.partition import Parts
-from fusion_jax.training.methods.static_pruning import SCORES, penalised
+from fusion_jax.training.engine.partition import Partition
+from fusion_jax.training.methods.scores import penalized
+from fusion_jax.training.methods.static_pruning import SCORES
 from tests import glue, tiny
 
 
@@ -178,8 +179,10 @@ def model(places):
     return fj.load(places[0], head="classification", label_words=("w3", "w50"))
 
 
-def run(model, data, key, folder=None, smp=SMP, config=CONFIG, **more):
-    return fj.static_prune(model, data, config, smp, key=key, folder=folder, **more)
+def run(model, data, key, folder=None, smp=SMP, config=CONFIG, teacher=None, **more):
+    return fj.static_prune(
+        model, data, config, smp, key=key, folder=folder, teacher=teacher, recipe=Recipe(**more)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +228,7 @@ def test_a_run_ends_as_it_should(model, whole):
     assert bit_equal(result.model, fj.load(folder / "best"))
 
 
-def test_stopping_and_going_on_changes_no_bit(model, data, key, whole, tmp_path):
+def test_stopping_and_resuming_changes_no_bit(model, data, key, whole, tmp_path):
     result, folder = whole
 
     class Killed(Exception):
@@ -248,7 +251,7 @@ def test_stopping_and_going_on_changes_no_bit(model, data, key, whole, tmp_path)
     # What was measured at the end is what was saved.
     dev = data.dev["dev"]
     assert (
-        measure(data.task, predict(ended.model, dev), dev)["accuracy"]
+        measure(data.spec, predict(ended.model, dev), dev)["accuracy"]
         == (ended.history[-1]["accuracy"])
     )
 
@@ -260,10 +263,10 @@ def test_masks_alone_learn_a_task(model, data, key):
         dropout=False, clip_norm=None,
     )  # fmt: skip
     smp = fj.StaticPruning(keep=0.6, penalty=40.0)
-    before = measure(data.task, predict(model, data.train), data.train)["accuracy"]
+    before = measure(data.spec, predict(model, data.train), data.train)["accuracy"]
     after = run(model, data, key, smp=smp, config=config).model
     assert before < 0.75
-    assert measure(data.task, predict(after, data.train), data.train)["accuracy"] > 0.9
+    assert measure(data.spec, predict(after, data.train), data.train)["accuracy"] > 0.9
 
 
 def test_on_a_mesh(model, data, key, whole):
@@ -288,14 +291,14 @@ def rule_of(smp, model, steps):
         for path, x in flat.items()
         if path.endswith(".scores")
     }
-    rule = jax.jit(smp.rule(model, steps))
+    rule = jax.jit(smp.variable_update(model, steps))
     return params, lambda t: rule(params, flat, jnp.int32(t))
 
 
 def test_schedules(model):
     """Steps 0 to 19: the shares and factors of the published code, in numpy."""
     smp = fj.StaticPruning(keep=0.3, allocation="L", ramp=10, penalty=7.0)
-    _, rule = rule_of(smp, scored(model), 20)
+    _, rule = rule_of(smp, with_scores(model), 20)
     for t in range(20):
         found = rule(t)
         keep = 0.3 + 0.7 * (1 - min(t, 10) / 10) ** 3
@@ -306,13 +309,13 @@ def test_schedules(model):
         np.testing.assert_allclose(found["layers.1.mlp.up.penalty"], penalty, rtol=1e-5, atol=1e-6)
     assert np.float32(0.3) == rule(10)["layers.0.attention.key.keep"]
     literal = dataclasses.replace(smp, penalty_steps=10)
-    assert rule_of(literal, scored(model), 20)[1](10)["layers.1.mlp.up.penalty"] == 7
+    assert rule_of(literal, with_scores(model), 20)[1](10)["layers.1.mlp.up.penalty"] == 7
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_shares_are_balanced_over_the_layers_of_a_type(model, temperature):
     smp = fj.StaticPruning(keep=0.35, ramp=10, temperature=temperature)
-    params, rule = rule_of(smp, scored(model), 20)
+    params, rule = rule_of(smp, with_scores(model), 20)
     found = rule(15)
     for kind in ("attention.query", "attention.out", "mlp.up", "mlp.down"):
         names = [f"layers.{i}.{kind}" for i in range(2)]
@@ -325,10 +328,10 @@ def test_shares_are_balanced_over_the_layers_of_a_type(model, temperature):
 
 
 def test_shares_stop_at_one(model):
-    new = scored(model, matrices=r"layers\.\d\.mlp\.up")
+    new = with_scores(model, matrices=r"layers\.\d\.mlp\.up")
     smp = fj.StaticPruning(keep=0.9, ramp=1)
     scores = {f"layers.{i}.mlp.up.scores": jnp.full((32, 48), 3.0 * i) for i in range(2)}
-    found = smp.rule(new, 9)(scores, arrays(new), jnp.int32(5))
+    found = smp.variable_update(new, 9)(scores, arrays(new), jnp.int32(5))
     low, high = (float(found[f"layers.{i}.mlp.up.keep"]) for i in range(2))
     assert high == 1
     sigmoid = 1 / (1 + np.exp(-3.0))
@@ -340,7 +343,7 @@ def test_shares_of_experts_and_of_matrices_of_other_sizes():
         experts(lambda width=width, **kw: Mlp(4, width, act="relu", **kw), 3, rngs=nnx.Rngs(0))
         for width in (6, 10)
     ]
-    new = scored(nnx.List(mlps), matrices=r"\d\.up")
+    new = with_scores(nnx.List(mlps), matrices=r"\d\.up")
     params, rule = rule_of(fj.StaticPruning(keep=0.3, ramp=1, temperature=3.0), new, 9)
     found = rule(5)
     shares = [found[f"{i}.up.keep"] for i in range(2)]
@@ -357,7 +360,7 @@ def batch_of(model, labels=(0, 1, 1)):
 
 
 def test_the_penalty_in_the_loss(model):
-    new = scored(model)
+    new = with_scores(model)
     rng = np.random.RandomState(0)
     means = []
     for form in find_forms(new).values():
@@ -366,13 +369,13 @@ def test_the_penalty_in_the_loss(model):
         means.append((1 / (1 + np.exp(-np.float64(form.scores[...])))).mean())
     batch = batch_of(new)
     own = losses.classification(new, batch, None)
-    total = penalised(losses.classification)(new, batch, None)
+    total = penalized(losses.classification)(new, batch, None)
     assert float(total.count) == 2
     np.testing.assert_allclose(
         total.total / 2, float(own.total) / 2 + 11 * np.mean(means), rtol=1e-5
     )
     sizes = [form.scores[...].size for form in find_forms(new).values()]
-    total = penalised(losses.classification, of="sum")(new, batch, None)
+    total = penalized(losses.classification, of="sum")(new, batch, None)
     np.testing.assert_allclose(
         total.total / 2, float(own.total) / 2 + 11 * np.dot(means, sizes), rtol=1e-5
     )
@@ -441,28 +444,28 @@ def test_a_taught_student_agrees_with_its_teacher(places, data, key):
     student = fj.load(places[0], head="classification", label_words=("w3", "w50"))
     config = fj.TrainConfig(max_steps=40, epochs=99, batch_size=16, learning_rate=2e-3,
                             shapes=1, dropout=False, weight_decay=0.0)  # fmt: skip
-    teach = partial(losses.distilled, teacher, weight=1.0)
-    after = fj.finetune(student, data, config, key=key, loss=teach).model
+    teach = Recipe(loss=partial(losses.distilled, teacher, weight=1.0))
+    after = fj.finetune(student, data, config, key=key, recipe=teach).model
     want, before, ended = (predict(m, data.train) @ [1, -1] for m in (teacher, student, after))
     assert np.abs(ended - want).mean() < 0.2 * np.abs(before - want).mean()
 
 
 def test_scores_stay_precise_where_the_model_computes_in_bfloat16(model):
-    parts = Parts(scored(model), r".*\.scores", compute_dtype=jnp.bfloat16)
-    computed = parts.compute(*parts.split(scored(model)))
+    parts = Partition(with_scores(model), r".*\.scores", compute_dtype=jnp.bfloat16)
+    computed = parts.compute(*parts.split(with_scores(model)))
     dtypes = {path: x.dtype.name for path, x in arrays(computed).items()}
     assert dtypes["layers.0.mlp.up.scores"] == dtypes["layers.0.mlp.up.kernel"] == "float32"
     assert dtypes["layers.0.mlp.up.bias"] == "bfloat16"
     assert computed(**tiny.batch("bert")).logits.dtype == jnp.bfloat16
     small = fj.load(model.provenance.folder, dtype="bfloat16")
-    dtypes = {path: x.dtype.name for path, x in arrays(scored(small)).items()}
+    dtypes = {path: x.dtype.name for path, x in arrays(with_scores(small)).items()}
     assert dtypes["layers.0.mlp.up.scores"] == "float32"
     assert dtypes["layers.0.mlp.up.kernel"] == "bfloat16"
-    assert dtype_name(scored(small)) == "bfloat16"
+    assert dtype_name(with_scores(small)) == "bfloat16"
 
 
 def test_scores_in_an_artefact(model, tmp_path, key):
-    new = scored(model)
+    new = with_scores(model)
     for form in find_forms(new).values():
         key, own = jax.random.split(key)
         form.scores.set_value(jax.random.normal(own, form.scores[...].shape, jnp.float32))
@@ -473,10 +476,10 @@ def test_scores_in_an_artefact(model, tmp_path, key):
     assert type(again.layers[1].attention.out.kernel) is Frozen
     x = tiny.batch("bert")
     np.testing.assert_array_equal(new(**x).logits, again(**x).logits)
-    np.testing.assert_array_equal(new(**x).logits, finished(new)(**x).logits)
+    np.testing.assert_array_equal(new(**x).logits, with_masks(new)(**x).logits)
     exported = fj.load(fj.export_hf(new, tmp_path / "hf"), head="masked-lm")
     kernel = exported.layers[1].attention.out.kernel[...]
-    np.testing.assert_array_equal(kernel, finished(new).layers[1].attention.out.kernel[...])
+    np.testing.assert_array_equal(kernel, with_masks(new).layers[1].attention.out.kernel[...])
     assert 0.25 < float((kernel == 0).mean()) < 0.35
 
 
@@ -501,15 +504,15 @@ def test_errors(model, data, key, places, tmp_path):
     with pytest.raises(fj.InputError, match="train does not apply"):
         run(model, data, key, config=dataclasses.replace(CONFIG, train="head"))
     with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up is scored already"):
-        scored(scored(model), matrices=r"layers\.0\.mlp\.up")
+        with_scores(with_scores(model), matrices=r"layers\.0\.mlp\.up")
     with pytest.raises(fj.InputError, match=r"embeddings\.word is an embedding"):
-        scored(model, matrices=r"embeddings\.word")
+        with_scores(model, matrices=r"embeddings\.word")
     with pytest.raises(fj.InputError, match="no scores"):
-        finished(model)
+        with_masks(model)
     with pytest.raises(fj.InputError, match="no scores"):
-        SMP.rule(model, 9)
+        SMP.variable_update(model, 9)
     three = fj.load(places[0], head="classification", num_labels=3, key=key)
-    with pytest.raises(fj.InputError, match="3 outputs, sst2 wants 2"):
+    with pytest.raises(fj.InputError, match="3 outputs, sst2 needs 2"):
         run(model, data, key, teacher=three)
 
 

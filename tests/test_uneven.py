@@ -14,7 +14,7 @@ import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.nn.uneven_experts import UnevenExperts, widths_by_use
 from fusion_jax.training.engine.losses import next_token
-from fusion_jax.training.engine.partition import Parts
+from fusion_jax.training.engine.partition import Partition
 from tests import tiny
 
 METHOD = fj.Fusion(width=12, by_use=1.0)
@@ -140,7 +140,7 @@ def test_artefact_and_export(family, tmp_path, key):
 
 def test_all_groups_train(compressed):
     smaller, _ = compressed
-    parts = Parts(smaller, "mlp", remat=True)
+    parts = Partition(smaller, "mlp", remat=True)
     assert sum("groups" in path for path in parts.trained) >= 2 * 3 * 2
     assert all(parts.widths[p] in (-1, -2) for p in parts.trained if "experts" in p)
     params, rest = parts.split(smaller)
@@ -150,7 +150,7 @@ def test_all_groups_train(compressed):
     def gradient(parts, params):
         return jax.grad(lambda p: next_token(parts.compute(p, rest), batch, None).total)(params)
 
-    grads, plain = gradient(parts, params), gradient(Parts(smaller, "mlp"), params)
+    grads, plain = gradient(parts, params), gradient(Partition(smaller, "mlp"), params)
     for path, g in grads.items():
         np.testing.assert_allclose(g, plain[path], atol=1e-4)
         assert (g != 0).any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,25 +11,31 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from fusion_jax import checkpoint
+from fusion_jax.checkpoint.files import write_text
 from fusion_jax.cli.options import (
-    Columns,
+    PLAIN,
     Context,
     Data,
+    DataOptions,
     File,
     Length,
     Name,
-    Source,
-    Target,
+    SourceColumn,
+    TargetColumn,
     TaskName,
+    TextColumns,
 )
-from fusion_jax.cli.run_folders import about_run, kind_of
+from fusion_jax.cli.run_folders import RunRecord, read_run
 from fusion_jax.errors import InputError
 from fusion_jax.models.decoding import Beams
-from fusion_jax.training.tasks import classification as classify
-from fusion_jax.training.tasks import tables
-from fusion_jax.training.tasks.generation import generate_texts
-from fusion_jax.training.tasks.glue import Task, load_task, texts_of
-from fusion_jax.training.tasks.jobs import Given, evaluate_language, evaluate_pairs, load_generative
+from fusion_jax.training.tasks import classification, generation, tables
+from fusion_jax.training.tasks.classification import TaskSpec
+from fusion_jax.training.tasks.glue import load_task, texts_of
+from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
+from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
+from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
+
+_NO_DATA = "give either --task and --data, or --file"
 
 
 def evaluate(
@@ -37,10 +43,10 @@ def evaluate(
     task: TaskName = None,
     data: Data = None,
     file: File = None,
-    text: Columns = ("text",),
+    text: TextColumns = ("text",),
     label: str = "label",
-    source: Source = "source",
-    target: Target = None,
+    source: SourceColumn = "source",
+    target: TargetColumn = None,
     context: Context = None,
     split: Literal["dev", "test"] = "test",
     max_new_tokens: int = 128,
@@ -53,30 +59,31 @@ def evaluate(
     """Measure a fine-tuned model on a task, or on a file.
 
     Labels are measured on GLUE's dev sets. For webnlg, e2e and tables with sources and targets,
-    texts are generated and measured by BLEU, chrF, chrF++ and TER (needs fusion-jax[nlg]), and nats
-    per token and perplexity say how likely the references are.
+    texts are generated and measured by BLEU, chrF, chrF++ and TER (needs fusion-jax[nlg]); nats per
+    token and perplexity show how likely the references are.
 
     Args:
-        model: Folder of a run, whose best model is taken, or an artefact or checkpoint.
+        model: Run folder, whose best model is used, or an artefact or checkpoint.
         task: The task.
-        data: Where its files are.
-        file: A csv, tsv or jsonl file with labels, for a model with the folder of its run, or with
+        data: The task's files.
+        file: A csv, tsv or jsonl file with labels, if the model is given by its run folder, or with
             sources and targets.
         text: Columns with text.
         label: Column with labels.
         source: Column with sources.
         target: Column with targets.
         context: Tokens of a window.
-        split: Which part of webnlg or e2e.
-        max_new_tokens: Tokens to generate at most for each source.
-        beams: Beams of the search; 1 for greedy.
+        split: Part of webnlg or e2e to measure on.
+        max_new_tokens: Largest number of tokens to generate for each source.
+        beams: Beams of the search; 1 for greedy search.
         out: A jsonl file to write the generated texts to; must not exist.
         batch_size: Texts at a time.
         max_length: Longest text in tokens.
-        truncate: Cut texts off that are too long; of pairs, the sources.
+        truncate: Cut longer texts off; of pairs, the sources.
     """
-    about, folder, trained = about_run(model)
-    given = Given(
+    run = read_run(model)
+    folder = model if run is None else run.model
+    options = DataOptions(
         task=task,
         data=data,
         text=text,
@@ -85,136 +92,192 @@ def evaluate(
         target=target,
         context=context,
     )
-    kind = given.kind if task is not None else kind_of(about) or given.kind
+    kind = options.kind if task is not None or run is None else run.kind
     if kind != "pairs" and (out is not None or beams != 1):
-        raise InputError("--out and --beams are for texts to generate; leave them out")
+        raise InputError("--out and --beams are for generated texts; leave them out")
     if kind == "text":
         if file is not None:
             raise InputError("plain text is given by --task text --data FILE.txt, not by --file")
-        given.only("plain text", "task", "data", "context")
         if max_length is not None or truncate:
             raise InputError("--max-length and --truncate are not for plain text; leave them out")
-    elif file is None:
-        given.only("a published task", "task", "data")
-    elif kind == "pairs":
-        given.only("a file of sources and targets", "source", "target")
+        results = _measure_plain_text(folder, run, options, batch_size)
     else:
-        given.only("a file with labels", "text", "label")
-    max_length = trained if max_length is None else max_length
-    results: dict[str, float] = {}
-    if kind == "labels":
-        loaded = checkpoint.load(folder, head="classification")
-        if file is None:
-            if task is None or data is None:
-                raise InputError("give either --task and --data, or --file")
-            measured, _, sets = load_task(task, data)
-        elif about is None:
-            raise InputError(f"{model} is no run, whose classes would be known; give the run")
+        if max_length is None and run is not None:
+            max_length = run.max_length
+        limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
+        if kind == "labels":
+            results = _measure_labels(folder, run, options, file, limits)
         else:
-            measured = Task.from_json(about)
-            sets = {file.name: texts_of(tables.read(file), text, label, labels=measured.labels)}
-        classify.check_head(loaded, measured)
-        for name, texts in sets.items():
-            logits = classify.predict(
-                loaded, texts, max_length=max_length, batch_size=batch_size, truncate=truncate
-            )
-            found = classify.measure(measured, logits, texts)
-            results |= {f"{name} {metric}": value for metric, value in found.items()}
-    elif kind == "pairs":
-        results = evaluate_pairs(
-            load_generative(folder),
-            given,
-            file=file,
-            split=split,
-            out=out,
-            max_new_tokens=max_new_tokens,
-            beams=None if beams == 1 else Beams(beams),
-            batch_size=batch_size,
-            max_length=max_length,
-            truncate=truncate,
-        )
-    else:
-        results = evaluate_language(
-            load_generative(folder), given, about=about or {}, batch_size=batch_size
-        )
+            search = {"max_new_tokens": max_new_tokens, "beams": _search(beams)}
+            results = _measure_pairs(folder, options, file, split, out, limits, search)
     for name, value in results.items():
         print(f"{name} {value:.4f}")
+
+
+def _search(beams: int) -> Beams | None:
+    return None if beams == 1 else Beams(beams)
+
+
+def _measure_labels(
+    folder: str,
+    run: RunRecord | None,
+    options: DataOptions,
+    file: Path | None,
+    limits: dict[str, Any],
+) -> dict[str, float]:
+    """Returns the metrics of a model's labels on each dev set of a task, or on a file."""
+    if file is None:
+        options.check_only("a published task", "task", "data")
+    else:
+        options.check_only("a file with labels", "text", "label")
+    model = checkpoint.load(folder, head="classification")
+    if file is None:
+        if options.task is None or options.data is None:
+            raise InputError(_NO_DATA)
+        loaded = load_task(options.task, options.data)
+        spec, dev = loaded.spec, loaded.dev
+    elif run is None:
+        raise InputError(f"{folder} is not a run folder, so that its classes are not known")
+    else:
+        spec = TaskSpec.from_json(run.task)
+        table = tables.read(file)
+        dev = {file.name: texts_of(table, options.text, options.label, labels=spec.labels)}
+    classification.check_head(model, spec)
+    results = {}
+    for name, texts in dev.items():
+        logits = classification.predict(model, texts, **limits)
+        measured = classification.measure(spec, logits, texts)
+        results |= {f"{name} {metric}": value for metric, value in measured.items()}
+    return results
+
+
+def _measure_pairs(
+    folder: str,
+    options: DataOptions,
+    file: Path | None,
+    split: Literal["dev", "test"],
+    out: Path | None,
+    limits: dict[str, Any],
+    search: dict[str, Any],
+) -> dict[str, float]:
+    """Returns the metrics of generated texts, and how likely the references are."""
+    if file is None:
+        options.check_only("a published task", "task", "data")
+    else:
+        options.check_only("a file of sources and targets", "source", "target")
+    sacrebleu()  # raises now if it is missing, not after generating the texts
+    if out is not None and out.exists():
+        raise InputError(f"{out} exists; choose another file or remove it")
+    model = generation.load_generative(folder)
+    if file is None:
+        if options.task is None or options.data is None:
+            raise InputError(_NO_DATA)
+        loaded = load_pairs(options.task, options.data)
+        name, pairs = split, loaded.dev if split == "dev" else loaded.test
+        assert pairs is not None
+    else:
+        name, pairs = file.name, pairs_of(file, options.source, options.target or "target")
+    likelihood = generation.measure_pairs(model, pairs, **limits)
+    texts = generation.generate_texts(model, pairs, progress=True, **limits, **search)
+    if out is not None:
+        rows = zip(pairs.sources, texts, pairs.references, strict=True)
+        names = ("source", "text", "references")
+        _write_rows(out, [dict(zip(names, row, strict=True)) for row in rows], ensure_ascii=False)
+    results = {f"{name} {key}": value for key, value in likelihood.items()}
+    for group, values in generation.measure_texts(pairs, texts, tuple(TEXT_METRICS)).items():
+        prefix = name if pairs.groups is None else f"{name} {group}"
+        results |= {f"{prefix} {metric}": value for metric, value in values.items()}
+    return results
+
+
+def _measure_plain_text(
+    folder: str, run: RunRecord | None, options: DataOptions, batch_size: int
+) -> dict[str, float]:
+    """Returns the nats per token of a plain text, and the perplexity."""
+    options.check_only("plain text", "task", "data", "context")
+    if options.data is None:
+        raise InputError(f"--task {PLAIN} needs --data FILE.txt")
+    model = generation.load_generative(folder)
+    path = Path(options.data)
+    trained_with = CONTEXT if run is None else run.task.get("context", CONTEXT)
+    context = options.context or trained_with
+    nats = nats_per_token(model, token_ids(model, path), context, batch_size=batch_size)
+    return {f"{path.name} nats": nats, f"{path.name} perplexity": float(np.exp(nats))}
 
 
 def predict(
     model: Positional[Name],
     file: Annotated[Path, arg(metavar="FILE")],
     out: Annotated[Path, arg(metavar="OUT")],
-    text: Columns = ("text",),
+    text: TextColumns = ("text",),
     max_new_tokens: int = 128,
     beams: int = 1,
     batch_size: int = 64,
     max_length: Length = None,
     truncate: bool = False,
 ) -> None:
-    """Label the texts of a file, or generate texts from them, one JSON object a line.
+    """Label the texts of a file, or generate texts from them, with one JSON object per line.
 
     Args:
-        model: Folder of a run, whose best model is taken, or an artefact or checkpoint.
+        model: Run folder, whose best model is used, or an artefact or checkpoint.
         file: A csv, tsv or jsonl file.
         out: The jsonl file to write: label and probabilities of each text, or the text generated
             from it; must not exist.
         text: Columns with text.
-        max_new_tokens: Tokens to generate at most for each text.
-        beams: Beams of the search; 1 for greedy.
+        max_new_tokens: Largest number of tokens to generate for each text.
+        beams: Beams of the search; 1 for greedy search.
         batch_size: Texts at a time.
         max_length: Longest text in tokens.
-        truncate: Cut texts off that are too long.
+        truncate: Cut longer texts off.
     """
     if out.exists():
-        raise InputError(f"{out} exists; choose another or remove it")
-    about, folder, trained = about_run(model)
-    if kind_of(about) == "text":
+        raise InputError(f"{out} exists; choose another file or remove it")
+    run = read_run(model)
+    folder = model if run is None else run.model
+    if run is not None and run.kind == "text":
         raise InputError(f"{model} was trained on plain text; see fusion-jax generate")
-    max_length = trained if max_length is None else max_length
+    if max_length is None and run is not None:
+        max_length = run.max_length
+    limits: Any = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
     texts = texts_of(tables.read(file), text, None)
-    if kind_of(about) == "pairs":
+    rows: list[dict[str, Any]]
+    if run is not None and run.kind == "pairs":
         if len(text) > 1:
             raise InputError("texts are generated from one column; give one to --text")
-        said = generate_texts(
-            load_generative(folder),
+        generated = generation.generate_texts(
+            generation.load_generative(folder),
             [first for first, *_ in texts.texts],
             max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            beams=None if beams == 1 else Beams(beams),
-            batch_size=batch_size,
-            truncate=truncate,
+            beams=_search(beams),
             progress=True,
+            **limits,
         )
-        rows: list[dict[str, Any]] = [{"text": each} for each in said]
+        rows = [{"text": each} for each in generated]
     else:
         if beams != 1:
-            raise InputError("--beams is for texts to generate; leave it out")
-        task = None if about is None else Task.from_json(about)
+            raise InputError("--beams is for generated texts; leave it out")
+        spec = None if run is None else TaskSpec.from_json(run.task)
         loaded = checkpoint.load(folder, head="classification")
-        logits = classify.predict(
-            loaded, texts, max_length=max_length, batch_size=batch_size, truncate=truncate
-        )
-        rows = [_said(row, task) for row in logits]
-    new = out.with_name(f".{out.name}.new")
-    with new.open("w", encoding="utf-8") as lines:
-        for row in rows:
-            lines.write(json.dumps(row) + "\n")
-    os.replace(new, out)
+        rows = [_prediction(x, spec) for x in classification.predict(loaded, texts, **limits)]
+    _write_rows(out, rows)
     print(f"Wrote {len(rows)} lines to {out}.")
 
 
-def _said(logits: Any, task: Task | None) -> dict[str, Any]:
-
-    if task is not None and task.labels is None:
+def _prediction(logits: np.ndarray, spec: TaskSpec | None) -> dict[str, Any]:
+    """Returns the label and probabilities of one text, or its value in a regression task."""
+    if spec is not None and spec.labels is None:
         return {"value": float(logits[0])}
-    names = [str(i) for i in range(len(logits))] if task is None else list(task.labels or ())
+    names = [str(i) for i in range(len(logits))] if spec is None else list(spec.labels or ())
     weights = np.exp(logits.astype(np.float64) - logits.max())
     shares = (weights / weights.sum()).tolist()
     return {
         "label": names[int(logits.argmax())],
         "probabilities": dict(zip(names, shares, strict=True)),
     }
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ensure_ascii: bool = True) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows))
 
 
 COMMANDS = {"evaluate": evaluate, "predict": predict}

@@ -12,23 +12,26 @@ from tyro.conf import Positional, arg
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_folder
 from fusion_jax.cli.options import (
-    Columns,
     Context,
     Data,
+    DataOptions,
     File,
     MeshText,
     Name,
     Settings,
-    Source,
-    Target,
+    SourceColumn,
+    TargetColumn,
     TaskName,
+    TextColumns,
+    use_mesh,
 )
-from fusion_jax.cli.run_folders import described, history_table, mesh_of
+from fusion_jax.cli.run_folders import RESUME, history_table, run_recorder
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.methods.layerwise import tune as tune_layers
+from fusion_jax.training.engine.recipe import Recipe
+from fusion_jax.training.methods.finetuning import finetune as finetune_model
+from fusion_jax.training.methods.layerwise import tune as tune_model
 from fusion_jax.training.tasks import tables
 from fusion_jax.training.tasks.glue import texts_of
-from fusion_jax.training.tasks.jobs import Given
 
 
 def finetune(
@@ -39,44 +42,44 @@ def finetune(
     data: Data = None,
     train_file: File = None,
     dev_file: File = None,
-    text: Columns = ("text",),
+    text: TextColumns = ("text",),
     label: str = "label",
     regression: bool = False,
-    source: Source = "source",
-    target: Target = None,
+    source: SourceColumn = "source",
+    target: TargetColumn = None,
     context: Context = None,
     seed: int = 0,
     mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
-    """Fine-tune a model on a task; run again, the same command goes on where it was stopped.
+    """Fine-tune a model on a task; the same command resumes a run that was stopped.
 
-    Three kinds of task. Labels, for encoders: GLUE's by --task, or --train-file with --text and
-    --label. Targets from sources, for models that generate text: --task webnlg or e2e, or
-    --train-file with --source and --target. Plain text, for decoder-only models: --task text --data
-    FILE.txt.
+    There are three kinds of tasks. Labels, for encoders: --task with a GLUE task, or --train-file
+    with --text and --label. Targets from sources, for models that generate text: --task webnlg or
+    e2e, or --train-file with --source and --target. Plain text, for decoder-only models: --task
+    text --data FILE.txt.
 
     Args:
         model: Hub id, Hugging Face folder, or artefact.
-        out: Folder of the run: checkpoints, metrics.jsonl, and the artefacts best and last.
-        config: How to train.
+        out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
+        config: Settings of training.
         task: The task.
-        data: Where its files are.
+        data: The task's files.
         train_file: A csv, tsv or jsonl file of your own to train on.
-        dev_file: Another to measure on; with --task text, a text file.
-        text: Columns with text.
+        dev_file: Another file to measure on; with --task text, a text file.
+        text: TextColumns with text.
         label: Column with labels.
         regression: Labels are numbers to predict.
         source: Column with sources.
         target: Column with targets.
         context: Tokens of a window.
-        seed: Seed of the head, dropout and order.
+        seed: Seed of the head, the dropout and the order of the examples.
         mesh: How the devices are used.
         distributed: Join the other processes of this job (jax.distributed).
     """
     if distributed:
         jax.distributed.initialize()
-    job = Given(
+    loaded = DataOptions(
         task=task,
         data=data,
         train_file=train_file,
@@ -87,15 +90,17 @@ def finetune(
         source=source,
         target=target,
         context=context,
-    ).job()
+    ).read()
     key = jax.random.key(seed)
-    started = job.load(model, key)
-    about = {"model": model, "seed": seed, "task": job.to_json(), "max_length": config.max_length}
-    on_step = described(out, about)
-    with mesh_of(mesh):
-        result = job.fit(started, config, key=key, folder=out, on_step=on_step, progress=True)
+    before = loaded.load(model, key=key)
+    fields = {"model": model, "seed": seed, "task": loaded.to_json()}
+    recipe = Recipe(on_step=run_recorder(out, {**fields, "max_length": config.max_length}))
+    with use_mesh(mesh):
+        result = finetune_model(
+            before, loaded, config, key=key, folder=out, recipe=recipe, progress=True
+        )
     if not result.finished:
-        print(f"Stopped after step {result.step}. To go on, give the same command again.")
+        print(f"Stopped after step {result.step}. {RESUME}")
         return
     if result.history:
         print(history_table(result.history))
@@ -112,36 +117,36 @@ def tune(
     task: TaskName = None,
     data: Data = None,
     train_file: File = None,
-    text: Columns = ("text",),
-    source: Source = "source",
-    target: Target = None,
+    text: TextColumns = ("text",),
+    source: SourceColumn = "source",
+    target: TargetColumn = None,
     context: Context = None,
     seed: int = 0,
     mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
-    """Tune compressed MLPs towards the hidden states of the original, on unlabelled texts.
+    """Tune compressed MLPs towards the hidden states of the original, on unlabeled texts.
 
     Args:
         student: Artefact of the compressed model.
         teacher: Hub id or folder of the model before compression.
-        out: Folder for the tuned artefact; its run is kept beside it until it is done.
-        config: How to train; train, dropout and the routers' losses do not apply.
-        task: Task whose training texts are taken.
-        data: Where its files are.
+        out: Folder for the tuned artefact; OUT.run keeps the run until it is finished.
+        config: Settings of training; train, dropout and the routers' losses do not apply.
+        task: Task whose training texts are used.
+        data: The task's files.
         train_file: A csv, tsv or jsonl file with a column of texts.
-        text: Columns with text.
+        text: TextColumns with text.
         source: Column with sources.
         target: Column with targets.
         context: Tokens of a window.
-        seed: Seed of the order.
+        seed: Seed of the order of the texts.
         mesh: How the devices are used.
         distributed: Join the other processes of this job (jax.distributed).
     """
     if distributed:
         jax.distributed.initialize()
     check_new_folder(out)
-    given = Given(
+    options = DataOptions(
         task=task,
         data=data,
         train_file=train_file,
@@ -152,11 +157,11 @@ def tune(
     )
     key = jax.random.key(seed)
     small = checkpoint.load(student)
-    if given.kind == "labels" and train_file is not None and task is None:
-        given.only("a column of texts", "train_file", "text")
-        texts: Any = texts_of(tables.read(train_file), text, None)
+    if options.kind == "labels" and train_file is not None and task is None:
+        options.check_only("a column of texts", "train_file", "text")
+        inputs: Any = texts_of(tables.read(train_file), text, None)
     else:
-        texts = given.job().texts(small, config, key)
+        inputs = options.read()
     folder = out.with_name(f"{out.name}.run")
     big = checkpoint.load(
         teacher,
@@ -164,10 +169,10 @@ def tune(
         num_labels=small.config.num_labels if small.provenance.head == "classification" else None,
         key=key,
     )
-    with mesh_of(mesh):
-        result = tune_layers(small, big, texts, config, key=key, folder=folder, progress=True)
+    with use_mesh(mesh):
+        result = tune_model(small, big, inputs, config, key=key, folder=folder, progress=True)
     if not result.finished:
-        print(f"Stopped after step {result.step}. To go on, give the same command again.")
+        print(f"Stopped after step {result.step}. {RESUME}")
         return
     if jax.process_index() == 0:
         checkpoint.save(result.model, out)

@@ -1,21 +1,35 @@
-"""Options that the commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import jax
 from tyro.conf import OmitArgPrefixes, arg
 
+from fusion_jax.errors import InputError
+from fusion_jax.meshes import auto_mesh
 from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.tasks.classification import Classification
+from fusion_jax.training.tasks.generation import TextPairs
+from fusion_jax.training.tasks.glue import load_task, read_task
+from fusion_jax.training.tasks.pairs import PAIR_TASKS, load_pairs, read_pairs
+from fusion_jax.training.tasks.plain_text import CONTEXT, PlainText
+
+PLAIN = "text"
+"""The name of the task of plain text."""
 
 Name = Annotated[str, arg(metavar="MODEL")]
 TaskName = Annotated[
     str | None,
     arg(
         metavar="TASK",
-        help="A GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli); webnlg or e2e, to "
-        "generate text; or text, to model plain text.",
+        help="A GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli); webnlg or e2e to "
+        "generate text; or text to model plain text.",
         help_behavior_hint="(or give a file of your own)",
     ),
 ]
@@ -23,12 +37,13 @@ Data = Annotated[
     str | None,
     arg(
         metavar="DIR|FILE|hub",
-        help="Folder with the task's files; hub for GLUE from there; for text, a text file.",
+        help="Folder with the task's files; hub for GLUE from the Hugging Face hub; for text, a "
+        "text file.",
         help_behavior_hint="(with --task)",
     ),
 ]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
-Source = Annotated[
+SourceColumn = Annotated[
     str,
     arg(
         metavar="COLUMN",
@@ -36,12 +51,12 @@ Source = Annotated[
         help_behavior_hint="(default: source)",
     ),
 ]
-Target = Annotated[
+TargetColumn = Annotated[
     str | None,
     arg(
         metavar="COLUMN",
-        help="Column with the texts to generate; says that the file has sources and targets, not "
-        "labels. Rows with the same source are several references.",
+        help="Column with the texts to generate; give it if the file has sources and targets "
+        "instead of labels. Rows with the same source are several references.",
         help_behavior_hint="(such as target)",
     ),
 ]
@@ -49,15 +64,15 @@ Context = Annotated[
     int | None,
     arg(
         metavar="N",
-        help="With --task text: tokens that the model sees at a time.",
-        help_behavior_hint="(default: 512, or as the run was trained)",
+        help="With --task text: number of tokens that the model sees at a time.",
+        help_behavior_hint="(default: 512, or as in the run's training)",
     ),
 ]
-Columns = Annotated[
+TextColumns = Annotated[
     tuple[str, ...],
     arg(
         metavar="COLUMN",
-        help="Column with the text, or two where labels are of two texts.",
+        help="Column with the text, or two columns if labels are for pairs of texts.",
         help_behavior_hint="(default: text)",
     ),
 ]
@@ -65,17 +80,108 @@ Length = Annotated[
     int | None,
     arg(
         metavar="N",
-        help="Longest text in tokens; of a pair, with its target.",
-        help_behavior_hint="(default: as the run was trained)",
+        help="Longest text in tokens; for a pair, together with its target.",
+        help_behavior_hint="(default: as in the run's training)",
     ),
 ]
 MeshText = Annotated[
     str | None,
     arg(
         metavar="MESH",
-        help="How devices are used, such as data=4,model=2: data splits batches, fsdp batches and "
-        "parameters, model the widths of MLPs.",
+        help="How devices are used, such as data=4,model=2: data splits batches, fsdp splits "
+        "batches and parameters, model splits the widths of MLPs.",
         help_behavior_hint="(default: all on data)",
     ),
 ]
 Settings = OmitArgPrefixes[TrainConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The options that choose the data of a command."""
+
+    task: str | None = None
+    data: str | None = None
+    train_file: Path | None = None
+    dev_file: Path | None = None
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"
+    regression: bool = False
+    source: str = "source"
+    target: str | None = None
+    context: int | None = None
+
+    @property
+    def kind(self) -> Literal["labels", "pairs", "text"]:
+        """The kind of task that the options choose."""
+        if self.task == PLAIN:
+            return "text"
+        own_pairs = self.task is None and self.target is not None
+        return "pairs" if own_pairs or self.task in PAIR_TASKS else "labels"
+
+    def check_only(self, data: str, *names: str) -> None:
+        """Raises `InputError` if another option than these is set, which would have no effect."""
+        for option in fields(self):
+            if option.name not in names and getattr(self, option.name) != option.default:
+                flag = option.name.replace("_", "-")
+                raise InputError(f"--{flag} does not apply to {data}; leave it out")
+
+    def read(self) -> Classification | TextPairs | PlainText:
+        """Returns the task with its data.
+
+        Raises:
+            InputError: The options do not fit together, an option does not apply, or the data is
+                missing or wrong.
+        """
+        if self.kind == "text":
+            if self.data is None or self.train_file is not None:
+                raise InputError(f"--task {PLAIN} needs --data FILE.txt (and --dev-file FILE.txt)")
+            self.check_only("plain text", "task", "data", "dev_file", "context")
+            return PlainText(Path(self.data), self.dev_file, self.context or CONTEXT)
+        if (
+            self.task is not None
+            and self.data is not None
+            and not (self.train_file or self.dev_file)
+        ):
+            self.check_only("a published task", "task", "data")
+            load = load_pairs if self.kind == "pairs" else load_task
+            return load(self.task, self.data)
+        if self.train_file is None or self.task is not None or self.data is not None:
+            raise InputError("give either --task and --data, or --train-file (and --dev-file)")
+        if self.target is not None:
+            self.check_only("sources and targets", "train_file", "dev_file", "source", "target")
+            files = self.train_file, self.dev_file
+            return read_pairs(*files, source=self.source, target=self.target)
+        self.check_only("labeled texts", "train_file", "dev_file", "text", "label", "regression")
+        return read_task(
+            self.train_file,
+            self.dev_file,
+            text=self.text,
+            label=self.label,
+            regression=self.regression,
+        )
+
+
+def use_mesh(text: str | None) -> Any:
+    """Returns a context with the mesh of ``--mesh``, or without a mesh on a single device.
+
+    Args:
+        text: The sizes of the axes, such as ``"data=4,model=2"``; None for all devices on "data".
+
+    Returns:
+        The context.
+
+    Raises:
+        InputError: The text is not in this form, or not for the number of devices.
+    """
+    if text is None:
+        if jax.device_count() == 1:
+            return contextlib.nullcontext()
+        text = f"data={jax.device_count()}"
+    axes = {name: size for name, _, size in (part.partition("=") for part in text.split(","))}
+    if not all(size.isdigit() and int(size) for size in axes.values()):
+        raise InputError(f"mesh {text!r} is not in the form data=4,model=2")
+    sizes = tuple(int(size) for size in axes.values())
+    if math.prod(sizes) != jax.device_count():
+        raise InputError(f"mesh {text!r} is not for the {jax.device_count()} devices here")
+    return jax.set_mesh(auto_mesh(jax.make_mesh(sizes, tuple(axes))))

@@ -1,4 +1,4 @@
-"""The commands smp and rebase: static pruning, and where the models of masks are."""
+"""The commands smp and rebase: static pruning, and the base models of mask artefacts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint import masks
-from fusion_jax.cli.options import Columns, Data, File, MeshText, Name, Settings, TaskName
-from fusion_jax.cli.run_folders import described, history_table, mesh_of
+from fusion_jax.cli.options import (
+    Data,
+    DataOptions,
+    File,
+    MeshText,
+    Name,
+    Settings,
+    TaskName,
+    TextColumns,
+    use_mesh,
+)
+from fusion_jax.cli.run_folders import RESUME, best_model, history_table, run_recorder
 from fusion_jax.errors import InputError
+from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.static_pruning import (
     LABEL_WORDS,
     SCORES,
     StaticPruning,
     static_prune,
 )
-from fusion_jax.training.tasks.jobs import Given, LabelsJob
+from fusion_jax.training.tasks.classification import Classification
 
 Words = Annotated[
     tuple[str, ...],
     arg(
         metavar="WORD",
-        help="A label word for each class, in the order of the classes: sorted, of your own files.",
+        help="A label word for each class, in the order of the classes (sorted, for your own "
+        "files).",
         help_behavior_hint="(default: those of the GLUE task)",
     ),
 ]
@@ -33,22 +45,22 @@ Teacher = Annotated[
     str | None,
     arg(
         metavar="MODEL",
-        help="A model fine-tuned on the task, or its run, to learn from besides.",
+        help="A model fine-tuned on the task, or its run folder, to learn from as well.",
         help_behavior_hint="(default: none)",
     ),
 ]
 
 
-def smp(
+def prune_statically(
     model: Positional[Name],
     out: Annotated[Path, arg(metavar="RUN")],
-    smp: OmitArgPrefixes[StaticPruning] = StaticPruning(),  # noqa: B008 - frozen
+    pruning: OmitArgPrefixes[StaticPruning] = StaticPruning(),  # noqa: B008 - frozen
     config: Settings = SCORES,
     task: TaskName = None,
     data: Data = None,
     train_file: File = None,
     dev_file: File = None,
-    text: Columns = ("text",),
+    text: TextColumns = ("text",),
     label: str = "label",
     words: Words = (),
     teacher: Teacher = None,
@@ -56,75 +68,73 @@ def smp(
     mesh: MeshText = None,
     distributed: bool = False,
 ) -> None:
-    """Prune a pre-trained model for a task by learning which weights count; they stay as they are.
+    """Prune a pre-trained model for a task by learning which of its weights to keep.
 
-    Run again, the same command goes on where it was stopped. The artefacts best and last hold one
-    bit for each weight, and need the model beside them (see rebase).
+    The weights that are kept do not change. The same command resumes a run that was stopped. The
+    artefacts best and last hold one bit for each weight; to load them, the model is needed too (see
+    rebase).
 
     Args:
         model: Hub id, Hugging Face folder, or artefact: BERT or RoBERTa, not fine-tuned.
-        out: Folder of the run: checkpoints, metrics.jsonl, and the artefacts best and last.
-        smp: How weights are chosen.
-        config: How scores train; train does not apply.
+        out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
+        pruning: Settings of static pruning.
+        config: Settings of training the scores; train does not apply.
         task: GLUE task.
-        data: Where its files are.
+        data: The task's files.
         train_file: A csv, tsv or jsonl file of your own to train on.
-        dev_file: Another to measure on.
+        dev_file: Another file to measure on.
         text: Columns with text.
         label: Column with labels.
-        words: Words whose logits in the masked-LM head are those of the classes.
-        teacher: What to learn from.
-        seed: Seed of dropout, order, and a head that trains.
+        words: Words whose logits in the masked-LM head become the logits of the classes.
+        teacher: Model to learn from.
+        seed: Seed of the dropout, the order of the examples, and a head that trains.
         mesh: How the devices are used.
         distributed: Join the other processes of this job (jax.distributed).
     """
     if distributed:
         jax.distributed.initialize()
-    given = Given(
+    options = DataOptions(
         task=task, data=data, train_file=train_file, dev_file=dev_file, text=text, label=label
     )
-    if given.kind != "labels":
-        raise InputError(f"task {task!r} has no classes, which static pruning is for")
-    job = given.job()
-    assert isinstance(job, LabelsJob)
-    loaded = job.data
-    words = words or (() if smp.train_head else LABEL_WORDS.get(task or "", ()))
-    if smp.train_head == bool(words):
+    loaded = options.read() if options.kind == "labels" else None
+    if not isinstance(loaded, Classification):
+        raise InputError(f"task {task!r} has no classes, but static pruning needs classes")
+    words = words or (() if pruning.train_head else LABEL_WORDS.get(task or "", ()))
+    classes = loaded.spec.labels or ("the number",)
+    if pruning.train_head == bool(words):
         raise InputError(
-            f"{loaded.task.name} has no label words; give --words, one for each of "
-            f"{', '.join(loaded.task.labels or ('the number',))}, or --train-head for a new head"
+            f"{loaded.spec.name} has no label words; give --words, one for each of "
+            f"{', '.join(classes)}, or --train-head for a new head"
             if not words
             else "give either --words, whose head does not train, or --train-head"
         )
-    classes = loaded.task.labels or ("the number",)
-    if words and len(words) != len(classes):
-        raise InputError(f"{len(words)} words for {len(classes)} classes: {', '.join(classes)}")
+    key = jax.random.key(seed)
+    head: dict[str, Any] = {"num_labels": loaded.spec.num_labels, "key": key}
     if words:
+        if len(words) != len(classes):
+            raise InputError(f"{len(words)} words for {len(classes)} classes: {', '.join(classes)}")
         pairs = ", ".join(f"{a}: {b}" for a, b in zip(classes, words, strict=True))
         print(f"Label words: {pairs}")
-    key = jax.random.key(seed)
-    more: dict[str, Any] = {"label_words": words} if words else {}
-    if not words:
-        more = {"num_labels": loaded.task.num_labels, "key": key}
-    started = checkpoint.load(model, head="classification", **more)
-    learnt = None if teacher is None else _teacher(teacher)
-    about = {"model": model, "seed": seed, "task": loaded.task.to_json(), "words": words}
-    about |= {"teacher": teacher, "max_length": config.max_length}
-    on_step = described(out, about)
-    with mesh_of(mesh):
+        head = {"label_words": words}
+    before = checkpoint.load(model, head="classification", **head)
+    taught_by = None if teacher is None else _load_teacher(teacher)
+    fields = {"model": model, "seed": seed, "task": loaded.to_json(), "words": words}
+    fields |= {"teacher": teacher, "max_length": config.max_length}
+    recipe = Recipe(on_step=run_recorder(out, fields))
+    with use_mesh(mesh):
         result = static_prune(
-            started,
+            before,
             loaded,
             config,
-            smp,
+            pruning,
             key=key,
-            teacher=learnt,
+            teacher=taught_by,
             folder=out,
-            on_step=on_step,
+            recipe=recipe,
             progress=True,
         )
     if not result.finished:
-        print(f"Stopped after step {result.step}. To go on, give the same command again.")
+        print(f"Stopped after step {result.step}. {RESUME}")
         return
     names = ["last"]
     if result.history:
@@ -137,20 +147,19 @@ def rebase(
     folder: Positional[Annotated[Path, arg(metavar="MASKS")]],
     base: Positional[Annotated[str, arg(metavar="BASE")]],
 ) -> None:
-    """Say where the model is now that masks are for, after it was moved.
+    """Update the path of the base model that a mask artefact refers to.
 
     Args:
-        folder: An artefact with masks, such as a run's best.
-        base: The model: hub id, Hugging Face folder, or artefact.
+        folder: Artefact with masks, such as the best of a run.
+        base: Base model: hub id, Hugging Face folder, or artefact.
     """
     masks.rebase(folder, base)
     print(f"{folder} takes its weights from {base} now.")
 
 
-def _teacher(name: str) -> Any:
-    run = Path(name).expanduser()
-    found = next((run / n for n in ("best", "last") if (run / n).is_dir()), name)
-    return checkpoint.load(found, head="classification")
+def _load_teacher(name: str) -> Any:
+    run = best_model(Path(name).expanduser())
+    return checkpoint.load(name if run is None else run, head="classification")
 
 
-COMMANDS = {"smp": smp, "rebase": rebase}
+COMMANDS = {"smp": prune_statically, "rebase": rebase}

@@ -1,46 +1,61 @@
 """Fine-tuning and layer-wise tuning of models, compressed or not."""
+# ruff: noqa: I001 - grouped by purpose
 
+# Train
+from fusion_jax.training.engine import losses as losses
 from fusion_jax.training.engine.config import TrainConfig as TrainConfig
+from fusion_jax.training.engine.growth import Growth as Growth
+from fusion_jax.training.engine.optimizer import Multipliers as Multipliers
+from fusion_jax.training.engine.partition import Trains as Trains
+from fusion_jax.training.engine.recipe import Recipe as Recipe
 from fusion_jax.training.engine.step import TrainState as TrainState
+from fusion_jax.training.engine.step import VariableUpdate as VariableUpdate
 from fusion_jax.training.engine.trainer import Fit as Fit
 from fusion_jax.training.engine.trainer import fit as fit
+from fusion_jax.training.methods.finetuning import finetune as finetune
+from fusion_jax.training.methods.layerwise import tune as tune
+
+# Tasks
+from fusion_jax.training.engine.batches import Batches as Batches
+from fusion_jax.training.engine.batches import BatchSource as BatchSource
+from fusion_jax.training.engine.batches import Examples as Examples
+from fusion_jax.training.tasks.base import Prepared as Prepared
+from fusion_jax.training.tasks.base import Task as Task
+from fusion_jax.training.tasks.classification import Classification as Classification
+from fusion_jax.training.tasks.classification import TaskSpec as TaskSpec
+from fusion_jax.training.tasks.classification import Texts as Texts
+from fusion_jax.training.tasks.generation import TextPairs as TextPairs
+from fusion_jax.training.tasks.glue import GLUE as GLUE
+from fusion_jax.training.tasks.glue import load_task as load_task
+from fusion_jax.training.tasks.glue import read_task as read_task
+from fusion_jax.training.tasks.pair_encoding import PairBatches as PairBatches
+from fusion_jax.training.tasks.pair_encoding import Pairs as Pairs
+from fusion_jax.training.tasks.pairs import load_pairs as load_pairs
+from fusion_jax.training.tasks.pairs import read_pairs as read_pairs
+from fusion_jax.training.tasks.plain_text import PlainText as PlainText
+from fusion_jax.training.tasks.plain_text import Windows as Windows
+
+# Use and measure
 from fusion_jax.training.methods.importance import importance_by_gradient as importance_by_gradient
 from fusion_jax.training.methods.importance import importance_by_removal as importance_by_removal
 from fusion_jax.training.methods.importance import mean_gradients as mean_gradients
 from fusion_jax.training.methods.importance import mean_loss as mean_loss
 from fusion_jax.training.methods.importance import top_of_each_type as top_of_each_type
-from fusion_jax.training.methods.layerwise import tune as tune
+from fusion_jax.training.tasks.classification import measure as measure
+from fusion_jax.training.tasks.classification import predict as predict
+from fusion_jax.training.tasks.generation import generate_texts as generate_texts
+from fusion_jax.training.tasks.generation import measure_pairs as measure_pairs
+from fusion_jax.training.tasks.generation import measure_texts as measure_texts
+from fusion_jax.training.tasks.plain_text import nats_per_token as nats_per_token
+
+# Methods
 from fusion_jax.training.methods.lottery_tickets import lottery as lottery
 from fusion_jax.training.methods.overparameterization import Chains as Chains
-from fusion_jax.training.methods.overparameterization import overparameterise as overparameterise
+from fusion_jax.training.methods.overparameterization import overparameterize as overparameterize
+from fusion_jax.training.methods.scores import with_masks as with_masks
+from fusion_jax.training.methods.scores import with_scores as with_scores
 from fusion_jax.training.methods.squeezing import lightweight as lightweight
 from fusion_jax.training.methods.squeezing import squeeze as squeeze
 from fusion_jax.training.methods.static_pruning import LABEL_WORDS as LABEL_WORDS
 from fusion_jax.training.methods.static_pruning import StaticPruning as StaticPruning
-from fusion_jax.training.methods.static_pruning import finished as finished
-from fusion_jax.training.methods.static_pruning import scored as scored
 from fusion_jax.training.methods.static_pruning import static_prune as static_prune
-from fusion_jax.training.tasks.classification import finetune as finetune
-from fusion_jax.training.tasks.classification import measure as measure
-from fusion_jax.training.tasks.classification import predict as predict
-from fusion_jax.training.tasks.classification import task_source as task_source
-from fusion_jax.training.tasks.generation import finetune_pairs as finetune_pairs
-from fusion_jax.training.tasks.generation import generate_texts as generate_texts
-from fusion_jax.training.tasks.generation import measure_pairs as measure_pairs
-from fusion_jax.training.tasks.generation import measure_texts as measure_texts
-from fusion_jax.training.tasks.generation import pairs_source as pairs_source
-from fusion_jax.training.tasks.glue import GLUE as GLUE
-from fusion_jax.training.tasks.glue import Task as Task
-from fusion_jax.training.tasks.glue import TaskData as TaskData
-from fusion_jax.training.tasks.glue import Texts as Texts
-from fusion_jax.training.tasks.glue import load_task as load_task
-from fusion_jax.training.tasks.glue import read_task as read_task
-from fusion_jax.training.tasks.pair_encoding import PairBatches as PairBatches
-from fusion_jax.training.tasks.pairs import Pairs as Pairs
-from fusion_jax.training.tasks.pairs import TextData as TextData
-from fusion_jax.training.tasks.pairs import TextTask as TextTask
-from fusion_jax.training.tasks.pairs import load_pairs as load_pairs
-from fusion_jax.training.tasks.pairs import read_pairs as read_pairs
-from fusion_jax.training.tasks.plain_text import Windows as Windows
-from fusion_jax.training.tasks.plain_text import finetune_language as finetune_language
-from fusion_jax.training.tasks.plain_text import nats_per_token as nats_per_token

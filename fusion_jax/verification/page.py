@@ -12,6 +12,7 @@ import numpy as np
 
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import KERNEL_NAMES, Verification, VerifiedArtefact
+from ntk import KernelKind
 from ntk.bounds.certificates import Certificate
 
 _STYLE = """
@@ -72,7 +73,7 @@ def html_page(verified: VerifiedArtefact) -> str:
 
 
 def _facts(
-    v: Verification, num_params: tuple[int, int], kinds: Sequence[str], scaling: str | None
+    v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind], scaling: str | None
 ) -> str:
     before, after = num_params
     facts = [
@@ -97,7 +98,7 @@ def _facts(
     return f'<h2>At a glance</h2>{verdict}<div class="row">{cards}</div>'
 
 
-def _kernels(v: Verification, kind: str) -> str:
+def _kernels(v: Verification, kind: KernelKind) -> str:
     first, second = v.kernels[kind]
     comparison = v.comparisons[kind]
     largest = float(max(np.abs(first).max(), np.abs(second).max()))

@@ -1,47 +1,66 @@
-"""Tokenised examples, and batches of few shapes whose order depends only on a seed."""
+"""Tokenized examples, and batches of few shapes whose order depends only on a seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
+TokenIds = Int[np.ndarray, " _"]
+"""The token ids of one text, (t,)."""
 _STEP = 8
-"""Lengths are padded to multiples of this at least."""
+"""Padded lengths are multiples of this."""
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Batches by step, such as `Batches`: arrays of the same number of rows, by name."""
+
+    def __len__(self) -> int:
+        """Returns the number of batches in an epoch."""
+        ...
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """Returns the batch of a step, counted from 0 over all epochs."""
+        ...
+
+    def names(self, step: int) -> list[str]:
+        """Returns where the examples of a batch come from, for error messages."""
+        ...
 
 
 class Examples(NamedTuple):
-    """Tokenised examples.
+    """Tokenized examples.
 
     Args:
-        tokens: The token ids of each, (t,).
-        types: The token types of each, or None if the model has none.
+        tokens: The token ids of each example, (t,).
+        types: The token types of each example, or None if the model has no token types.
         labels: (n,) classes as int32, numbers as float32, or None.
-        names: Where each comes from, such as ``"train.tsv:12"``.
+        names: Where each example comes from, such as ``"train.tsv:12"``.
     """
 
-    tokens: Sequence[Int[np.ndarray, " t"]]
-    types: Sequence[Int[np.ndarray, " t"]] | None
+    tokens: Sequence[TokenIds]
+    types: Sequence[TokenIds] | None
     labels: Shaped[np.ndarray, " n"] | None
     names: Sequence[str]
 
 
 class Batches:
-    """The batches of a run, each found by its step alone, so that a run can go on anywhere.
+    """The batches of a run; each depends only on its step, so that a run can resume anywhere.
 
-    Examples of like lengths share a batch and are padded to one of few lengths. Every example comes
-    once in an epoch; the last batch of an epoch is filled up with rows of weight 0.
+    Examples of similar lengths share a batch and are padded to one of a few lengths. Every example
+    occurs once in an epoch; the last batch of an epoch is padded with rows of weight 0.
 
     Args:
         examples: The examples.
-        batch_size: Rows of every batch.
+        batch_size: The number of rows of every batch.
         pad_id: The token id of padding.
-        shapes: Most different lengths.
-        seed: Seed of the order; None keeps like lengths together, in order.
+        shapes: The largest number of padded lengths.
+        seed: Seed of the order; None sorts the batches by padded length.
 
     Example:
         >>> tokens = [np.arange(n, dtype=np.int32) for n in (3, 5, 30, 4, 2)]
@@ -64,58 +83,59 @@ class Batches:
         self.pad_id = pad_id
         self.seed = seed
         self._lengths = np.array([len(tokens) for tokens in examples.tokens])
-        self.bounds = bounds(self._lengths, shapes)
-        # The plan of an epoch is made once; steps come in order.
-        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self.padded_lengths = padded_lengths(self._lengths, shapes)
+        # Computed once for each epoch, since steps come in order.
+        self._rows_of_epoch = lru_cache(maxsize=2)(self._assign_rows)
 
     def __len__(self) -> int:
         return -(-len(self._lengths) // self.batch_size)
 
-    def _make_plan(self, epoch: int) -> list[tuple[np.ndarray, int]]:
+    def _assign_rows(self, epoch: int) -> list[tuple[np.ndarray, int]]:
+        """Returns the examples and the padded length of each batch of an epoch."""
         rng = (
             None if self.seed is None else np.random.Generator(np.random.Philox([self.seed, epoch]))
         )
-        buckets = np.searchsorted(self.bounds, self._lengths)
-        plan, left = [], np.zeros(0, int)
-        for i, bound in enumerate(self.bounds):
+        buckets = np.searchsorted(self.padded_lengths, self._lengths)
+        assigned, left = [], np.zeros(0, int)
+        for i, length in enumerate(self.padded_lengths):
             rows = np.flatnonzero(buckets == i)
             if rng is not None:
                 rng.shuffle(rows)
-            # What does not fill a batch goes on to the next length, and so up to the longest.
+            # Examples that are too few for a whole batch join those of the next length.
             rows = np.concatenate([left, rows])
             full = len(rows) // self.batch_size * self.batch_size
-            plan += [(part, bound) for part in rows[:full].reshape(-1, self.batch_size)]
+            assigned += [(part, length) for part in rows[:full].reshape(-1, self.batch_size)]
             left = rows[full:]
         if len(left):
-            plan.append((left, self.bounds[-1]))
+            assigned.append((left, self.padded_lengths[-1]))
         if rng is not None:
-            rng.shuffle(plan)
-        return plan
+            rng.shuffle(assigned)
+        return assigned
 
     def rows(self, step: int) -> Int[np.ndarray, " n"]:
-        """Which examples are in the batch of a step."""
+        """Returns the indices of the examples in the batch of a step."""
         epoch, i = divmod(step, len(self))
-        return self._plan(epoch)[i][0]
+        return self._rows_of_epoch(epoch)[i][0]
 
     def names(self, step: int) -> list[str]:
-        """Where the examples in the batch of a step come from."""
+        """Returns where the examples in the batch of a step come from."""
         return [self.examples.names[int(i)] for i in self.rows(step)]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step.
+        """Returns the batch of a step.
 
         Args:
-            step: Counted from 0, over all epochs.
+            step: The step, counted from 0 over all epochs.
 
         Returns:
-            ``input_ids`` (b, t) int32, ``attention_mask`` (b, t) bool, ``weights`` (b,) float32, 0
-            for rows that fill up; ``token_type_ids`` (b, t) int32 and ``labels`` (b,) where the
+            ``input_ids`` (b, t) int32, ``attention_mask`` (b, t) bool, ``weights`` (b,) float32,
+            which is 0 for padded rows; ``token_type_ids`` (b, t) int32 and ``labels`` (b,) if the
             examples have them.
         """
         epoch, i = divmod(step, len(self))
-        rows, length = self._plan(epoch)[i]
+        rows, length = self._rows_of_epoch(epoch)[i]
         shape = (self.batch_size, length)
-        # Rows that fill up see one token, so that their softmax and norms are finite.
+        # Padded rows see one token, so that their softmax and norms are finite.
         mask = np.arange(length)[None] < np.ones((self.batch_size, 1), int)
         mask[: len(rows)] = np.arange(length)[None] < self._lengths[rows, None]
         batch: dict[str, Any] = {"attention_mask": mask}
@@ -137,25 +157,25 @@ class Batches:
 
 
 def round_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The next multiples of 8, of which all padded lengths are."""
+    """Returns lengths rounded up to multiples of 8, as all padded lengths are."""
     return -(-lengths // _STEP) * _STEP
 
 
-def bounds(lengths: Int[np.ndarray, " n"], shapes: int) -> list[int]:
-    """The lengths to pad to for which the least padding is computed.
+def padded_lengths(lengths: Int[np.ndarray, " n"], shapes: int) -> list[int]:
+    """Returns the lengths to pad to that need the smallest number of padding tokens.
 
     Args:
-        lengths: The examples' lengths.
-        shapes: How many lengths there may be.
+        lengths: The lengths of the examples.
+        shapes: The largest number of padded lengths.
 
     Returns:
-        At most that many multiples of 8, rising; the last holds the longest example.
+        At most ``shapes`` increasing multiples of 8; the last is enough for the longest example.
 
     Example:
-        >>> bounds(np.array([5, 6, 7, 8, 30, 31, 100]), 2)
+        >>> padded_lengths(np.array([5, 6, 7, 8, 30, 31, 100]), 2)
         [32, 104]
     """
-    # Least cost by dynamic programming over the distinct lengths.
+    # Dynamic programming over the distinct lengths.
     sizes, counts = np.unique(round_up(lengths), return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
     n = len(sizes)

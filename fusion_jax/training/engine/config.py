@@ -1,21 +1,25 @@
-"""How to train: one frozen dataclass, whose fields are the command line's options too."""
+"""The settings of training: one frozen dataclass whose fields are also command-line options."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fusion_jax.errors import InputError
 
-Optimiser = Literal["adamw", "sgd"]
-Schedule = Literal["linear", "polynomial", "cosine", "constant"]
+OptimizerName = Literal["adamw", "sgd"]
+ScheduleName = Literal["linear", "polynomial", "cosine", "constant"]
 ComputeDType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train; the defaults are those of the paper's runs on RoBERTa.
+    """The settings of training; the defaults are those of the paper's runs on RoBERTa.
+
+    Raises:
+        InputError: A value is out of range.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), appendix B: AdamW with betas (0.9, 0.98), epsilon
@@ -33,50 +37,51 @@ class TrainConfig:
     batch_size: int = 32
     """Examples per step, over all devices and accumulated parts."""
     accumulate: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory."""
-    optimiser: Optimiser = "adamw"
+    """Split each batch into this many parts, computed one after the other to save memory."""
+    optimizer: OptimizerName = "adamw"
     """AdamW with decoupled weight decay, or SGD."""
     learning_rate: float = 2e-5
     """Highest learning rate."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment; the momentum of SGD is in its own field."""
+    """Decay of AdamW's first moment (for SGD, see momentum)."""
     beta2: float = 0.98
-    """AdamW's decay of the second moment."""
+    """Decay of AdamW's second moment."""
     epsilon: float = 1e-6
     """AdamW's epsilon."""
     momentum: float = 0.0
     """Momentum of SGD."""
     weight_decay: float = 0.1
-    """Decoupled weight decay; biases and norms have none."""
+    """Decoupled weight decay; not applied to biases and norms."""
     clip_norm: float | None = 1.0
-    """Gradients with a larger global norm are scaled down to it; None does not."""
-    schedule: Schedule = "polynomial"
+    """Scale gradients with a larger global norm down to this norm; None does not clip."""
+    schedule: ScheduleName = "polynomial"
     """How the learning rate falls to 0 after the warmup."""
     power: float = 1.0
     """Exponent of the polynomial schedule; 1 is linear."""
     warmup: float = 0.06
     """Share of the steps in which the learning rate rises from 0."""
     train: str = "all"
-    """What trains: all, mlp, head, or a regular expression for whole paths of parameters."""
+    """Which parameters train: all, mlp, head, or a regular expression for whole paths."""
     multipliers: tuple[tuple[str, float], ...] = ()
-    """Regular expressions for whole paths of parameters, each with what multiplies the learning
-    rate there; the first that matches counts."""
+    """Learning-rate multipliers: pairs of a regular expression for whole paths of parameters and a
+    number; the first match applies."""
     compute_dtype: ComputeDType | None = None
-    """Dtype of forward and backward; weights and moments stay float32. None for the model's own."""
+    """Dtype of the forward and backward pass; weights and moments stay float32. None for the
+    model's own dtype."""
     remat: bool = False
-    """Compute layers' activations again in the backward pass instead of keeping them."""
+    """Recompute the layers' activations in the backward pass to save memory."""
     router_balance: float | None = None
-    """Coefficient of the routers' load-balancing loss, for language models with experts, such as
-    0.01; None leaves it out."""
+    """Coefficient of the routers' load-balancing loss in language models with experts, such as
+    0.01; None leaves the loss out."""
     router_z: float | None = None
-    """Coefficient of the routers' z-loss, for language models with experts, such as 0.001; None
-    leaves it out."""
+    """Coefficient of the routers' z-loss in language models with experts, such as 0.001; None
+    leaves the loss out."""
     dropout: bool = True
     """Whether the model's dropout is on."""
     shapes: int = 4
-    """Most different lengths that batches are padded to; each is compiled once."""
+    """Largest number of lengths that batches are padded to; each is compiled once."""
     max_length: int | None = None
-    """Longest text in tokens; None for what the model has positions for."""
+    """Longest text in tokens; None for the number of positions of the model."""
     truncate: bool = False
     """Cut longer texts off instead of refusing them."""
     eval_every: int | None = None
@@ -84,11 +89,11 @@ class TrainConfig:
     checkpoint_every: int | None = None
     """Steps between checkpoints; None for one per epoch."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, newest first."""
+    """Number of checkpoints to keep; the newest are kept."""
     log_every: int = 10
-    """Steps between lines of the log; the loss is looked at only then."""
+    """Steps between lines of the log; losses are checked for NaN at these steps only."""
     tensorboard: bool = False
-    """Write TensorBoard events too (needs fusion-jax[tensorboard])."""
+    """Also write TensorBoard events (needs fusion-jax[tensorboard])."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate", "shapes", "log_every"):
@@ -112,11 +117,11 @@ class TrainConfig:
             raise InputError(f"clip_norm must be above 0, or None; got {self.clip_norm}")
         if self.batch_size % self.accumulate:
             raise InputError(
-                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
         for name, choices in (
-            ("optimiser", get_args(Optimiser)),
-            ("schedule", get_args(Schedule)),
+            ("optimizer", get_args(OptimizerName)),
+            ("schedule", get_args(ScheduleName)),
             ("compute_dtype", (None, *get_args(ComputeDType))),
         ):
             if getattr(self, name) not in choices:
@@ -128,11 +133,21 @@ class TrainConfig:
             raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
 
     def steps(self, per_epoch: int) -> int:
-        """The steps of a run with so many batches in an epoch."""
+        """Returns the number of steps of a run with this number of batches in an epoch."""
         steps = self.epochs * per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values."""
+        """Returns the settings as JSON values by name."""
         fields = dataclasses.asdict(self)
         return {**fields, "multipliers": [list(pair) for pair in self.multipliers]}
+
+
+def with_current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the JSON values of a `TrainConfig` under its present field names.
+
+    Example:
+        >>> with_current_names({"optimiser": "sgd", "epochs": 3})
+        {'optimizer': 'sgd', 'epochs': 3}
+    """
+    return {"optimizer" if name == "optimiser" else name: x for name, x in fields.items()}

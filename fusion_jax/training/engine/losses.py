@@ -1,9 +1,9 @@
-"""What is minimised.
+"""Losses for training.
 
-A loss is a function of (model, batch, key): the batch a dict of arrays, the key that of dropout or
-None. It returns a sum and what to divide it by, so that accumulated parts and devices add up to the
-mean over one whole batch. Arrays that a loss needs besides, such as a teacher, are bound with
-``jax.tree_util.Partial``, and so are arguments of the compiled step and not constants in it.
+A loss is a function of (model, batch, key), where the batch is a dict of arrays and the key is the
+random key of dropout, or None. It returns a sum and its divisor, so that accumulated parts and
+devices add up to the mean over one whole batch. Bind further arrays, such as a teacher, with
+``jax.tree_util.Partial``: they are then arguments of the compiled step instead of constants in it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.training.engine.config import TrainConfig
 
 Batch = Mapping[str, Any]
-"""Arrays by name: what the model takes, ``labels``, and ``weights``, 0 for rows that fill up."""
+"""Arrays by name: the model's inputs, ``labels``, and ``weights`` (b,), 0 for padded rows."""
 
 
 class Total(NamedTuple):
-    """A loss before the mean is taken.
+    """The sum of a loss, and its divisor.
 
     Args:
-        total: The sum over what counts.
-        count: How much counts.
+        total: The weighted sum over examples or tokens.
+        count: The sum of their weights.
     """
 
     total: Float[Array, ""]
@@ -42,17 +42,23 @@ class Total(NamedTuple):
 Coefficient = float | Float[Array, ""]
 
 Loss = Callable[[Any, Batch, Key[Array, ""] | None], Total]
+"""A function of (model, batch, dropout key or None)."""
+
+
+def bound(loss: Loss) -> jax.tree_util.Partial:
+    """Returns a loss as a pytree, whose bound arrays are arguments of compiled functions."""
+    return loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
 
 
 def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: Any) -> Any:
-    """Runs a model on a batch: on what is not labels and weights.
+    """Runs a model on the inputs in a batch, without labels and weights.
 
-    The decoder of an encoder-decoder reads the labels one position later, after the configuration's
-    ``decoder_start_token_id``.
+    The decoder of an encoder-decoder reads the labels shifted by one position, after the
+    configuration's ``decoder_start_token_id``.
     """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
     if _has_encoder(model) and "labels" in batch:
-        # As Hugging Face does, 0 behind a target's end.
+        # As in Hugging Face's models, 0 after the end of a target.
         tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
         start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
         inputs["decoder_input_ids"] = jnp.concatenate([start, tokens[:, :-1]], axis=1)
@@ -60,14 +66,14 @@ def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: 
 
 
 def classification(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
-    """Cross-entropy of the logits, with labels from 0 on."""
+    """Returns the cross-entropy of the logits (b, classes), for integer labels (b,)."""
     logits = wide(run(model, batch, key).logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     return _weighted(losses, batch)
 
 
 def regression(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
-    """Squared error of the one logit."""
+    """Returns the squared error of the single logit (b, 1), for labels (b,)."""
     logits = wide(run(model, batch, key).logits)
     return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
 
@@ -80,17 +86,17 @@ def next_token(
     balance: Coefficient = 0.0,
     router_z: Coefficient = 0.0,
 ) -> Total:
-    """Cross-entropy of each token after those before it, where it is real and counts.
+    """Returns the cross-entropy of each token given the tokens before it.
 
-    ``labels``, if there are any, are the tokens themselves, with -100 where they do not count. For
-    a model with experts, see `router_losses`.
+    Padding does not count. ``labels`` (b, t), if the batch has them, are the tokens again, with
+    -100 where a token does not count. For a model with experts, see `router_losses`.
     """
     out = run(model, batch, key)
     logits = wide(out.logits)[:, :-1]
     tokens = jnp.asarray(batch.get("labels", batch["input_ids"]))[:, 1:]
     counts = jnp.asarray(batch["attention_mask"])[:, 1:].astype(bool) & (tokens != -100)
-    result = _tokens(logits, jnp.maximum(tokens, 0), counts, batch)
-    return _with(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
+    result = _of_tokens(logits, jnp.maximum(tokens, 0), counts, batch)
+    return _plus(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
 
 
 def sequence_to_sequence(
@@ -101,37 +107,37 @@ def sequence_to_sequence(
     balance: Coefficient = 0.0,
     router_z: Coefficient = 0.0,
 ) -> Total:
-    """Cross-entropy of target texts after source texts, for encoder-decoders.
+    """Returns the cross-entropy of target texts given source texts, for encoder-decoders.
 
-    ``labels`` (b, s) are the targets, with -100 behind their ends. For a model with experts, see
+    ``labels`` (b, s) are the targets, with -100 after their ends. For a model with experts, see
     `router_losses`.
     """
     labels = jnp.asarray(batch["labels"])
     counts, tokens = labels != -100, jnp.maximum(labels, 0)
     out = run(model, batch, key)
-    result = _tokens(wide(out.logits), tokens, counts, batch)
-    return _with(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
+    result = _of_tokens(wide(out.logits), tokens, counts, batch)
+    return _plus(result, router_losses(model, out, batch, balance=balance, router_z=router_z))
 
 
 def router_losses(
     model: Any, out: Any, batch: Batch, *, balance: Coefficient, router_z: Coefficient
 ) -> Float[Array, ""]:
-    """The auxiliary losses of a model's routers, weighted; 0 for a model without experts.
+    """Returns the weighted auxiliary losses of a model's routers; 0 for a model without experts.
 
-    Training a mixture of experts without them lets its routers collapse. `with_routers` binds the
-    coefficients of a `TrainConfig` to a loss. Shares are no sums over positions: of a batch in
-    accumulated parts, each part has its own.
+    A mixture of experts needs them in training, because its routers can collapse otherwise.
+    `with_routers` binds the coefficients of a `TrainConfig` to a loss. The shares of experts are
+    not sums over positions: with accumulated parts, each part of a batch has its own shares.
 
     Args:
         model: The model.
-        out: What it returned.
-        batch: The batch, whose padding does not count.
-        balance: The coefficient of `load_balancing_loss`: transformers has 0.001 for Mixtral and
-            Switch, the paper of Switch 0.01. Shares are taken as each architecture's authors do:
-            over the whole batch in a decoder, in each sequence in an encoder-decoder, whose two
-            stacks are added up.
-        router_z: The coefficient of `router_z_loss`: transformers has 0.001 for Switch, 0 for
-            others.
+        out: The model's output.
+        batch: The batch; its padding does not count.
+        balance: The coefficient of `load_balancing_loss`: 0.001 in transformers for Mixtral and
+            Switch, 0.01 in the paper of Switch. As each architecture's authors do, shares are
+            computed over the whole batch in a decoder, and in each sequence in an encoder-decoder,
+            where the losses of both stacks are added.
+        router_z: The coefficient of `router_z_loss`: 0.001 in transformers for Switch, 0 for other
+            models.
 
     Returns:
         The weighted sum.
@@ -159,10 +165,10 @@ def router_losses(
 
 
 def with_routers(loss: Loss, model: Any, config: TrainConfig) -> Loss:
-    """A loss with the auxiliary losses of routers that a configuration asks for.
+    """Returns a loss with the auxiliary losses of routers that a configuration asks for.
 
     Args:
-        loss: `next_token` or `sequence_to_sequence`; any other where none are asked for.
+        loss: `next_token` or `sequence_to_sequence`; any loss if the configuration asks for none.
         model: The model to train.
         config: Its ``router_balance`` and ``router_z`` are the coefficients.
 
@@ -170,7 +176,7 @@ def with_routers(loss: Loss, model: Any, config: TrainConfig) -> Loss:
         The loss.
 
     Raises:
-        InputError: Some are asked for, and the loss or the model has no routers.
+        InputError: The configuration asks for a loss of routers that the loss or model lacks.
     """
     asked = [n for n in ("router_balance", "router_z") if getattr(config, n) is not None]
     if not asked:
@@ -183,7 +189,7 @@ def with_routers(loss: Loss, model: Any, config: TrainConfig) -> Loss:
     )
 
 
-def _with(result: Total, auxiliary: Array) -> Total:
+def _plus(result: Total, auxiliary: Array) -> Total:
     return result._replace(total=result.total + auxiliary.astype(result.total.dtype) * result.count)
 
 
@@ -194,10 +200,10 @@ def _decoder_mask(batch: Batch) -> Any:
 
 
 def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
-    """Mean squared error between the hidden states of two models, summed over layers.
+    """Returns the mean squared error between the hidden states of two models, summed over layers.
 
-    The means are over tokens and features; padding does not count. Of an encoder-decoder, the
-    tokens of sources count with the encoder's layers, those of targets with the decoder's.
+    The means are over tokens and features; padding does not count. In an encoder-decoder, the
+    encoder's layers are compared at source tokens and the decoder's layers at target tokens.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.4.
@@ -233,41 +239,41 @@ def distilled(
     *,
     reverse: bool = False,
 ) -> jax.tree_util.Partial:
-    """A loss of logits, and how far the logits are from a teacher's.
+    """Returns a loss that adds the divergence of the logits from a teacher's logits.
 
     ``(1 - weight) loss + weight T^2 KL(p_teacher || p_student)`` at temperature T. The model runs
-    once, and so ``loss`` sees only what it returns: penalties on its parameters go around this.
+    once, and ``loss`` sees only the model's output: add penalties on parameters around this loss.
 
     Args:
         teacher: A model with the same classes; it runs without dropout and does not change.
-        loss: The loss besides, such as `classification`.
+        loss: The other loss, such as `classification`.
         weight: The share of the teacher, in [0, 1].
-        temperature: T, by which logits are divided.
-        reverse: KL(p_student || p_teacher) instead: a student then loses nothing by leaving out
-            what the teacher says.
+        temperature: The temperature T, by which logits are divided.
+        reverse: Whether to use KL(p_student || p_teacher), which does not penalize a student for
+            ignoring classes to which the teacher gives some probability.
 
     Returns:
-        The loss. As `fusion_jax.finetune` takes it: ``loss=partial(losses.distilled, teacher)``.
+        The loss. For `fusion_jax.finetune`, use
+        ``recipe=Recipe(loss=partial(losses.distilled, teacher))``.
 
     Raises:
         InputError: A number is out of range.
 
     References:
         Hinton et al. (2015), Distilling the Knowledge in a Neural Network. The defaults are those
-        of the code of Jiang et al. (ACL 2023); its text has the reverse divergence.
+        of the code of Jiang et al. (ACL 2023); their text has the reverse divergence.
 
     Example:
-        >>> teach = partial(losses.distilled, teacher)  # doctest: +SKIP
-        >>> fit = finetune(student, data, key=key, loss=teach)  # doctest: +SKIP
+        >>> recipe = Recipe(loss=partial(losses.distilled, teacher))  # doctest: +SKIP
+        >>> fit = finetune(student, data, key=key, recipe=recipe)  # doctest: +SKIP
     """
     if not 0 <= weight <= 1:
         raise InputError(f"the weight of a teacher must be in [0, 1]; got {weight}")
     if not temperature > 0:
         raise InputError(f"temperature must be above 0; got {temperature}")
-    bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
     numbers = jnp.array([weight, temperature], jnp.float32)
     made = partial(_distilled, reverse=reverse)
-    return jax.tree_util.Partial(made, teacher, bound, numbers)
+    return jax.tree_util.Partial(made, teacher, bound(loss), numbers)
 
 
 def _distilled(
@@ -285,12 +291,12 @@ def _distilled(
     p, q = (jax.nn.log_softmax(x / temperature) for x in (theirs, ours))
     if reverse:
         p, q = q, p
-    far = (jnp.exp(p) * (p - q)).sum(-1)
-    taught = _weighted(jnp.square(temperature) * far, batch)
+    divergence = (jnp.exp(p) * (p - q)).sum(-1)
+    taught = _weighted(jnp.square(temperature) * divergence, batch)
     return Total((1 - weight) * own.total + weight * taught.total, own.count)
 
 
-def _tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:
+def _of_tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:
     each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
     weights = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)
     return Total((each * weights).sum(), weights.sum())

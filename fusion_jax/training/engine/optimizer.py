@@ -1,8 +1,7 @@
-"""The optimiser of a configuration: optax, on parameters by path."""
+"""Makes the optax optimizer of a configuration, for parameters by path."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,23 +12,24 @@ from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.config import TrainConfig
+from ntk.selection import select
 
 Params = Mapping[str, Float[Array, "..."]]
 Multipliers = Mapping[str, Any]
-"""What multiplies the learning rate, by path of a parameter: a number, or an array that broadcasts
-to the parameter, such as (c, 1) for one number a row."""
+"""Learning-rate multipliers by path of a parameter: a number, or an array that broadcasts to the
+parameter, such as (c, 1) for one number for each row."""
 
 
 def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step.
+    """Returns the learning rate by step.
 
     Args:
         config: The configuration.
-        steps: All steps of the run.
+        steps: The number of steps of the run.
 
     Returns:
-        A function of the step, counted from 0: rising to ``config.learning_rate`` in the warmup,
-        and falling to 0 at ``steps``.
+        A function of the step, counted from 0, that rises to ``config.learning_rate`` during the
+        warmup and falls to 0 at ``steps``.
 
     Example:
         >>> rate = schedule(TrainConfig(learning_rate=1.0, warmup=0.5), 8)
@@ -51,24 +51,25 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), after], [warmup])
 
 
-def optimiser(
+def make_optimizer(
     config: TrainConfig,
     steps: int,
     factors: Mapping[str, Sequence[Any]] | None = None,
     cohorts: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
-    """The optimiser of a configuration.
+    """Returns the optimizer of a configuration.
 
     Args:
         config: The configuration.
-        steps: All steps of the run.
-        factors: What multiplies the learning rate of some parameters, see `resolved`.
-        cohorts: Which parameters began together, for a run in which they begin at several times:
-            AdamW counts the steps of each cohort by itself, since moments that began later are
-            nearer to 0. Those that are not named are of cohort 0.
+        steps: The number of steps of the run.
+        factors: The learning-rate multipliers of some parameters, see `find_multipliers`.
+        cohorts: The number of the cohort of each parameter, for runs that add parameters while they
+            train: parameters of one cohort were added at the same step. AdamW counts the steps of
+            each cohort, since moments that started later are nearer to 0. Parameters that are
+            missing here belong to cohort 0.
 
     Returns:
-        An optax transformation for parameters in a dict by path.
+        An optax transformation for a dict of parameters by path.
 
     References:
         Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization.
@@ -76,7 +77,7 @@ def optimiser(
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.optimiser == "adamw":
+    if config.optimizer == "adamw":
         numbers = config.beta1, config.beta2, config.epsilon
         parts.append(optax.scale_by_adam(*numbers) if cohorts is None else _adam(*numbers, cohorts))
     elif config.momentum:
@@ -100,29 +101,29 @@ class _Moments(NamedTuple):
 def _adam(
     b1: float, b2: float, eps: float, cohorts: Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` for parameters that begin at several times.
+    """Returns `optax.scale_by_adam` for parameters that were added at different steps.
 
-    Of optax's own, ``partition`` would do this, but for meshes: ``tree.map_params`` does not know
-    what is a parameter in its state.
+    ``optax.partition`` does not work on meshes: ``tree.map_params`` cannot tell which arrays of its
+    state belong to parameters.
     """
 
     def init(params: Any) -> _Moments:
-        # For `tree.map_params`, parameters are one placeholder.
-        every = {"0", *map(str, cohorts.values())}
-        counts = {number: jnp.zeros((), jnp.int32) for number in sorted(every)}
+        # `tree.map_params` calls this with one placeholder for all parameters.
+        numbers = {"0", *map(str, cohorts.values())}
+        counts = {number: jnp.zeros((), jnp.int32) for number in sorted(numbers)}
         return _Moments(counts, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         counts = {number: optax.safe_increment(n) for number, n in state.counts.items()}
-        found = {}
+        result = {}
         for path in updates:
             count = counts[str(cohorts.get(path, 0))]
             first = optax.tree.bias_correction(mu[path], b1, count)
             second = optax.tree.bias_correction(nu[path], b2, count)
-            found[path] = first / (jnp.sqrt(second) + eps)
-        return found, _Moments(counts, mu, nu)
+            result[path] = first / (jnp.sqrt(second) + eps)
+        return result, _Moments(counts, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -144,40 +145,30 @@ def _scaling(factors: Mapping[str, Sequence[Any]]) -> Any:
     return scale
 
 
-def resolved(
+def find_multipliers(
     config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
-    """What multiplies the learning rate, by parameter.
+    """Returns the learning-rate multipliers of each parameter.
 
     Args:
-        config: The configuration, of whose patterns the first that matches counts.
-        multipliers: Further ones, by path.
-        params: What trains, by path.
+        config: The configuration; of its patterns, the first match applies.
+        multipliers: Further multipliers by path.
+        params: The parameters that train, by path.
 
     Returns:
-        The factors of each parameter that has any.
+        The factors of each parameter that has any; their product multiplies the learning rate.
 
     Raises:
         InputError: A multiplier matches no parameter or does not fit its shape.
     """
     found: dict[str, list[Any]] = {}
+    paths = list(params)
     for pattern, factor in config.multipliers:
-        try:
-            known = [path for path in params if re.fullmatch(pattern, path)]
-        except re.error as error:
-            raise InputError(
-                f"multipliers: {pattern!r} is no regular expression: {error}"
-            ) from None
-        if not known:
-            raise InputError(
-                f"multipliers: {pattern!r} matches no parameter that trains (a pattern must match "
-                f"a whole path, such as {next(iter(params))})"
-            )
-        for path in known:
-            found.setdefault(path, [factor])
+        for i in select(pattern, paths, argument="multipliers", noun="parameter that trains"):
+            found.setdefault(paths[i], [factor])
     for path, factor in (multipliers or {}).items():
         if path not in params:
-            raise InputError(f"multipliers: {path} is no parameter that trains")
+            raise InputError(f"multipliers: {path} is not a parameter that trains")
         try:
             jax.eval_shape(lambda f, p: jnp.broadcast_to(f, p.shape), factor, params[path])
         except ValueError:

@@ -1,8 +1,7 @@
-"""A model taken apart for training: what trains, what does not, and the rest."""
+"""Splits a model's variables into those that train and the others, and puts it together again."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,19 +16,21 @@ from fusion_jax.nn.fused import FusedGatedMlp, FusedMlp
 from fusion_jax.nn.linear_forms import Precise
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import sites
+from fusion_jax.nn.surgery import path_name
 from fusion_jax.nn.uneven_experts import UnevenExperts
+from ntk.selection import select
 
 Trains = str | Callable[[str], bool]
-"""What trains: ``"all"``, ``"mlp"``, ``"head"``, a regular expression for whole paths of
-parameters, or a function of a path. Only `nnx.Param` can train."""
+"""Which parameters train: ``"all"``, ``"mlp"``, ``"head"``, a regular expression for whole paths,
+or a function of a path. Only `nnx.Param` can train."""
 
 
-class Parts:
-    """A model's structure, and how its variables split into those that train and the others.
+class Partition:
+    """A model's structure, and the split of its variables into those that train and the others.
 
     Args:
         model: The model; neither changed nor kept.
-        trains: What trains.
+        trains: Which parameters train.
         compute_dtype: The dtype to compute in, or None for the model's own.
         remat: Whether layers are computed again in the backward pass.
 
@@ -39,8 +40,8 @@ class Parts:
     Example:
         >>> from fusion_jax.nn.mlp import Mlp
         >>> mlp = Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))
-        >>> parts = Parts(mlp, "up.*")
-        >>> params, rest = parts.split(mlp)
+        >>> partition = Partition(mlp, "up.*")
+        >>> params, rest = partition.split(mlp)
         >>> sorted(params), sorted(rest)
         (['up.bias', 'up.kernel'], ['down.bias', 'down.kernel'])
     """
@@ -60,49 +61,49 @@ class Parts:
                 if isinstance(module, nnx.Embed):  # others follow their parameters' dtype
                     module.dtype = jnp.dtype(compute_dtype)
         self._graph, state = nnx.split(abstract)
-        self._flat = {_join(path): (path, v) for path, v in nnx.to_flat_state(state)}
+        self._flat = {path_name(path): (path, v) for path, v in nnx.to_flat_state(state)}
         self.shapes = {path: v.get_value() for path, (_, v) in self._flat.items()}
         """Shape and dtype of every variable."""
         self._compute_dtype = compute_dtype
         self._remat = remat
         self.widths = _width_axes(abstract)
-        self.trainable = [p for p, (_, v) in self._flat.items() if isinstance(v, nnx.Param)]
-        """All parameters, whether they train or not."""
-        self.trained = _select(abstract, self.trainable, trains)
+        self.parameters = [p for p, (_, v) in self._flat.items() if isinstance(v, nnx.Param)]
+        """The paths of all parameters, whether they train or not."""
+        self.training = _select(abstract, self.parameters, trains)
+        """The paths of the parameters that train."""
 
     def split(self, model: nnx.Module) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The arrays of a model with this structure, by path.
+        """Splits the arrays of a model with this structure.
 
         Args:
             model: The model.
 
         Returns:
-            What trains, in float32 at least, and everything else.
+            By path, the parameters that train, in float32 or a wider dtype, and all other arrays.
         """
-        flat = {_join(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
-        params = {path: wide(flat[path]) for path in self.trained}
+        flat = {path_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+        params = {path: wide(flat[path]) for path in self.training}
         return params, {path: x for path, x in flat.items() if path not in params}
 
     def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
-        """The model with given arrays, each in its variable's own dtype."""
+        """Returns the model with these arrays, each in the own dtype of its variable."""
         return self._merged(self._own, {**params, **rest}, None)
 
     def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
-        """The model with given arrays as they are."""
+        """Returns the model with these arrays, each in the dtype it has now."""
         arrays = {**params, **rest}
         flat = {path: v.replace(arrays[name]) for name, (path, v) in self._flat.items()}
         return nnx.merge(self._own, nnx.from_flat_state(flat))
 
     def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
-        """The model as it is computed: in the dtype to compute in; layers under remat."""
+        """Returns the model for a training step: in the dtype to compute in, and with remat."""
         model = self._merged(self._graph, {**params, **rest}, self._compute_dtype)
         return _remat(model) if self._remat else model
 
     def _merged(self, graph: Any, arrays: Mapping[str, Array], dtype: Any) -> Any:
         flat = {}
         for name, (path, variable) in self._flat.items():
-            # These keep their own dtype: bfloat16 would round the sizes of clusters, and make
-            # scores equal.
+            # These keep their dtype: bfloat16 would round cluster sizes and make scores equal.
             exact = isinstance(variable, Precise) or not isinstance(variable, nnx.Param)
             own = dtype is None or exact
             flat[path] = variable.replace(
@@ -111,41 +112,29 @@ class Parts:
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _join(path: tuple) -> str:
-    return ".".join(map(str, path))
-
-
 def _select(model: nnx.Module, params: list[str], trains: Trains) -> tuple[str, ...]:
-    if callable(trains):
-        chosen = [path for path in params if trains(path)]
-    elif trains == "all":
-        chosen = params
+    prefixes: tuple[str, ...] | None = None
+    if trains == "all":
+        prefixes = ("",)
     elif trains == "mlp":
-        places = [f"{site.path}." if site.path else "" for site in sites(model)]
-        chosen = [path for path in params if path.startswith(tuple(places))]
+        prefixes = tuple(f"{site.path}." if site.path else "" for site in sites(model))
     elif trains == "head":
-        chosen = [path for path in params if path.startswith(("head.", "pooler."))]
-    else:
-        try:
-            pattern = re.compile(trains)
-        except re.error as error:
-            raise InputError(f"train {trains!r} is no regular expression: {error}") from None
-        chosen = [path for path in params if pattern.fullmatch(path)]
-    if not chosen:
-        some = ", ".join(params[:3] + ["..."] * (len(params) > 3))
-        raise InputError(
-            f"train {trains!r} matches no parameter; give all, mlp, head, or a regular expression "
-            f"for whole paths of parameters, which are {some}"
-        )
-    return tuple(chosen)
+        prefixes = ("head.", "pooler.")
+    if prefixes is None:
+        chosen = select(trains, params, argument="train", noun="parameter")
+        return tuple(params[i] for i in chosen)
+    found = tuple(path for path in params if path.startswith(prefixes))
+    if not found:
+        raise InputError(f"train {trains!r} matches no parameter of the model")
+    return found
 
 
 def _width_axes(model: nnx.Module) -> dict[str, int]:
-    """The axis of the width in the variables of MLPs, by path."""
+    """Returns the axis of the width in the variables of MLPs, by path."""
     axes = {}
     mlps = [m for m in nnx.iter_modules(model) if isinstance(m[1], Mlp)]
     for path, mlp in mlps:
-        prefix = "".join(f"{name}." for name in path)
+        prefix = f"{path_name(path)}." if path else ""
         leaves = {"up.kernel": -1, "up.bias": -1, "gate.kernel": -1, "gate.bias": -1}
         leaves["down.kernel"] = -2
         if isinstance(mlp, FusedMlp | FusedGatedMlp):
@@ -162,7 +151,7 @@ class _Remat(nnx.Module):
 
     def __call__(self, *args: Any) -> Any:
         graph, state = nnx.split(self.layer)
-        # A decoder's memory is no array; training has no cache, so that nothing is written to it.
+        # A decoder's cache is not an array; there is no cache in training, so none is written.
         arrays = {
             i: a
             for i, a in enumerate(args)
@@ -182,6 +171,6 @@ def _remat(model: Any) -> Any:
         if not isinstance(layers, nnx.List) or id(layers) in inner:
             continue
         for i, layer in enumerate(layers):
-            if isinstance(layer, nnx.Module):  # and not the tensors of a chain
+            if isinstance(layer, nnx.Module):  # not the cores of a chain
                 layers[i] = _Remat(layer)
     return model

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, as clouds send it before they take a machine away."""
+"""Stops runs in an orderly way on SIGTERM, which clouds send before they take a machine away."""
 
 from __future__ import annotations
 
@@ -11,52 +11,48 @@ import jax
 import numpy as np
 
 
-class Stop:
-    """Whether this process was told to stop.
+class StopSignal:
+    """Whether this process was told to stop."""
 
-    Args:
-        told: Whether it was.
-    """
-
-    def __init__(self, told: bool = False):
-        self.told = told
+    def __init__(self):
+        self.received = False
 
     def agreed(self, step: int, every: int) -> bool:
-        """Whether all processes stop after this step, because one of them was told to.
+        """Returns whether all processes stop after this step because one of them was told to.
 
         Args:
             step: The steps done.
-            every: With several processes, they ask each other after so many steps.
+            every: The steps after which several processes ask each other.
 
         Returns:
-            The same in all processes.
+            The same answer in all processes.
         """
         if jax.process_count() == 1:
-            return self.told
+            return self.received
         if step % every:
             return False
         from jax.experimental import multihost_utils
 
-        return bool(np.any(multihost_utils.process_allgather(np.array(self.told))))
+        return bool(np.any(multihost_utils.process_allgather(np.array(self.received))))
 
 
 @contextmanager
-def listening() -> Iterator[Stop]:
+def catch_sigterm() -> Iterator[StopSignal]:
     """Catches SIGTERM inside the block.
 
     Yields:
-        What says whether it came. Outside of the main thread, where Python cannot catch signals, it
-        says no.
+        Whether the signal came; always False outside the main thread, where Python cannot catch
+        signals.
     """
-    stop = Stop()
+    stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def tell(*_: object) -> None:
-        stop.told = True
+    def receive(*_: object) -> None:
+        stop.received = True
 
-    old = signal.signal(signal.SIGTERM, tell)
+    old = signal.signal(signal.SIGTERM, receive)
     try:
         yield stop
     finally:

@@ -1,7 +1,7 @@
-"""Where arrays are on the caller's mesh (``jax.set_mesh``).
+"""Places arrays on the caller's mesh (``jax.set_mesh``).
 
-The names of the mesh's axes say what is done: batches are split over "data" and "fsdp", parameters
-and moments over "fsdp", the widths of MLPs over "model". The compiler inserts the communication.
+The names of the mesh's axes say what is split: batches over "data" and "fsdp", parameters and
+moments over "fsdp", the widths of MLPs over "model". The compiler inserts the communication.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ from fusion_jax.meshes import auto_mesh
 AXES = ("data", "fsdp", "model")
 
 
-class Layout:
-    """Where parameters and batches are; on one device if the caller has set no mesh.
+class Placement:
+    """Where parameters and batches are placed; on one device if the caller has not set a mesh.
 
     Args:
         widths: The axis of the width in the variables of MLPs, by path.
@@ -33,7 +34,7 @@ class Layout:
         InputError: The mesh has an axis of another name.
     """
 
-    def __init__(self, widths: Mapping[str, int]):
+    def __init__(self, widths: Mapping[str, int] = MappingProxyType({})):
         mesh = jax.sharding.get_mesh()
         self._widths = widths
         self.mesh = None
@@ -45,12 +46,12 @@ class Layout:
         self.mesh = auto_mesh(mesh)
 
     def active(self) -> Any:
-        """A context in which jitted functions see the mesh."""
+        """Returns a context in which jitted functions see the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
     def batch_shards(self) -> int:
-        """How many parts a batch is split into."""
+        """The number of parts that a batch is split into."""
         sizes = {} if self.mesh is None else self.mesh.shape
         return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
@@ -58,19 +59,19 @@ class Layout:
         """Raises `InputError` if a batch's parts cannot be split evenly."""
         if batch_size % (accumulate * self.batch_shards):
             raise InputError(
-                f"batch_size {batch_size} is no multiple of {accumulate * self.batch_shards}: "
+                f"batch_size {batch_size} is not a multiple of {accumulate * self.batch_shards}: "
                 f"{accumulate} accumulated parts on {self.batch_shards} shards of the mesh"
             )
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """How a variable is split.
+        """Returns how a variable is split.
 
         Args:
-            path: Its path.
-            shape: Its shape.
+            path: The path of the variable.
+            shape: The shape of the variable.
 
         Returns:
-            The names of the mesh's axes by axis of the array.
+            The name of the mesh's axis, or None, for each axis of the array.
         """
         assert self.mesh is not None
         spec: list[str | None] = [None] * len(shape)
@@ -86,7 +87,7 @@ class Layout:
         return PartitionSpec(*spec)
 
     def shardings(self, arrays: Mapping[str, Any]) -> Any:
-        """The shardings of variables by path; None without a mesh."""
+        """Returns the shardings of variables by path; None without a mesh."""
         if self.mesh is None:
             return None
         return {
@@ -95,13 +96,13 @@ class Layout:
 
     @property
     def replicated(self) -> Any:
-        """The sharding of what every device has; None without a mesh."""
+        """The sharding of arrays that are whole on every device; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def own(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Copies of variables at their places, so that the caller's are never donated.
+        """Returns placed copies of variables, so that the caller's arrays are never donated.
 
-        Empties the dict: all that is in float32 for training would be there twice.
+        Empties the dict, so that float32 copies made for training are not in memory twice.
         """
         shardings = self.shardings(arrays)
         found = {}
@@ -113,13 +114,13 @@ class Layout:
         return found
 
     def everywhere(self, tree: Any) -> Any:
-        """A pytree of arrays with all of it on every device."""
+        """Returns a pytree of arrays that are whole on every device."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: _put(np.asarray(x), self.replicated), tree)
 
     def placed(self, tree: Any) -> Any:
-        """A pytree of arrays on the mesh: on every device what is on none of a mesh yet."""
+        """Returns a pytree on the mesh; arrays not yet on a mesh become whole on every device."""
         if self.mesh is None:
             return tree
         return jax.tree.map(
@@ -132,7 +133,7 @@ class Layout:
         )
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """A batch on the devices; each process moves the rows of its own devices only."""
+        """Returns a batch on the devices; each process moves the rows of its own devices only."""
         if self.mesh is None:
             return {name: jnp.asarray(x) for name, x in batch.items()}
         names = tuple(name for name in ("data", "fsdp") if name in self.mesh.shape)
@@ -140,7 +141,7 @@ class Layout:
         return {name: _put(x, sharding) for name, x in batch.items()}
 
     def gathered(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Variables with all of each on every device, so that any process can write them."""
+        """Returns variables that are whole on every device, so that any process can write them."""
         if self.mesh is None:
             return dict(arrays)
         return _gather(self.replicated)(dict(arrays))

@@ -1,4 +1,4 @@
-"""A model taken apart for training, and its compiled step."""
+"""Compiles the training step of a model."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import optax
 from jaxtyping import Array
 
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.engine.losses import Loss, Total
-from fusion_jax.training.engine.optimizer import Multipliers, optimiser, resolved
-from fusion_jax.training.engine.partition import Parts, Trains
-from fusion_jax.training.engine.sharding import Layout
+from fusion_jax.training.engine.losses import Loss, Total, bound
+from fusion_jax.training.engine.optimizer import Multipliers, find_multipliers, make_optimizer
+from fusion_jax.training.engine.partition import Partition, Trains
+from fusion_jax.training.engine.sharding import Placement
 
-Rule = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
-"""What variables that do not train are in a step, by path: a function of what trains, of all other
-variables, and of the steps done before. Compiled into the step."""
+VariableUpdate = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
+"""Sets non-trainable variables before each step: (params, rest, step) -> values by path. ``step``
+is the number of steps done before. Compiled into the step."""
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """The arrays that a training step changes.
 
     Args:
-        params: What trains, by path.
+        params: The parameters that train, by path.
         rest: All other variables of the model, by path.
-        opt_state: The state of the optimiser.
+        opt_state: The state of the optimizer.
     """
 
     params: dict[str, Array]
@@ -36,19 +36,19 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Loop:
-    """A model taken apart, and its compiled step.
+class CompiledStep:
+    """The compiled training step of a model.
 
     Args:
         model: The model; not changed.
-        trains: What trains, if not what the configuration says.
-        loss: What is minimised.
-        config: How.
-        steps: The steps of the whole run.
-        multipliers: Of the learning rate, by path.
-        rule: What variables that do not train are in each step.
+        loss: The loss to minimize.
+        config: The settings of training.
+        steps: The number of steps of the whole run.
         key: Random key of dropout.
-        cohorts: Which parameters began together, see `optimiser`.
+        trains: Which parameters train; None for ``config.train``.
+        multipliers: Learning-rate multipliers by path.
+        update: Sets non-trainable variables before each step.
+        cohorts: Which parameters were added together, see `make_optimizer`.
 
     Raises:
         InputError: The arguments do not fit together.
@@ -57,133 +57,143 @@ class Loop:
     def __init__(
         self,
         model: Any,
-        trains: Trains | None,
+        *,
         loss: Loss,
         config: TrainConfig,
         steps: int,
-        multipliers: Multipliers | None,
-        rule: Rule | None,
         key: Array,
+        trains: Trains | None = None,
+        multipliers: Multipliers | None = None,
+        update: VariableUpdate | None = None,
         cohorts: Mapping[str, int] | None = None,
     ):
-        self.parts = Parts(
+        self.partition = Partition(
             model,
             config.train if trains is None else trains,
             compute_dtype=config.compute_dtype and jnp.dtype(config.compute_dtype),
             remat=config.remat,
         )
-        self.layout = layout = Layout(self.parts.widths)
-        layout.check_batch(config.batch_size, config.accumulate)
-        self.factors = resolved(
-            config, multipliers, {path: self.parts.shapes[path] for path in self.parts.trained}
+        self.placement = placement = Placement(self.partition.widths)
+        placement.check_batch(config.batch_size, config.accumulate)
+        shapes = self.partition.shapes
+        self.multipliers = find_multipliers(
+            config, multipliers, {path: shapes[path] for path in self.partition.training}
         )
-        self._config, self._rule = config, rule
-        self._tx = optimiser(config, steps, self.factors, cohorts)
-        # A Partial is a pytree: what is bound to it is an argument of the step, not a constant.
-        bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
-        self._loss = layout.everywhere(bound)
-        self._key = layout.everywhere(jax.random.key_data(key))
+        self._config, self._update_variables = config, update
+        self._optimizer = make_optimizer(config, steps, self.multipliers, cohorts)
+        self._loss = placement.everywhere(bound(loss))
+        self._key = placement.everywhere(jax.random.key_data(key))
         self._impl = jax.random.key_impl(key)
 
-    def start(self, model: Any, precise: Any = None) -> TrainState:
-        """The state before the first step.
+    def start(self, model: Any, unrounded: Any = None) -> TrainState:
+        """Returns the state before the first step.
 
         Args:
             model: The model.
-            precise: The same before what trains was rounded to its dtype, if it was.
+            unrounded: The same model with the parameters before they were rounded to the model's
+                dtype, or None.
 
         Returns:
             The state.
         """
-        params, rest = self.parts.split(model)
-        if precise is not None:
-            params, _ = self.parts.split(precise)
-        params, rest = self.layout.own(params), self.layout.own(rest)
+        params, rest = self.partition.split(model)
+        if unrounded is not None:
+            params, _ = self.partition.split(unrounded)
+        params, rest = self.placement.own(params), self.placement.own(rest)
         shardings = None
-        if self.layout.mesh is not None:
-            abstract = jax.eval_shape(self._tx.init, params)
+        if self.placement.mesh is not None:
             moments = optax.tree.map_params(
-                self._tx,
+                self._optimizer,
                 lambda _, sharding: sharding,
-                abstract,
-                self.layout.shardings(params),
-                transform_non_params=lambda _: self.layout.replicated,
+                jax.eval_shape(self._optimizer.init, params),
+                self.placement.shardings(params),
+                transform_non_params=lambda _: self.placement.replicated,
             )
             shardings = TrainState(
-                self.layout.shardings(params), self.layout.shardings(rest), moments
+                self.placement.shardings(params), self.placement.shardings(rest), moments
             )
-        opt_state = jax.jit(self._tx.init, out_shardings=shardings and shardings.opt_state)(params)
-        out = None if shardings is None else (shardings, self.layout.replicated)
+        init = jax.jit(self._optimizer.init, out_shardings=shardings and shardings.opt_state)
+        out = None if shardings is None else (shardings, self.placement.replicated)
         self._step = jax.jit(self._update, donate_argnums=0, out_shardings=out)
-        return TrainState(params, rest, opt_state)
+        return TrainState(params, rest, init(params))
 
-    def step(self, state: TrainState, batch: dict[str, np.ndarray], step: int) -> Any:
-        """The state after one more batch, and its loss and gradient norm; the old state is gone."""
-        return self._step(state, self.layout.batch(batch), self._loss, self._key, np.int32(step))
+    def __call__(
+        self, state: TrainState, batch: dict[str, np.ndarray], step: int
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Takes a step.
+
+        Args:
+            state: The state; its arrays are donated.
+            batch: The batch.
+            step: The number of steps done before.
+
+        Returns:
+            The next state, and ``loss`` and ``gradient_norm``.
+        """
+        placed = self.placement.batch(batch)
+        return self._step(state, placed, self._loss, self._key, np.int32(step))
+
+    def compute_model(self, state: TrainState) -> Any:
+        """Returns the model of a state as the step computes it; it shares the state's arrays."""
+        return self.partition.compute(state.params, state.rest)
 
     def model(self, state: TrainState) -> Any:
-        """The model of a state, with arrays of its own."""
-        arrays = self.layout.gathered({**state.params, **state.rest})
+        """Returns the model of a state in its own dtypes, with arrays of its own."""
+        arrays = self.placement.gathered({**state.params, **state.rest})
         own = {
-            # What merging casts is new already.
-            path: jnp.array(x) if x.dtype == self.parts.shapes[path].dtype else x
+            # Merging copies the arrays that it casts.
+            path: jnp.array(x) if x.dtype == self.partition.shapes[path].dtype else x
             for path, x in arrays.items()
         }
-        return self.parts.merge(own, {})
+        return self.partition.merge(own, {})
 
-    def precise(self, state: TrainState) -> Any:
-        """The model of a state with what trains as it is there, or None if `model` rounds none."""
-        if all(x.dtype == self.parts.shapes[path].dtype for path, x in state.params.items()):
+    def unrounded_model(self, state: TrainState) -> Any:
+        """Returns the model of a state in the state's dtypes, or None if `model` rounds nothing."""
+        shapes = self.partition.shapes
+        if all(x.dtype == shapes[path].dtype for path, x in state.params.items()):
             return None
-        arrays = self.layout.gathered({**state.params, **state.rest})
-        return self.parts.precise({path: jnp.array(x) for path, x in arrays.items()}, {})
+        arrays = self.placement.gathered({**state.params, **state.rest})
+        return self.partition.precise({path: jnp.array(x) for path, x in arrays.items()}, {})
 
-    def _update(self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array) -> Any:
+    def _update(
+        self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)
         rest = dict(state.rest)
-        if self._rule is not None:
-            rest |= self._rule(state.params, rest, step)
+        if self._update_variables is not None:
+            rest |= self._update_variables(state.params, rest, step)
 
         def total(params: Any, batch: Any, key: Array) -> tuple[Array, Array]:
-            model = self.parts.compute(params, rest)
+            model = self.partition.compute(params, rest)
             result: Total = loss(model, batch, key if self._config.dropout else None)
             return result
 
+        (value, count), grads = self._gradient(total, state.params, batch, key)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+        numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
+        return TrainState(params, rest, opt_state), numbers
+
+    def _gradient(self, total: Callable[..., Any], params: Any, batch: Any, key: Array) -> Any:
+        """Returns the totals of a batch and their gradients, added up over accumulated parts."""
         gradient = jax.value_and_grad(total, has_aux=True)
         n = self._config.accumulate
         if n == 1:
-            (value, count), grads = gradient(state.params, batch, key)
-        else:
-            # Part i is every n-th row, so that each device keeps its own rows.
-            pieces = jax.tree.map(
-                lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
-            )
+            return gradient(params, batch, key)
+        # Part i is every n-th row, so that each device keeps its own rows.
+        pieces = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
+        )
 
-            def add(sums: Any, piece: Any) -> Any:
-                result = gradient(state.params, piece[0], piece[1])
-                return jax.tree.map(jnp.add, sums, result), None
+        def add(sums: Any, piece: Any) -> Any:
+            result = gradient(params, piece[0], piece[1])
+            return jax.tree.map(jnp.add, sums, result), None
 
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], pieces), key),
-            )
-            ((value, count), grads), _ = jax.lax.scan(
-                add, zeros, (pieces, jax.random.split(key, n))
-            )
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(params, rest, opt_state), numbers  # type: ignore[arg-type]
-
-
-def carried(old: TrainState, new: TrainState) -> TrainState:
-    """A new state in which whatever was in the old one, in the same shape, goes on from there."""
-    known = dict(jax.tree_util.tree_leaves_with_path(old))
-
-    def leaf(path: Any, x: Array) -> Array:
-        # Weights too: the model between the two has them in its own dtype, perhaps rounded.
-        return known[path] if path in known and known[path].shape == x.shape else x
-
-    return jax.tree_util.tree_map_with_path(leaf, new)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces), key),
+        )
+        sums, _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, n)))
+        return sums

@@ -1,8 +1,8 @@
-"""Which parameters a loss depends on: gradients, and how important each matrix is."""
+"""Measures how much a loss depends on parameters: gradients, and the importance of matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,47 +14,43 @@ from fusion_jax.compression.matrices import select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import check_plain
-from fusion_jax.training.engine.losses import Loss
-from fusion_jax.training.engine.partition import Parts
-from fusion_jax.training.engine.sharding import Layout
-from fusion_jax.training.engine.trainer import Source
+from fusion_jax.training.engine.batches import BatchSource
+from fusion_jax.training.engine.losses import Loss, bound
+from fusion_jax.training.engine.partition import Partition
+from fusion_jax.training.engine.sharding import Placement
 from ntk.selection import Selection
 
-Score = Callable[[Any, Source, Loss], Mapping[str, float]]
-"""How important each matrix is, by path."""
 
+class _MeanLoss:
+    """The mean of a loss over batches, and its gradients, by path of a parameter."""
 
-class _Passes:
-    """A loss over batches, and its gradients, by path of a parameter."""
-
-    def __init__(self, model: Any, source: Source, loss: Loss, batches: int | None):
-        if not (isinstance(source, Source) and callable(loss)):
-            raise InputError("give batches and a loss, as fusion_jax.training.task_source does")
+    def __init__(self, model: Any, source: BatchSource, loss: Loss, batches: int | None):
+        if not (isinstance(source, BatchSource) and callable(loss)):
+            raise InputError("give batches and a loss, such as those of a task's prepare()")
         count = len(source) if batches is None else min(batches, len(source))
         if count < 1:
             raise InputError("there are no batches to measure on")
-        self._source, self._count, self._layout = source, count, Layout({})
-        self._parts = Parts(model)
-        bound = loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
-        self.params, self._rest, self._loss = self._layout.placed(
-            (*self._parts.split(model), bound)
+        self._source, self._count, self._placement = source, count, Placement()
+        partition = Partition(model)
+        self.params, self._rest, self._loss = self._placement.placed(
+            (*partition.split(model), bound(loss))
         )
 
         def total(params: Any, rest: Any, batch: Any, loss: Any) -> tuple[Array, Array]:
-            return loss(self._parts.compute(params, rest), batch, None)
+            return loss(partition.compute(params, rest), batch, None)
 
         self._total = jax.jit(total)
         self._grad = jax.jit(jax.value_and_grad(total, has_aux=True))
 
     def _batch(self, step: int) -> Mapping[str, Array]:
-        """A batch, split over the mesh if it can be."""
-        batch, layout = self._source(step), self._layout
-        if any(len(x) % layout.batch_shards for x in batch.values()):
-            return layout.everywhere(batch)
-        return layout.batch(batch)
+        """Returns a batch, split over the mesh if its rows can be split evenly."""
+        batch, placement = self._source(step), self._placement
+        if any(len(x) % placement.batch_shards for x in batch.values()):
+            return placement.everywhere(batch)
+        return placement.batch(batch)
 
     def loss(self, params: Mapping[str, Array]) -> float:
-        """The mean loss."""
+        """Returns the mean loss."""
         totals = [
             self._total(params, self._rest, self._batch(i), self._loss) for i in range(self._count)
         ]
@@ -62,57 +58,63 @@ class _Passes:
         return total / count
 
     def gradients(self) -> dict[str, Array]:
-        """The gradients of the mean loss."""
+        """Returns the gradients of the mean loss."""
         sums: Any = jax.tree.map(jnp.zeros_like, self.params)
-        whole = 0.0
+        divisor = 0.0
         for i in range(self._count):
             (_, count), grads = self._grad(self.params, self._rest, self._batch(i), self._loss)
             sums = jax.tree.map(jnp.add, sums, grads)
-            whole += float(count)
-        return jax.tree.map(lambda g: g / whole, sums)
+            divisor += float(count)
+        return jax.tree.map(lambda g: g / divisor, sums)
 
 
 @on_auto_axes
-def mean_loss(model: Any, source: Source, loss: Loss, *, batches: int | None = None) -> float:
-    """The mean of a loss, without dropout.
+def mean_loss(model: Any, source: BatchSource, loss: Loss, *, batches: int | None = None) -> float:
+    """Returns the mean of a loss, without dropout.
 
     Args:
         model: The model.
         source: The batches.
-        loss: What is measured.
-        batches: How many batches; None for an epoch.
+        loss: The loss.
+        batches: The number of batches to measure on; None for an epoch.
 
     Returns:
         The mean.
+
+    Raises:
+        InputError: The source has no batches.
     """
-    passes = _Passes(model, source, loss, batches)
-    return passes.loss(passes.params)
+    mean = _MeanLoss(model, source, loss, batches)
+    return mean.loss(mean.params)
 
 
 @on_auto_axes
 def mean_gradients(
-    model: Any, source: Source, loss: Loss, *, batches: int | None = None
+    model: Any, source: BatchSource, loss: Loss, *, batches: int | None = None
 ) -> dict[str, Float[Array, ...]]:
-    """The gradients of the mean of a loss, without dropout.
+    """Returns the gradients of the mean of a loss, without dropout.
 
     Args:
         model: The model.
-        source: The batches, such as those of `task_source`.
-        loss: The loss, such as that of `task_source`.
-        batches: How many batches; None for an epoch.
+        source: The batches, such as those of a task.
+        loss: The loss, such as that of a task.
+        batches: The number of batches to measure on; None for an epoch.
 
     Returns:
-        By path of a parameter, for `fusion_jax.compress` and the methods that look at a loss.
+        Gradients by path of a parameter, for methods of `fusion_jax.compress` that need them.
+
+    Raises:
+        InputError: The source has no batches.
 
     Example:
-        >>> source, loss = task_source(model, data, config, key=key)  # doctest: +SKIP
+        >>> source, loss, *_ = data.prepare(model, config, key=key)  # doctest: +SKIP
         >>> gradients = mean_gradients(model, source, loss, batches=50)  # doctest: +SKIP
     """
-    return _Passes(model, source, loss, batches).gradients()
+    return _MeanLoss(model, source, loss, batches).gradients()
 
 
 def _kernels(model: Any, matrices: Selection) -> dict[str, str]:
-    """The parameter that is the matrix of each chosen layer, by path of the layer."""
+    """Returns the path of each chosen layer's matrix, by path of the layer."""
     names = {}
     for path, layer in select_matrices(model, matrices).items():
         check_plain(layer, path)
@@ -123,35 +125,35 @@ def _kernels(model: Any, matrices: Selection) -> dict[str, str]:
 @on_auto_axes
 def importance_by_removal(
     model: Any,
-    source: Source,
+    source: BatchSource,
     loss: Loss,
     *,
     matrices: Selection,
     batches: int | None = None,
 ) -> dict[str, float]:
-    """How much the loss changes when a matrix becomes zero, |L - L_{W=0}|, one after the other.
+    """Returns how much the loss changes when one matrix becomes zero, |L - L_{W=0}|.
 
     Args:
         model: The model, fine-tuned.
         source: The batches.
         loss: The loss.
-        matrices: Which plain layers.
-        batches: How many batches; None for an epoch.
+        matrices: Which plain layers: a regular expression for whole paths, or a function of a path.
+        batches: The number of batches to measure on; None for an epoch.
 
     Returns:
         The change by path of the layer.
 
     Raises:
-        InputError: No layer was chosen, or one is not plain.
+        InputError: No layer was chosen, a layer is not plain, or the source has no batches.
 
     References:
         OPF (Gao et al., ACL 2023), equation 5.
     """
     kernels = _kernels(model, matrices)
-    passes = _Passes(model, source, loss, batches)
-    whole = passes.loss(passes.params)
+    mean = _MeanLoss(model, source, loss, batches)
+    before = mean.loss(mean.params)
     return {
-        path: abs(whole - passes.loss({**passes.params, name: jnp.zeros_like(passes.params[name])}))
+        path: abs(before - mean.loss({**mean.params, name: jnp.zeros_like(mean.params[name])}))
         for path, name in kernels.items()
     }
 
@@ -159,30 +161,31 @@ def importance_by_removal(
 @on_auto_axes
 def importance_by_gradient(
     model: Any,
-    source: Source,
+    source: BatchSource,
     loss: Loss,
     *,
     matrices: Selection,
     batches: int | None = None,
 ) -> dict[str, float]:
-    """The first-order estimate of `importance_by_removal`, |<dL/dW, W>|: one backward pass for all.
+    """Returns the first-order estimate of `importance_by_removal`, |<dL/dW, W>|.
 
-    The arguments and what is returned are those of `importance_by_removal`.
+    One backward pass per batch measures all matrices. Arguments, returns and errors are those of
+    `importance_by_removal`.
 
     References:
         OPF (Gao et al., ACL 2023), equation 6.
     """
     kernels = _kernels(model, matrices)
-    passes = _Passes(model, source, loss, batches)
-    grads = passes.gradients()
+    mean = _MeanLoss(model, source, loss, batches)
+    grads = mean.gradients()
     return {
-        path: abs(float(jnp.vdot(grads[name], passes.params[name], precision="highest")))
+        path: abs(float(jnp.vdot(grads[name], mean.params[name], precision="highest")))
         for path, name in kernels.items()
     }
 
 
 def type_of(path: str) -> str:
-    """The type of a matrix, which it shares with those in the same place of other layers.
+    """Returns the type of a matrix, which is the same for matrices at the same place of each layer.
 
     Example:
         >>> type_of("encoder.layers.11.attention.query")
@@ -192,14 +195,14 @@ def type_of(path: str) -> str:
 
 
 def top_of_each_type(scores: Mapping[str, float], count: int) -> list[str]:
-    """The most important matrices of each type, see `type_of`.
+    """Returns the most important matrices of each type, such as all query projections.
 
     Args:
         scores: Importance by path.
-        count: How many of each type.
+        count: The number of matrices of each type.
 
     Returns:
-        Paths, in the order of the scores' keys.
+        Paths, in the order of the keys of ``scores``.
 
     Raises:
         InputError: The count is below 1.

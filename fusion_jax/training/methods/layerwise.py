@@ -1,11 +1,10 @@
-"""Layer-wise task-specific tuning: a compressed model learns its original's hidden states."""
+"""Layer-wise tuning: a compressed model learns the hidden states of the original model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,43 +19,45 @@ from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.batches import Batches
+from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import fingerprint_of_batch, fingerprint_of_model
-from fusion_jax.training.engine.partition import Parts
-from fusion_jax.training.engine.trainer import Fit, Source, fit
-from fusion_jax.training.tasks.classification import Encoder
-from fusion_jax.training.tasks.glue import Texts
-from fusion_jax.training.tasks.pair_encoding import PairEncoder
-from fusion_jax.training.tasks.pairs import Pairs
+from fusion_jax.training.engine.partition import Partition
+from fusion_jax.training.engine.recipe import Recipe
+from fusion_jax.training.engine.trainer import Fit, fit
+from fusion_jax.training.tasks.base import Task
+from fusion_jax.training.tasks.classification import Texts, unlabeled_batches
+from fusion_jax.training.tasks.generation import tuning_batches
+from fusion_jax.training.tasks.pair_encoding import Pairs
 
 
 @on_auto_axes
 def tune(
     student: Model,
     teacher: Model,
-    texts: Texts | Pairs | Sequence[str] | Source,
+    data: Task | Texts | Pairs | Sequence[str] | BatchSource,
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Fit:
-    """Tunes the compressed MLPs of a model towards the hidden states of the original.
+    """Tunes the compressed MLPs of a model towards the hidden states of the original model.
 
-    Minimises the mean squared error between the hidden states after every layer, over unlabelled
-    texts of the task to come. Only the MLPs that differ in shape or kind move. There is no dropout.
+    Minimizes the mean squared error between the hidden states after every layer, over unlabeled
+    texts of the task. Only the MLPs whose shape or kind differs from the original train. There is
+    no dropout.
 
     Args:
         student: The compressed model; not changed.
-        teacher: The model that it was compressed from.
-        texts: The inputs of a task, such as ``data.train``, plain strings, or batches, such as the
-            `Windows` of a language model's text. An encoder-decoder needs pairs.
-        config: How to train; None for one epoch with the paper's settings. ``train``,
+        teacher: The model before compression.
+        data: The task, whose training inputs are used; or its texts or pairs, plain strings, or
+            batches. An encoder-decoder needs pairs.
+        config: The settings of training; None for one epoch with the paper's settings. ``train``,
             ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
-        folder: Where checkpoints and ``metrics.jsonl`` go; a run found there is gone on with, if it
-            has the same models and texts. None keeps nothing.
+        folder: Where checkpoints and ``metrics.jsonl`` go. A run found there is resumed if it has
+            the same models and texts. None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
@@ -71,14 +72,14 @@ def tune(
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.4.
 
     Example:
-        >>> fit = tune(smaller, model, data.train, key=key)  # doctest: +SKIP
+        >>> fit = tune(smaller, model, data, key=key)  # doctest: +SKIP
     """
     config = TrainConfig(epochs=1) if config is None else config
     if config.train != "all":
         raise InputError("train does not apply: the compressed MLPs train")
     config = replace(config, dropout=False)
     places = compressed(student, teacher)
-    source = texts if isinstance(texts, Source) else _batches(student, texts, config, key)
+    source = _batches(student, data, config, key)
     about = {}
     if folder is not None:
         about = {
@@ -92,45 +93,49 @@ def tune(
         jax.tree_util.Partial(losses.hidden_states, _in_dtype(teacher, config)),
         config,
         key=key,
-        trains=lambda path: path.startswith(places),
-        folder=None if folder is None else Path(folder),
-        about=about,
+        folder=folder,
+        recipe=Recipe(trains=lambda path: path.startswith(places), about=about),
         progress=progress,
     )
 
 
 def _batches(
-    student: Model, texts: Texts | Pairs | Sequence[str], config: TrainConfig, key: Key[Array, ""]
-) -> Batches:
-    seed = int(jax.random.bits(key))
-    if isinstance(texts, Pairs):
-        pairs = PairEncoder(student, config.max_length, config.truncate)
-        return pairs.batches(texts, config.batch_size, shapes=config.shapes, seed=seed)
-    if not isinstance(texts, Texts):
-        texts = Texts([(t,) for t in texts], None, [f"texts[{i}]" for i in range(len(texts))])
-    encoder = Encoder(student, config.max_length, config.truncate)
-    examples = encoder(texts._replace(labels=None))
-    return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
+    student: Model,
+    data: Task | Texts | Pairs | Sequence[str] | BatchSource,
+    config: TrainConfig,
+    key: Array,
+) -> BatchSource:
+    if isinstance(data, BatchSource):
+        return data
+    if isinstance(data, Task):
+        return data.inputs(student, config, key=key)
+    if isinstance(data, Pairs):
+        return tuning_batches(data, student, config, key=key)
+    if not isinstance(data, Texts):
+        data = Texts([(text,) for text in data], None, [f"data[{i}]" for i in range(len(data))])
+    return unlabeled_batches(data, student, config, key=key)
 
 
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
-    """The beginnings of the paths of a student's compressed MLPs.
+    """Returns the prefixes of the paths of a student's compressed MLPs.
 
     Args:
         student: The compressed model.
-        teacher: The original.
+        teacher: The original model.
 
     Returns:
-        Such as ``("layers.2.mlp.", "layers.3.mlp.")``.
+        Prefixes such as ``("layers.2.mlp.", "layers.3.mlp.")``.
 
     Raises:
-        InputError: The models have MLPs at different places, or all MLPs are alike.
+        InputError: The models have MLPs at different places, or no MLP differs.
     """
     ours, theirs = sites(student), sites(teacher)
     if [s.path for s in ours] != [s.path for s in theirs]:
         raise InputError("student and teacher have their MLPs at different places")
     places = tuple(
-        f"{a.path}." for a, b in zip(ours, theirs, strict=True) if _what(a.mlp) != _what(b.mlp)
+        f"{a.path}."
+        for a, b in zip(ours, theirs, strict=True)
+        if _structure(a.mlp) != _structure(b.mlp)
     )
     if not places:
         raise InputError(
@@ -140,11 +145,12 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
     return places
 
 
-def _what(mlp: AnyMlp) -> tuple[Any, ...]:
-    """What kind of MLP it is, matrices in other forms included."""
+def _structure(mlp: AnyMlp) -> tuple[Any, ...]:
+    """Returns the kind and shape of an MLP and of its matrices in other forms."""
     return mlp.spec(), {path: form.spec() for path, form in find_forms(mlp).items()}
 
 
 def _in_dtype(teacher: Model, config: TrainConfig) -> Any:
-    parts = Parts(teacher, compute_dtype=config.compute_dtype and jnp.dtype(config.compute_dtype))
-    return parts.compute(*parts.split(teacher))
+    dtype = config.compute_dtype and jnp.dtype(config.compute_dtype)
+    partition = Partition(teacher, compute_dtype=dtype)
+    return partition.compute(*partition.split(teacher))

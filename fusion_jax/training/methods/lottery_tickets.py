@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning with rewinding: lottery tickets."""
+"""Lottery tickets: iterative magnitude pruning with rewinding."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import select_sites, sites
 from fusion_jax.progress import show_progress
-from fusion_jax.training.methods.stages import Rounds, outcome
+from fusion_jax.training.methods.stages import Stages, unpack_fit
 from ntk.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """What rounds of pruning and rewinding gave.
+    """The result of `lottery`.
 
     Args:
         model: The model with its first weights, masked: train it as usual.
         rounds: The rounds done.
-        finished: False if training was told to stop; the same call with a folder goes on.
+        finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
     model: Any
@@ -50,28 +50,27 @@ def lottery(
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Ticket:
-    """Trains, prunes the smallest weights of the MLPs, rewinds the others, and so on.
+    """Finds a lottery ticket: trains, prunes the smallest weights of the MLPs, rewinds, repeats.
 
-    Every round keeps the same share of what was left, by one limit over all MLPs. The weights that
-    are left are those that training started from.
+    Every round keeps the same share of the remaining weights, with one threshold for all MLPs. The
+    remaining weights have the values from before training.
 
     Args:
         model: The model; not changed.
-        train: Trains a model for a while, such as an epoch; takes the model and a folder for its
-            run, or None, and gives its `Fit`, or the model. A `Fit` that is not finished ends the
-            call without pruning by it.
-        keep: The share of the MLPs' weights that is left after all rounds.
-        rounds: How many.
+        train: Trains a model, for example for an epoch: (model, run folder or None) -> `Fit`, or
+            the model. A `Fit` that is not finished ends the call without pruning.
+        keep: The share of the MLPs' weights that remains after all rounds.
+        rounds: The number of rounds.
         layers: Which MLPs, see `fusion_jax.compress`.
-        folder: Where rounds are kept, so that the same call goes on; None keeps nothing.
+        folder: Where the progress is kept, so that the same call resumes it; None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
-        The model with its first weights, masked, and how far it got.
+        The model with its first weights, masked, and the rounds done.
 
     Raises:
         InputError: ``keep`` or ``rounds`` is out of range, ``layers`` matches nothing, or the
-            folder was begun with other settings or another model.
+            folder was started with other settings or another model.
 
     References:
         Frankle and Carbin (2019), The Lottery Ticket Hypothesis; the baseline LTH of MLP Fusion
@@ -94,40 +93,40 @@ def lottery(
     chosen = [site.path for site in select_sites(sites(model), layers)]
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
-        # In place of what `compress` wrote, which kept all.
+        # Replaces the entry of `compress`, which kept all weights.
         ticket.provenance = provenance.after(
             {"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen}
         )
-    kept = Rounds(folder, "ticket", model, {"keep": keep, "rounds": rounds, "sites": chosen})
-    read, finished = kept.notes(), True
-    done = 0 if read is None else read["done"]
+    stages = Stages(folder, "ticket", model, {"keep": keep, "rounds": rounds, "sites": chosen})
+    record, finished = stages.read_record(), True
+    done = 0 if record is None else record["done"]
     if done:
-        ticket = kept.model(done, model)
+        ticket = stages.load_model(done, model)
     with show_progress("Pruning", rounds, progress) as advance:
         if done:
             advance("resumed", done)
         while done < rounds:
-            trained, finished = outcome(train(ticket, kept.run(done)))
+            trained, finished = unpack_fit(train(ticket, stages.run_folder(done)))
             if not finished:
                 break
-            places = _masked(trained, chosen)
+            places = _layers_of(trained, chosen)
             if not places or not all(isinstance(place, Masked) for place in places):
-                raise InputError("train must give the model that it got, trained; masks are gone")
+                raise InputError("train must return the trained model; the masks are gone")
             scores = [np.abs(np.asarray(place.matrix(), np.float32)) for place in places]
-            # Weights already masked are 0 and come last.
+            # Weights that are already masked are 0, so that they rank last.
             masks = top_masks(scores, keep ** ((done + 1) / rounds))
             ticket = nnx.clone(ticket)
-            for place, mask in zip(_masked(ticket, chosen), masks, strict=True):
+            for place, mask in zip(_layers_of(ticket, chosen), masks, strict=True):
                 place.mask = Frozen(jnp.asarray(mask))
             done += 1
-            kept.note({"done": done}, model=ticket, count=done)
-            kept.trained(done - 1)
+            stages.write({"done": done}, model=ticket, done=done)
+            stages.remove_run(done - 1)
             left = sum(int(mask.sum()) for mask in masks)
             advance(f"round {done} of {rounds}, {left:,} weights left")
     return Ticket(model=ticket, rounds=done, finished=finished)
 
 
-def _masked(model: nnx.Module, chosen: list[str]) -> list[Any]:
-    """The masked layers of sites, in order."""
+def _layers_of(model: nnx.Module, chosen: list[str]) -> list[Any]:
+    """Returns the linear layers of the chosen sites, in order."""
     found = [site.mlp for site in sites(model) if site.path in set(chosen)]
     return [layer for mlp in found for _, layer in sorted(mlp.linears().items())]

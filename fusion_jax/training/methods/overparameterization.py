@@ -1,4 +1,4 @@
-"""Over-parameterised fine-tuning: important matrices train as chains, and become plain again."""
+"""Over-parameterized fine-tuning: important matrices train as chains of cores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import LinearForm, check_plain, matrix_of, stack_of
 from fusion_jax.nn.surgery import at, replaced
+from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.losses import Loss
-from fusion_jax.training.engine.trainer import Source
 from fusion_jax.training.methods.importance import importance_by_gradient, top_of_each_type, type_of
 from ntk.selection import Selection
 
@@ -27,23 +27,24 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @on_auto_axes
-def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) -> ModelT:
-    """The same function with matrices as chains of cores, all of which train.
+def overparameterize(model: ModelT, paths: Sequence[str], *, cores: int = 11) -> ModelT:
+    """Returns the same function with matrices as chains of cores, all of which train.
 
-    A chain has an outer factor at either end and square matrices between, the identity at first.
-    `fusion_jax.plain` makes plain layers of the chains again: inference costs what it did.
+    A chain has an outer factor at each end and square matrices between them, which start as the
+    identity. After training, `fusion_jax.plain` turns the chains into plain layers again, so that
+    inference costs the same as before.
 
     Args:
         model: The model; not changed.
-        paths: The plain linear layers.
-        cores: Cores of a chain, at least 2.
+        paths: The paths of plain linear layers.
+        cores: The number of cores of a chain, at least 2.
 
     Returns:
         The model, which shares all other arrays with the original.
 
     Raises:
-        InputError: There is no path, or one is no plain linear layer.
-        ArithmeticError: A chain is not its matrix, by more than rounding.
+        InputError: There are no paths, or one of them is not a plain linear layer.
+        ArithmeticError: A chain differs from its matrix by more than rounding.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.1, with 11 cores.
@@ -51,7 +52,7 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
     Example:
         >>> from fusion_jax import Mlp
         >>> mlp = Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
-        >>> wide_mlp = overparameterise(mlp, ["up"], cores=3)
+        >>> wide_mlp = overparameterize(mlp, ["up"], cores=3)
         >>> [core.shape for core in wide_mlp.up.cores]
         [(1, 2, 4, 8), (8, 1, 1, 8), (8, 2, 4, 1)]
     """
@@ -66,7 +67,7 @@ def overparameterise(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
         except (AttributeError, KeyError, IndexError, TypeError):
             layer = None
         if not isinstance(layer, nnx.Linear | LinearForm):
-            raise InputError(f"{path} is no linear layer")
+            raise InputError(f"{path} is not a linear layer")
         check_plain(layer, path)
         layout = mpo.chain(layer.in_features, layer.out_features, cores)
         form = mpo.Mpo.abstract(layer, **layout._asdict())
@@ -89,25 +90,33 @@ def _chain(kernel: Array, layout: mpo.Layout, stacked: int) -> tuple[tuple[Array
 
 @dataclass(kw_only=True)
 class Chains:
-    """Dynamic over-parameterisation: every so many steps, the most important matrices grow.
-
-    For the argument ``growth`` of `fusion_jax.finetune`.
+    """Dynamic over-parameterization: the most important matrices become chains during training.
 
     Args:
-        source: The batches that importance is measured on.
-        loss: The loss that it is measured by.
+        source: The batches on which importance is measured.
+        loss: The loss by which importance is measured.
         every: Steps between rounds.
-        per_round: Matrices of each type, see `type_of`, that grow in a round.
-        total: Matrices of each type that grow at all.
-        matrices: Which may grow: linear layers. By default those of all layers, but no routers.
-        cores: Cores of a chain.
-        batches: How many batches importance is measured on; None for an epoch.
+        per_round: The number of matrices of each type, such as all query projections, that become
+            chains in a round.
+        total: The number of matrices of each type that become chains in all rounds.
+        matrices: Which linear layers may become chains; by default those of all layers except
+            routers.
+        cores: The number of cores of a chain.
+        batches: The number of batches on which importance is measured; None for an epoch.
+
+    Raises:
+        InputError: A number is out of range.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.2 and equation 6.
+
+    Example:
+        >>> source, loss, *_ = data.prepare(model, config, key=key)  # doctest: +SKIP
+        >>> recipe = Recipe(growth=Chains(source=source, loss=loss, every=500))  # doctest: +SKIP
+        >>> fit = finetune(model, data, config, key=key, recipe=recipe)  # doctest: +SKIP
     """
 
-    source: Source
+    source: BatchSource
     loss: Loss
     every: int
     per_round: int = 2
@@ -116,7 +125,7 @@ class Chains:
     cores: int = 11
     batches: int | None = 32
     scores: list[dict[str, float]] = field(default_factory=list, init=False)
-    """What this object measured, round by round: after going on, without the earlier ones."""
+    """The importance measured in each round, by path; a resumed run has its own rounds only."""
 
     def __post_init__(self):
         for name, least in (("every", 1), ("per_round", 1), ("total", 1), ("cores", 2)):
@@ -126,7 +135,7 @@ class Chains:
             raise InputError(f"batches must be at least 1; got {self.batches}")
 
     def replaceable(self, model: Any) -> list[str]:
-        """The matrices that may grow: parameters, in the place of which cores come."""
+        """Returns the paths of the matrices that may become chains."""
         return [
             f"{path}.kernel"
             for path, layer in self._found(model).items()
@@ -142,18 +151,18 @@ class Chains:
                 check_plain(layer, path)
         return found
 
-    def _grew(self, layer: Any) -> bool:
-        """Whether a layer is a chain as these grow, and not one of another kind from the start."""
+    def _is_chain(self, layer: Any) -> bool:
+        """Returns whether a layer is a chain of this growth, not of another kind."""
         if not isinstance(layer, mpo.Mpo):
             return False
         return layer.layout == mpo.chain(layer.in_features, layer.out_features, self.cores)
 
     def choose(self, model: Any, step: int) -> list[str] | None:
-        """The paths of the matrices that grow now, or None if all have."""
+        """Returns the paths of the matrices to change now, or None if none is left."""
         found = self._found(model)
         grown: dict[str, int] = {}
         for path, layer in found.items():
-            if self._grew(layer):
+            if self._is_chain(layer):
                 grown[type_of(path)] = grown.get(type_of(path), 0) + 1
         plain = {path for path, layer in found.items() if not isinstance(layer, LinearForm)}
         open_paths = {path for path in plain if grown.get(type_of(path), 0) < self.total}
@@ -175,18 +184,18 @@ class Chains:
         return chosen
 
     def apply(self, model: Any, change: Sequence[str]) -> Any:
-        """The model with these matrices as chains."""
-        return overparameterise(model, change, cores=self.cores)
+        """Returns the model with these matrices as chains."""
+        return overparameterize(model, change, cores=self.cores)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings that can be compared: ``matrices`` only if it is no function."""
+        """Returns the settings that must match on resume; ``matrices`` unless it is a function."""
         names = ("every", "per_round", "total", "cores", "batches")
         given = {} if callable(self.matrices) else {"matrices": self.matrices}
         return {**{name: getattr(self, name) for name in names}, **given}
 
 
 def added_params(d: int, o: int, cores: int) -> int:
-    """The parameters that a chain has more than its matrix.
+    """Returns the number of parameters that a chain has in addition to its matrix's.
 
     Example:
         >>> added_params(768, 3072, 11)

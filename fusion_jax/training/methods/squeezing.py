@@ -1,4 +1,4 @@
-"""Lightweight fine-tuning of matrix product operators, and squeezing their bonds."""
+"""Lightweight fine-tuning of matrix product operators, and dimension squeezing."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import Frozen, find_forms
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.progress import show_progress
-from fusion_jax.training.methods.stages import Rounds, outcome
+from fusion_jax.training.methods.stages import Stages, unpack_fit
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 def lightweight(model: ModelT) -> ModelT:
-    """The model with the largest tensor of every chain Frozen: only the auxiliary ones train.
+    """Returns the model with the largest core of every chain Frozen: only the other cores train.
 
-    In a balanced chain it is the central one; at full bonds it has nine tenths of the numbers.
+    In a balanced chain it is the central core; at full bonds it has nine tenths of the numbers.
 
     Args:
         model: A model with `Mpo` layers; not changed.
@@ -40,7 +40,7 @@ def lightweight(model: ModelT) -> ModelT:
         The model, which shares its arrays with the original.
 
     Raises:
-        InputError: There is no chain, or one has one tensor.
+        InputError: There is no chain, or a chain has one core only.
 
     References:
         MPOP (Liu et al., ACL 2021), section 4.1.
@@ -54,7 +54,7 @@ def lightweight(model: ModelT) -> ModelT:
     """
     for path, form in chains(model).items():
         if len(form.cores) < 2:
-            raise InputError(f"{path} is a chain of one tensor: nothing of it would train")
+            raise InputError(f"{path} is a chain of one core: nothing of it would train")
     return _with_frozen(model, lambda form: (_largest(form.layout),))
 
 
@@ -65,7 +65,7 @@ def _largest(layout: Layout) -> int:
 
 
 def all_train(model: ModelT) -> ModelT:
-    """The model with every tensor of every chain trainable again."""
+    """Returns the model with every core of every chain trainable again."""
     return _with_frozen(model, lambda form: ())
 
 
@@ -78,15 +78,15 @@ def _with_frozen(model: ModelT, frozen: Callable[[Mpo], tuple[int, ...]]) -> Mod
 
 
 def chains(model: nnx.Module) -> dict[str, Mpo]:
-    """The layers of a model that are chains, by path; raises `InputError` if there are none."""
+    """Returns the layers that are chains, by path; raises `InputError` if there are none."""
     found = {path: form for path, form in find_forms(model).items() if isinstance(form, Mpo)}
     if not found:
-        raise InputError("the model has no matrix product operator; see fusion_jax.MPO")
+        raise InputError("the model has no matrix product operators; see fusion_jax.MPO")
     return found
 
 
 def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Any) -> Any:
-    """The form with other bonds or other Frozen tensors."""
+    """Returns the layer with other bonds, cores or Frozen cores."""
     new: Any = nnx.clone(form)
     new.layout, new.frozen = layout, frozen
     dtype = form.dtype
@@ -99,13 +99,13 @@ def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Any) -> 
 
 @dataclass(frozen=True)
 class Cut:
-    """One step of squeezing: a bond of a chain made smaller.
+    """One step of squeezing: a bond of a chain becomes smaller.
 
     Args:
-        path: The layer.
-        bond: Which bond, counted from 0.
-        size: Its new size.
-        estimate: The Frobenius norm of what is lost, by the singular values cut off.
+        path: The path of the layer.
+        bond: The number of the bond, counted from 0.
+        size: The new size of the bond.
+        estimate: The Frobenius norm of the error, from the singular values that are cut off.
     """
 
     path: str
@@ -116,14 +116,17 @@ class Cut:
 
 @on_auto_axes
 def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
-    """The bond that can be made smaller at the least estimated error.
+    """Returns the cut of a bond with the smallest estimated error.
 
     Args:
         model: A model with `Mpo` layers.
-        step: By how much bonds get smaller; of a stack of experts, all at once.
+        step: The decrease of a bond; in a stack of experts, of all experts at once.
 
     Returns:
         The cut, or None if no bond is larger than the step.
+
+    Raises:
+        InputError: There is no chain.
 
     References:
         MPOP (Liu et al., ACL 2021), algorithm 2.
@@ -141,7 +144,7 @@ def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
 
 
 def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.TensorTrain, Array]:
-    """The cores with smaller bonds, and their `mpo.excess`."""
+    """Returns the cores with smaller bonds, and their `mpo.excess`."""
     cores = [wide(core[...]) for core in form.cores]
 
     def one(cores: list[Array]) -> tuple[mpo.TensorTrain, Array]:
@@ -164,10 +167,10 @@ def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
 
 @on_auto_axes
 def cut(model: ModelT, chosen: Cut) -> ModelT:
-    """The model with one bond made smaller; the model itself is not changed.
+    """Returns the model with one smaller bond; the model itself is not changed.
 
     Raises:
-        ArithmeticError: What was lost is above the bound, by more than rounding.
+        ArithmeticError: The error is above its bound by more than rounding.
     """
     form = chains(model)[chosen.path]
     bonds = list(form.layout.bonds)
@@ -181,15 +184,16 @@ def cut(model: ModelT, chosen: Cut) -> ModelT:
 
 @dataclass(frozen=True, kw_only=True)
 class Squeezed:
-    """What squeezing gave.
+    """The result of `squeeze`.
 
     Args:
         model: The smallest model within the tolerance.
-        loss: Its loss.
+        loss: The loss of this model.
         first_loss: The loss before the first cut.
         cuts: The cuts that were kept, with the loss after each.
-        stopped: Whether a cut was above the tolerance; else the rounds ended, or all bonds are 1.
-        finished: False if training was told to stop; the same call with a folder goes on.
+        stopped: Whether a cut exceeded the tolerance; if not, all rounds were done, or all bonds
+            are 1.
+        finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
     model: Any
@@ -212,34 +216,34 @@ def squeeze(
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Squeezed:
-    """Dimension squeezing: makes the cheapest bond smaller, fine-tunes, and goes on.
+    """Squeezes a model: makes the cheapest bond smaller, fine-tunes, and repeats.
 
     Args:
         model: A model with `Mpo` layers, fine-tuned (`lightweight`).
-        train: Fine-tunes a model after a cut; takes the model and a folder for its run, or None,
-            and gives its `Fit`, or the model. A `Fit` that is not finished ends the call, without
-            a cut: only then can a run be told to stop in the middle of a round.
-        measure: The loss of a model, such as `mean_loss` on some batches.
-        tolerance: Stop when the loss is higher by more than this than before the first cut; the
-            cut that did it is undone.
-        two_sided: Stop when the loss is lower by more than the tolerance, too, as the paper's box
-            has it: then training that still helps ends the squeezing.
-        rounds: Most cuts; a call that goes on may ask for more.
-        step: By how much a bond gets smaller in a cut.
-        folder: Where rounds are kept, so that the same call goes on; None keeps nothing.
+        train: Fine-tunes a model after a cut: (model, run folder or None) -> `Fit`, or the model.
+            A `Fit` that is not finished ends the call without keeping the cut; return a `Fit` so
+            that a run can be stopped in the middle of a round.
+        measure: Returns the loss of a model, such as `mean_loss` on some batches.
+        tolerance: Stop when the loss exceeds the loss before the first cut by more than this; the
+            last cut is then undone.
+        two_sided: Whether to stop, too, when the loss is lower by more than the tolerance, as in
+            the paper's box; training that still improves the model then ends the squeezing.
+        rounds: The largest number of cuts; a resuming call may allow more.
+        step: The decrease of a bond in a cut.
+        folder: Where the progress is kept, so that the same call resumes it; None keeps nothing.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
     Returns:
         The squeezed model and its history.
 
     Raises:
-        InputError: The model has no chain, a number is out of range, or the folder was begun with
+        InputError: The model has no chain, a number is out of range, or the folder was started with
             other settings or another model.
         FloatingPointError: The loss before the first cut is NaN or infinite.
 
     References:
-        MPOP (Liu et al., ACL 2021), algorithm 2: stop when the gap is above the tolerance, as its
-        box says and its text does not; the published code looks at a higher loss only, by 0.03.
+        MPOP (Liu et al., ACL 2021), algorithm 2, whose box, but not its text, stops when the gap
+        exceeds the tolerance. The published code stops at a loss that is higher by 0.03.
 
     Example:
         >>> squeezed = squeeze(model, train, measure, folder="run")  # doctest: +SKIP
@@ -255,31 +259,31 @@ def squeeze(
     for path, form in found.items():
         settings[f"bonds of {path}"] = list(form.layout.bonds)
         settings[f"Frozen cores of {path}"] = list(form.frozen)
-    kept_rounds = Rounds(folder, "squeezed", model, settings)
+    stages = Stages(folder, "squeezed", model, settings)
     kept: list[tuple[Cut, float]] = []
-    read = kept_rounds.notes()
-    if read is None:
+    record = stages.read_record()
+    if record is None:
         first, stopped = float(measure(model)), False
         if not math.isfinite(first):
             raise FloatingPointError(f"the loss before the first cut is {first}")
     else:
-        first, stopped = read["first_loss"], read["stopped"]
-        kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in read["cuts"]]
+        first, stopped = record["first_loss"], record["stopped"]
+        kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in record["cuts"]]
         if len(kept) > rounds:
             raise InputError(
                 f"{folder} holds {len(kept)} cuts, more than rounds={rounds}; give at least as "
                 "many, or another folder"
             )
         if kept:
-            model = kept_rounds.model(len(kept), model)
+            model = stages.load_model(len(kept), model)
     best, loss, finished = model, kept[-1][1] if kept else first, True
 
-    def note(new: Any = None) -> None:
+    def write(new: Any = None) -> None:
         entries = [{"cut": vars(c), "loss": value} for c, value in kept]
         fields = {"first_loss": first, "cuts": entries, "stopped": stopped}
-        kept_rounds.note(fields, model=new, count=len(kept))
+        stages.write(fields, model=new, done=len(kept))
 
-    note()
+    write()
     with show_progress("Squeezing", rounds, progress) as advance:
         if kept:
             advance("resumed", len(kept))
@@ -287,8 +291,8 @@ def squeeze(
             chosen = cheapest_cut(best, step=step)
             if chosen is None:
                 break
-            count = len(kept)
-            tried, finished = outcome(train(cut(best, chosen), kept_rounds.run(count)))
+            done = len(kept)
+            tried, finished = unpack_fit(train(cut(best, chosen), stages.run_folder(done)))
             if not finished:
                 break
             value = float(measure(tried))
@@ -296,13 +300,13 @@ def squeeze(
             # Negated, so that NaN stops too.
             stopped = not (abs(rise) if two_sided else rise) <= tolerance
             if stopped:
-                note()
+                write()
             else:
                 best, loss = tried, value
                 kept.append((chosen, value))
-                note(best)
-            # Only now, so that stopping at any moment loses nothing.
-            kept_rounds.trained(count)
+                write(best)
+            # After the record is written, so that stopping at any moment loses nothing.
+            stages.remove_run(done)
             advance(f"{chosen.path} bond {chosen.bond} to {chosen.size}, loss {value:.4f}")
     return Squeezed(
         model=best, loss=loss, first_loss=first, cuts=kept, stopped=stopped, finished=finished

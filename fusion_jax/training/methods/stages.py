@@ -1,4 +1,4 @@
-"""Methods that train in rounds: what they keep of each, and go on from."""
+"""Keeps and resumes the progress of methods that train in several stages."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from typing import Any
 import jax
 from flax import nnx
 
+from fusion_jax.checkpoint import load, save
+from fusion_jax.checkpoint.files import write_text
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Provenance
-from fusion_jax.training.engine.artefacts import replace
 from fusion_jax.training.engine.fingerprints import fingerprint_of_model
-from fusion_jax.training.engine.trainer import Fit, check_same
+from fusion_jax.training.engine.run_folder import check_same, replace_artefact
+from fusion_jax.training.engine.trainer import Fit
 
 
-def outcome(result: Any) -> tuple[Any, bool]:
-    """The model that a round's training gave, and whether it was trained to the end.
+def unpack_fit(result: Any) -> tuple[Any, bool]:
+    """Returns the model that a stage's training gave, and whether training was finished.
 
     Args:
         result: A `Fit`, or a model, which counts as finished.
 
     Returns:
-        The model and the answer.
+        The model, and whether training was finished.
 
     Raises:
-        InputError: It is neither.
+        InputError: The result is neither.
     """
     if isinstance(result, Fit):
         return result.model, result.finished
     if not isinstance(result, nnx.Module):
-        raise InputError(f"train must give its Fit, or the model; it gave {type(result).__name__}")
+        raise InputError(
+            f"train must return its Fit, or the model; it returned {type(result).__name__}"
+        )
     return result, True
 
 
-class Rounds:
-    """Rounds in a folder: notes as JSON, the model after the last round, and a run's folder.
+class Stages:
+    """The stages of a method in a folder: a JSON record, the last model, and a run folder.
 
     Args:
         folder: The folder; None keeps nothing.
-        name: What the method makes, such as "squeezed": names of its notes and models.
-        model: The model that rounds begin with.
-        settings: What a call that goes on must have had the same, besides the model, as JSON
-            values by name.
+        name: The name of the record and of the models, such as "squeezed".
+        model: The model before the first stage.
+        settings: Settings that must match on resume, besides the model, as JSON values by name.
 
     Raises:
         InputError: The model cannot be saved, or the folder is a file.
@@ -72,63 +75,62 @@ class Rounds:
                 raise InputError(f"{folder} is a file; give a folder")
             self._settings["model"] = fingerprint_of_model(model)
 
-    def notes(self) -> dict[str, Any] | None:
-        """What was noted last; None if nothing was.
+    def read_record(self) -> dict[str, Any] | None:
+        """Returns the record in the folder, or None if there is none.
 
         Raises:
-            InputError: The folder was begun with other settings, or another model, or its notes are
-                no notes.
+            InputError: The folder was started with other settings or another model, or the file is
+                not a record.
         """
-        if self.folder is None or not self._notes.is_file():
+        if self.folder is None or not self._record.is_file():
             return None
         try:
-            read = json.loads(self._notes.read_text(encoding="utf-8"))
-            settings = read["settings"]
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+            settings = record["settings"]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self._notes} is none of ours; give another folder") from None
+            raise InputError(
+                f"{self._record} was not written by fusion_jax; give another folder"
+            ) from None
         check_same(self.folder, settings, self._settings)
-        return read
+        return record
 
-    def model(self, count: int, first: Any) -> Any:
-        """The model after so many rounds, which was kept; from where the first one is."""
-        from fusion_jax.checkpoint import load
-
+    def load_model(self, done: int, original: Any) -> Any:
+        """Returns the model after some stages, with the name and tokenizer of the original."""
         assert self.folder is not None
-        found = load(self.folder / f"{self._name}-{count}")
-        # Its own folder goes with the next round, and the tokenizer with it.
-        place = {"name": first.provenance.name, "folder": first.provenance.folder}
-        found.provenance = dataclasses.replace(found.provenance, **place)
-        return found
+        model = load(self.folder / f"{self._name}-{done}")
+        # The model's own folder, and the tokenizer in it, is removed after the next stage.
+        place = {"name": original.provenance.name, "folder": original.provenance.folder}
+        model.provenance = dataclasses.replace(model.provenance, **place)
+        return model
 
-    def run(self, count: int) -> Path | None:
-        """The folder for training in the round after so many."""
-        return None if self.folder is None else self.folder / f"round-{count}"
+    def run_folder(self, done: int) -> Path | None:
+        """Returns the folder for the training of the stage that follows ``done`` stages."""
+        return None if self.folder is None else self.folder / f"round-{done}"
 
-    def note(self, fields: Mapping[str, Any], *, model: Any = None, count: int = 0) -> None:
-        """Notes fields, and keeps a model, if given, as that after so many rounds.
+    def write(self, record: Mapping[str, Any], *, model: Any = None, done: int = 0) -> None:
+        """Writes the record, and the model after ``done`` stages if it is given.
 
-        In an order in which stopping at any moment loses nothing.
+        The order of writing is such that stopping at any moment loses nothing.
         """
         if self.folder is None:
             return
         if model is not None:
-            replace(model, self.folder / f"{self._name}-{count}")
+            replace_artefact(model, self.folder / f"{self._name}-{done}", save)
         if jax.process_index():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = self._notes.with_suffix(".new")
-        text = json.dumps({**fields, "settings": self._settings}, indent=1)
-        new.write_text(text + "\n", encoding="utf-8")
-        new.replace(self._notes)
+        write_text(
+            self._record, json.dumps({**record, "settings": self._settings}, indent=1) + "\n"
+        )
         if model is not None:
-            shutil.rmtree(self.folder / f"{self._name}-{count - 1}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"{self._name}-{done - 1}", ignore_errors=True)
 
-    def trained(self, count: int) -> None:
-        """Removes the folder of the training in the round after so many."""
+    def remove_run(self, done: int) -> None:
+        """Removes the folder that `run_folder` gave for the same number of stages."""
         if self.folder is not None and not jax.process_index():
-            shutil.rmtree(self.folder / f"round-{count}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"round-{done}", ignore_errors=True)
 
     @property
-    def _notes(self) -> Path:
+    def _record(self) -> Path:
         assert self.folder is not None
         return self.folder / f"{self._name}.json"

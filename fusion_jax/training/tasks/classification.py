@@ -1,179 +1,157 @@
-"""Fine-tuning on a task, predicting, and measuring."""
+"""Classification and regression of texts: fine-tuning, predicting and measuring."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
+from fusion_jax import checkpoint
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, max_positions
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.artefacts import Write, fit_and_keep
 from fusion_jax.training.engine.batches import Batches, Examples
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.engine.losses import Loss
-from fusion_jax.training.engine.optimizer import Multipliers
-from fusion_jax.training.engine.partition import Trains
-from fusion_jax.training.engine.sharding import Layout
-from fusion_jax.training.engine.step import Rule
-from fusion_jax.training.engine.trainer import Fit, Growth, OnStep
-from fusion_jax.training.tasks.glue import Task, TaskData, Texts, encode
+from fusion_jax.training.engine.sharding import Placement
+from fusion_jax.training.tasks.base import Prepared
 from fusion_jax.training.tasks.metrics import METRICS
 
 
-def finetune(
-    model: Model,
-    data: TaskData,
-    config: TrainConfig | None = None,
-    *,
-    key: Key[Array, ""],
-    folder: str | os.PathLike[str] | None = None,
-    trains: Trains | None = None,
-    loss: Callable[[Loss], Loss] | None = None,
-    multipliers: Multipliers | None = None,
-    on_step: OnStep | None = None,
-    rule: Rule | None = None,
-    growth: Growth | None = None,
-    save: Write | None = None,
-    best_from: int = 0,
-    about: Mapping[str, Any] | None = None,
-    progress: bool | None = None,
-) -> Fit:
-    """Fine-tunes a model on a task; the model itself is not changed.
-
-    On the mesh that the caller has set, if any. With a folder, the run can be stopped at any time,
-    also by killing it: the same call goes on with it and ends with the same bits.
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """The labels and metrics of a classification or regression task.
 
     Args:
-        model: A model from `fusion_jax.load` with a classification head.
-        data: From `load_task` or `read_task`.
-        config: How to train; None for the paper's settings.
-        key: Random key of dropout and of the order of the examples.
-        folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (by the first
-            metric of the first dev set) and ``last`` go; None keeps nothing.
-        trains: What trains, if not what ``config.train`` says.
-        loss: What is minimised, made of the task's loss: for teachers and penalties.
-        multipliers: What multiplies the learning rate of some parameters, see `fit`.
-        on_step: Called after each step with the steps done and the state; may return another.
-        rule: What variables that do not train are in each step, see `fit`.
-        growth: What changes the model's structure now and then, see `fit`.
-        save: What writes the artefacts; None for `fusion_jax.save`.
-        best_from: Evaluations after fewer steps do not count for ``best``, such as those while a
-            schedule still changes the model.
-        about: What else the run is about, see `fit`.
-        progress: True shows progress on standard error, False does not, None only on a terminal.
-
-    Returns:
-        The trained model, and the metrics of every evaluation.
-
-    Raises:
-        InputError: Model, data and configuration do not fit together, or the folder holds another
-            run. Raised before training starts.
-        FloatingPointError: The loss or the gradient was NaN or infinite.
-
-    Example:
-        >>> data = load_task("sst2", "glue/SST-2")  # doctest: +SKIP
-        >>> model = load("minilm-fused", head="classification", key=key)  # doctest: +SKIP
-        >>> fit = finetune(model, data, TrainConfig(epochs=3), key=key)  # doctest: +SKIP
+        name: The name of the task.
+        labels: The names of the classes; None for regression.
+        metrics: The names of the metrics; the first one chooses the best model.
     """
-    config = TrainConfig() if config is None else config
-    task = data.task
-    encoder = Encoder(model, config.max_length, config.truncate)
-    _, dropout = jax.random.split(key)
-    train, own = task_source(model, data, config, key=key)
-    dev = {name: encoder(texts) for name, texts in data.dev.items()}
 
-    def evaluate(model: Any) -> dict[str, float]:
-        results = {}
-        for name, examples in dev.items():
-            logits = _logits(model, encoder, examples, config.batch_size, config.shapes)
-            prefix = "" if len(dev) == 1 else f"{name} "
-            results |= {f"{prefix}{k}": v for k, v in measure(task, logits, examples).items()}
-        return results
+    name: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
 
-    return fit_and_keep(
-        model,
-        train,
-        own if loss is None else loss(own),
-        config,
-        key=dropout,
-        trains=trains,
-        multipliers=multipliers,
-        folder=folder,
-        evaluate=evaluate if dev else None,
-        best_from=best_from,
-        write=save,
-        on_step=on_step,
-        rule=rule,
-        growth=growth,
-        about=about,
-        progress=progress,
-    )
+    @property
+    def num_labels(self) -> int:
+        """The number of outputs of the head; 1 for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values by name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TaskSpec:
+        """Returns the object that `to_json` gave these fields of."""
+        labels = fields["labels"]
+        return cls(
+            name=fields["name"],
+            labels=None if labels is None else tuple(labels),
+            metrics=tuple(fields["metrics"]),
+        )
 
 
-def task_source(
-    model: Model, data: TaskData, config: TrainConfig, *, key: Key[Array, ""]
-) -> tuple[Batches, Loss]:
-    """The batches that `finetune` trains on, and the loss that it minimises.
+class Texts(NamedTuple):
+    """Texts with labels.
 
     Args:
-        model: A model with a classification head for the task.
-        data: The task.
-        config: How it trains.
-        key: The key that `finetune` gets.
-
-    Returns:
-        The batches and the loss.
-
-    Raises:
-        InputError: Model, data and configuration do not fit together.
+        texts: One or two texts for each example.
+        labels: (n,) classes as int32, numbers as float32, or None.
+        names: Where each example comes from, such as ``"SST-2/train.tsv:12"``.
     """
-    check_head(model, data.task)
-    encoder = Encoder(model, config.max_length, config.truncate)
-    order, _ = jax.random.split(key)
-    batches = encoder.batches(
-        encoder(data.train),
-        config.batch_size,
-        shapes=config.shapes,
-        seed=int(jax.random.bits(order)),
-    )
-    loss = losses.regression if data.task.labels is None else losses.classification
-    return batches, losses.with_routers(loss, model, config)
+
+    texts: Sequence[tuple[str, ...]]
+    labels: Shaped[np.ndarray, " n"] | None
+    names: Sequence[str]
 
 
-def check_head(model: Model, task: Task) -> None:
-    """Raises `InputError` if the model's head is not for the task."""
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """A classification or regression task with its texts, for `fusion_jax.finetune`.
+
+    Args:
+        spec: The labels and metrics.
+        train: The training texts.
+        dev: The texts to measure on, by name; may be empty.
+    """
+
+    spec: TaskSpec
+    train: Texts
+    dev: Mapping[str, Texts]
+
+    def prepare(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
+        """Returns what training needs, see `fusion_jax.training.Task`."""
+        check_head(model, self.spec)
+        encoder = TextEncoder(model, config.max_length, config.truncate)
+        order, _ = jax.random.split(key)
+        batches = encoder.batches(
+            encoder(self.train),
+            config.batch_size,
+            shapes=config.shapes,
+            seed=int(jax.random.bits(order)),
+        )
+        loss = losses.regression if self.spec.labels is None else losses.classification
+        loss = losses.with_routers(loss, model, config)
+        dev = {name: encoder(texts) for name, texts in self.dev.items()}
+
+        def evaluate(model: Model) -> dict[str, float]:
+            results = {}
+            for name, examples in dev.items():
+                logits = _logits(model, encoder, examples, config.batch_size, config.shapes)
+                prefix = "" if len(dev) == 1 else f"{name} "
+                measured = measure(self.spec, logits, examples)
+                results |= {f"{prefix}{metric}": value for metric, value in measured.items()}
+            return results
+
+        return Prepared(batches, loss, evaluate if dev else None)
+
+    def inputs(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Batches:
+        """Returns the training texts in batches, without labels."""
+        return unlabeled_batches(self.train, model, config, key=key)
+
+    def load(self, name: str, *, key: Key[Array, ""]) -> Model:
+        """Loads a model with a head for the task, see `fusion_jax.load`."""
+        num_labels = self.spec.num_labels
+        return checkpoint.load(name, head="classification", num_labels=num_labels, key=key)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a description of the task as JSON values by name."""
+        return self.spec.to_json()
+
+
+def check_head(model: Model, spec: TaskSpec) -> None:
+    """Raises `InputError` if the model's head does not fit the task."""
     provenance = getattr(model, "provenance", None)
     if provenance is None or provenance.head != "classification":
         raise InputError(
             "the model has no classification head; load it with head='classification', "
-            f"num_labels={task.num_labels} and a key"
+            f"num_labels={spec.num_labels} and a key"
         )
-    if model.config.num_labels != task.num_labels:
+    if model.config.num_labels != spec.num_labels:
         raise InputError(
-            f"the model's head has {model.config.num_labels} outputs, {task.name} wants "
-            f"{task.num_labels}; load it with num_labels={task.num_labels}"
+            f"the model's head has {model.config.num_labels} outputs, {spec.name} needs "
+            f"{spec.num_labels}; load it with num_labels={spec.num_labels}"
         )
 
 
-class Encoder:
-    """Turns texts into what a model takes.
+class TextEncoder:
+    """Tokenizes texts for a model.
 
     Args:
         model: A model from `fusion_jax.load`.
-        max_length: Most tokens; None for what the model has positions for.
+        max_length: The largest number of tokens; None for the number of the model's positions.
         truncate: Whether longer texts are cut off.
 
     Raises:
-        InputError: The model has fewer positions than ``max_length``.
+        InputError: The model has fewer positions than ``max_length``, or no tokenizer.
     """
 
     def __init__(self, model: Model, max_length: int | None = None, truncate: bool = False):
@@ -181,7 +159,7 @@ class Encoder:
             raise InputError(
                 "texts alone are not enough for an encoder-decoder; give pairs of texts"
             )
-        most = max_positions(model) or 1 << 20  # rotary positions have no end
+        most = max_positions(model) or 1 << 20  # rotary positions are not limited
         if max_length is not None and max_length > most:
             raise InputError(f"max_length {max_length} is above the model's {most} positions")
         self.max_length = most if max_length is None else max_length
@@ -189,18 +167,59 @@ class Encoder:
         if not isinstance(getattr(model, "provenance", None), Provenance):
             raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
         self.tokenizer = load_tokenizer(model.provenance.folder)
-        # Language models may have none; what stands under the mask does not matter.
+        # Language models may have no padding token; the mask hides what is there instead.
         self.pad_id: int = getattr(model.config, "pad_token_id", None) or 0
 
     def __call__(self, texts: Texts) -> Examples:
-        """Tokenises texts; raises `InputError` that names the first one that is too long."""
-        return encode(self.tokenizer, texts, max_length=self.max_length, truncate=self.truncate)
+        """Tokenizes texts.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            The examples.
+
+        Raises:
+            InputError: A text is longer and ``truncate`` is False; names file and line.
+        """
+        first = [each[0] for each in texts.texts]
+        pairs = texts.texts and len(texts.texts[0]) > 1
+        second = [each[1] for each in texts.texts] if pairs else None
+        out = self.tokenizer(
+            first,
+            second,
+            truncation=self.truncate,
+            max_length=self.max_length if self.truncate else None,
+            verbose=False,
+        )
+        tokens = [np.asarray(ids, np.int32) for ids in out["input_ids"]]
+        for ids, name in zip(tokens, texts.names, strict=True):
+            if len(ids) > self.max_length:
+                raise InputError(
+                    f"{name}: {len(ids)} tokens, above {self.max_length}; allow more with "
+                    "max_length if the model has positions for them, or cut texts off with "
+                    "truncate"
+                )
+        types = None
+        if "token_type_ids" in out:
+            types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
+        return Examples(tokens, types, texts.labels, texts.names)
 
     def batches(
         self, examples: Examples, batch_size: int, *, shapes: int = 4, seed: int | None = None
     ) -> Batches:
-        """Batches padded for the model."""
+        """Returns batches padded for the model, see `Batches`."""
         return Batches(examples, batch_size, pad_id=self.pad_id, shapes=shapes, seed=seed)
+
+
+def unlabeled_batches(
+    texts: Texts, model: Model, config: TrainConfig, *, key: Key[Array, ""]
+) -> Batches:
+    """Returns texts in batches, without labels, in an order that depends on the key."""
+    encoder = TextEncoder(model, config.max_length, config.truncate)
+    examples = encoder(texts._replace(labels=None))
+    seed = int(jax.random.bits(key))
+    return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
 
 
 @jax.jit
@@ -209,17 +228,17 @@ def _forward(model: Any, batch: Any) -> Array:
 
 
 def _logits(
-    model: Any, encoder: Encoder, examples: Examples, batch_size: int, shapes: int = 4
+    model: Any, encoder: TextEncoder, examples: Examples, batch_size: int, shapes: int = 4
 ) -> Float[np.ndarray, "n classes"]:
-    """The logits of each example, in order."""
-    layout = Layout({})
-    layout.check_batch(batch_size)
+    """Returns the logits of each example, in order."""
+    placement = Placement()
+    placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
-    with layout.active():
+    with placement.active():
         found: dict[int, Any] = {}
         for step in range(len(batches)):
-            out = _forward(model, layout.batch(batches(step)))
-            out = layout.gathered({"logits": out})["logits"]
+            out = _forward(model, placement.batch(batches(step)))
+            out = placement.gathered({"logits": out})["logits"]
             found |= zip(batches.rows(step).tolist(), np.asarray(out, np.float32), strict=False)
     return np.stack([found[i] for i in range(len(found))])
 
@@ -233,14 +252,15 @@ def predict(
     batch_size: int = 64,
     truncate: bool = False,
 ) -> Float[np.ndarray, "n classes"]:
-    """The logits of texts.
+    """Returns the logits of texts.
 
     Args:
         model: A model with a classification head.
-        texts: The texts; labels are not looked at.
-        max_length: Most tokens of a text; None for what the model has positions for.
-        batch_size: Rows per batch.
-        truncate: Whether texts that are too long are cut off.
+        texts: The texts; their labels are not used.
+        max_length: The largest number of tokens of a text; None for the number of the model's
+            positions.
+        batch_size: The number of rows per batch.
+        truncate: Whether longer texts are cut off.
 
     Returns:
         (n, classes) float32, in the order of the texts.
@@ -248,26 +268,26 @@ def predict(
     Raises:
         InputError: A text is too long.
     """
-    encoder = Encoder(model, max_length, truncate)
+    encoder = TextEncoder(model, max_length, truncate)
     if not texts.texts:
         return np.zeros((0, model.config.num_labels), np.float32)
     return _logits(model, encoder, encoder(texts), batch_size)
 
 
 def measure(
-    task: Task, logits: Float[np.ndarray, "n classes"], examples: Examples | Texts
+    spec: TaskSpec, logits: Float[np.ndarray, "n classes"], examples: Examples | Texts
 ) -> dict[str, float]:
-    """The metrics of a task.
+    """Returns the metrics of a task.
 
     Args:
-        task: The task.
-        logits: What the model said.
-        examples: What is right.
+        spec: The labels and metrics of the task.
+        logits: The logits of the examples.
+        examples: The examples with their labels.
 
     Returns:
         Metrics by name.
     """
     labels = examples.labels
     assert labels is not None
-    predicted = logits[:, 0] if task.labels is None else logits.argmax(-1)
-    return {name: METRICS[name](predicted, labels) for name in task.metrics}
+    predicted = logits[:, 0] if spec.labels is None else logits.argmax(-1)
+    return {name: METRICS[name](predicted, labels) for name in spec.metrics}

@@ -1,88 +1,24 @@
-"""Tasks: GLUE's, from its files or the hub, and any table with text and labels."""
+"""Reads classification tasks: those of GLUE, and tables with text and labels."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.training.engine.batches import Examples
 from fusion_jax.training.tasks import tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be learnt.
-
-    Args:
-        name: Its name.
-        labels: The names of the classes; None for regression.
-        metrics: Metrics by name; the first decides which checkpoint is the best.
-    """
-
-    name: str
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-
-    @property
-    def num_labels(self) -> int:
-        """Outputs of the head: 1 for regression."""
-        return 1 if self.labels is None else len(self.labels)
-
-    def to_json(self) -> dict[str, Any]:
-        """The task as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Task:
-        """The task that `to_json` wrote."""
-        labels = fields["labels"]
-        return cls(
-            name=fields["name"],
-            labels=None if labels is None else tuple(labels),
-            metrics=tuple(fields["metrics"]),
-        )
-
-
-class Texts(NamedTuple):
-    """Texts with labels.
-
-    Args:
-        texts: One or two texts each.
-        labels: (n,) classes as int32, numbers as float32, or None.
-        names: Where each comes from, such as ``"SST-2/train.tsv:12"``.
-    """
-
-    texts: Sequence[tuple[str, ...]]
-    labels: Shaped[np.ndarray, " n"] | None
-    names: Sequence[str]
-
-
-class TaskData(NamedTuple):
-    """A task and its texts.
-
-    Args:
-        task: The task.
-        train: To train on.
-        dev: To measure on, by name.
-    """
-
-    task: Task
-    train: Texts
-    dev: Mapping[str, Texts]
+from fusion_jax.training.tasks.classification import Classification, TaskSpec, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Glue:
-    """How a GLUE task is distributed: as a folder of tsv files, and on the hub."""
+    """The format of a GLUE task: as a folder of tsv files, and on the hub."""
 
     folder: str
     texts: tuple[str, ...]
@@ -148,70 +84,73 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "wnli": _Glue(folder="WNLI", texts=_PAIR, hub_texts=_PAIR),
     }
 )
-GLUE: Mapping[str, Task] = MappingProxyType(
-    {name: Task(name=name, labels=g.labels, metrics=g.metrics) for name, g in _GLUE.items()}
+GLUE: Mapping[str, TaskSpec] = MappingProxyType(
+    {name: TaskSpec(name=name, labels=g.labels, metrics=g.metrics) for name, g in _GLUE.items()}
 )
-"""The tasks of GLUE by name.
+"""The labels and metrics of the tasks of GLUE, by name.
 
 References:
     Wang et al. (2019), GLUE: A Multi-Task Benchmark and Analysis Platform.
 """
 
 
-def load_task(name: str, data: str | Path) -> TaskData:
-    """A task of GLUE.
+def load_task(name: str, data: str | Path) -> Classification:
+    """Loads a task of GLUE.
 
     Args:
         name: A key of `GLUE`, such as ``"sst2"``.
-        data: The folder of the task's tsv files as distributed, one that holds it under GLUE's
-            name (``SST-2``), or ``"hub"`` for the Hugging Face hub through `datasets`.
+        data: The folder of the task's tsv files as distributed, a folder that holds this one under
+            GLUE's name (``SST-2``), or ``"hub"`` for the Hugging Face hub through `datasets`.
 
     Returns:
-        Its training and dev texts.
+        The task, with its training and dev texts.
 
     Raises:
-        InputError: The task is unknown, or the data is missing or wrong: the first broken line of
-            a file is named.
+        InputError: The task is unknown, or the data is missing or wrong; names the first wrong line
+            of a file.
+
+    Example:
+        >>> data = load_task("sst2", "glue/SST-2")  # doctest: +SKIP
     """
     if name not in _GLUE:
         raise InputError(f"unknown task {name!r}{nearest(name, _GLUE)}")
     if data == "hub":
         return _from_hub(name)
-    glue, task = _GLUE[name], GLUE[name]
+    glue, spec = _GLUE[name], GLUE[name]
     folder = Path(data)
     if (folder / glue.folder).is_dir():
         folder = folder / glue.folder
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}; give GLUE's, or hub")
+        raise InputError(f"there is no folder {folder}; give the folder of GLUE, or hub")
 
     def split(file: str) -> Texts:
         table = tables.read(folder / file, glue.header)
         return texts_of(
-            table, glue.texts, glue.label, labels=task.labels, skip_broken=glue.skip_broken
+            table, glue.texts, glue.label, labels=spec.labels, skip_broken=glue.skip_broken
         )
 
-    return TaskData(task, split("train.tsv"), {n: split(file) for n, file in glue.dev})
+    return Classification(spec, split("train.tsv"), {n: split(file) for n, file in glue.dev})
 
 
-def _from_hub(name: str) -> TaskData:
+def _from_hub(name: str) -> Classification:
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
         raise InputError(
             "data from the hub needs datasets: pip install 'fusion-jax[hub]'"
         ) from None
-    glue, task = _GLUE[name], GLUE[name]
+    glue, spec = _GLUE[name], GLUE[name]
     loaded = datasets.load_dataset("nyu-mll/glue", name)
 
     def split(part: str) -> Texts:
         rows = loaded[part]
         texts = list(zip(*(rows[column] for column in glue.hub_texts), strict=True))
-        dtype = np.float32 if task.labels is None else np.int32
+        dtype = np.float32 if spec.labels is None else np.int32
         names = [f"{name} {part}[{i}]" for i in range(len(texts))]
         return Texts(texts, np.asarray(rows["label"], dtype), names)
 
     parts = {n: "validation" if n == "dev" else f"validation_{n}" for n, _ in glue.dev}
-    return TaskData(task, split("train"), {n: split(part) for n, part in parts.items()})
+    return Classification(spec, split("train"), {n: split(part) for n, part in parts.items()})
 
 
 def read_task(
@@ -221,22 +160,25 @@ def read_task(
     text: Sequence[str] = ("text",),
     label: str = "label",
     regression: bool = False,
-) -> TaskData:
-    """A task from files of one's own.
+) -> Classification:
+    """Reads a task from your own files.
 
     Args:
-        train: A .csv, .tsv or .jsonl file with a row per example.
-        dev: Another to measure on, or None.
-        text: The column with the text, or the two with a pair of texts.
+        train: A .csv, .tsv or .jsonl file with one example per row.
+        dev: Another file to measure on, or None.
+        text: The column with the text, or two columns with a pair of texts.
         label: The column with the label: any words or numbers.
         regression: Whether labels are numbers to predict, not classes.
 
     Returns:
-        The task, whose classes are the labels in the training file, sorted.
+        The task; its classes are the labels in the training file, sorted.
 
     Raises:
-        InputError: A column is missing, a text is empty, a label is missing or not among those
-            of the training file; names file and line.
+        InputError: A column is missing, a text is empty, or a label is missing or does not occur in
+            the training file; names file and line.
+
+    Example:
+        >>> data = read_task("train.csv", "dev.csv", text=("title", "body"))  # doctest: +SKIP
     """
     table = tables.read(Path(train))
     labels = None
@@ -249,11 +191,11 @@ def read_task(
     metrics = ("pearson", "spearman") if regression else ("accuracy", "matthews")
     if labels == ("0", "1"):
         metrics = ("accuracy", "f1", "matthews")
-    task = Task(name=Path(train).stem, labels=labels, metrics=metrics)
+    spec = TaskSpec(name=Path(train).stem, labels=labels, metrics=metrics)
     devs = (
         {} if dev is None else {"dev": texts_of(tables.read(Path(dev)), text, label, labels=labels)}
     )
-    return TaskData(task, texts_of(table, text, label, labels=labels), devs)
+    return Classification(spec, texts_of(table, text, label, labels=labels), devs)
 
 
 def texts_of(
@@ -264,20 +206,20 @@ def texts_of(
     labels: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Texts:
-    """The texts of a table, checked.
+    """Returns the texts of a table, checked.
 
     Args:
         table: The table.
         text: One or two columns with text.
-        label: The column with labels, or None for texts without.
+        label: The column with labels, or None for texts without labels.
         labels: The names of the classes; None for regression.
-        skip_broken: Whether to leave out rows without text or label instead of raising.
+        skip_broken: Whether to leave out rows without text or label instead of raising an error.
 
     Returns:
         The texts, with labels unless ``label`` is None.
 
     Raises:
-        InputError: A column is missing, a text is empty, or a label is not among the known.
+        InputError: A column is missing, a text is empty, or a label is not one of ``labels``.
     """
     if not 1 <= len(text) <= 2:
         raise InputError(f"text must be one or two columns; got {', '.join(text)}")
@@ -308,49 +250,12 @@ def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
     if numbers is not None:
         if str(cell) not in numbers:
             known = ", ".join(list(numbers)[:20])
-            raise InputError(f"label {str(cell)!r} is none of {known}")
+            raise InputError(f"label {str(cell)!r} is not one of {known}")
         return numbers[str(cell)]
     try:
         number = float(cell)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"label {cell!r} is no number")
+        raise InputError(f"label {cell!r} is not a number")
     return number
-
-
-def encode(tokenizer: Any, texts: Texts, *, max_length: int, truncate: bool = False) -> Examples:
-    """Tokenises texts.
-
-    Args:
-        tokenizer: A tokenizer of `transformers`.
-        texts: The texts.
-        max_length: Most tokens.
-        truncate: Whether longer texts are cut off.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A text is longer and ``truncate`` is False; names file and line.
-    """
-    first = [pair[0] for pair in texts.texts]
-    second = [pair[1] for pair in texts.texts] if texts.texts and len(texts.texts[0]) > 1 else None
-    out = tokenizer(
-        first,
-        second,
-        truncation=truncate,
-        max_length=max_length if truncate else None,
-        verbose=False,
-    )
-    tokens = [np.asarray(ids, np.int32) for ids in out["input_ids"]]
-    for ids, name in zip(tokens, texts.names, strict=True):
-        if len(ids) > max_length:
-            raise InputError(
-                f"{name}: {len(ids)} tokens, above {max_length}; allow more with max_length if the "
-                "model has positions for them, or have texts cut off with truncate"
-            )
-    types = None
-    if "token_type_ids" in out:
-        types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
-    return Examples(tokens, types, texts.labels, texts.names)

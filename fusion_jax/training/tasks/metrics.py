@@ -1,4 +1,4 @@
-"""The metrics of GLUE, equal to those of scikit-learn and SciPy, in float64."""
+"""Computes the metrics of GLUE in float64, equal to those of scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Float, Shaped
 
-Labels = Shaped[np.ndarray, " n"]
+Values = Shaped[np.ndarray, " n"]
+"""(n,) one class or number for each example."""
 
 
-def accuracy(predicted: Labels, labels: Labels) -> float:
-    """The share of predictions that are right."""
+def accuracy(predicted: Values, labels: Values) -> float:
+    """Returns the share of predictions that are right."""
     return float(np.mean(predicted == labels))
 
 
-def f1(predicted: Labels, labels: Labels) -> float:
-    """The F1 score of class 1; 0 if there is none among predictions and labels."""
+def f1(predicted: Values, labels: Values) -> float:
+    """Returns the F1 score of class 1; 0 if class 1 occurs in neither predictions nor labels."""
     both = np.sum((predicted == 1) & (labels == 1))
     either = np.sum(predicted == 1) + np.sum(labels == 1)
     return float(2 * both / either) if either else 0.0
 
 
-def matthews(predicted: Labels, labels: Labels) -> float:
-    """The correlation coefficient of Matthews, for any number of classes; 0 if it is undefined.
+def matthews(predicted: Values, labels: Values) -> float:
+    """Returns Matthews' correlation coefficient for any number of classes; 0 if it is undefined.
 
     References:
         Gorodkin (2004), Comparing two K-category assignments by a K-category correlation.
@@ -38,25 +39,25 @@ def matthews(predicted: Labels, labels: Labels) -> float:
     return float((right * total - true @ said) / scale) if scale else 0.0
 
 
-def pearson(predicted: Labels, labels: Labels) -> float:
-    """The correlation of Pearson; NaN if one side is constant."""
+def pearson(predicted: Values, labels: Values) -> float:
+    """Returns Pearson's correlation; NaN if one side is constant."""
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, labels))
     scale = np.linalg.norm(x) * np.linalg.norm(y)
     return float(x @ y / scale) if scale else float("nan")
 
 
-def spearman(predicted: Labels, labels: Labels) -> float:
-    """The correlation of ranks; equal values share the mean of their ranks."""
+def spearman(predicted: Values, labels: Values) -> float:
+    """Returns Spearman's rank correlation; equal values share the mean of their ranks."""
     return pearson(_ranks(predicted), _ranks(labels))
 
 
-def _ranks(values: Labels) -> Float[np.ndarray, " n"]:
+def _ranks(values: Values) -> Float[np.ndarray, " n"]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
-METRICS: Mapping[str, Callable[[Labels, Labels], float]] = MappingProxyType(
+METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
     {
         "accuracy": accuracy,
         "f1": f1,

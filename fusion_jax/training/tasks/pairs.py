@@ -1,102 +1,44 @@
-"""Tasks of generating text: WebNLG, E2E, and any table of sources and targets."""
+"""Reads pairs of source and target text: WebNLG, E2E, and tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.training.tasks import tables
+from fusion_jax.training.tasks.generation import TextPairs
+from fusion_jax.training.tasks.pair_encoding import Pairs
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextTask:
-    """What is to be generated.
+def load_pairs(name: str, data: str | Path) -> TextPairs:
+    """Loads a published task of text generation.
 
-    Args:
-        name: Its name.
-        metrics: Names of metrics in `fusion_jax.training.tasks.text_metrics.TEXT_METRICS`.
-    """
-
-    name: str
-    metrics: tuple[str, ...] = ("bleu", "chrf", "chrf++", "ter")
-
-    def to_json(self) -> dict[str, Any]:
-        """The task as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> TextTask:
-        """The task that `to_json` wrote."""
-        return cls(name=fields["name"], metrics=tuple(fields["metrics"]))
-
-
-class Pairs(NamedTuple):
-    """Sources, each with the texts that are right for it.
-
-    Args:
-        sources: What to generate from.
-        references: One or more texts for each source.
-        groups: The group of each source, by which results are reported, too; None if there are no
-            groups.
-        names: Where each reference comes from, such as ``"e2e/train.txt:12"``.
-    """
-
-    sources: Sequence[str]
-    references: Sequence[tuple[str, ...]]
-    groups: Sequence[str] | None
-    names: Sequence[tuple[str, ...]]
-
-    @property
-    def size(self) -> int:
-        """How many pairs of a source and a reference there are."""
-        return sum(map(len, self.references))
-
-
-class TextData(NamedTuple):
-    """A task and its pairs.
-
-    Args:
-        task: The task.
-        train: To train on; every reference is a target.
-        dev: To measure on while training, or None.
-        test: To measure on in the end, or None.
-    """
-
-    task: TextTask
-    train: Pairs
-    dev: Pairs | None
-    test: Pairs | None
-
-
-def load_pairs(name: str, data: str | Path) -> TextData:
-    """A published task of generating text.
-
-    WebNLG's triples are written as ``subject : property : object | subject : ...``. Its test set
-    has the groups ``seen`` and ``unseen``: whether the category is among those of the training set.
+    WebNLG's triples become ``subject : property : object | subject : ...``. Its test set has the
+    groups ``seen`` and ``unseen``, for categories that the training set has or does not have.
 
     Args:
         name: ``"webnlg"`` or ``"e2e"``.
-        data: The folder with the task's files, or one that holds it under the task's name. WebNLG
-            2017: ``train.json``, ``dev.json`` and ``test.json``, with ``entries`` of
+        data: The folder with the task's files, or a folder that holds this one under the task's
+            name. WebNLG 2017: ``train.json``, ``dev.json`` and ``test.json``, with ``entries`` of
             ``modifiedtripleset``, ``lexicalisations`` and ``category``. E2E: ``train.txt``,
             ``valid.txt`` and ``test.txt``, with ``meaning||text`` lines.
 
     Returns:
-        The task and its three parts.
+        The task, with training, dev and test pairs.
 
     Raises:
-        InputError: The task is unknown, or a file is missing or wrong: its first broken line or
-            entry is named.
+        InputError: The task is unknown, or a file is missing or wrong; names the first wrong line
+            or entry.
 
     References:
         Gardent et al. (2017), The WebNLG Challenge. Novikova et al. (2017), The E2E Dataset.
         Triples are written as by Li and Liang (2021), Prefix-Tuning, and Hu et al. (2021), LoRA.
+
+    Example:
+        >>> data = load_pairs("webnlg", "nlg")  # doctest: +SKIP
     """
     if name not in _READERS:
         raise InputError(f"unknown task {name!r}{nearest(name, _READERS)}")
@@ -104,7 +46,7 @@ def load_pairs(name: str, data: str | Path) -> TextData:
     if (folder / name).is_dir():
         folder = folder / name
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}; give the one with {name}'s files")
+        raise InputError(f"there is no folder {folder}; give the folder with {name}'s files")
     return _READERS[name](folder)
 
 
@@ -115,33 +57,36 @@ def read_pairs(
     *,
     source: str = "source",
     target: str = "target",
-) -> TextData:
-    """A task from files of one's own.
+) -> TextPairs:
+    """Reads a task of text generation from your own files.
 
     Args:
-        train: A .csv, .tsv or .jsonl file with a row per pair.
-        dev: Another to measure on while training, or None.
-        test: Another to measure on in the end, or None.
-        source: The column with what to generate from.
-        target: The column with the text to generate; rows with the same source are several
+        train: A .csv, .tsv or .jsonl file with one pair per row.
+        dev: Another file to measure on while training, or None.
+        test: Another file to measure on at the end, or None.
+        source: The column with the texts to generate from.
+        target: The column with the texts to generate; rows with the same source are several
             references.
 
     Returns:
-        The task and its parts.
+        The task.
 
     Raises:
         InputError: A column is missing or a text is empty; names file and line.
+
+    Example:
+        >>> data = read_pairs("train.csv", "dev.csv", target="summary")  # doctest: +SKIP
     """
 
     def part(file: str | Path | None) -> Pairs | None:
         return None if file is None else pairs_of(Path(file), source, target)
 
-    learnt = pairs_of(Path(train), source, target)
-    return TextData(TextTask(name=Path(train).stem), learnt, part(dev), part(test))
+    pairs = pairs_of(Path(train), source, target)
+    return TextPairs(Path(train).stem, pairs, part(dev), part(test))
 
 
 def pairs_of(path: Path, source: str = "source", target: str = "target") -> Pairs:
-    """The pairs of a table, checked.
+    """Returns the pairs of a table, checked.
 
     Args:
         path: A .csv, .tsv or .jsonl file.
@@ -149,7 +94,7 @@ def pairs_of(path: Path, source: str = "source", target: str = "target") -> Pair
         target: The column with targets.
 
     Returns:
-        The pairs, one for each different source, in the order of the file.
+        The pairs, with one entry for each different source, in the order of the file.
 
     Raises:
         InputError: A column is missing or a text is empty; names file and line.
@@ -168,7 +113,7 @@ def pairs_of(path: Path, source: str = "source", target: str = "target") -> Pair
 
 
 def _grouped(rows: Iterable[tuple[str, str, str]]) -> Pairs:
-    """Pairs of (source, reference, name) rows, with the references of equal sources together."""
+    """Returns pairs from (source, reference, name) rows, grouping references of equal sources."""
     found: dict[str, list[tuple[str, str]]] = {}
     for source, reference, name in rows:
         found.setdefault(source, []).append((reference, name))
@@ -177,9 +122,9 @@ def _grouped(rows: Iterable[tuple[str, str, str]]) -> Pairs:
     return Pairs(list(found), references, None, names)
 
 
-def _e2e(folder: Path) -> TextData:
+def _e2e(folder: Path) -> TextPairs:
     parts = [_e2e_part(folder / f"{part}.txt") for part in ("train", "valid", "test")]
-    return TextData(TextTask(name="e2e"), *parts)
+    return TextPairs("e2e", *parts)
 
 
 def _e2e_part(path: Path) -> Pairs:
@@ -189,21 +134,21 @@ def _e2e_part(path: Path) -> Pairs:
                 continue
             meaning, bars, text = (part.strip() for part in line.partition("||"))
             if not (meaning and bars and text):
-                raise InputError(f"{path}:{i + 1}: not of the form meaning||text")
+                raise InputError(f"{path}:{i + 1}: not in the form meaning||text")
             yield meaning, text, tables.place(path, i + 1)
 
     pairs = _grouped(rows())
     if not pairs.sources:
-        raise InputError(f"{path} holds no lines")
+        raise InputError(f"{path} has no lines")
     return pairs
 
 
-def _webnlg(folder: Path) -> TextData:
+def _webnlg(folder: Path) -> TextPairs:
     parts = {part: _webnlg_part(folder / f"{part}.json") for part in ("train", "dev", "test")}
     known = set(parts["train"].groups or ())
     groups = ["seen" if group in known else "unseen" for group in parts["test"].groups or ()]
-    return TextData(
-        TextTask(name="webnlg"),
+    return TextPairs(
+        "webnlg",
         parts["train"]._replace(groups=None),
         parts["dev"]._replace(groups=None),
         parts["test"]._replace(groups=groups),
@@ -211,18 +156,18 @@ def _webnlg(folder: Path) -> TextData:
 
 
 def _webnlg_part(path: Path) -> Pairs:
-    """The entries of a file, with their categories as groups."""
+    """Returns the entries of a file, with their categories as groups."""
     try:
         entries = json.loads(tables.read_text(path))["entries"]
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: no valid JSON ({error})") from None
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error})") from None
     except (KeyError, TypeError):
-        raise InputError(f"{path} has no entries; it is no file of WebNLG 2017") from None
+        raise InputError(f"{path} has no entries; it is not a file of WebNLG 2017") from None
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path} holds no entries")
+        raise InputError(f"{path} has an empty list of entries")
     sources, references, groups, names = [], [], [], []
     for i, entry in enumerate(entries):
-        # The file may well be one line; the place is that of the entry.
+        # The whole file may be one line, so errors name the entry.
         where = f"entry {i + 1}"
         try:
             (fields,) = entry.values()
@@ -233,8 +178,8 @@ def _webnlg_part(path: Path) -> Pairs:
             texts = tuple(each["lex"].strip() for each in fields["lexicalisations"])
             groups.append(str(fields["category"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else "not of WebNLG's form"
-            raise InputError(f"{path}, {where}: {what}") from None
+            problem = f"no {error}" if isinstance(error, KeyError) else "not in WebNLG's form"
+            raise InputError(f"{path}, {where}: {problem}") from None
         if not triples or not texts or not all(texts):
             raise InputError(f"{path}, {where}: no {'text' if triples else 'triples'}")
         sources.append(" | ".join(triples))
@@ -244,8 +189,8 @@ def _webnlg_part(path: Path) -> Pairs:
     return Pairs(sources, references, groups, names)
 
 
-_READERS: Mapping[str, Callable[[Path], TextData]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[Path], TextPairs]] = MappingProxyType(
     {"e2e": _e2e, "webnlg": _webnlg}
 )
-TEXT_TASKS: Sequence[str] = tuple(_READERS)
+PAIR_TASKS: Sequence[str] = tuple(_READERS)
 """The names that `load_pairs` knows."""

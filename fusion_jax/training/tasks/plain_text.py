@@ -1,10 +1,11 @@
-"""Language models on plain text: windows of tokens, nats per token, and fine-tuning."""
+"""Language modeling of plain text: windows of tokens, fine-tuning, and nats per token."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,29 +15,33 @@ from jaxtyping import Array, Int, Key
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
+from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.artefacts import Write, fit_and_keep
+from fusion_jax.training.engine.batches import TokenIds
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.engine.losses import Loss
-from fusion_jax.training.engine.optimizer import Multipliers
-from fusion_jax.training.engine.partition import Trains
-from fusion_jax.training.engine.step import Rule
-from fusion_jax.training.engine.trainer import Fit, Growth, OnStep
+from fusion_jax.training.tasks import tables
+from fusion_jax.training.tasks.base import Prepared
+from fusion_jax.training.tasks.generation import load_generative
 
-Ids = Int[np.ndarray, " _"] | Int[Array, " _"]
+PlainTokens = TokenIds | Int[Array, " _"]
+"""The token ids of a text, (t,)."""
+CONTEXT = 512
+"""The number of tokens of a window by default."""
 
 
 class Windows:
-    """The batches of one long text, each found by its step alone: a source for `fit`.
+    """The batches of one long text, for `fit` and `fusion_jax.tune`.
 
-    Windows overlap by one token, as all tokens of a window but the first are predicted: every token
-    of the text is predicted once in an epoch, but for what is left at the end and fills no window.
+    Each batch depends only on its step, so that a run can resume anywhere. Windows overlap by one
+    token, since a window predicts all its tokens but the first: an epoch predicts every token of
+    the text once, except a rest at the end that is shorter than a window.
 
     Args:
         ids: The tokens of the text.
-        context: Tokens of a window.
-        batch_size: Windows of a batch; the last batch is filled up with windows of weight 0.
-        seed: Seed of the order; None keeps the text's.
+        context: The number of tokens of a window.
+        batch_size: The number of windows in a batch; the last batch is padded with windows of
+            weight 0.
+        seed: Seed of the order; None keeps the order of the text.
 
     Raises:
         InputError: The text is shorter than a window.
@@ -47,7 +52,7 @@ class Windows:
         (2, [[6, 7, 8, 9], [6, 7, 8, 9]], [1.0, 0.0])
     """
 
-    def __init__(self, ids: Ids, context: int, batch_size: int, *, seed: int | None = None):
+    def __init__(self, ids: PlainTokens, context: int, batch_size: int, *, seed: int | None = None):
         self._ids = np.asarray(ids, np.int32)
         if context < 2 or len(self._ids) < context:
             raise InputError(
@@ -72,18 +77,18 @@ class Windows:
         return self._order(epoch)[i * self._batch_size : (i + 1) * self._batch_size]
 
     def names(self, step: int) -> list[str]:
-        """Where the windows of a batch come from."""
+        """Returns where the windows of a batch come from."""
         return [f"tokens from {row * (self._context - 1):,}" for row in self._rows(step)]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step.
+        """Returns the batch of a step.
 
         Args:
-            step: Counted from 0, over all epochs.
+            step: The step, counted from 0 over all epochs.
 
         Returns:
             ``input_ids`` (b, context) int32, ``attention_mask`` (b, context) bool, and ``weights``
-            (b,) float32, 0 for windows that fill up.
+            (b,) float32, 0 for padded windows.
         """
         rows = self._rows(step)
         weights = np.zeros(self._batch_size, np.float32)
@@ -93,8 +98,88 @@ class Windows:
         return {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool), "weights": weights}
 
 
+@dataclass(frozen=True, eq=False)
+class PlainText:
+    """A task of modeling plain text with a decoder-only model, for `fusion_jax.finetune`.
+
+    Args:
+        train: The training text: its token ids, or a text file, which is tokenized for the model
+            without special tokens.
+        dev: The text to measure on, or None.
+        context: The number of tokens of a window.
+
+    Example:
+        >>> model = load("gpt2", head="causal-lm")  # doctest: +SKIP
+        >>> fit = finetune(model, PlainText("book.txt", context=256), key=key)  # doctest: +SKIP
+    """
+
+    train: PlainTokens | str | os.PathLike[str]
+    dev: PlainTokens | str | os.PathLike[str] | None = None
+    context: int = CONTEXT
+
+    def prepare(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
+        """Returns what training needs, see `fusion_jax.training.Task`."""
+        if config.max_length is not None or config.truncate:
+            raise InputError("max_length and truncate do not apply to plain text; see context")
+        check_context(model, self.context)
+        provenance = getattr(model, "provenance", None)
+        if provenance is not None and provenance.head != "causal-lm":
+            raise InputError("the model has no language-model head; load it with head='causal-lm'")
+        order, _ = jax.random.split(key)
+        batches = self._windows(model, config, order)
+        loss = losses.with_routers(losses.next_token, model, config)
+        if self.dev is None:
+            return Prepared(batches, loss)
+        dev = token_ids(model, self.dev)
+        Windows(dev, self.context, 1)  # raises if the text is too short
+
+        def evaluate(model: Model) -> dict[str, float]:
+            return {"nats": nats_per_token(model, dev, self.context, batch_size=config.batch_size)}
+
+        return Prepared(batches, loss, evaluate, lowest=True)
+
+    def inputs(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Windows:
+        """Returns windows of the training text in batches."""
+        check_context(model, self.context)
+        return self._windows(model, config, key)
+
+    def _windows(self, model: Model, config: TrainConfig, order: Array) -> Windows:
+        ids, seed = token_ids(model, self.train), int(jax.random.bits(order))
+        return Windows(ids, self.context, config.batch_size, seed=seed)
+
+    def load(self, name: str, *, key: Key[Array, ""] | None = None) -> Model:
+        """Loads a model with its language-model head, see `fusion_jax.load`."""
+        return load_generative(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a description of the task as JSON values by name."""
+        file = self.train if isinstance(self.train, str | os.PathLike) else None
+        name = None if file is None else Path(file).name
+        return {"kind": "text", "name": name, "context": self.context}
+
+
+def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> TokenIds:
+    """Returns the token ids of a text.
+
+    Args:
+        model: A model from `fusion_jax.load`, if the text is a file.
+        text: Token ids, or a text file, which is tokenized without special tokens.
+
+    Returns:
+        (t,) int32.
+
+    Raises:
+        InputError: The file is missing or is not UTF-8.
+    """
+    if not isinstance(text, str | os.PathLike):
+        return np.asarray(text, np.int32)
+    tokenizer = load_tokenizer(model.provenance.folder)
+    out = tokenizer(tables.read_text(Path(text)), add_special_tokens=False, verbose=False)
+    return np.array(out["input_ids"], np.int32)
+
+
 def check_context(model: Any, context: int) -> None:
-    """Raises `InputError` if a model cannot read windows of so many tokens."""
+    """Raises `InputError` if a model cannot read windows of this number of tokens."""
     if not getattr(model, "reads_prompts", True):
         raise InputError("plain text is for decoder-only models; an encoder-decoder takes pairs")
     most = getattr(model, "max_length", None)
@@ -103,21 +188,21 @@ def check_context(model: Any, context: int) -> None:
 
 
 @on_auto_axes
-def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32) -> float:
-    """The mean of minus the log-probability of each token after those before it in its window.
+def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: int = 32) -> float:
+    """Returns the mean of -log p of each token given the tokens before it in its window.
 
     Args:
         model: A language model.
         ids: The tokens of a text.
-        context: Tokens of a window, see `Windows`.
-        batch_size: Windows at a time.
+        context: The number of tokens of a window, see `Windows`.
+        batch_size: The number of windows per batch.
 
     Returns:
-        Nats; the exponential is the perplexity.
+        Nats per token; the exponential is the perplexity.
 
     Raises:
-        InputError: The model is no language model, has fewer positions than a window, or the text
-            is shorter than one.
+        InputError: The model is not a decoder-only language model, has fewer positions than a
+            window, or the text is shorter than a window.
     """
     check_context(model, context)
     windows = Windows(ids, context, batch_size)
@@ -129,100 +214,3 @@ def nats_per_token(model: Model, ids: Ids, context: int, *, batch_size: int = 32
 @jax.jit
 def _total(model: Model, batch: Any) -> losses.Total:
     return losses.next_token(model, batch, None)
-
-
-def finetune_language(
-    model: Model,
-    ids: Ids,
-    config: TrainConfig | None = None,
-    *,
-    key: Key[Array, ""],
-    context: int,
-    dev: Ids | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    trains: Trains | None = None,
-    loss: Callable[[Loss], Loss] | None = None,
-    multipliers: Multipliers | None = None,
-    on_step: OnStep | None = None,
-    rule: Rule | None = None,
-    growth: Growth | None = None,
-    save: Write | None = None,
-    best_from: int = 0,
-    about: Mapping[str, Any] | None = None,
-    progress: bool | None = None,
-) -> Fit:
-    """Trains a decoder-only language model on a text; the model itself is not changed.
-
-    On the caller's mesh, stopped and gone on with as `finetune`.
-
-    Args:
-        model: A model from `fusion_jax.load` with ``head="causal-lm"``.
-        ids: The tokens to train on.
-        config: How to train; None for the paper's settings.
-        key: Random key of dropout and of the order of the windows.
-        context: Tokens of a window.
-        dev: The tokens to measure on, by ``nats`` per token.
-        folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` (fewest nats) and
-            ``last`` go; None keeps nothing.
-        trains: What trains, if not what ``config.train`` says.
-        loss: What is minimised, made of the model's own loss: for teachers and penalties.
-        multipliers: What multiplies the learning rate of some parameters, see `fit`.
-        on_step: Called after each step with the steps done and the state; may return another.
-        rule: What variables that do not train are in each step, see `fit`.
-        growth: What changes the model's structure now and then, see `fit`.
-        save: What writes the artefacts; None for `fusion_jax.save`.
-        best_from: Evaluations after fewer steps do not count for ``best``, such as those while a
-            schedule still changes the model.
-        about: What else the run is about, see `fit`.
-        progress: True shows progress on standard error, False does not, None only on a terminal.
-
-    Returns:
-        The trained model, and the nats per token of every evaluation.
-
-    Raises:
-        InputError: Model, text and configuration do not fit together, or the folder holds another
-            run. Raised before training starts.
-        FloatingPointError: The loss or the gradient was NaN or infinite.
-
-    Example:
-        >>> model = load("gpt2", head="causal-lm")  # doctest: +SKIP
-        >>> fit = finetune_language(model, ids, key=key, context=512)  # doctest: +SKIP
-    """
-    config = TrainConfig() if config is None else config
-    if config.max_length is not None or config.truncate:
-        raise InputError("max_length and truncate do not apply to plain text; see context")
-    provenance = getattr(model, "provenance", None)
-    if provenance is not None and provenance.head != "causal-lm":
-        check_context(model, context)
-        raise InputError("the model has no language head; load it with head='causal-lm'")
-    check_context(model, context)
-    order, dropout = jax.random.split(key)
-    windows = Windows(ids, context, config.batch_size, seed=int(jax.random.bits(order)))
-    own = losses.with_routers(losses.next_token, model, config)
-    held_out = None if dev is None else np.asarray(dev, np.int32)
-    if held_out is not None:
-        Windows(held_out, context, 1)
-
-    def evaluate(model: Any) -> dict[str, float]:
-        assert held_out is not None
-        return {"nats": nats_per_token(model, held_out, context, batch_size=config.batch_size)}
-
-    return fit_and_keep(
-        model,
-        windows,
-        own if loss is None else loss(own),
-        config,
-        key=dropout,
-        trains=trains,
-        multipliers=multipliers,
-        folder=folder,
-        evaluate=None if dev is None else evaluate,
-        lowest=True,
-        best_from=best_from,
-        write=save,
-        on_step=on_step,
-        rule=rule,
-        growth=growth,
-        about=about,
-        progress=progress,
-    )

@@ -1,15 +1,18 @@
-"""Files of text and labels: tsv as GLUE distributes it, csv, and jsonl; errors name the line."""
+"""Reads tables of text and labels: tsv as GLUE distributes it, csv, and jsonl."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusion_jax.errors import InputError, nearest
+
+Rows = Iterator[tuple[int, Any]]
+"""The rows of a file, each with the line in which it starts."""
 
 
 class Table(NamedTuple):
@@ -17,8 +20,8 @@ class Table(NamedTuple):
 
     Args:
         path: The file.
-        columns: Cells by name of the column, None where a row is too short.
-        lines: The line that each row starts in, counted from 1.
+        columns: The cells by name of the column; None where a row is too short.
+        lines: The line in which each row starts, counted from 1.
     """
 
     path: Path
@@ -26,46 +29,46 @@ class Table(NamedTuple):
     lines: Sequence[int]
 
     def column(self, name: str) -> Sequence[Any]:
-        """The cells of a column.
+        """Returns the cells of a column.
 
         Args:
-            name: Its name.
+            name: The name of the column.
 
         Returns:
             One cell per row.
 
         Raises:
-            InputError: There is no such column.
+            InputError: The table has no such column.
         """
         if name not in self.columns:
             raise InputError(f"{self.path} has no column {name!r}{nearest(name, self.columns)}")
         return self.columns[name]
 
     def place(self, row: int) -> str:
-        """Where a row is, such as ``"SST-2/train.tsv:12"``."""
+        """Returns the place of a row, such as ``"SST-2/train.tsv:12"``."""
         return place(self.path, self.lines[row])
 
 
 def place(path: Path, line: int | None = None) -> str:
-    """A file with its folder, and a line of it, such as ``"SST-2/train.tsv:12"``."""
+    """Returns the name of a file with its folder and a line, such as ``"SST-2/train.tsv:12"``."""
     name = str(Path(*path.parts[-2:]))
     return name if line is None else f"{name}:{line}"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Returns the text of a file.
 
     Args:
-        path: A file in UTF-8, with a byte order mark or without.
+        path: A file in UTF-8, with or without a byte order mark.
 
     Returns:
-        Its text.
+        The text.
 
     Raises:
-        InputError: The file is missing or no UTF-8; names the line.
+        InputError: The file is missing or is not UTF-8; names the line.
     """
     if not path.is_file():
-        raise InputError(f"no file {path}")
+        raise InputError(f"there is no file {path}")
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -75,28 +78,28 @@ def read_text(path: Path) -> str:
 
 
 def read(path: Path, header: Sequence[str] | None = None) -> Table:
-    """Reads a file.
+    """Reads a table.
 
     Args:
         path: A .tsv (tabs, no quotes), .csv or .jsonl file.
-        header: The names of the columns of a tsv that has no header itself.
+        header: The names of the columns of a tsv file without a header.
 
     Returns:
-        Its cells.
+        The table.
 
     Raises:
-        InputError: The file is missing, is no UTF-8, holds no rows, or a line cannot be read.
+        InputError: The file is missing, is not UTF-8, has no rows, or a line cannot be read.
     """
     text = read_text(path)
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
     if path.suffix not in readers:
-        raise InputError(f"{path} is of an unknown kind; known: {', '.join(readers)}")
+        raise InputError(f"{path} is not one of the known kinds of file: {', '.join(readers)}")
     rows = readers[path.suffix](path, text)
     if header is None and path.suffix in (".tsv", ".csv"):
         _, header = next(rows, (0, []))
     numbered = list(rows)
     if not numbered:
-        raise InputError(f"{path} holds no rows")
+        raise InputError(f"{path} has no rows")
     lines = [line for line, _ in numbered]
     if header is None:
         names = list(dict.fromkeys(name for _, row in numbered for name in row))
@@ -108,13 +111,13 @@ def read(path: Path, header: Sequence[str] | None = None) -> Table:
     return Table(path, columns, lines)
 
 
-def _tsv(path: Path, text: str) -> Any:
+def _tsv(path: Path, text: str) -> Rows:
     for i, line in enumerate(text.split("\n")):
         if line.strip("\r"):
             yield i + 1, line.rstrip("\r").split("\t")
 
 
-def _csv(path: Path, text: str) -> Any:
+def _csv(path: Path, text: str) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     before = 0
     try:
@@ -126,14 +129,14 @@ def _csv(path: Path, text: str) -> Any:
         raise InputError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _jsonl(path: Path, text: str) -> Any:
+def _jsonl(path: Path, text: str) -> Rows:
     for i, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{i + 1}: no valid JSON ({error})") from None
+            raise InputError(f"{path}:{i + 1}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{i + 1}: no JSON object")
+            raise InputError(f"{path}:{i + 1}: not a JSON object")
         yield i + 1, row

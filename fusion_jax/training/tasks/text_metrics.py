@@ -1,4 +1,4 @@
-"""The metrics of generated text, by sacrebleu: of a whole corpus, with any number of references."""
+"""Measures generated text with sacrebleu: a whole corpus, with any number of references."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from fusion_jax.errors import InputError
 
 References = Sequence[Sequence[str]]
-"""The references of each text."""
+"""For each text, its references."""
 
 
 def sacrebleu() -> Any:
-    """The library.
+    """Imports sacrebleu.
 
     Raises:
-        InputError: It is not installed.
+        InputError: sacrebleu is not installed.
     """
     try:
         import sacrebleu  # type: ignore[import-not-found]
@@ -28,7 +28,7 @@ def sacrebleu() -> Any:
 
 
 def bleu(texts: Sequence[str], references: References) -> float:
-    """Corpus BLEU of up to 4-grams, from 0 to 100; cased, split into words as by mteval-v13a.
+    """Returns corpus BLEU of up to 4-grams, from 0 to 100; cased, with words as in mteval-v13a.
 
     References:
         Papineni et al. (2002), BLEU; Post (2018), A Call for Clarity in Reporting BLEU Scores.
@@ -37,12 +37,12 @@ def bleu(texts: Sequence[str], references: References) -> float:
         >>> bleu(["a b c d e"], [["a b c d e", "another one"]])  # doctest: +SKIP
         100.0
     """
-    # force: texts that are split into words already are what some tasks want.
+    # force: the texts of some tasks are already split into words.
     return _score(sacrebleu().BLEU(force=True), texts, references)
 
 
 def chrf(texts: Sequence[str], references: References) -> float:
-    """chrF2, from 0 to 100: the F score of character 6-grams.
+    """Returns chrF2, from 0 to 100: the F score of character 6-grams.
 
     References:
         Popović (2015), chrF: character n-gram F-score for automatic MT evaluation.
@@ -51,7 +51,7 @@ def chrf(texts: Sequence[str], references: References) -> float:
 
 
 def chrf_words(texts: Sequence[str], references: References) -> float:
-    """chrF2++, from 0 to 100: chrF2 with 2-grams of words.
+    """Returns chrF2++, from 0 to 100: chrF2 with 2-grams of words.
 
     References:
         Popović (2017), chrF++: words helping character n-grams.
@@ -60,7 +60,9 @@ def chrf_words(texts: Sequence[str], references: References) -> float:
 
 
 def ter(texts: Sequence[str], references: References) -> float:
-    """Translation edit rate: edits per 100 words to the nearest reference, uncased; low is good.
+    """Returns the translation edit rate: edits per 100 words to the nearest reference, uncased.
+
+    Low values are good.
 
     References:
         Snover et al. (2006), A Study of Translation Edit Rate with Targeted Human Annotation.

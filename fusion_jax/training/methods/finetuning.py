@@ -1,0 +1,82 @@
+"""Fine-tunes a model on a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+from jaxtyping import Array, Key
+
+from fusion_jax.checkpoint import save
+from fusion_jax.errors import InputError
+from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.recipe import Recipe
+from fusion_jax.training.engine.trainer import Fit, fit
+from fusion_jax.training.tasks.base import Task
+
+
+def finetune(
+    model: Any,
+    data: Task,
+    config: TrainConfig | None = None,
+    *,
+    key: Key[Array, ""],
+    folder: str | os.PathLike[str] | None = None,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    progress: bool | None = None,
+) -> Fit:
+    """Fine-tunes a model on a task; the model itself is not changed.
+
+    Runs on the mesh that the caller has set, if any. With a folder, the run can be stopped at any
+    time, even by killing the process: the same call resumes it and ends with the same bits.
+
+    Args:
+        model: A model from `fusion_jax.load` with the head that the task needs.
+        data: The task, from `load_task`, `read_task`, `load_pairs`, `read_pairs` or `PlainText`, or
+            one of your own.
+        config: The settings of training; None for the paper's settings.
+        key: Random key of dropout and of the order of the examples.
+        folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` and ``last`` go.
+            The first metric chooses ``best``: for classification the first metric of the first dev
+            set, for texts the nats per token. None keeps nothing.
+        recipe: What a method customizes, such as the loss or which parameters train.
+        progress: True shows progress on standard error, False does not, None only on a terminal.
+
+    Returns:
+        The trained model, and the metrics of all evaluations: for classification the metrics of the
+        task; for texts ``nats`` per token, and for pairs also their exponential, ``perplexity``.
+
+    Raises:
+        InputError: Model, data and settings do not fit together, or the folder holds another run.
+            Raised before training starts.
+        FloatingPointError: The loss or the gradient was NaN or infinite.
+
+    Example:
+        >>> data = load_task("sst2", "glue/SST-2")  # doctest: +SKIP
+        >>> model = load("minilm-fused", head="classification", key=key)  # doctest: +SKIP
+        >>> fit = finetune(model, data, TrainConfig(epochs=3), key=key)  # doctest: +SKIP
+    """
+    if not isinstance(data, Task):
+        raise InputError(
+            "data must be a task, such as those of load_task, read_pairs or PlainText; got "
+            f"{type(data).__name__}"
+        )
+    config = TrainConfig() if config is None else config
+    batches, loss, evaluate, lowest = data.prepare(model, config, key=key)
+    _, dropout = jax.random.split(key)
+    if folder is not None and recipe.save is None:
+        recipe = dataclasses.replace(recipe, save=save)
+    return fit(
+        model,
+        batches,
+        loss,
+        config,
+        key=dropout,
+        folder=folder,
+        evaluate=evaluate,
+        lowest=lowest,
+        recipe=recipe,
+        progress=progress,
+    )

@@ -1,0 +1,66 @@
+"""The protocol of tasks: anything that a model can be fine-tuned on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Key
+
+from fusion_jax.training.engine.batches import BatchSource
+from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.losses import Loss
+from fusion_jax.training.engine.trainer import Evaluate
+
+
+class Prepared(NamedTuple):
+    """A task that is ready for the training of one model.
+
+    Args:
+        batches: The training batches.
+        loss: The loss to minimize.
+        evaluate: Measures a model: metrics by name, of which the first chooses the best model. None
+            if the task has no data for that.
+        lowest: Whether the lowest value of the first metric is the best.
+    """
+
+    batches: BatchSource
+    loss: Loss
+    evaluate: Evaluate | None = None
+    lowest: bool = False
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A task with its data, such as `Classification`, `TextPairs` or `PlainText`."""
+
+    def prepare(self, model: Any, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
+        """Returns what training a model on the task needs.
+
+        Args:
+            model: The model to train.
+            config: The settings of training.
+            key: The key that `finetune` gets; the order of the examples depends on it.
+
+        Returns:
+            The batches, the loss and the evaluation.
+
+        Raises:
+            InputError: Model, data and configuration do not fit together.
+        """
+        ...
+
+    def inputs(self, model: Any, config: TrainConfig, *, key: Key[Array, ""]) -> BatchSource:
+        """Returns the training inputs in batches, for layer-wise tuning.
+
+        Args:
+            model: The model to tune.
+            config: The settings of training.
+            key: The key that `tune` gets; the order of the examples depends on it.
+
+        Returns:
+            The batches.
+
+        Raises:
+            InputError: Model, data and configuration do not fit together.
+        """
+        ...
