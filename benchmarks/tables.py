@@ -110,7 +110,7 @@ def measured(name: str, command: str, note: str = "") -> str:
     if module not in env["command"]:
         raise ValueError(f"{name} was made by {env['command']!r}, not by {command!r}")
     link = f"[{name}.json](../{RESULTS.as_posix()}/{name}.json)"
-    notes = "".join(f" {text}." for text in (note, env.get("note")) if text)
+    notes = "".join(f" {s[0].upper()}{s[1:]}." for s in (note, env.get("note", "")) if s)
     return f"`{command}` on {machine}, jax {env['versions']['jax']}; {link}.{notes}"
 
 

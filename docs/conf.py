@@ -5,9 +5,13 @@ import inspect
 import os
 import re
 
+from docutils import nodes
+
 import fusion_jax
 
-os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch; for notebooks
+# For notebooks: there need not be torch, nor widgets for tqdm's bars.
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 project = "fusion-jax"
 author = "the authors of fusion-jax"
@@ -28,6 +32,7 @@ templates_path: list[str] = []
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True}
@@ -35,6 +40,7 @@ autoclass_content = "class"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Proof"]
+toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -45,6 +51,8 @@ nb_merge_streams = True
 
 html_theme = "furo"
 html_title = "fusion-jax"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 
 METHOD_INTERNALS = {"build", "calibrated", "check", "formed", "graded", "kept", "name", "solve"}
@@ -69,6 +77,11 @@ def plain(app, what, name, obj, options, lines):
             parts = _LITERAL.split(line)
             parts[::2] = [re.sub(r"([|*]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
             lines[i] = "".join(parts)
+    if (
+        "Returns:" in lines
+    ):  # whose text may have a colon: Napoleon would make the first part a type
+        start = lines.index("Returns:")
+        lines[start : start + 2] = [f":returns: {lines[start + 1].strip()}"]
     _texts[name] = list(lines)
 
 
@@ -87,9 +100,17 @@ def signature(app, what, name, obj, options, text, returns):
     return None
 
 
+def short(app, doctree):
+    """Writes JAX's own class of arrays as users know it."""
+    for node in doctree.findall(nodes.Text):
+        if "jaxlib._jax.Array" in node:
+            node.parent.replace(node, nodes.Text(node.replace("jaxlib._jax.Array", "Array")))
+
+
 def setup(app):
     """Connects the functions above; Napoleon's priority is 500."""
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", plain, priority=400)
     app.connect("autodoc-process-docstring", attribute, priority=600)
     app.connect("autodoc-process-signature", signature)
+    app.connect("doctree-read", short)
