@@ -1,11 +1,11 @@
-"""Time and peak memory of compressing whole models.
+"""Measures time and peak memory of compressing whole models.
 
-all-MiniLM-L6-v2, 4 layers 1,536 -> 384, without calibration and calibrated on random tokens, and an
-encoder of RoBERTa-base's size with random weights, 8 layers 3,072 -> 768; each in a process of its
-own, so that peak memory is its own and compilation is part of the time. Then the experts of one
-layer of Qwen1.5-MoE's shape (8 of its 60, 1,408 to 352, random weights and calibration inputs): in
-one call, as `compress` does, which on a CPU solves them one after the other and elsewhere as a
-batch; in a call for each; and, but for CPUs, as a batch.
+The models are all-MiniLM-L6-v2, 4 layers 1,536 -> 384, without calibration and calibrated on random
+tokens, and an encoder of RoBERTa-base's size with random weights, 8 layers 3,072 -> 768. Each runs
+in a process of its own, so that peak memory is its own and the time includes compilation. Then come
+the experts of one layer of Qwen1.5-MoE's shape (8 of its 60, 1,408 to 352, random weights and
+calibration inputs). They are compressed in one call, as `compress` does, which solves them one
+after another on a CPU and as a batch elsewhere; in a call for each; and, except on CPUs, as a batch.
 
     python -m benchmarks.compress [--quick] [--json FILE]
 """
@@ -27,11 +27,11 @@ LIMITS = {
     "minilm, calibrated": (30.0, 4.0),
     "roberta-base-sized": (120.0, 4.0),
 }
-"""Seconds and GiB that each case must keep."""
+"""The limits of each case, in seconds and GiB."""
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Compresses one model in this process."""
+    """Compresses one model in this process, and returns the row of the results."""
     from flax import nnx
 
     import fusion_jax as fj
@@ -71,7 +71,7 @@ EXPERTS = ("one call", "a call for each", "a batch")
 
 
 def measure_experts(way: str, quick: bool) -> dict[str, Any]:
-    """Compresses the experts of one layer in this process, three times, the first to compile."""
+    """Compresses the experts of one layer in this process, three times; the first compiles."""
     import jax.numpy as jnp
 
     import fusion_jax as fj
@@ -124,8 +124,7 @@ def main() -> int:
         print(json.dumps(measure(arguments.case)))
         return 0
     rows = []
-    # At full size, XLA's CPU backend hangs in the batch (jax 0.10.2), which `compress` does not
-    # make there.
+    # At full size, the batch hangs in XLA's CPU backend (jax 0.10.2); `compress` makes none there.
     ways = EXPERTS if arguments.quick or jax.default_backend() != "cpu" else EXPERTS[:2]
     for case in (*list(LIMITS)[: 1 if arguments.quick else None], *ways):
         command = [sys.executable, "-m", "benchmarks.compress", "--case", case]

@@ -30,6 +30,7 @@ templates_path: list[str] = []
 
 # `name` in a docstring is a link where the name is documented, else code.
 default_role = "py:obj"
+suppress_warnings = ["ref.python"]  # of names that two packages have, such as Sketch
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
