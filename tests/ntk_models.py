@@ -51,7 +51,7 @@ def mlp(dtype):
 
 
 def module(dtype):
-    """A Flax MLP with a variable that does not count, and an output of two axes."""
+    """A Flax MLP with a variable that is not a parameter, and an output of two axes."""
 
     class Mlp(nnx.Module):
         def __init__(self, rngs):
@@ -98,7 +98,7 @@ def bert(dtype):
 
 
 def scalar(dtype):
-    """A scalar output, the paper's: the probability of class 0, of some parameters."""
+    """The paper's scalar output, the probability of class 0, as a function of some parameters."""
     f, params = ntk.functional(
         classifier(dtype), wrt=r"layers\.\d\.mlp\..*", outputs=ntk.probability(0)
     )
@@ -106,7 +106,7 @@ def scalar(dtype):
 
 
 def zoo(dtype):
-    """What else a function may do with parameters; inputs in a tuple."""
+    """Other uses of parameters, such as look-ups, scans and ties; inputs in a tuple."""
     k = jax.random.split(jax.random.key(2), 6)
     params = {
         "experts": jax.random.normal(k[0], (3, 4, 4), dtype),

@@ -78,6 +78,13 @@ class Ball(NamedTuple):
         return Ball(self.sign, error, self.sign, zero, zero), 2 * lost.astype(error.dtype)
 
 
+class Enclosure(NamedTuple):
+    """An interval for each pair of inputs: the exact value is within ``radius`` of ``mid``."""
+
+    mid: Float[Array, "n m"]
+    radius: Float[Array, "n m"]
+
+
 def gamma(terms: int, dtype: Any) -> float:
     """Returns the relative error of a sum of this many products, with a factor of two to spare.
 

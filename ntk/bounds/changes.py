@@ -16,17 +16,15 @@ from jaxtyping import Array, Float
 
 from ntk.arrays import host_float64, require_finite
 from ntk.bounds import a_priori
-from ntk.bounds.balls import OUTWARD, gamma, row_norms
+from ntk.bounds.balls import OUTWARD, Enclosure, gamma, row_norms
 from ntk.bounds.enclosure import (
     Directions,
-    Enclosure,
     SplitFeature,
     enclose,
     principal_directions,
     split_feature,
 )
 from ntk.bounds.features import (
-    Scalar,
     feature_balls,
     kernel_features,
     kernel_scalars,
@@ -226,18 +224,18 @@ def _measured(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> Encl
     return Enclosure(kernels[0] - kernels[1], radius)
 
 
-def _weighted(terms: list[Enclosure], scalars: list[Scalar], pair: Pair) -> Enclosure:
+def _weighted(terms: list[Enclosure], scalars: list[Enclosure], pair: Pair) -> Enclosure:
     """Returns the sum of terms times scalars.
 
     The error of a scalar is counted twice: for the kernels, and for this sum.
     """
     dtype = terms[0].mid.dtype
     one = int(pair.original.out_bias) * gamma(16, dtype)
-    mid, radius = jnp.zeros_like(terms[0].mid), one * jnp.abs(scalars[0].value)
+    mid, radius = jnp.zeros_like(terms[0].mid), one * jnp.abs(scalars[0].mid)
     for term, c in zip(terms, scalars, strict=True):
-        mid = mid + c.value * term.mid
-        size = jnp.abs(c.value) + 2 * c.error
-        radius = radius + size * term.radius + 2 * c.error * jnp.abs(term.mid)
+        mid = mid + c.mid * term.mid
+        size = jnp.abs(c.mid) + 2 * c.radius
+        radius = radius + size * term.radius + 2 * c.radius * jnp.abs(term.mid)
     # Norms are sums of p squares; the sums of terms are rounded as well.
     radius = radius * (1 + gamma(4 * pair.original.width + 64, dtype))
     return Enclosure(mid, radius + gamma(8, dtype) * jnp.abs(mid))

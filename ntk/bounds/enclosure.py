@@ -39,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ntk.arrays import inner_products
-from ntk.bounds.balls import gamma, row_norms
+from ntk.bounds.balls import Enclosure, gamma, row_norms
 from ntk.bounds.features import Feature
 
 
@@ -68,13 +68,6 @@ class Directions(NamedTuple):
 
     basis: Float[Array, "m k"]
     defect: Float[Array, ""]
-
-
-class Enclosure(NamedTuple):
-    """An interval for each pair: the exact value is within ``radius`` of ``mid``."""
-
-    mid: Float[Array, "n m"]
-    radius: Float[Array, "n m"]
 
 
 def split_feature(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.bounds.balls import Ball, ball_products, ball_units, gamma, row_norms
+from ntk.bounds.balls import Ball, Enclosure, ball_products, ball_units, gamma, row_norms
 from ntk.bounds.pairs import Inputs, Pair
 from ntk.kinds import KernelKind, second_transform
 from ntk.mlp import input_products
@@ -37,13 +37,6 @@ class Feature(NamedTuple):
     fused_error: Float[Array, " n"]
     unit_measured: Float[Array, " n"]
     fused_measured: Float[Array, " n"]
-
-
-class Scalar(NamedTuple):
-    """The scalar factor of an inner product: values (n, m) and bounds on their errors."""
-
-    value: Float[Array, "n m"]
-    error: Float[Array, "n m"]
 
 
 def kernel_features(
@@ -83,19 +76,19 @@ def feature_balls(mlp: MlpWeights, inputs: Inputs, kind: KernelKind) -> list[Bal
     return [hidden, *(c.scaled(size, rounding) for c in slopes)]
 
 
-def kernel_scalars(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> list[Scalar]:
+def kernel_scalars(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> list[Enclosure]:
     """Returns the scalar factors of the inner products of the features, for each term."""
     second = second_transform(kind)
     dtype = left.x.dtype
     shape = (left.x.shape[0], right.x.shape[0])
 
-    def dot(a: Array, b: Array, bias: Array | None) -> Scalar:
+    def dot(a: Array, b: Array, bias: Array | None) -> Enclosure:
         size = jnp.outer(row_norms(a) + 1, row_norms(second(b)) + 1)
-        return Scalar(input_products(a, b, bias, kind), gamma(a.shape[1] + 4, dtype) * size)
+        return Enclosure(input_products(a, b, bias, kind), gamma(a.shape[1] + 4, dtype) * size)
 
     if left.g is None or right.g is None:
         outputs = pair.original.down.shape[1]
-        first = Scalar(jnp.full(shape, outputs, dtype), jnp.zeros(shape, dtype))
+        first = Enclosure(jnp.full(shape, outputs, dtype), jnp.zeros(shape, dtype))
     else:
         first = dot(left.g, right.g, None)
     return [first, *(dot(left.x, right.x, bias) for _, bias in pair.original.maps)]
