@@ -14,7 +14,7 @@ from fusion_jax.clustering.engine import kmeans as kmeans
 from fusion_jax.compression.allocation import allocate as allocate
 from fusion_jax.compression.matrices import compress_matrices as compress_matrices
 from fusion_jax.compression.mlps import compress as compress
-from fusion_jax.compression.sub_mlps import compress_mlp as compress_mlp
+from fusion_jax.compression.mlps import compress_mlp as compress_mlp
 from fusion_jax.errors import InputError as InputError
 from fusion_jax.methods.clustering import Clustering as Clustering
 from fusion_jax.methods.fusion import Fusion as Fusion

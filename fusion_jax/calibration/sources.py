@@ -36,14 +36,7 @@ RANDOM_SHAPE = (512, 32)
 
 
 def read_source(source: CalibrationSource) -> Any:
-    """Returns calibration with the contents of a file in place of its name.
-
-    Args:
-        source: A file of saved inputs (.safetensors) or of text, a sentence per line; anything else
-            is returned as it is.
-
-    Returns:
-        Inputs by site, sentences, or the source itself.
+    """Returns the contents of a file, inputs by site or sentences; other sources unchanged.
 
     Raises:
         InputError: The file cannot be read.
@@ -60,17 +53,10 @@ def read_source(source: CalibrationSource) -> Any:
 
 
 def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
-    """Returns the given inputs of a site.
-
-    Args:
-        source: Inputs by site path.
-        site: The site.
-
-    Returns:
-        The inputs, (t, d), or (e, t, d) for experts.
+    """Returns the inputs given for a site, (t, d), or (e, t, d) for experts.
 
     Raises:
-        InputError: The site has no inputs, or they have another shape.
+        InputError: There are none, or they have another shape.
     """
     x = source.get(site.path)
     if x is None:
@@ -91,9 +77,6 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
         model: The model.
         source: Strings, token batches, keyword arguments, or ``"random"``.
         key: Random key of random tokens.
-
-    Returns:
-        The keyword arguments, batch by batch.
 
     Raises:
         InputError: There is no text or no tokenizer, or a batch is unknown or too long.
@@ -156,9 +139,6 @@ def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBa
         batch: The batch.
         tokenizer: Its tokenizer; special tokens stay and are not drawn.
         key: Random key.
-
-    Returns:
-        The new batch.
     """
     ids = np.asarray(batch.input_ids)
     drawn = _random_words(tokenizer, ids.shape, key)

@@ -54,10 +54,7 @@ def sum_by_label(x: Float[Array, " n *d"], labels: ClusterLabels, k: int) -> Flo
 
 
 def first_min(a: Array, axis: int = 0) -> tuple[Array, Array]:
-    """Returns the minimum along an axis and its first index.
-
-    XLA's argmin is several times slower on CPUs.
-    """
+    """Returns a minimum and its first index; XLA's argmin is several times slower on CPUs."""
     least = a.min(axis, keepdims=True)
     index = lax.broadcasted_iota(jnp.int32, a.shape, axis)
     first = jnp.where(a == least, index, a.shape[axis] - 1).min(axis)

@@ -41,16 +41,7 @@ class Problems(NamedTuple):
 
 
 def solve_stacked(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Returns the solutions of stacked problems, stacked in the same way; one call solves all.
-
-    Args:
-        method: The method.
-        act: The activation's name, where it is known.
-        problems: The problems, stacked along any number of axes.
-
-    Returns:
-        The solutions.
-    """
+    """Returns the solutions of stacked problems, stacked in the same way; one call solves all."""
     stack = problems.keys.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
     solutions = _solve_along_one_axis(method, act, flat)
@@ -136,8 +127,10 @@ def _batch(method: Method, problems: Problems, count: int) -> int | None:
 
 def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
     subs, key, calibration, gradients = problem
-    more: Any = {"gradients": gradients} if method.takes_gradients else {}
-    return method.solve(subs, key=key, act=act, calibration=calibration, **more)
+    more: dict[str, Any] = {"gradients": gradients} if method.takes_gradients else {}
+    if method.takes_calibration:
+        more |= {"act": act, "calibration": calibration}
+    return method.solve(subs, key=key, **more)
 
 
 @partial(jax.jit, static_argnames=("method", "act", "batch"))

@@ -134,17 +134,16 @@ class Method:
         key: Key[Array, ""],
         act: str | None = None,
         calibration: Calibration | None = None,
+        gradients: SubMLPs | None = None,
     ) -> Solution:
-        """Compresses the sub-MLPs of one MLP; pure, for use under ``jit`` and ``vmap``.
+        """Returns the solution for one MLP; pure, for use under ``jit`` and ``vmap``.
 
         Args:
             subs: The sub-MLPs.
             key: Random key.
-            act: The activation's name, where it is known.
-            calibration: The inputs of the MLP, or None; with calibration, ``act`` is given too.
-
-        Returns:
-            The solution.
+            act: The activation's name, for methods that take calibration; given together with it.
+            calibration: The inputs of the MLP, for methods that take calibration.
+            gradients: The gradients of a loss, for methods that take gradients.
         """
         raise NotImplementedError
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from fusion_jax.calibration.data import Calibration
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.methods.narrower import Narrower
@@ -52,14 +51,7 @@ class Clustering(Narrower):
             tol=self.tol,
         )
 
-    def solve(
-        self,
-        subs: SubMLPs,
-        *,
-        key: Key[Array, ""],
-        act: str | None = None,
-        calibration: Calibration | None = None,
-    ) -> Solution:
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
         """Clusters the rows of one MLP; ``parts`` are the sub-MLPs of the narrower one."""
         solution = self._fusion().solve(subs, key=key)
         sizes = solution.parts.sizes

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide
@@ -83,14 +82,7 @@ class Factored(Method):
         for d, o in _shapes(subs):
             self.spec(d, o)
 
-    def solve(
-        self,
-        subs: SubMLPs,
-        *,
-        key: Key[Array, ""],
-        act: str | None = None,
-        calibration: Calibration | None = None,
-    ) -> Solution:
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
         """Puts the matrices of one MLP into their form."""
         return _factor(self, matrices_of(subs))
 

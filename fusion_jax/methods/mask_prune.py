@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.factored import Factored, matrices_of, relative_error
@@ -79,13 +78,7 @@ class MaskPrune(Factored):
         return {}
 
     def solve(
-        self,
-        subs: SubMLPs,
-        *,
-        key: Key[Array, ""],
-        act: str | None = None,
-        calibration: Calibration | None = None,
-        gradients: SubMLPs | None = None,
+        self, subs: SubMLPs, *, key: Key[Array, ""], gradients: SubMLPs | None = None
     ) -> Solution:
         """Masks the matrices of one MLP."""
         matrices, scores = matrices_of(subs), self.scores(subs, gradients)

@@ -12,7 +12,6 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.narrower import Narrower
@@ -120,14 +119,7 @@ class MMD(Narrower):
                 f"{self.learning_rate}"
             )
 
-    def solve(
-        self,
-        subs: SubMLPs,
-        *,
-        key: Key[Array, ""],
-        act: str | None = None,
-        calibration: Calibration | None = None,
-    ) -> Solution:
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
         """Finds the sub-MLPs of the narrower MLP."""
         width = self.kept(subs)
         rows, start, end = _matched(subs.rows(), key, width, self.steps, self.learning_rate)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
@@ -54,14 +53,7 @@ class Sketch(Narrower):
         if not 0 <= self.keep < 1:
             raise InputError(f"keep must be at least 0 and below 1; got {self.keep}")
 
-    def solve(
-        self,
-        subs: SubMLPs,
-        *,
-        key: Key[Array, ""],
-        act: str | None = None,
-        calibration: Calibration | None = None,
-    ) -> Solution:
+    def solve(self, subs: SubMLPs, *, key: Key[Array, ""]) -> Solution:
         """Mixes the sub-MLPs of one MLP."""
         width = self.kept(subs)
         whole = min(round(self.keep * width), width - 1)

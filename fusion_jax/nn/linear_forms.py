@@ -98,7 +98,7 @@ class LinearForm(nnx.Module):
 
     def spec(self) -> dict[str, Any]:
         """Returns how to build this form from the plain layer, as JSON values."""
-        raise NotImplementedError
+        return {"form": self.kind}
 
     @classmethod
     def abstract(cls, linear: Any, **spec: Any) -> Any:
@@ -183,7 +183,7 @@ class LowRank(LinearForm):
 
     def spec(self) -> dict[str, Any]:
         """Returns the form and its rank."""
-        return {"form": self.kind, "rank": self.rank}
+        return {**super().spec(), "rank": self.rank}
 
 
 class Masked(LinearForm):
@@ -216,10 +216,6 @@ class Masked(LinearForm):
     def flops(self) -> int:
         """Operations of the whole matrix: single zeros save nothing in a dense product."""
         return 2 * self.in_features * self.out_features
-
-    def spec(self) -> dict[str, Any]:
-        """Returns the form."""
-        return {"form": self.kind}
 
 
 class Scored(LinearForm):
@@ -272,10 +268,6 @@ class Scored(LinearForm):
     def flops(self) -> int:
         """Operations of the whole matrix, as for `Masked`."""
         return 2 * self.in_features * self.out_features
-
-    def spec(self) -> dict[str, Any]:
-        """Returns the form."""
-        return {"form": self.kind}
 
 
 AnyLinear = nnx.Linear | LinearForm

@@ -69,24 +69,16 @@ class AnyMlp(nnx.Module):
         raise NotImplementedError
 
     def padded(self, width: int) -> Mlp:
-        """Returns the same function with all-zero units added up to a width.
+        """Returns the same function with all-zero units added up to a width, in a plain module.
 
-        Every activation here is 0 at 0 or meets a zero output weight, so that the outputs are
-        equal to the bit.
-
-        Args:
-            width: At least the module's width.
-
-        Returns:
-            A module of the class that `plain` gives.
+        Outputs are equal to the bit: units of zeros have output weights of zero.
         """
         raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
         """Returns how to build this module from the original one, as JSON values.
 
-        Returns:
-            The name of its class under ``"module"``, and the arguments for `Mlp.abstract`.
+        They are the name of its class under ``"module"``, and the arguments for `Mlp.abstract`.
         """
         raise NotImplementedError
 

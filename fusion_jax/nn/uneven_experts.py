@@ -46,7 +46,7 @@ class UnevenExperts(AnyMlp):
     def __init__(self, groups: Sequence[Mlp], members: Sequence[Sequence[int]]):
         self.groups = nnx.List(groups)
         self.members = tuple(map(tuple, members))
-        self.act = groups[0].act
+        self.act, self.d_in, self.d_out = groups[0].act, groups[0].d_in, groups[0].d_out
 
     def __call__(self, x: Float[Array, "e n d"]) -> Float[Array, "e n o"]:
         """Returns the outputs of each expert at its own inputs."""
@@ -76,16 +76,6 @@ class UnevenExperts(AnyMlp):
     def width(self) -> int:
         """The width of the widest expert."""
         return max(self.widths)
-
-    @property
-    def d_in(self) -> int:
-        """The number d of inputs."""
-        return self.groups[0].d_in
-
-    @property
-    def d_out(self) -> int:
-        """The number o of outputs."""
-        return self.groups[0].d_out
 
     @property
     def dtype(self) -> Any:
