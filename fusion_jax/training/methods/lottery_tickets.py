@@ -21,6 +21,7 @@ from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import Layers, select, sites
 from fusion_jax.progress import progress as show_progress
+from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.stages import Stages, unpack_fit
 
 
@@ -41,7 +42,7 @@ class Ticket:
 
 def lottery(
     model: Any,
-    train: Callable[[Any, Path | None], Any],
+    train: Callable[[Any, Path | None], Fit | nnx.Module],
     *,
     keep: float = 0.25,
     rounds: int = 3,
