@@ -69,7 +69,7 @@ from fusion_jax.training import (
     top_of_each_type,
 )
 from fusion_jax.training.methods.squeezing import cheapest_cut, cut
-from fusion_jax.training.methods.static_pruning import SCORES, StaticPruning, static_prune
+from fusion_jax.training.methods.static_pruning import SCORE_CONFIG, StaticPruning, static_prune
 from fusion_jax.verification.checks import Probability
 
 LAYERS = slice(-4, None)
@@ -267,9 +267,9 @@ def _masks(run: Run, keep: float) -> Any:
 
     MiniLM has no head for label words.
     """
-    head = run.config.learning_rate / SCORES.learning_rate
+    head = run.config.learning_rate / SCORE_CONFIG.learning_rate
     config = replace(
-        SCORES,
+        SCORE_CONFIG,
         max_steps=run.config.max_steps,
         batch_size=run.config.batch_size,
         max_length=run.config.max_length,

@@ -23,7 +23,7 @@ from fusion_jax.training import GLUE, LABEL_WORDS, Recipe, measure, predict, wit
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.scores import penalized
-from fusion_jax.training.methods.static_pruning import SCORES
+from fusion_jax.training.methods.static_pruning import SCORE_CONFIG
 from tests import glue, tiny
 
 
@@ -158,7 +158,7 @@ def test_masks_in_a_file(dtype, places, tmp_path, key):
 
 
 CONFIG = dataclasses.replace(
-    SCORES,
+    SCORE_CONFIG,
     max_steps=8,
     batch_size=8,
     shapes=1,

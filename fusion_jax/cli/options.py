@@ -20,6 +20,7 @@ from fusion_jax.training.tasks.glue import load_task, read_task
 from fusion_jax.training.tasks.pairs import PAIR_TASKS, load_pairs, read_pairs
 from fusion_jax.training.tasks.plain_text import CONTEXT, PlainText
 
+TaskKind = Literal["labels", "pairs", "text"]
 PLAIN = "text"
 """The name of the task of plain text."""
 
@@ -112,7 +113,7 @@ class DataOptions:
     context: int | None = None
 
     @property
-    def kind(self) -> Literal["labels", "pairs", "text"]:
+    def kind(self) -> TaskKind:
         """The kind of task that the options choose."""
         if self.task == PLAIN:
             return "text"

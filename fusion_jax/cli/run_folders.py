@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from fusion_jax.checkpoint.files import check_new_folder, read_json, write_text
+from fusion_jax.cli.options import TaskKind
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.run_folder import BEST, CHECKPOINTS, LAST, METRICS
 from ntk.tables import table
@@ -32,7 +33,7 @@ class RunRecord(NamedTuple):
     max_length: int | None
 
     @property
-    def kind(self) -> Literal["labels", "pairs", "text"]:
+    def kind(self) -> TaskKind:
         """The kind of the task."""
         return self.task.get("kind", "labels")
 

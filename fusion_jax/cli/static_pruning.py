@@ -26,7 +26,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.static_pruning import (
     LABEL_WORDS,
-    SCORES,
+    SCORE_CONFIG,
     StaticPruning,
     static_prune,
 )
@@ -55,7 +55,7 @@ def prune_statically(
     model: Positional[Name],
     out: Annotated[Path, arg(metavar="RUN")],
     pruning: OmitArgPrefixes[StaticPruning] = StaticPruning(),  # noqa: B008 - frozen
-    config: Settings = SCORES,
+    config: Settings = SCORE_CONFIG,
     task: TaskName = None,
     data: Data = None,
     train_file: File = None,

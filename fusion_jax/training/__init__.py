@@ -57,5 +57,6 @@ from fusion_jax.training.methods.scores import with_scores as with_scores
 from fusion_jax.training.methods.squeezing import lightweight as lightweight
 from fusion_jax.training.methods.squeezing import squeeze as squeeze
 from fusion_jax.training.methods.static_pruning import LABEL_WORDS as LABEL_WORDS
+from fusion_jax.training.methods.static_pruning import SCORE_CONFIG as SCORE_CONFIG
 from fusion_jax.training.methods.static_pruning import StaticPruning as StaticPruning
 from fusion_jax.training.methods.static_pruning import static_prune as static_prune

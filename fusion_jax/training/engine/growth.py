@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
@@ -30,15 +32,15 @@ class Growth(Protocol):
     every: int
     """Steps between changes."""
 
-    def replaceable(self, model: Any) -> Collection[str]:
+    def replaceable(self, model: nnx.Module) -> Collection[str]:
         """Returns the paths of all parameters that changes may replace, before training."""
         ...
 
-    def choose(self, model: Any, step: int) -> Any:
+    def choose(self, model: nnx.Module, step: int) -> Any:
         """Returns the change to make after this step as a JSON value, or None for no change."""
         ...
 
-    def apply(self, model: Any, change: Any) -> Any:
+    def apply(self, model: nnx.Module, change: Any) -> nnx.Module:
         """Returns the model with a change made; must give the same result each time."""
         ...
 
@@ -66,7 +68,7 @@ class GrowingStep:
     def __init__(
         self,
         make: Callable[..., CompiledStep],
-        model: Any,
+        model: nnx.Module,
         growth: Growth,
         config: TrainConfig,
         trains: Trains | None,
@@ -90,7 +92,7 @@ class GrowingStep:
             model, config=config, cohorts=self._cohorts, **options
         )
 
-    def resume(self, model: Any, changes: Sequence[Any]) -> TrainState:
+    def resume(self, model: nnx.Module, changes: Sequence[Any]) -> TrainState:
         """Returns a state of the structure that the model has after some changes."""
         for change in changes:
             model = self._apply(model, change)
@@ -119,14 +121,14 @@ class GrowingStep:
         self._recompile(model)
         return _transfer(state, self.compiled.start(model, unrounded))
 
-    def _apply(self, model: Any, change: Any) -> Any:
+    def _apply(self, model: nnx.Module, change: Any) -> nnx.Module:
         self.changes.append(change)
         model = self._growth.apply(model, change)
         for path in Partition(model).parameters:
             self._cohorts.setdefault(path, len(self.changes))
         return model
 
-    def _recompile(self, model: Any) -> None:
+    def _recompile(self, model: nnx.Module) -> None:
         now = Partition(model).parameters
         origin = _find_origins(self._parameters, now)
         rates = {p: self._multipliers[origin[p]] for p in now if origin.get(p) in self._multipliers}
@@ -166,7 +168,7 @@ def _find_origins(before: Collection[str], now: Collection[str]) -> dict[str, st
 
 
 def _check_numbers(
-    multipliers: Mapping[str, Collection[Any]], replaceable: Collection[str]
+    multipliers: Mapping[str, Collection[ArrayLike]], replaceable: Collection[str]
 ) -> None:
     for path, factors in multipliers.items():
         if path in replaceable and any(np.ndim(factor) for factor in factors):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
@@ -15,7 +16,7 @@ from fusion_jax.training.engine.config import TrainConfig
 from ntk.selection import select
 
 Params = Mapping[str, Float[Array, "..."]]
-Multipliers = Mapping[str, Any]
+Multipliers = Mapping[str, ArrayLike]
 """Learning-rate multipliers by path of a parameter: a number, or an array that broadcasts to the
 parameter, such as (c, 1) for one number for each row."""
 
@@ -54,7 +55,7 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: TrainConfig,
     steps: int,
-    factors: Mapping[str, Sequence[Any]] | None = None,
+    factors: Mapping[str, Sequence[ArrayLike]] | None = None,
     cohorts: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a configuration.
@@ -133,7 +134,7 @@ def _decays(params: Params) -> dict[str, bool]:
     return {path: path.rpartition(".")[2] not in ("bias", "scale") for path in params}
 
 
-def _scaling(factors: Mapping[str, Sequence[Any]]) -> Any:
+def _scaling(factors: Mapping[str, Sequence[ArrayLike]]) -> Callable[..., dict[str, Array]]:
     def scale(updates: Params, params: Params | None) -> dict[str, Array]:
         result = dict(updates)
         for path, each in factors.items():
@@ -147,7 +148,7 @@ def _scaling(factors: Mapping[str, Sequence[Any]]) -> Any:
 
 def find_multipliers(
     config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, Any]
-) -> dict[str, list[Any]]:
+) -> dict[str, list[ArrayLike]]:
     """Returns the learning-rate multipliers of each parameter.
 
     Args:
@@ -161,7 +162,7 @@ def find_multipliers(
     Raises:
         InputError: A multiplier matches no parameter or does not fit its shape.
     """
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[ArrayLike]] = {}
     paths = list(params)
     for pattern, factor in config.multipliers:
         for i in select(pattern, paths, argument="multipliers", noun="parameter that trains"):

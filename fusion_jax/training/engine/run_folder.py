@@ -7,16 +7,19 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fusion_jax.checkpoint.files import write_text
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.config import TrainConfig, with_current_names
 from fusion_jax.training.engine.recipe import Save
+from fusion_jax.training.engine.step import TrainState
 
+T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 BEST = "best"
@@ -139,7 +142,7 @@ class RunFolder:
         assert self._manager is not None
         return self._manager.restore(self.latest, args=self._args.Composite(**{item: how}))[item]
 
-    def restore(self, state: Any) -> Any:
+    def restore(self, state: TrainState) -> TrainState:
         """Returns the state of the newest checkpoint, or the given state if there is none.
 
         Args:
@@ -157,12 +160,12 @@ class RunFolder:
         named = self._restore("state", self._args.StandardRestore(abstract))
         return jax.tree.unflatten(tree, [named[name] for name in abstract])
 
-    def write_checkpoint(self, step: int, state: Any, changes: Sequence[Any]) -> None:
+    def write_checkpoint(self, step: int, state: TrainState, changes: Sequence[Any]) -> None:
         """Starts to write a checkpoint; it is complete after `wait`.
 
         Args:
             step: The steps done.
-            state: A pytree of arrays.
+            state: The state.
             changes: The changes of the model's structure.
         """
         if self._manager is None:
@@ -184,11 +187,11 @@ class RunFolder:
             self._manager.wait_until_finished()
 
 
-def _named(leaves: list[Any]) -> dict[str, Any]:
+def _named(leaves: list[T]) -> dict[str, T]:
     return {str(i): leaf for i, leaf in enumerate(leaves)}
 
 
-def replace_artefact(model: Any, folder: Path, save: Save) -> None:
+def replace_artefact(model: nnx.Module, folder: Path, save: Save) -> None:
     """Writes an artefact in place of an earlier one; only the first process writes."""
     if jax.process_index():
         return

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax.training.engine.config import TrainConfig
@@ -56,7 +57,7 @@ class CompiledStep:
 
     def __init__(
         self,
-        model: Any,
+        model: nnx.Module,
         *,
         loss: Loss,
         config: TrainConfig,
@@ -85,7 +86,7 @@ class CompiledStep:
         self._key = placement.everywhere(jax.random.key_data(key))
         self._impl = jax.random.key_impl(key)
 
-    def start(self, model: Any, unrounded: Any = None) -> TrainState:
+    def start(self, model: nnx.Module, unrounded: nnx.Module | None = None) -> TrainState:
         """Returns the state before the first step.
 
         Args:
@@ -156,17 +157,16 @@ class CompiledStep:
         return self.partition.precise({path: jnp.array(x) for path, x in arrays.items()}, {})
 
     def _update(
-        self, state: TrainState, batch: Any, loss: Any, key: Array, step: Array
+        self, state: TrainState, batch: dict[str, Array], loss: Loss, key: Array, step: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=self._impl), step)
         rest = dict(state.rest)
         if self._update_variables is not None:
             rest |= self._update_variables(state.params, rest, step)
 
-        def total(params: Any, batch: Any, key: Array) -> tuple[Array, Array]:
+        def total(params: dict[str, Array], batch: dict[str, Array], key: Array) -> Total:
             model = self.partition.compute(params, rest)
-            result: Total = loss(model, batch, key if self._config.dropout else None)
-            return result
+            return loss(model, batch, key if self._config.dropout else None)
 
         (value, count), grads = self._gradient(total, state.params, batch, key)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
@@ -176,7 +176,13 @@ class CompiledStep:
         numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(params, rest, opt_state), numbers
 
-    def _gradient(self, total: Callable[..., Any], params: Any, batch: Any, key: Array) -> Any:
+    def _gradient(
+        self,
+        total: Callable[..., Total],
+        params: dict[str, Array],
+        batch: dict[str, Array],
+        key: Array,
+    ) -> Any:
         """Returns the totals of a batch and their gradients, added up over accumulated parts."""
         gradient = jax.value_and_grad(total, has_aux=True)
         n = self._config.accumulate

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
@@ -32,7 +33,7 @@ from fusion_jax.training.engine.run_folder import (
     last_is_best,
     replace_artefact,
 )
-from fusion_jax.training.engine.step import CompiledStep
+from fusion_jax.training.engine.step import CompiledStep, TrainState
 
 Evaluate = Callable[[Any], dict[str, float]]
 """Measures a model: metrics by name, of which the first chooses the best model."""
@@ -59,7 +60,7 @@ class Fit:
 
 @on_auto_axes
 def fit(
-    model: Any,
+    model: nnx.Module,
     batches: BatchSource,
     loss: Loss,
     config: TrainConfig,
@@ -139,12 +140,12 @@ def fit(
 class _Run:
     """A run of `fit`, whose arguments these are: its compiled step, its state, the steps done."""
 
-    state: Any
+    state: TrainState
     kept: RunFolder
 
     def __init__(
         self,
-        model: Any,
+        model: nnx.Module,
         batches: BatchSource,
         loss: Loss,
         config: TrainConfig,
@@ -186,7 +187,7 @@ class _Run:
             **self.recipe.about,
         }
 
-    def resume(self, model: Any, kept: RunFolder) -> None:
+    def resume(self, model: nnx.Module, kept: RunFolder) -> None:
         """Starts from a model, or from the newest checkpoint in a folder."""
         self.kept, self.done = kept, kept.done
         if self.growing is None:
@@ -293,7 +294,7 @@ class _Monitor:
         self._numbers.clear()
         self.restart()
 
-    def _fail(self, step: int, row: dict[str, Any]) -> None:
+    def _fail(self, step: int, row: dict[str, np.ndarray]) -> None:
         name = "loss" if not math.isfinite(row["loss"]) else "gradient"
         latest = self._kept.latest
         good = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import jax
+from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import save
@@ -18,7 +18,7 @@ from fusion_jax.training.tasks.base import Task
 
 
 def finetune(
-    model: Any,
+    model: nnx.Module,
     data: Task,
     config: TrainConfig | None = None,
     *,

@@ -24,7 +24,7 @@ from ntk.selection import Selection
 class _MeanLoss:
     """The mean of a loss over batches, and its gradients, by path of a parameter."""
 
-    def __init__(self, model: Any, source: BatchSource, loss: Loss, batches: int | None):
+    def __init__(self, model: nnx.Module, source: BatchSource, loss: Loss, batches: int | None):
         if not (isinstance(source, BatchSource) and callable(loss)):
             raise InputError("give batches and a loss, such as those of a task's prepare()")
         count = len(source) if batches is None else min(batches, len(source))
@@ -69,7 +69,9 @@ class _MeanLoss:
 
 
 @on_auto_axes
-def mean_loss(model: Any, source: BatchSource, loss: Loss, *, batches: int | None = None) -> float:
+def mean_loss(
+    model: nnx.Module, source: BatchSource, loss: Loss, *, batches: int | None = None
+) -> float:
     """Returns the mean of a loss, without dropout.
 
     Args:
@@ -90,7 +92,7 @@ def mean_loss(model: Any, source: BatchSource, loss: Loss, *, batches: int | Non
 
 @on_auto_axes
 def mean_gradients(
-    model: Any, source: BatchSource, loss: Loss, *, batches: int | None = None
+    model: nnx.Module, source: BatchSource, loss: Loss, *, batches: int | None = None
 ) -> dict[str, Float[Array, ...]]:
     """Returns the gradients of the mean of a loss, without dropout.
 
@@ -113,7 +115,7 @@ def mean_gradients(
     return _MeanLoss(model, source, loss, batches).gradients()
 
 
-def _kernels(model: Any, matrices: Selection) -> dict[str, str]:
+def _kernels(model: nnx.Module, matrices: Selection) -> dict[str, str]:
     """Returns the path of each chosen layer's matrix, by path of the layer."""
     names = {}
     for path, layer in select_matrices(model, matrices).items():
@@ -124,7 +126,7 @@ def _kernels(model: Any, matrices: Selection) -> dict[str, str]:
 
 @on_auto_axes
 def importance_by_removal(
-    model: Any,
+    model: nnx.Module,
     source: BatchSource,
     loss: Loss,
     *,
@@ -160,7 +162,7 @@ def importance_by_removal(
 
 @on_auto_axes
 def importance_by_gradient(
-    model: Any,
+    model: nnx.Module,
     source: BatchSource,
     loss: Loss,
     *,

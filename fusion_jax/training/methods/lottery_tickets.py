@@ -21,6 +21,7 @@ from fusion_jax.nn.linear_forms import Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import select_sites, sites
 from fusion_jax.progress import show_progress
+from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.stages import Stages, unpack_fit
 from ntk.selection import Selection
 
@@ -42,7 +43,7 @@ class Ticket:
 
 def lottery(
     model: Any,
-    train: Callable[[Any, Path | None], Any],
+    train: Callable[[Any, Path | None], Fit | nnx.Module],
     *,
     keep: float = 0.25,
     rounds: int = 3,

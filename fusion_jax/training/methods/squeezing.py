@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import Frozen, find_forms
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.progress import show_progress
+from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.stages import Stages, unpack_fit
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -85,7 +86,7 @@ def chains(model: nnx.Module) -> dict[str, Mpo]:
     return found
 
 
-def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Any) -> Any:
+def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Sequence[Array]) -> Mpo:
     """Returns the layer with other bonds, cores or Frozen cores."""
     new: Any = nnx.clone(form)
     new.layout, new.frozen = layout, frozen
@@ -206,7 +207,7 @@ class Squeezed:
 
 def squeeze(
     model: Any,
-    train: Callable[[Any, Path | None], Any],
+    train: Callable[[Any, Path | None], Fit | nnx.Module],
     measure: Callable[[Any], float],
     *,
     tolerance: float = 0.03,
@@ -278,7 +279,7 @@ def squeeze(
             model = stages.load_model(len(kept), model)
     best, loss, finished = model, kept[-1][1] if kept else first, True
 
-    def write(new: Any = None) -> None:
+    def write(new: nnx.Module | None = None) -> None:
         entries = [{"cut": vars(c), "loss": value} for c, value in kept]
         fields = {"first_loss": first, "cuts": entries, "stopped": stopped}
         stages.write(fields, model=new, done=len(kept))

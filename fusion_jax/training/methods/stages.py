@@ -16,13 +16,14 @@ from flax import nnx
 from fusion_jax.checkpoint import load, save
 from fusion_jax.checkpoint.files import write_text
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine.fingerprints import fingerprint_of_model
 from fusion_jax.training.engine.run_folder import check_same, replace_artefact
 from fusion_jax.training.engine.trainer import Fit
 
 
-def unpack_fit(result: Any) -> tuple[Any, bool]:
+def unpack_fit(result: object) -> tuple[Any, bool]:
     """Returns the model that a stage's training gave, and whether training was finished.
 
     Args:
@@ -60,7 +61,7 @@ class Stages:
         self,
         folder: str | os.PathLike[str] | None,
         name: str,
-        model: Any,
+        model: nnx.Module,
         settings: Mapping[str, Any],
     ):
         self.folder = None if folder is None else Path(folder)
@@ -94,7 +95,7 @@ class Stages:
         check_same(self.folder, settings, self._settings)
         return record
 
-    def load_model(self, done: int, original: Any) -> Any:
+    def load_model(self, done: int, original: Model) -> Model:
         """Returns the model after some stages, with the name and tokenizer of the original."""
         assert self.folder is not None
         model = load(self.folder / f"{self._name}-{done}")
@@ -107,7 +108,9 @@ class Stages:
         """Returns the folder for the training of the stage that follows ``done`` stages."""
         return None if self.folder is None else self.folder / f"round-{done}"
 
-    def write(self, record: Mapping[str, Any], *, model: Any = None, done: int = 0) -> None:
+    def write(
+        self, record: Mapping[str, Any], *, model: nnx.Module | None = None, done: int = 0
+    ) -> None:
         """Writes the record, and the model after ``done`` stages if it is given.
 
         The order of writing is such that stopping at any moment loses nothing.

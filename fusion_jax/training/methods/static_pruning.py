@@ -40,7 +40,7 @@ from fusion_jax.training.tasks.classification import Classification, check_head
 
 Allocation = Literal["S", "L"]
 
-SCORES = TrainConfig(
+SCORE_CONFIG = TrainConfig(
     epochs=12,
     batch_size=64,
     learning_rate=2e-2,
@@ -229,7 +229,7 @@ def _left(step: Array, steps: int) -> Array:
 def static_prune(
     model: Model,
     data: Classification,
-    config: TrainConfig = SCORES,
+    config: TrainConfig = SCORE_CONFIG,
     pruning: StaticPruning = StaticPruning(),
     *,
     key: Key[Array, ""],
