@@ -5,7 +5,7 @@ tokens, and an encoder of RoBERTa-base's size with random weights, 8 layers 3,07
 in a process of its own, so that peak memory is its own and the time includes compilation. Then come
 the experts of one layer of Qwen1.5-MoE's shape (8 of its 60, 1,408 to 352, random weights and
 calibration inputs). They are compressed in one call, as `compress` does, which solves them one
-after another on a CPU and as a batch elsewhere; in a call for each; and, except on CPUs, as a batch.
+after another on a CPU and as a batch elsewhere; in a call for each; and, not on CPUs, as a batch.
 
     python -m benchmarks.compress [--quick] [--json FILE]
 """

@@ -271,12 +271,12 @@ def kmeans() -> Lines:
         "scikit-learn, Lloyd, best of 30": "scikit-learn, Lloyd, best of 30 (the paper's setting)",
         "ours, Lloyd, best of 30": '`fj.kmeans(init="k-means++", refine="lloyd", n_init=30)`',
     }
-    for r in rows("kmeans-cpu", problem="roberta-base"):
-        method, cells = r["method"], []
+    for method in (str(r["method"]) for r in rows("kmeans-cpu", problem="roberta-base")):
+        cells: list[str] = []
         for problem in ("roberta-base", "joined", "minilm layer 2"):
             r = row("kmeans-cpu", problem=problem, method=method)
             cells += [short(r["seconds"]), f"{r['inertia']:.4f}"]
-        yield [labels.get(method, method), *cells]
+        yield [labels.get(method) or method, *cells]
     found = result("kmeans-cpu")["summary"]
     yield "\n".join(
         f"- {problem}: {found[f'speedup_vs_sklearn_30{end}']:.0f} times faster than the best of 30 "
