@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from fusion_jax.finetune import Chains, lottery, squeeze, task_source
 
 import fusion_jax as fj
-from fusion_jax.cli import main
+from fusion_jax.cli.main import main
+from fusion_jax.training import Chains, Recipe, lottery, squeeze
 from tests import nlg
 
 FOLDER = Path(__file__).parent / "previous_versions" / "v0.1.0"
@@ -37,7 +37,7 @@ CONFIG = fj.TrainConfig(
     checkpoint_every=2,
     keep_checkpoints=1,
 )
-SGD = dataclasses.replace(CONFIG, optimiser="sgd", learning_rate=1e-2)
+SGD = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1e-2)
 
 
 @pytest.fixture(autouse=True)
@@ -153,15 +153,14 @@ def test_finetune_language():
     ids = [3 + nlg.CHARS.index(char) for char in Path("data/text.txt").read_text()]
     ids = np.array(ids, np.int32)
     config = dataclasses.replace(SGD, momentum=0.5)
-    fit = fj.finetune_language(
-        llama(), ids, config, key=KEY, context=8, dev=ids[:50], folder="runs/language"
-    )
+    text = fj.PlainText(ids, dev=ids[:50], context=8)
+    fit = fj.finetune(llama(), text, config, key=KEY, folder="runs/language")
     check_run(fit, "language", "llama-sgd")
 
 
 def test_finetune_pairs():
     rows = fj.read_pairs("data/pairs.csv", "data/pairs.csv")
-    fit = fj.finetune_pairs(llama(), rows, CONFIG, key=KEY, folder="runs/pairs")
+    fit = fj.finetune(llama(), rows, CONFIG, key=KEY, folder="runs/pairs")
     check_run(fit, "pairs", "llama-sgd")
 
 
@@ -171,14 +170,14 @@ def test_tune():
 
 
 def test_static_prune():
-    smp = fj.StaticPruning(keep=0.4, ramp=4, penalty=1.0, train_head=True)
-    fit = fj.static_prune(teacher(), sst2(), CONFIG, smp, key=KEY, folder="runs/static-prune")
+    pruning = fj.StaticPruning(keep=0.4, ramp=4, penalty=1.0, train_head=True)
+    fit = fj.static_prune(teacher(), sst2(), CONFIG, pruning, key=KEY, folder="runs/static-prune")
     check_run(fit, "static-prune", "bert")
     close(outputs(fj.load("runs/static-prune/last"), "bert"), TENSORS["runs.static-prune"])
 
 
 def test_growth():
-    batches, loss = task_source(bert(), sst2(), CONFIG, key=KEY)
+    batches, loss, *_ = sst2().prepare(bert(), CONFIG, key=KEY)
     growth = Chains(
         source=batches,
         loss=loss,
@@ -189,7 +188,8 @@ def test_growth():
         batches=2,
         matrices=r"layers\.\d\.attention\.query",
     )
-    fit = fj.finetune(bert(), sst2(), SGD, key=KEY, growth=growth, folder="runs/growth")
+    recipe = Recipe(growth=growth)
+    fit = fj.finetune(bert(), sst2(), SGD, key=KEY, recipe=recipe, folder="runs/growth")
     check_run(fit, "growth", "bert")
 
 
