@@ -1,6 +1,5 @@
 """Strict settings for all tests; eight devices, so that sharding is tested on any machine."""
 
-import contextlib
 import importlib.util
 import itertools
 import os
@@ -9,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxtyping
 import pytest
 
 # Needs torch; doctest would import it.
@@ -32,12 +30,46 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tier",
+        choices=("quick", "rest", "full"),
+        default="quick",
+        help="quick leaves out what is marked full (default); rest runs that alone; full runs all",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    _select_tier(config, items)
     if importlib.util.find_spec("torch") is None:
         skip = pytest.mark.skip(reason="torch is not installed")
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(skip)
+
+
+def _select_tier(config, items):
+    """Leaves out the tests of the other tier.
+
+    ``@pytest.mark.full`` moves a test to the full tier; ``@pytest.mark.full(quick=2)`` leaves two
+    of its cases, evenly spaced, in the quick tier.
+    """
+    tier = config.getoption("--tier")
+    if tier == "full":
+        return
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("full"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    rest = set()
+    for group in cases.values():
+        quick = group[0].get_closest_marker("full").kwargs.get("quick", 0)
+        kept = {i * len(group) // quick for i in range(quick)}
+        rest |= {item for i, item in enumerate(group) if i not in kept}
+    left_out = [item for item in items if (item in rest) != (tier == "rest")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if (item in rest) == (tier == "rest")]
 
 
 _PROGRAMS = "FUSION_JAX_TEST_PROGRAMS"
@@ -54,16 +86,6 @@ def _few_programs():
     yield
     if next(_count) % 8 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
-
-
-@contextlib.contextmanager
-def unchecked():
-    """What users get for arguments of a wrong type, where no types are checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ OPENING = {
     "methods/registry.py": r"^    for method in \(\n",
     "models/registry.py": r"^FAMILIES.* = {\n",
     "tests/tiny.py": r"^CONFIGS.* = {\n",
-    "tests/test_compress.py": r"^OPTIONS.* = {\n",
+    "tests/helpers.py": r"^OPTIONS.* = {\n",
 }
 """The line of each file after which its registry begins."""
 METHOD, ARCHITECTURE = PAGE.split("\n## ")[1:]
@@ -63,6 +63,7 @@ def run(copy, *arguments):
     return done.stdout
 
 
+@pytest.mark.full
 def test_the_method(copy):
     followed(copy, METHOD)
     out = run(copy, "tests/test_compress.py", "-k", "first or every")
@@ -78,6 +79,7 @@ def test_the_method(copy):
     assert "--width" in help_.stdout and "first hidden units" in help_.stdout
 
 
+@pytest.mark.full
 def test_the_architecture(copy):
     followed(copy, ARCHITECTURE)
     out = run(copy, "tests/test_models.py", "-k", "electra")

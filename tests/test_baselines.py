@@ -15,7 +15,7 @@ from fusion_jax.methods.prune import Prune
 from fusion_jax.methods.sketch import Sketch
 from fusion_jax.methods.svd import Svd
 from fusion_jax.nn.masking import top_mask, top_masks
-from tests.test_mlp import inputs, make
+from tests.helpers import inputs, make
 
 P, KEPT, D = 32, 12, 40
 

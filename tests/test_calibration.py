@@ -22,7 +22,7 @@ from fusion_jax.nn.mlp import experts
 from fusion_jax.nn.submlps import responses
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 from tests import glue, tiny
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 from tests.tiny import checkpoint
 
 D, P, C, T = 6, 32, 8, 200
@@ -85,6 +85,7 @@ def test_refit_in_blocks_and_to_given_outputs(x64, monkeypatch):
 
 @kinds
 @scalings
+@pytest.mark.full(quick=2)
 def test_matching_brings_the_kernel_nearer_and_keeps_the_function(kind, scaling, x64):
     mlp, x, new = make(kind), inputs(), inputs(2)
     plain = fuse(mlp, x, scaling=scaling, match=False)
@@ -164,6 +165,7 @@ def test_full_width_is_the_same_function_and_kernel(kind, scaling, x64):
         np.testing.assert_allclose(factor, 1, atol=1e-8)
 
 
+@pytest.mark.full
 def test_folded_has_no_factors():
     fused = fuse(make(fj.Mlp, jnp.float32), inputs(dtype=jnp.float32), scaling="folded")
     assert all((f == 1).all() for f in fused.factors())
@@ -390,6 +392,7 @@ def routed_by_hand(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["switch", "mixtral"])
+@pytest.mark.full(quick=1)
 def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, monkeypatch):
     head = dict(tiny.GENERATIVE)[family]
     model = fj.load(checkpoint(tmp_path / "m", family, head), head=head)
@@ -447,6 +450,7 @@ def test_budget_is_met_and_best():
         assert got == pytest.approx(best)
 
 
+@pytest.mark.full
 def test_allocation_gives_more_to_the_harder_site(monkeypatch):
     monkeypatch.setattr(allocation, "TRIED", (1 / 8, 1 / 4, 1 / 2))
     easy, hard = make(fj.Mlp, jnp.float32), make(fj.Mlp, jnp.float32)
@@ -496,6 +500,7 @@ def test_a_share_of_all_units_is_not_rounded_down():
 
 
 @pytest.mark.parametrize("few", [9, 60])
+@pytest.mark.full
 def test_each_expert_is_measured_where_it_is_not_fitted(few, monkeypatch):
     monkeypatch.setattr(allocation, "TRIED", (1 / 2,))
     both = experts(lambda **k: make(fj.Mlp, jnp.float32), 2, rngs=nnx.Rngs(0))
@@ -533,6 +538,7 @@ def test_too_few_positions_to_hold_some_out():
         fj.allocate(model, fj.Fusion(), total_width=0.5, calibration={"0": slots}, key=KEY)
 
 
+@pytest.mark.full
 def test_texts_longer_than_the_model_are_cut_off(tmp_path):
     model = fj.load(glue.checkpoint(tmp_path / "m"))
     most = model.config.max_position_embeddings

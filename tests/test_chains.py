@@ -36,8 +36,8 @@ from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.importance import type_of
 from fusion_jax.training.methods.squeezing import Cut, all_train, chains, cheapest_cut, cut
 from tests import glue, tiny
-from tests.conftest import unchecked
-from tests.test_finetune import CONFIG, flat, moved
+from tests.helpers import TRAIN_CONFIG as CONFIG
+from tests.helpers import flat, moved, unchecked
 
 LAYERS = r"layers\..*"
 
@@ -163,6 +163,7 @@ def ranked(scores):
     return types
 
 
+@pytest.mark.full(quick=1)
 def test_importance_equals_brute_force(three, data):
     source = batches_and_loss(three, data, jax.random.key(1))
     paths = [path for path in weight_matrices(three) if path.startswith("layers.")]
@@ -215,6 +216,7 @@ def growing(source, **options):
                   matrices=r"layers\.\d\.(mlp\.up|attention\.query)", **options)  # fmt: skip
 
 
+@pytest.mark.full
 def test_dynamic_chains_grow_train_and_resume(model, data, source, key, tmp_path):
     config = dataclasses.replace(CONFIG, warmup=0.0, eval_every=100)
     growth, seen = growing(source), {}
@@ -258,6 +260,7 @@ def test_dynamic_chains_grow_train_and_resume(model, data, source, key, tmp_path
 @pytest.mark.parametrize(
     "train", ["all", "mlp", "head", r"layers\.\d\.mlp\.up\.kernel|head\..*", r".*\.cores\..*"]
 )
+@pytest.mark.full(quick=1)
 def test_cores_train_if_their_matrix_did(train, model, data, source, key):
     config = dataclasses.replace(CONFIG, warmup=0.0, train=train)
     if "cores" in train:
@@ -298,6 +301,7 @@ class One:
         return []
 
 
+@pytest.mark.full
 def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
     batches, loss = batches_and_loss(model, data, key)
     config = dataclasses.replace(
@@ -334,6 +338,7 @@ def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
             assert np.abs(want).max() > 1e-5
 
 
+@pytest.mark.full
 def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, key):
     rows = {
         f"layers.0.mlp.{name}.kernel": np.ones((n, 1)) for name, n in (("up", 32), ("down", 48))
@@ -347,6 +352,7 @@ def test_arrays_of_multipliers_are_for_what_does_not_grow(model, data, source, k
     assert find_forms(finetune(model, data, config, multipliers=rows, **options).model)
 
 
+@pytest.mark.full
 def test_each_round_takes_the_most_important_of_its_step(three, data, key):
     source = batches_and_loss(three, data, jax.random.key(1))
     config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, learning_rate=5e-3)
@@ -382,6 +388,7 @@ def test_the_last_of_a_type_to_grow_is_the_most_important(three, data):
 
 
 @pytest.mark.parametrize("family", ["t5", "switch", "qwen2-moe"])
+@pytest.mark.full
 def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
     head = "causal-lm" if "moe" in family else "seq2seq-lm"
     model = fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)
@@ -453,6 +460,7 @@ def test_only_auxiliary_tensors_train(chained, data, key):
     assert len([p for p in moved(again, fit.model) if ".cores." in p]) == 12
 
 
+@pytest.mark.full
 def test_the_cheapest_cut_is_the_cheapest(chained):
     chosen = cheapest_cut(chained, step=3)
     losses_of = {}
@@ -468,6 +476,7 @@ def test_the_cheapest_cut_is_the_cheapest(chained):
     np.testing.assert_allclose(chosen.estimate, losses_of[best], rtol=1e-3)
 
 
+@pytest.mark.full
 def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
     """With a measure that only looks at sizes, and training that does nothing."""
 
@@ -568,6 +577,7 @@ def told_to_stop(data, key, round_, calls):
     return train
 
 
+@pytest.mark.full
 def test_squeezing_that_is_told_to_stop_resumes_in_its_round(chained, data, source, key, tmp_path):
     batches, loss = source
     options = {"tolerance": 10.0, "rounds": 3, "step": 2}
@@ -589,6 +599,7 @@ def test_squeezing_that_is_told_to_stop_resumes_in_its_round(chained, data, sour
     np.testing.assert_array_equal(logits(again.model), logits(whole.model))
 
 
+@pytest.mark.full
 def test_a_lottery_that_is_told_to_stop_resumes_in_its_round(model, data, key, tmp_path):
     options = {"keep": 0.25, "rounds": 3, "layers": -1}
     whole = lottery(model, told_to_stop(data, key, 9, []), **options)
@@ -675,6 +686,7 @@ def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
         np.testing.assert_allclose(seen["grown", 3].params[path], x, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.full
 def test_chains_grow_from_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
     folder = glue.checkpoint(tmp_path / "model")
     options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}

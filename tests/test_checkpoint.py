@@ -424,12 +424,14 @@ def child(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.full
 def test_a_real_limit_on_file_size_leaves_nothing(folder, tmp_path):
     done = child(LIMITED, folder, tmp_path / "out" / "artefact")
     assert "could not write" in done.stdout, done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_killed_save_leaves_no_half_artefact(folder, tmp_path):
     done = child(KILLED, folder, tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
@@ -449,6 +451,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.full
 def test_hub_cache_and_offline_mode(folder, tmp_path):
     """The real download code, on a cache as `huggingface_hub` lays it out, without a network."""
     commit = "0123456789" * 4
@@ -470,6 +473,7 @@ def test_hub_cache_and_offline_mode(folder, tmp_path):
     assert "HF_HUB_OFFLINE=0" in second
 
 
+@pytest.mark.full
 def test_no_second_copy_of_the_model(tmp_path):
     """Loading reads tensor by tensor: peak memory is about the model's own size."""
     code = """

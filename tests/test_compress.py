@@ -1,5 +1,6 @@
 """compress: choice of sites, guarantees, reports, and the conformance of every method."""
 
+import functools
 import json
 
 import jax
@@ -16,31 +17,22 @@ from fusion_jax.compression.batching import Problems, batch_size, working_bytes
 from fusion_jax.methods.registry import METHODS, method_from_json
 from fusion_jax.nn.site import select_sites
 from tests import tiny
-from tests.conftest import unchecked
-from tests.test_mlp import inputs, make
+from tests.helpers import OPTIONS, inputs, make, method, methods, unchecked
 
-# The options that the tests run each method with. A new method adds a line.
-OPTIONS = {
-    "clustering": {"width": 12},
-    "mask-prune": {"keep": 0.25},
-    "mmd": {"width": 12, "steps": 2},
-    "mpo": {"bond": 6, "cores": 3},
-    "prune": {"width": 12},
-    "sketch": {"width": 12, "keep": 0.25},
-    "svd": {"rank": 3},
-    "fusion": {"width": 12},
-}
-methods = pytest.mark.parametrize("name", sorted(METHODS))
 PATHS = ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
-
-
-def method(name):
-    return METHODS[name](**OPTIONS[name])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return load(tiny.checkpoint(tmp_path_factory.mktemp("bert") / "model"))
+
+
+@pytest.fixture(scope="module")
+def compressed(model):
+    """Compresses two of three layers by a method, once for all tests of it."""
+    return functools.cache(
+        lambda name: fj.compress(model, method(name), layers=[0, 2], key=jax.random.key(0))
+    )
 
 
 def output(model):
@@ -61,8 +53,8 @@ def test_original_is_not_changed(name, model, key):
 
 
 @methods
-def test_artefact_loads_back_equal(name, model, key, tmp_path):
-    smaller, report = fj.compress(model, method(name), layers=[0, 2], key=key)
+def test_artefact_loads_back_equal(name, compressed, tmp_path):
+    smaller, report = compressed(name)
     again = fj.load(fj.save(smaller, tmp_path / "a", report=report))
     assert bit_equal(smaller, again)
     assert (output(smaller) == output(again)).all()
@@ -71,8 +63,8 @@ def test_artefact_loads_back_equal(name, model, key, tmp_path):
 
 
 @methods
-def test_export_gives_the_same_outputs(name, model, key, tmp_path):
-    smaller, _ = fj.compress(model, method(name), layers=[0, 2], key=key)
+def test_export_gives_the_same_outputs(name, compressed, tmp_path):
+    smaller, _ = compressed(name)
     exported = fj.load(fj.export_hf(smaller, tmp_path / "hf"))
     assert {type(site.mlp) for site in fj.sites(exported)} == {fj.Mlp}
     np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
@@ -80,6 +72,7 @@ def test_export_gives_the_same_outputs(name, model, key, tmp_path):
 
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+@pytest.mark.full(quick=8)
 def test_stack_equals_loop(name, kind, key):
     mlps = [make(kind, width=32, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(m.sub_mlps() for m in mlps))
@@ -94,6 +87,7 @@ def test_stack_equals_loop(name, kind, key):
 
 
 @methods
+@pytest.mark.full(quick=8)
 def test_jit_equals_eager(name, key):
     subs = make(fj.Mlp).sub_mlps()
     eager = method(name).solve(subs, key=key)
@@ -105,6 +99,7 @@ def test_jit_equals_eager(name, key):
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.full(quick=8)
 def test_bfloat16_keeps_its_dtype(name, kind, bias, key):
     mlp = make(kind, dtype=jnp.bfloat16, bias=bias)
     smaller, _ = fj.compress(mlp, method(name), key=key)
@@ -160,6 +155,7 @@ def test_bad_width(name, width, message, model, key):
 
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+@pytest.mark.full(quick=8)
 def test_budget(name, kind, key):
     mlp = kind(24, 32, act="gelu", rngs=nnx.Rngs(0))
     subs = jax.eval_shape(mlp.sub_mlps)
@@ -185,6 +181,7 @@ def test_sites_do_not_depend_on_each_other(name, model, key):
 
 
 @methods
+@pytest.mark.full(quick=3)
 def test_sharded_equals_unsharded(name, key):
     subs = jax.tree.map(
         lambda *x: jnp.stack(x), *(make(fj.Mlp, width=32, seed=s).sub_mlps() for s in range(8))
@@ -199,6 +196,7 @@ def test_sharded_equals_unsharded(name, key):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
+@pytest.mark.full(quick=1)
 def test_sites_that_go_together(backend, key, monkeypatch):
     """MLPs of one shape with the same number of positions: two calls for three MLPs."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])

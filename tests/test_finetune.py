@@ -22,17 +22,8 @@ from fusion_jax.training.engine.optimizer import make_optimizer
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.tasks import classification as classify
 from tests import glue
-from tests.conftest import unchecked
-
-CONFIG = fj.TrainConfig(
-    max_steps=6,
-    batch_size=8,
-    learning_rate=1e-3,
-    shapes=1,
-    log_every=1,
-    checkpoint_every=2,
-    dropout=False,
-)
+from tests.helpers import TRAIN_CONFIG as CONFIG
+from tests.helpers import flat, moved, unchecked
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +47,6 @@ def fused(model):
     return fj.compress(model, method, layers=-1, key=jax.random.key(0))[0]
 
 
-def flat(model):
-    return {
-        ".".join(map(str, path)): (type(v), np.asarray(v.get_value()))
-        for path, v in nnx.to_flat_state(nnx.state(model))
-    }
-
-
-def moved(before, after):
-    a, b = flat(before), flat(after)
-    return {path for path in a if not np.array_equal(a[path][1], b[path][1])}
-
-
 def assert_close(a, b, tolerance):
     for path, (_, x) in flat(a).items():
         if path.endswith("attention.key.bias"):
@@ -76,6 +55,7 @@ def assert_close(a, b, tolerance):
         np.testing.assert_allclose(x, flat(b)[path][1], atol=tolerance, rtol=0, err_msg=path)
 
 
+@pytest.mark.full(quick=1)
 def test_finetune_learns(fused, data, key):
     before = flat(fused)
     config = dataclasses.replace(CONFIG, max_steps=60, learning_rate=5e-3, eval_every=30)
@@ -159,6 +139,7 @@ def test_step_equals_optax_by_hand(fused, key):
     assert_close(ours, nnx.merge(graph, params, rest), 2e-6)
 
 
+@pytest.mark.full
 def test_dropout_differs_between_steps_and_follows_its_key(fused, key, tmp_path):
     """The same batch at each step, and weights that hardly move: only dropout differs."""
     config = dataclasses.replace(CONFIG, learning_rate=1e-12, max_steps=3, dropout=True)
@@ -173,6 +154,7 @@ def test_dropout_differs_between_steps_and_follows_its_key(fused, key, tmp_path)
     assert not set(found["a"]) & set(found["c"])
 
 
+@pytest.mark.full
 def test_remat_changes_nothing(fused, key):
     config = dataclasses.replace(CONFIG, max_steps=2)
     plain = one_epoch(fused, config, key).model

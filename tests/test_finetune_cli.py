@@ -60,6 +60,7 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
 
 
+@pytest.mark.full
 def test_tuning_resumes_only_with_the_same_models_and_texts(places, tmp_path, monkeypatch, capsys):
     model, data = places
     fused, other = str(tmp_path / "fused"), str(tmp_path / "other")
@@ -168,6 +169,7 @@ def test_errors(arguments, message, places, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
     """kill -9 and SIGTERM at arbitrary moments, in processes of their own."""
     model, data = places

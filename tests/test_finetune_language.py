@@ -64,6 +64,7 @@ def test_loss_equals_numpy(model, text):
 
 
 @pytest.mark.parametrize("family", ["t5", "switch"])
+@pytest.mark.full(quick=1)
 def test_sequence_to_sequence_equals_numpy(family, tmp_path):
     model = fj.load(tiny.checkpoint(tmp_path / "model", family, "seq2seq-lm"), head="seq2seq-lm")
     rng = np.random.default_rng(0)
@@ -130,6 +131,7 @@ def test_learns_and_resumes(model, text, key, tmp_path):
     assert (tmp_path / "run" / "last" / "fusion.json").is_file()
 
 
+@pytest.mark.full
 def test_hooks_are_those_of_fit(model, text, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, eval_every=2)
     source = Windows(text, 8, 4, seed=1)
@@ -189,6 +191,7 @@ def test_hooks_are_those_of_fit(model, text, key, tmp_path):
         finetune(model, text, config, key=key, context=8, folder=tmp_path / "run", **options)
 
 
+@pytest.mark.full
 def test_tuning_brings_hidden_states_nearer(model, text, key):
     smaller, _ = fj.compress(model, fj.Fusion(width=8), key=key)
     windows = Windows(text, 8, 4, seed=0)

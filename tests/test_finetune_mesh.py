@@ -18,6 +18,8 @@ from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 from tests import glue
 
+pytestmark = pytest.mark.full
+
 STEPS = 20
 CONFIG = fj.TrainConfig(
     max_steps=STEPS, epochs=99, batch_size=8, learning_rate=1e-4, shapes=1, compute_dtype="float32"

@@ -60,6 +60,7 @@ def by_hand(logits, real, top_k, per_sequence):
 
 
 @families
+@pytest.mark.full(quick=1)
 def test_equal_formulas_by_hand(family, tmp_path):
     model, batch = mixture(family, tmp_path / "m"), training_batch(family)
     arguments = {k: x for k, x in batch.items() if k not in ("labels", "weights")}
@@ -105,6 +106,7 @@ def test_equal_the_loss_of_transformers(family, tmp_path):
 
 
 @families
+@pytest.mark.full
 def test_balance_trains_routers_to_use_all_experts(family, tmp_path, key):
     """With a large coefficient the loss falls towards that of equal use."""
     model, batch = mixture(family, tmp_path / "m"), training_batch(family)
@@ -135,6 +137,7 @@ def test_balance_trains_routers_to_use_all_experts(family, tmp_path, key):
     assert least * 0.9 < balance(trained) < balance(model) - 0.2 * stacks
 
 
+@pytest.mark.full
 def test_configurations_ask_for_them(tmp_path, key):
     """In `finetune`: as the loss with the same coefficients, and not without routers."""
     model = mixture("mixtral", tmp_path / "m")

@@ -16,7 +16,7 @@ from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.squeezing import lightweight
 from ntk.mlp import mlp_weights
 from tests import tiny
-from tests.test_mlp import inputs, make
+from tests.helpers import inputs, make
 
 EXACT = fj.MPO(bond=None, cores=3)
 HEADS = {
@@ -44,6 +44,7 @@ def all_but_routers(path):
 
 
 @families
+@pytest.mark.full(quick=2)
 def test_every_matrix_as_a_chain_is_the_same_function(family, tmp_path):
     model = load(tmp_path, family)
     chained, report = fj.compress_matrices(model, EXACT, matrices=all_but_routers)
@@ -80,6 +81,7 @@ def test_generation_with_chains(tmp_path, key):
 
 
 @pytest.mark.parametrize("n", [1, 33])
+@pytest.mark.full(quick=1)
 def test_embedding_as_a_chain(n):
     embed = nnx.Embed(23, 10, rngs=nnx.Rngs(0))
     (embeds, report) = fj.compress_matrices(
@@ -96,6 +98,7 @@ def test_embedding_as_a_chain(n):
 
 @pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
+@pytest.mark.full(quick=2)
 def test_fused_mlps_can_be_factored(method, kind, key):
     fused, _ = fj.compress(make(kind), fj.Fusion(width=12), key=key)
     both, _ = fj.compress(fused, method, key=key)
@@ -162,6 +165,7 @@ def test_bfloat16_and_frozen_cores_compute_in_the_inputs_dtype(key):
 
 
 @pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
+@pytest.mark.full(quick=1)
 def test_kernels_are_by_a_forms_own_parameters(method, key):
     mlp, _ = fj.compress(make(fj.Mlp), method, key=key)
     with pytest.raises(ntk.InputError, match="is not a plain linear layer"):

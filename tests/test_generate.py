@@ -29,6 +29,7 @@ def prompts(family):
     return batch["input_ids"], batch["attention_mask"]
 
 
+@pytest.mark.full(quick=6)
 def test_equals_hugging_face(case):
     family, model = case
     golden = tiny.read_golden(family, dict(tiny.GENERATIVE)[family])

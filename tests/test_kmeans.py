@@ -52,6 +52,7 @@ def inertia(x, labels, weights=None):
 
 
 @every
+@pytest.mark.full(quick=3)
 def test_result_is_consistent(key, init, refine):
     x = cloud()
     r = kmeans(x, K, key=key, init=init, refine=refine)
@@ -109,6 +110,7 @@ def test_moves_lower_the_inertia(key, init):
 
 
 @every
+@pytest.mark.full(quick=3)
 def test_inertia_never_rises_over_iterations_and_moves(key, init, refine):
     x = cloud(n=400, d=20)
     options = {"key": key, "init": init, "refine": refine}
@@ -145,6 +147,7 @@ def test_same_key_same_bits(key, init, refine):
 
 
 @pytest.mark.parametrize(("n", "k", "d"), [(200, 50, 30), (200, 3, 2), (30, 29, 4), (9, 1, 2)])
+@pytest.mark.full(quick=2)
 def test_ward_equals_scipy(n, k, d, key):
     x = cloud(n=n, d=d)
     r = kmeans(x, k, key=key, init="ward", refine="lloyd", max_iters=1, tol=np.inf)
@@ -178,6 +181,7 @@ def test_lloyd_equals_scikit_learn_from_the_same_centroids(key):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "random", "centroids"])
+@pytest.mark.full(quick=1)
 def test_many_points_without_a_gram_matrix(init, key, monkeypatch):
     x = cloud(n=700, d=6)
     init = x[:20] if init == "centroids" else init
@@ -195,6 +199,7 @@ def test_many_points_without_a_gram_matrix(init, key, monkeypatch):
 
 
 @every
+@pytest.mark.full(quick=2)
 def test_every_point_alone(key, init, refine):
     x = cloud(n=20)
     r = kmeans(x, 20, key=key, init=init, refine=refine)
@@ -212,6 +217,7 @@ def test_one_cluster(key):
 
 @every
 @pytest.mark.parametrize(("n", "k"), [(N, K), (20, 20)])
+@pytest.mark.full(quick=3)
 def test_equal_points(n, k, key, init, refine):
     r = kmeans(jnp.full((n, D), 2.5), k, key=key, init=init, refine=refine)
     np.testing.assert_allclose(r.inertia, 0, atol=1e-9)
@@ -249,6 +255,7 @@ def test_far_outlier_gets_its_own_cluster(init, key):
 
 
 @every
+@pytest.mark.full(quick=2)
 def test_weights_equal_repeated_points(key, init, refine):
     # Groups far apart: the solution is unique.
     x = cloud(n=N // 3, seed=3).at[:, 0].add(100.0 * (np.arange(N // 3) % K))

@@ -104,6 +104,7 @@ def trained(model, **more):
     return fit(model, Numbers(), loss, CONFIG, key=jax.random.key(0), **more)
 
 
+@pytest.mark.full
 def test_training_and_all_that_follows():
     """One step after another inside ``jax.set_mesh``, as in the documentation."""
 
@@ -146,6 +147,7 @@ def test_training_and_all_that_follows():
 
 
 @pytest.mark.parametrize("name", ["fusion", "mask-prune", "mpo"])
+@pytest.mark.full(quick=1)
 def test_methods_where_widths_are_split(name, key):
     model = Model()
     mesh = mesh_of("explicit", names=("model",))

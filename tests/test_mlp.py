@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fusion_jax as fj
 from fusion_jax.nn.submlps import ACTIVATIONS, activation
+from tests.helpers import inputs, make
 
 SCALINGS = ["adam", "sgd", "folded"]
 KINDS = [fj.Mlp, fj.GatedMlp]
@@ -20,23 +21,9 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 scalings = pytest.mark.parametrize("scaling", SCALINGS)
 
 
-def make(kind, width=24, d_in=5, d_out=3, act="gelu", dtype=jnp.float32, bias=True, seed=0):
-    mlp = kind(d_in, width, d_out, act=act, use_bias=bias, param_dtype=dtype, rngs=nnx.Rngs(seed))
-    # Biases start at zero; make them matter.
-    for linear in (mlp.up, mlp.down, *([mlp.gate] if kind is fj.GatedMlp else [])):
-        if bias:
-            values = jax.random.normal(jax.random.key(seed + 1), linear.bias.shape, dtype)
-            linear.bias.set_value(values)
-    return mlp
-
-
 def fuse(mlp, width, scaling="adam", seed=0, **options):
     method = fj.Fusion(width=width, scaling=scaling, **options)
     return fj.compress(mlp, method, key=jax.random.key(seed))[0]
-
-
-def inputs(d=5, n=11, dtype=jnp.float32):
-    return 2 * jax.random.normal(jax.random.key(9), (n, d), dtype)
 
 
 def with_duplicates(kind, distinct, copies, dtype=jnp.float32):
@@ -83,6 +70,7 @@ def test_rows_of_the_paper():
 
 @kinds
 @scalings
+@pytest.mark.full(quick=3)
 def test_function_is_the_wide_copys(kind, scaling):
     fused, x = fuse(make(kind), 7, scaling), inputs()
     np.testing.assert_allclose(fused(x), fused.wide_copy()(x), atol=1e-5)
@@ -91,6 +79,7 @@ def test_function_is_the_wide_copys(kind, scaling):
 
 @kinds
 @scalings
+@pytest.mark.full(quick=1)
 def test_function_is_the_wide_copys_in_float64(kind, scaling, x64):
     fused, x = fuse(make(kind, dtype=jnp.float64), 7, scaling), inputs(dtype=jnp.float64)
     assert fused(x).dtype == jnp.float64
@@ -128,6 +117,7 @@ def test_full_width_is_the_same_mlp(kind, scaling):
 
 @kinds
 @scalings
+@pytest.mark.full(quick=2)
 def test_duplicates_fuse_exactly(kind, scaling):
     mlp, x = with_duplicates(kind, 6, 5), inputs()
     fused = fuse(mlp, 6, scaling)
@@ -136,6 +126,7 @@ def test_duplicates_fuse_exactly(kind, scaling):
 
 
 @kinds
+@pytest.mark.full(quick=1)
 def test_order_of_units_changes_nothing(kind):
     mlp, x = make(kind, width=64), inputs()
     want = fuse(mlp, 9)(x)
@@ -234,6 +225,7 @@ def test_fused_equals_wide_copy_whatever_the_mlp(shape, kind, scaling, act, seed
 
 @kinds
 @scalings
+@pytest.mark.full(quick=2)
 def test_experts_are_fused_each_on_its_own(kind, scaling, key):
     """In one call, and equal to fusing them one by one; saved and padded they stay a stack."""
     single = [make(kind, seed=seed) for seed in range(3)]

@@ -87,6 +87,7 @@ def test_equals_hugging_face(case):
         assert_close(outputs(case.model, {"input_ids": case.batch["input_ids"][:1]}), plain)
 
 
+@pytest.mark.full(quick=2)
 def test_jit_equals_eager(case):
     if case.family in tiny.RELATIVES:
         pytest.skip("the same code as its relatives'")
@@ -96,6 +97,7 @@ def test_jit_equals_eager(case):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.full(quick=6)
 def test_padding_changes_nothing(case):
     if case.family == "switch":
         pytest.skip("padding takes up the experts' capacity in Switch, as it does in transformers")
@@ -106,6 +108,7 @@ def test_padding_changes_nothing(case):
     np.testing.assert_allclose(padded, alone[0], atol=1e-5)
 
 
+@pytest.mark.full(quick=5)
 def test_bfloat16_keeps_its_dtype(case):
     model = fj.load(case.folder, head=case.head, dtype=jnp.bfloat16)
     out = run(model, case.batch)
@@ -115,6 +118,7 @@ def test_bfloat16_keeps_its_dtype(case):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out))
 
 
+@pytest.mark.full(quick=3)
 def test_dropout_follows_its_key(case, key):
     if case.family in (*tiny.WITHOUT_DROPOUT, *tiny.RELATIVES) or case.head is None:
         pytest.skip("has no dropout, or the same code as its relatives'")

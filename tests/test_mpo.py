@@ -17,7 +17,7 @@ from fusion_jax.methods.registry import method_from_json
 from fusion_jax.mpo import Layout, full_bonds, products
 from fusion_jax.nn.linear_forms import matrix_of
 from fusion_jax.training.methods.squeezing import Cut, cheapest_cut, cut
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 
 SMALL = Layout((2, 3, 2), (3, 2, 4), full_bonds((2, 3, 2), (3, 2, 4)))
 
@@ -48,6 +48,7 @@ def slow(cores):
         (7, 5, Layout((7,), (5,), ())),
     ],
 )
+@pytest.mark.full(quick=2)
 def test_full_bonds_are_exact(d, o, layout):
     w = matrix(d, o)
     train = mpo.decompose(w, layout)
@@ -63,6 +64,7 @@ def test_full_bonds_are_exact(d, o, layout):
 
 @pytest.mark.parametrize("bond", [1, 3, 8])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.full(quick=1)
 def test_truncation_keeps_its_bound_and_is_near_the_best(bond, seed):
     layout = mpo.layout_of(24, 36, 4).capped(bond)
     w = matrix(24, 36, seed)
@@ -104,6 +106,7 @@ def unfoldings(cores):
 
 @pytest.mark.parametrize("bond", [5, None])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13)])
+@pytest.mark.full(quick=1)
 def test_spectra_need_no_matrix_and_no_gauge(bond, dtype, tolerance, x64):
     layout = mpo.layout_of(24, 36, 4)
     layout = layout if bond is None else layout.capped(bond)
@@ -163,6 +166,7 @@ ABOVE = pytest.raises(ArithmeticError, match="the error of a decomposition is ab
 
 @pytest.mark.parametrize("bond", [3, None])
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12)])
+@pytest.mark.full(quick=1)
 def test_compressing_checks_each_matrix_by_its_own_bound(bond, shape, spoil, key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     # Of the error of both together, that of the one is nothing.
@@ -185,6 +189,7 @@ def test_compressing_matrices_and_embeddings_checks_their_bounds(spoil):
 
 
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.full(quick=1)
 def test_cuts_check_their_bounds(count, spoil, key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     if count > 1:
@@ -224,6 +229,7 @@ def test_low_rank_and_zero_matrices_are_finite():
 @pytest.mark.parametrize("n", [1, 7, 500])
 @pytest.mark.parametrize("bond", [1, 4, None])
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.full(quick=4)
 def test_products_equal_those_with_the_matrix(n, bond, transposed):
     layout = mpo.layout_of(30, 22, 3)
     layout = layout if bond is None else layout.capped(bond)
@@ -310,6 +316,7 @@ LAYOUTS = [*map(random_layout, range(10)), mpo.chain(24, 32, 4), mpo.chain(48, 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
+@pytest.mark.full(quick=3)
 def test_what_is_executed_is_the_cheapest_order(layout):
     d, o = math.prod(layout.inputs), math.prod(layout.outputs)
     cores = [
@@ -378,6 +385,7 @@ def test_embeddings_take_the_cheaper_way(layout, shape, looks_up):
 
 
 @pytest.mark.parametrize("bond", [3, None])
+@pytest.mark.full(quick=1)
 def test_both_ways_give_the_same_rows_and_gradients(bond, monkeypatch):
     layout = mpo.layout_of(50, 12, 3)
     layout = layout if bond is None else layout.capped(bond)
@@ -514,6 +522,7 @@ def test_balanced_factors(n, parts):
 
 
 @pytest.mark.parametrize("count", [4, 1600])
+@pytest.mark.full(quick=1)
 def test_rows_that_are_not_there_are_nan_as_in_embeddings(count, key):
     embed = nnx.Embed(99, 24, rngs=nnx.Rngs(0))
     model = nnx.List([embed])

@@ -26,7 +26,7 @@ from ntk.bounds.jensen import wide_norms
 from ntk.errors import InputError
 from ntk.mlp import MlpWeights, traced_kernel
 from ntk.units import hidden_units
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 
 
 def make(
@@ -110,6 +110,7 @@ def violated(change, measured):
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 @many
 @drawn
+@pytest.mark.full(quick=1)
 def test_kernel_bounds_hold(shape, seed, scale, **how):
     site = make(seed, **shape, **how)
     x, g = inputs(seed, N, 3, scale), inputs(seed + 1, N, shape.get("o", 4), 1.0)
@@ -136,6 +137,7 @@ def test_kernel_bounds_hold(shape, seed, scale, **how):
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 @many
 @drawn
+@pytest.mark.full(quick=1)
 def test_output_bounds_hold(shape, seed, scale, **how):
     site = make(seed, **shape, **how)
     x = inputs(seed, N, 3, scale)
@@ -150,6 +152,7 @@ def test_output_bounds_hold(shape, seed, scale, **how):
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=named)
 @settings(many, max_examples=10)
 @drawn
+@pytest.mark.full(quick=1)
 def test_bounds_hold_in_float32(shape, seed, scale, **how):
     site = make(seed, **shape, **how, dtype=jnp.float32)
     x = inputs(seed, N, 3, scale, jnp.float32)

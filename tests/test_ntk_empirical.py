@@ -15,7 +15,7 @@ from ntk import empirical
 from ntk.engines.base import KernelTask
 from ntk.engines.blocks import largest_plan
 from ntk.engines.jacobian import FactoredTerm, JacobianEngine
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 from tests.ntk_models import MODELS, contracted, jacobian, mlp, reference, relative
 
 

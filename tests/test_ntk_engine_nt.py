@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import ntk
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 from tests.ntk_models import contracted, reference, relative
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from fusion_jax import FusedGatedMlp, FusedMlp, GatedMlp, Mlp
 from fusion_jax.nn.fused import Factors, factors
 from ntk.errors import InputError
 from ntk.mlp import MlpWeights, full_kernel, mlp_weights, traced_kernel, upstream_kernel
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 
 D, P, C, OUT = 3, 12, 5, 4
 LABELS = jnp.array([0, 1, 2, 3, 4, 0, 0, 0, 1, 1, 2, 2])

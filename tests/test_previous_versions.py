@@ -149,6 +149,7 @@ def test_finetune():
     close(outputs(fj.load("runs/finetune/last"), "bert"), TENSORS["runs.finetune"])
 
 
+@pytest.mark.full
 def test_finetune_language():
     ids = [3 + nlg.CHARS.index(char) for char in Path("data/text.txt").read_text()]
     ids = np.array(ids, np.int32)
@@ -158,17 +159,20 @@ def test_finetune_language():
     check_run(fit, "language", "llama-sgd")
 
 
+@pytest.mark.full
 def test_finetune_pairs():
     rows = fj.read_pairs("data/pairs.csv", "data/pairs.csv")
     fit = fj.finetune(llama(), rows, CONFIG, key=KEY, folder="runs/pairs")
     check_run(fit, "pairs", "llama-sgd")
 
 
+@pytest.mark.full
 def test_tune():
     fit = fj.tune(bert(), teacher(), sst2().train, CONFIG, key=KEY, folder="runs/tune")
     check_run(fit, "tune", "bert")
 
 
+@pytest.mark.full
 def test_static_prune():
     pruning = fj.StaticPruning(keep=0.4, ramp=4, penalty=1.0, train_head=True)
     fit = fj.static_prune(teacher(), sst2(), CONFIG, pruning, key=KEY, folder="runs/static-prune")
@@ -176,6 +180,7 @@ def test_static_prune():
     close(outputs(fj.load("runs/static-prune/last"), "bert"), TENSORS["runs.static-prune"])
 
 
+@pytest.mark.full
 def test_growth():
     batches, loss, *_ = sst2().prepare(bert(), CONFIG, key=KEY)
     growth = Chains(
@@ -200,6 +205,7 @@ def test_growth():
         (squeeze, "squeeze", "bert-chains", {"measure": lambda model: 0.0, "step": 2}),
     ],
 )
+@pytest.mark.full
 def test_rounds(method, name, start, options):
     """Stopped after one of two steps in the second of three rounds."""
     config = dataclasses.replace(SGD, max_steps=2, eval_every=9)
@@ -233,6 +239,7 @@ def check_command(name, capsys, run="runs/command"):
 
 
 @pytest.mark.parametrize("run", ["command", "command-stopped"])
+@pytest.mark.full
 def test_finetune_command(run, capsys):
     """The same command, where nothing is left to do and after a stop."""
     check_command("finetune", capsys, f"runs/{run}")
@@ -241,6 +248,7 @@ def test_finetune_command(run, capsys):
 
 
 @pytest.mark.parametrize("name", ["evaluate", "evaluate text", "evaluate pairs"])
+@pytest.mark.full(quick=1)
 def test_evaluate_command(name, capsys):
     check_command(name, capsys)
 

@@ -5,7 +5,7 @@ import pytest
 
 from ntk.errors import InputError
 from ntk.selection import select
-from tests.conftest import unchecked
+from tests.helpers import unchecked
 
 PATHS = ["embed", "layers.0.mlp", "layers.1.mlp", "layers.10.mlp", "head"]
 

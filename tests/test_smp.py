@@ -23,8 +23,9 @@ from fusion_jax.training import GLUE, LABEL_WORDS, Recipe, measure, predict, wit
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.scores import penalized
-from fusion_jax.training.methods.static_pruning import SCORE_CONFIG
 from tests import glue, tiny
+from tests.helpers import PRUNING_CONFIG as CONFIG
+from tests.helpers import with_words
 
 
 def layer(dtype=jnp.float32, seed=0, d=6, o=5, keep=0.5, bias=True):
@@ -120,13 +121,6 @@ def masked(model, keep=0.3):
     return smaller
 
 
-def with_words(folder, family="bert"):
-    """A tiny checkpoint of two layers with a masked-LM head and a tokenizer."""
-    tensors = {n: x for n, x in tiny.weights(family, "masked-lm").items() if ".layer.2." not in n}
-    config = {**tiny.CONFIGS[family], "num_hidden_layers": 2}
-    return glue.vocabulary(tiny.write_folder(folder, config, tensors))
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smp")
@@ -157,15 +151,6 @@ def test_masks_in_a_file(dtype, places, tmp_path, key):
     )
 
 
-CONFIG = dataclasses.replace(
-    SCORE_CONFIG,
-    max_steps=8,
-    batch_size=8,
-    shapes=1,
-    log_every=1,
-    checkpoint_every=2,
-    eval_every=2,
-)
 SMP = fj.StaticPruning(keep=0.4, ramp=7)
 
 

@@ -13,12 +13,9 @@ import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.training import lightweight, lottery
-from tests import tiny
-from tests.test_compress import method, methods
-from tests.test_finetune import flat, moved
-from tests.test_smp import CONFIG
-from tests.test_smp import data as data
-from tests.test_smp import places as places
+from tests import glue, tiny
+from tests.helpers import PRUNING_CONFIG as CONFIG
+from tests.helpers import flat, method, methods, moved, with_words
 
 MIXTURES = {"mixtral": r"layers\.0\..*", "switch": r"encoder\..*experts"}
 
@@ -74,6 +71,17 @@ def test_lottery_tickets_of_experts(mixtures):
     kept, gone = (np.concatenate([w[m == on] for w, m in zip(weights, masks, strict=True)])
                   for on in (True, False))  # fmt: skip
     assert kept.min() >= gone.max()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    return with_words(folder / "bert"), glue.sst2(folder / "SST-2")
+
+
+@pytest.fixture(scope="module")
+def data(places):
+    return fj.load_task("sst2", places[1])
 
 
 @pytest.fixture(scope="module")
