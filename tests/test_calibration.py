@@ -319,6 +319,8 @@ def test_saved_inputs_and_text_files(bert, tmp_path):
     seen = fj.calibrate(bert, token_batches(), key=KEY)
     file = tmp_path / "seen.safetensors"
     safetensors.numpy.save_file(seen, file)
+    with pytest.raises(fj.InputError, match="these are inputs by site already"):
+        fj.calibrate(bert, file, key=KEY)
     method = fj.Fusion(width=4)
     a, _ = fj.compress(bert, method, key=KEY, calibration=file)
     b, _ = fj.compress(bert, method, key=KEY, calibration=seen)

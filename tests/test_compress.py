@@ -295,6 +295,14 @@ def test_model_without_mlps(key):
         fj.compress(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), fj.Fusion(width=1), key=key)
 
 
+def test_layers_count_sites_of_the_model_where_methods_are_given_by_site(model, key):
+    methods = {path: fj.Fusion(width=12) for path in PATHS[1:]}
+    _, report = fj.compress(model, methods, layers=1, key=key)
+    assert [row.site for row in report.rows] == PATHS[1:2]
+    with pytest.raises(fj.InputError, match="layers 0 matches no site that is given a method"):
+        fj.compress(model, methods, layers=0, key=key)
+
+
 def test_mapping_without_methods(model, key):
     with pytest.raises(fj.InputError, match="no site is given a method"):
         fj.compress(model, {}, key=key)

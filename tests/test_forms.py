@@ -132,6 +132,19 @@ def test_wrong_choices_of_matrices(tmp_path):
         fj.compress_matrices(model, fj.Svd(rank=40), matrices=r".*query")
 
 
+def test_matrices_by_index_slice_and_function(key):
+    mlp = make(fj.GatedMlp)
+    for chosen, expected in (
+        (None, {"down", "gate", "up"}),
+        (-1, {"up"}),
+        ([0, 2], {"down", "up"}),
+        (slice(1, None), {"gate", "up"}),
+        (lambda path: path == "gate", {"gate"}),
+    ):
+        smaller, _ = fj.compress_matrices(mlp, fj.Svd(rank=2), matrices=chosen)
+        assert find_forms(smaller).keys() == expected
+
+
 def test_experts_are_factored_one_by_one(tmp_path, key):
     model = load(tmp_path, "mixtral")
     smaller, _ = fj.compress(model, fj.Svd(rank=3), key=key)

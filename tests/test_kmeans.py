@@ -383,6 +383,7 @@ def test_sharded_points_equal_unsharded(axis_type, spec, key):
     assert (np.asarray(a.labels) == np.asarray(b.labels)).all()
     np.testing.assert_allclose(a.centroids, b.centroids, atol=1e-5)
     np.testing.assert_allclose(a.inertia, b.inertia, rtol=1e-5)
+    assert b.labels.sharding.mesh == mesh
 
 
 def test_near_duplicates_end(key):
