@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config):
     """Lets tests and their processes share what they compile, as long as the session lasts."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
+    if _PROGRAMS not in os.environ:  # neither a worker, which inherits the folder, nor given one
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="fusion-jax-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ[_PROGRAMS], ignore_errors=True))
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
