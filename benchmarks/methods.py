@@ -522,7 +522,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     names = [name for name in TRAINED if name in steps]
     kinds = list(dict.fromkeys(name.partition(",")[0] for name in names))
     tab = plt.colormaps["tab10"].colors  # without its grey
-    colours = ["0.2", *tab[:7], *tab[8:], "navy", "gold"]
+    colors = ["0.2", *tab[:7], *tab[8:], "navy", "gold"]
     for axes, task in zip(np.atleast_1d(every), tasks, strict=True):
         scores = {
             name: [r["score"] for r in rows if (r["task"], r["method"]) == (task, name)]
@@ -543,7 +543,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                     means[name] if name in shown else least,
                     statistics.stdev(scores[name]) if name in shown and scores[name][1:] else 0,
                     fmt=marker,
-                    color=colours[kinds.index(kind)],
+                    color=colors[kinds.index(kind)],
                     markersize=5,
                     linewidth=0.8,
                     label=name,

@@ -23,7 +23,7 @@ def vocabulary(folder):
 
 
 def sentences(n, seed=0):
-    """Sentences of 1 to 20 words, labelled by whether their first word is one of the first 45."""
+    """Sentences of 1 to 20 words, labeled by whether their first word is one of the first 45."""
     rng = np.random.RandomState(seed)
     rows = [rng.randint(0, 90, rng.randint(1, 21)) for _ in range(n)]
     return [(" ".join(f"w{i}" for i in row), int(row[0] < 45)) for row in rows]

@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text():
-    """A pattern that can be learnt."""
+    """A pattern that can be learned."""
     return np.tile(np.array([5, 9, 7, 11, 6, 8, 13], np.int32), 30)
 
 

@@ -293,7 +293,7 @@ def test_models_that_do_not_fit(models, data, key, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is minimised, generated and tuned
+# Losses, generated texts and tuning
 
 
 def nats_by_hand(model, source, target):

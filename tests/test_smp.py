@@ -151,7 +151,7 @@ def test_masks_in_a_file(dtype, places, tmp_path, key):
     )
 
 
-SMP = fj.StaticPruning(keep=0.4, ramp=7)
+PRUNING = fj.StaticPruning(keep=0.4, ramp=7)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def model(places):
     return fj.load(places[0], head="classification", label_words=("w3", "w50"))
 
 
-def run(model, data, key, folder=None, smp=SMP, config=CONFIG, teacher=None, **more):
+def run(model, data, key, folder=None, pruning=PRUNING, config=CONFIG, teacher=None, **more):
     return fj.static_prune(
-        model, data, config, smp, key=key, folder=folder, teacher=teacher, recipe=Recipe(**more)
+        model, data, config, pruning, key=key, folder=folder, teacher=teacher, recipe=Recipe(**more)
     )
 
 
@@ -232,7 +232,7 @@ def test_stopping_and_resuming_changes_no_bit(model, data, key, whole, tmp_path)
     for name in ("best", "last"):
         assert bit_equal(fj.load(folder / name), fj.load(parts / name))
     with pytest.raises(fj.InputError, match=r"keep 0\.4, now 0\.3"):
-        run(model, data, key, parts, smp=dataclasses.replace(SMP, keep=0.3))
+        run(model, data, key, parts, pruning=dataclasses.replace(PRUNING, keep=0.3))
     # What was measured at the end is what was saved.
     dev = data.dev["dev"]
     assert (
@@ -247,9 +247,9 @@ def test_masks_alone_learn_a_task(model, data, key):
         CONFIG, max_steps=120, epochs=99, batch_size=16, learning_rate=5e-2, eval_every=120,
         dropout=False, clip_norm=None,
     )  # fmt: skip
-    smp = fj.StaticPruning(keep=0.6, penalty=40.0)
+    pruning = fj.StaticPruning(keep=0.6, penalty=40.0)
     before = measure(data.spec, predict(model, data.train), data.train)["accuracy"]
-    after = run(model, data, key, smp=smp, config=config).model
+    after = run(model, data, key, pruning=pruning, config=config).model
     assert before < 0.75
     assert measure(data.spec, predict(after, data.train), data.train)["accuracy"] > 0.9
 
@@ -267,7 +267,7 @@ def test_on_a_mesh(model, data, key, whole):
     assert np.mean(same) > 0.99
 
 
-def rule_of(smp, model, steps):
+def rule_of(pruning, model, steps):
     """The rule with scores drawn at random, as one function of the step."""
     flat = arrays(model)
     rng = np.random.RandomState(3)
@@ -276,14 +276,14 @@ def rule_of(smp, model, steps):
         for path, x in flat.items()
         if path.endswith(".scores")
     }
-    rule = jax.jit(smp.variable_update(model, steps))
+    rule = jax.jit(pruning.variable_update(model, steps))
     return params, lambda t: rule(params, flat, jnp.int32(t))
 
 
 def test_schedules(model):
     """Steps 0 to 19: the shares and factors of the published code, in numpy."""
-    smp = fj.StaticPruning(keep=0.3, allocation="L", ramp=10, penalty=7.0)
-    _, rule = rule_of(smp, with_scores(model), 20)
+    pruning = fj.StaticPruning(keep=0.3, allocation="L", ramp=10, penalty=7.0)
+    _, rule = rule_of(pruning, with_scores(model), 20)
     for t in range(20):
         found = rule(t)
         keep = 0.3 + 0.7 * (1 - min(t, 10) / 10) ** 3
@@ -293,14 +293,14 @@ def test_schedules(model):
         }
         np.testing.assert_allclose(found["layers.1.mlp.up.penalty"], penalty, rtol=1e-5, atol=1e-6)
     assert np.float32(0.3) == rule(10)["layers.0.attention.key.keep"]
-    literal = dataclasses.replace(smp, penalty_steps=10)
+    literal = dataclasses.replace(pruning, penalty_steps=10)
     assert rule_of(literal, with_scores(model), 20)[1](10)["layers.1.mlp.up.penalty"] == 7
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_shares_are_balanced_over_the_layers_of_a_type(model, temperature):
-    smp = fj.StaticPruning(keep=0.35, ramp=10, temperature=temperature)
-    params, rule = rule_of(smp, with_scores(model), 20)
+    pruning = fj.StaticPruning(keep=0.35, ramp=10, temperature=temperature)
+    params, rule = rule_of(pruning, with_scores(model), 20)
     found = rule(15)
     for kind in ("attention.query", "attention.out", "mlp.up", "mlp.down"):
         names = [f"layers.{i}.{kind}" for i in range(2)]
@@ -314,9 +314,9 @@ def test_shares_are_balanced_over_the_layers_of_a_type(model, temperature):
 
 def test_shares_stop_at_one(model):
     new = with_scores(model, matrices=r"layers\.\d\.mlp\.up")
-    smp = fj.StaticPruning(keep=0.9, ramp=1)
+    pruning = fj.StaticPruning(keep=0.9, ramp=1)
     scores = {f"layers.{i}.mlp.up.scores": jnp.full((32, 48), 3.0 * i) for i in range(2)}
-    found = smp.variable_update(new, 9)(scores, arrays(new), jnp.int32(5))
+    found = pruning.variable_update(new, 9)(scores, arrays(new), jnp.int32(5))
     low, high = (float(found[f"layers.{i}.mlp.up.keep"]) for i in range(2))
     assert high == 1
     sigmoid = 1 / (1 + np.exp(-3.0))
@@ -399,7 +399,7 @@ def test_learning_from_a_teacher(model, places):
 def test_scores_learn_from_a_teacher_in_either_way(model, places, data, key):
     teacher = fj.load(places[0], head="classification", label_words=("w7", "w8"))
     config = dataclasses.replace(CONFIG, max_steps=2, eval_every=9)
-    options = {"smp": dataclasses.replace(SMP, ramp=1), "config": config}
+    options = {"pruning": dataclasses.replace(PRUNING, ramp=1), "config": config}
 
     def given(**more):
         seen = []
@@ -485,7 +485,7 @@ def test_configurations_that_cannot_be(fields, message):
 
 def test_errors(model, data, key, places, tmp_path):
     with pytest.raises(fj.InputError, match=r"reached after 8 steps .*, but the run has 8"):
-        run(model, data, key, smp=dataclasses.replace(SMP, ramp=8))
+        run(model, data, key, pruning=dataclasses.replace(PRUNING, ramp=8))
     with pytest.raises(fj.InputError, match="train does not apply"):
         run(model, data, key, config=dataclasses.replace(CONFIG, train="head"))
     with pytest.raises(fj.InputError, match=r"layers\.0\.mlp\.up is scored already"):
@@ -495,7 +495,7 @@ def test_errors(model, data, key, places, tmp_path):
     with pytest.raises(fj.InputError, match="no scores"):
         with_masks(model)
     with pytest.raises(fj.InputError, match="no scores"):
-        SMP.variable_update(model, 9)
+        PRUNING.variable_update(model, 9)
     three = fj.load(places[0], head="classification", num_labels=3, key=key)
     with pytest.raises(fj.InputError, match="3 outputs, sst2 needs 2"):
         run(model, data, key, teacher=three)
@@ -503,8 +503,8 @@ def test_errors(model, data, key, places, tmp_path):
 
 def test_a_head_that_trains(places, data, key, tmp_path):
     model = fj.load(places[0], head="classification", num_labels=2, key=key)
-    smp = dataclasses.replace(SMP, train_head=True)
-    result = run(model, data, key, tmp_path / "run", smp)
+    pruning = dataclasses.replace(PRUNING, train_head=True)
+    result = run(model, data, key, tmp_path / "run", pruning)
     before, after = arrays(model), arrays(result.model)
     moved = {p for p in before if not np.array_equal(before[p], after[p])}
     assert {p for p in moved if not p.startswith("layers.")} == HEAD
