@@ -167,7 +167,7 @@ def _shares(use: Sequence[float]) -> str:
     return f"{ordered[0]:.1%} to {ordered[-1]:.1%}, median {ordered[len(use) // 2]:.1%}"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -31,6 +30,7 @@ from fusion_jax.clustering.labels import (
     Weights,
     first_min,
     indices,
+    lloyd_iterations,
     refilled,
     sum_by_label,
 )
@@ -201,49 +201,22 @@ def lloyd(
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],
 ) -> Refinement:
-    """Runs Lloyd's iterations in Gram space, without empty clusters.
+    """Runs Lloyd's iterations in Gram space; for the arguments see `lloyd_iterations`."""
+    points, square = indices(gram.shape[0]), jnp.diagonal(gram)
 
-    Args:
-        gram: The Gram matrix.
-        weights: The weights.
-        labels: The labels to start from.
-        k: The number of clusters.
-        max_iters: The largest number of iterations.
-        tol: Stop when an iteration lowers the objective by at most this fraction.
-
-    Returns:
-        The refined labels.
-    """
-    n = gram.shape[0]
-    points = indices(n)
-    square = jnp.diagonal(gram)
-
-    def step(state: tuple) -> tuple:
-        labels, s, value, iteration, _ = state
+    def assign(labels: Array, s: Statistics) -> Array:
         # Squared distances without the term |x_j|^2, which is the same for all clusters.
         relative = (s.inner / s.mass**2)[:, None] - s.sums * (2 / s.mass)[:, None]
         least, nearest = first_min(relative)
-        own = relative[labels, points]
-        new = jnp.where(own <= least, labels, nearest)
-        new = refilled(new, weights, square + least, k)
-        new_s = statistics(gram, weights, new, k)
-        new_value = _objective(gram, weights, new_s)
-        # In exact arithmetic the objective falls until the labels are stable; rounding may swap
-        # labels forever, so that an iteration without improvement is the last.
-        improved = new_value < value
-        done = ~improved | (value - new_value <= tol * value)
-        labels, s, value = jax.tree.map(
-            lambda new, old: jnp.where(improved, new, old), (new, new_s, new_value), state[:3]
-        )
-        return labels, s, value, iteration + 1, done
+        new = jnp.where(relative[labels, points] <= least, labels, nearest)
+        return refilled(new, weights, square + least, k)
 
-    labels = refilled(labels, weights, jnp.zeros(n, gram.dtype), k)
-    s = statistics(gram, weights, labels, k)
-    state = labels, s, _objective(gram, weights, s), jnp.int32(0), jnp.array(False)
-    labels, _, value, iterations, converged = lax.while_loop(
-        lambda state: ~state[4] & (state[3] < max_iters), step, state
-    )
-    return Refinement(labels, value, iterations, converged)
+    def evaluate(labels: Array) -> tuple[Statistics, Array]:
+        s = statistics(gram, weights, labels, k)
+        return s, _objective(gram, weights, s)
+
+    labels = refilled(labels, weights, jnp.zeros_like(square), k)
+    return lloyd_iterations(assign, evaluate, labels, max_iters, tol)
 
 
 def hartigan(

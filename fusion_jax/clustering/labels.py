@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,3 +144,45 @@ def refilled(
         return labels.at[farthest].set(jnp.where(empty < k, empty, labels[farthest]))
 
     return lax.cond((mass <= 0).any(), refill, lambda labels: labels, labels)
+
+
+def lloyd_iterations(
+    assign: Callable[[Array, Any], Array],
+    evaluate: Callable[[Array], tuple[Any, Array]],
+    labels: ClusterLabels,
+    max_iters: Int[Array, ""],
+    tol: Float[Array, ""],
+) -> Refinement:
+    """Runs Lloyd's iterations.
+
+    Args:
+        assign: Returns the next labels, for labels and their statistics; no cluster is empty.
+        evaluate: Returns the statistics of labels, and the objective.
+        labels: The labels to start from; no cluster is empty.
+        max_iters: The largest number of iterations.
+        tol: Stop when an iteration lowers the objective by at most this fraction.
+
+    Returns:
+        The refined labels.
+    """
+
+    def step(state: tuple) -> tuple:
+        labels, statistics, value, iteration, _ = state
+        new = assign(labels, statistics)
+        new_statistics, new_value = evaluate(new)
+        # In exact arithmetic the objective falls until the labels are stable; rounding may swap
+        # labels forever, so that an iteration without improvement is the last.
+        improved = new_value < value
+        done = ~improved | (value - new_value <= tol * value)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(improved, new, old),
+            (new, new_statistics, new_value),
+            (labels, statistics, value),
+        )
+        return *kept, iteration + 1, done
+
+    start = labels, *evaluate(labels), jnp.int32(0), jnp.array(False)
+    labels, _, value, iterations, converged = lax.while_loop(
+        lambda state: ~state[4] & (state[3] < max_iters), step, start
+    )
+    return Refinement(labels, value, iterations, converged)

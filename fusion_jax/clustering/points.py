@@ -19,6 +19,7 @@ from fusion_jax.clustering.labels import (
     Refinement,
     Weights,
     first_min,
+    lloyd_iterations,
     refilled,
     sum_by_label,
 )
@@ -82,33 +83,13 @@ def lloyd(
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],
 ) -> Refinement:
-    """Runs Lloyd's iterations over blocks of points, without empty clusters.
+    """Runs Lloyd's iterations over blocks of points; for the arguments see `lloyd_iterations`."""
 
-    Args:
-        x: The points.
-        weights: The weights.
-        labels: The labels to start from.
-        k: The number of clusters.
-        max_iters: The largest number of iterations.
-        tol: Stop when an iteration lowers the objective by at most this fraction.
-
-    Returns:
-        The refined labels.
-    """
-
-    def step(state: tuple) -> tuple:
-        labels, value, iteration, _ = state
+    def assign(labels: Array, _: None) -> Array:
         new, distance = nearest(x, means(x, weights, labels, k)[0])
-        new = refilled(new, weights, distance, k)
-        new_value = objective(x, weights, new, k)
-        improved = new_value < value
-        done = ~improved | (value - new_value <= tol * value)
-        labels, value = (jnp.where(improved, a, b) for a, b in ((new, labels), (new_value, value)))
-        return labels, value, iteration + 1, done
+        return refilled(new, weights, distance, k)
 
     labels = refilled(labels, weights, jnp.zeros(x.shape[0], x.dtype), k)
-    state = labels, objective(x, weights, labels, k), jnp.int32(0), jnp.array(False)
-    labels, value, iterations, converged = lax.while_loop(
-        lambda state: ~state[3] & (state[2] < max_iters), step, state
+    return lloyd_iterations(
+        assign, lambda labels: (None, objective(x, weights, labels, k)), labels, max_iters, tol
     )
-    return Refinement(labels, value, iterations, converged)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from fusion_jax.calibration.data import POSITIONS, Calibration
@@ -145,7 +145,7 @@ def _solve_on_mesh(
     method: Method,
     act: str | None,
     batch: int | None,
-    mesh: Any,
+    mesh: Mesh | AbstractMesh,
     spec: PartitionSpec,
     problems: Problems,
 ) -> Solution:

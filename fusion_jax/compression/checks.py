@@ -58,7 +58,7 @@ class Checked:
 def checked(
     model: nnx.Module,
     method: Method | Mapping[str, Method],
-    key: Any,
+    key: object,
     layers: Selection,
     budget: float | None,
     calibration: CalibrationSource | None,
@@ -178,7 +178,7 @@ def _naming(site: Site) -> Iterator[None]:
         raise InputError(f"{site.path or 'the model'}: {error}") from None
 
 
-def checked_key(key: Any) -> Key[Array, ""]:
+def checked_key(key: object) -> Key[Array, ""]:
     """Returns a random key, also for one of the old kind; raises `InputError` for anything else."""
     array = isinstance(key, jax.Array)
     if array and key.dtype == jnp.uint32 and key.shape == (2,):

@@ -19,7 +19,14 @@ from fusion_jax.methods.mpo import MPO
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.mpo import MpoEmbed
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import check_plain, find_linears, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import (
+    AnyLinear,
+    LinearForm,
+    check_plain,
+    find_linears,
+    matrix_of,
+    stack_of,
+)
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import find_modules, replaced
 from fusion_jax.progress import show_progress
@@ -32,7 +39,7 @@ LAYERS = r"(?!.*\.(router|shared_gate)$)(.*\.)?layers\..*"
 """The matrices of all layers: attention and MLPs, but not the ones that weight experts."""
 
 
-def weight_matrices(model: nnx.Module) -> dict[str, Any]:
+def weight_matrices(model: nnx.Module) -> dict[str, AnyLinear | nnx.Embed]:
     """Returns the layers of a model that have a matrix, by path: embeddings, then linear layers.
 
     Example:
@@ -145,7 +152,7 @@ def compress_matrices(
     return new, report
 
 
-def _factor(method: Factored, layer: Any) -> Solution:
+def _factor(method: Factored, layer: AnyLinear | nnx.Embed) -> Solution:
     weights = layer.embedding[...] if isinstance(layer, nnx.Embed) else matrix_of(layer)
     stack = () if isinstance(layer, nnx.Embed) else stack_of(layer)
     return _factor_all(method, weights, len(stack))
@@ -159,7 +166,7 @@ def _factor_all(method: Factored, weights: Float[Array, "*s d o"], stacked: int)
     return jax.lax.map(one, weights) if stacked else one(weights)
 
 
-def _formed(method: Factored, layer: Any, solution: Solution) -> Any:
+def _formed(method: Factored, layer: AnyLinear | nnx.Embed, solution: Solution) -> LinearForm:
     (arrays,) = solution.parts.values()
     if not isinstance(layer, nnx.Embed):
         return method.formed(layer, arrays)

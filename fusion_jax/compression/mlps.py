@@ -222,7 +222,7 @@ def _solved_by_groups(
     return UnevenExperts(parts, [members for _, members in groups]), facts
 
 
-def _fact(value: Array) -> Any:
+def _fact(value: Array) -> bool | int | float:
     """Returns one value of experts for the report: the mean, the largest count, or whether all."""
     if value.dtype == bool:
         return value.all().item()

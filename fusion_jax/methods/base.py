@@ -159,7 +159,7 @@ class Method:
         return {"method": type(self).name or type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
-def check_method(method: Any) -> None:
+def check_method(method: object) -> None:
     """Raises `InputError` unless an argument is a method."""
     if not isinstance(method, Method):
         raise InputError(f"a method is an object such as fusion_jax.Svd(); got {method!r}")

@@ -86,7 +86,7 @@ class Factored(Method):
         """Puts the matrices of one MLP into their form."""
         return _factor(self, matrices_of(subs))
 
-    def formed(self, linear: AnyLinear, arrays: tuple[Array, ...]) -> Any:
+    def formed(self, linear: AnyLinear, arrays: tuple[Array, ...]) -> LinearForm:
         """Returns a layer in the form.
 
         Args:
@@ -101,7 +101,7 @@ class Factored(Method):
         new.load(arrays, None if linear.bias is None else linear.bias[...])
         return new
 
-    def build(self, mlp: Mlp, solution: Solution) -> Any:
+    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the MLP with its matrices in the form."""
         self.verify(solution)
         new: Any = nnx.clone(mlp)

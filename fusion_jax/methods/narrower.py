@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
@@ -38,7 +37,7 @@ class Narrower(Method):
         """Returns the method with the largest width within a share of the parameters."""
         return dataclasses.replace(self, width=width_within(subs, share, self.round_to))
 
-    def build(self, mlp: Mlp, solution: Solution) -> Any:
+    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the narrower MLP, in the dtype of the original."""
         new = mlp.abstract(type(mlp), solution.parts.width)
         new.load_sub_mlps(solution.parts, mlp.out_bias())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
@@ -13,6 +12,6 @@ def wide(x: Array) -> Array:
     return x.astype(wide_dtype(x))
 
 
-def wide_dtype(x: Array) -> Any:
+def wide_dtype(x: Array) -> DTypeLike:
     """Returns float64 for an array of float64, else float32."""
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.masking import top_mask_of_share
 from fusion_jax.nn.surgery import find_modules, replaced
+
+FormT = TypeVar("FormT", bound="LinearForm")
 
 
 class Frozen(nnx.Variable):
@@ -47,7 +50,7 @@ class LinearForm(nnx.Module):
     _axes: ClassVar[int] = 2
     """The number of axes of the first array, without those of experts."""
 
-    def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: Any):
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: DTypeLike):
         self.in_features, self.out_features = d_in, d_out
         self.bias = nnx.Param(jnp.zeros(d_out, param_dtype)) if use_bias else None
 
@@ -87,7 +90,7 @@ class LinearForm(nnx.Module):
         return self.arrays()[0].get_value().shape[: -self._axes]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of the parameters."""
         return self.arrays()[0].get_value().dtype
 
@@ -101,7 +104,7 @@ class LinearForm(nnx.Module):
         return {"form": self.kind}
 
     @classmethod
-    def abstract(cls, linear: Any, **spec: Any) -> Any:
+    def abstract(cls: type[FormT], linear: AnyLinear, **spec: Any) -> FormT:
         """Returns a form with the sizes, dtype, bias and experts of a layer.
 
         Args:
@@ -278,7 +281,7 @@ def matrix_of(linear: AnyLinear) -> Float[Array, "*s d o"]:
     return linear.matrix() if isinstance(linear, LinearForm) else linear.kernel[...]
 
 
-def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
+def dtype_of(layer: AnyLinear | nnx.Embed) -> jnp.dtype:
     """Returns the dtype of the parameters of a layer or an embedding."""
     if isinstance(layer, LinearForm):
         return layer.dtype
@@ -286,7 +289,7 @@ def dtype_of(layer: AnyLinear | nnx.Embed) -> Any:
     return weights.dtype
 
 
-def params_dtype(model: nnx.Module) -> Any:
+def params_dtype(model: nnx.Module) -> jnp.dtype:
     """Returns the dtype of a model's first parameter that is not `Precise`."""
     state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param) and not isinstance(v, Precise))
     plain = jax.tree.leaves(state)
@@ -325,7 +328,7 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
     return new
 
 
-def find_linears(model: nnx.Module) -> dict[str, Any]:
+def find_linears(model: nnx.Module) -> dict[str, AnyLinear]:
     """Returns the linear layers of a model by path, plain or not, in the order of its layers.
 
     Example:
@@ -333,7 +336,7 @@ def find_linears(model: nnx.Module) -> dict[str, Any]:
         >>> sorted(find_linears(Mlp(4, 8, act="relu", rngs=nnx.Rngs(0))))
         ['down', 'up']
     """
-    return find_modules(model, nnx.Linear | LinearForm)
+    return find_modules(model, nnx.Linear, LinearForm)
 
 
 def find_forms(model: nnx.Module) -> dict[str, LinearForm]:

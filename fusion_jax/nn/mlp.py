@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fusion_jax.nn.linear_forms import dtype_of, flops_of, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import AnyLinear, dtype_of, flops_of, matrix_of, stack_of
 from fusion_jax.nn.submlps import SubMLPs, activation
 
 MlpT = TypeVar("MlpT", bound="Mlp")
@@ -44,7 +45,7 @@ class AnyMlp(nnx.Module):
     d_out: int
     width: int
     widths: tuple[int, ...] | None = None
-    dtype: Any
+    dtype: jnp.dtype
     stack: tuple[int, ...]
     flops: int
 
@@ -52,7 +53,7 @@ class AnyMlp(nnx.Module):
         """Returns the outputs f(x); experts take (e, n, d), the inputs of each."""
         raise NotImplementedError
 
-    def linears(self) -> dict[str, Any]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Returns the linear layers by name."""
         raise NotImplementedError
 
@@ -110,7 +111,7 @@ class Mlp(AnyMlp):
         *,
         act: str,
         use_bias: bool = True,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = _lecun,
         rngs: nnx.Rngs,
     ):
@@ -140,7 +141,7 @@ class Mlp(AnyMlp):
         """Returns the hidden values, which the output weights multiply."""
         return activation(self.act)(self.up(x))
 
-    def linears(self) -> dict[str, Any]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Returns the linear layers by name."""
         return {"up": self.up, "down": self.down}
 
@@ -165,7 +166,7 @@ class Mlp(AnyMlp):
         return self.up.bias is not None
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of the parameters."""
         return dtype_of(self.up)
 
@@ -202,7 +203,7 @@ class Mlp(AnyMlp):
         """Returns the output bias b_out, or None if there is none."""
         return None if self.down.bias is None else self.down.bias[...]
 
-    def abstract(self, cls: type[Mlp], width: int, **fields: Any) -> Any:
+    def abstract(self, cls: type[MlpT], width: int, **fields: Any) -> MlpT:
         """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
         Args:
@@ -308,7 +309,7 @@ class GatedMlp(Mlp):
         """Returns the hidden values, which the output weights multiply."""
         return activation(self.act)(self.gate(x)) * self.up(x)
 
-    def linears(self) -> dict[str, Any]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Returns the linear layers by name."""
         return {"gate": self.gate, **super().linears()}
 

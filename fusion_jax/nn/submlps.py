@@ -143,7 +143,7 @@ class SubMLPs(NamedTuple):
             gate: The factors of the gate's weights and biases, if there is a gate.
         """
 
-        def times(x: Any, factor: Array) -> Any:
+        def times(x: Array | None, factor: Array) -> Any:
             if x is None:
                 return None
             x = wide(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -17,22 +19,17 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def find_modules(model: nnx.Module, kind: Any) -> dict[str, Any]:
-    """Returns the modules of one class by path, in the order of a model's layers.
+def find_modules(model: nnx.Module, *kinds: type[ModuleT]) -> dict[str, ModuleT]:
+    """Returns the modules of some classes by path, in the order of a model's layers.
 
-    Args:
-        model: The model.
-        kind: The class, or a union of classes.
-
-    Returns:
-        The modules; each comes before those inside it, and a shared module is there once.
+    A module comes before the modules inside it, and a shared module is there once.
 
     Example:
         >>> model = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(11)])
         >>> list(find_modules(model, nnx.Linear))[-2:]
         ['9', '10']
     """
-    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, kind)]
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, kinds)]
     # Layer 10 comes after layer 9, not after layer 1.
     found.sort(key=lambda item: [(isinstance(name, str), name) for name in item[0]])
     return {path_name(path): module for path, module in found}

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fusion_jax.nn.linear_forms import AnyLinear
 from fusion_jax.nn.mlp import AnyMlp, Mlp
 
 TreeT = TypeVar("TreeT")
@@ -57,7 +58,7 @@ class UnevenExperts(AnyMlp):
         order = np.argsort(np.concatenate(self.members))
         return jnp.concatenate(parts)[order]
 
-    def linears(self) -> dict[str, Any]:
+    def linears(self) -> dict[str, AnyLinear]:
         """Returns the linear layers of all groups by name."""
         return {
             f"groups.{i}.{name}": linear
@@ -78,7 +79,7 @@ class UnevenExperts(AnyMlp):
         return max(self.widths)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of the parameters."""
         return self.groups[0].dtype
 
