@@ -2,7 +2,7 @@
 
     python examples/tpu_finetune.py --data glue/SST-2 --out run
 
-On several hosts, start it on each at the same time (docs/finetuning.md says how); every process
+On several hosts, start it on each at the same time (docs/train.md says how); every process
 moves the rows of its own devices only. The same command resumes a run that was stopped.
 """
 

@@ -85,7 +85,7 @@ def test_refit_in_blocks_and_to_given_outputs(x64, monkeypatch):
 
 @kinds
 @scalings
-@pytest.mark.full(quick=2)
+@pytest.mark.full(quick=1)
 def test_matching_brings_the_kernel_nearer_and_keeps_the_function(kind, scaling, x64):
     mlp, x, new = make(kind), inputs(), inputs(2)
     plain = fuse(mlp, x, scaling=scaling, match=False)
@@ -156,6 +156,7 @@ def test_second_factors_for_adam_are_the_best_at_their_pairs(kind, x64):
 
 @kinds
 @scalings
+@pytest.mark.full(quick=2)
 def test_full_width_is_the_same_function_and_kernel(kind, scaling, x64):
     mlp, x = make(kind), inputs()
     method = fj.Fusion(width=P, scaling=scaling)
@@ -203,6 +204,7 @@ def test_geometries(kind, x64):
     np.testing.assert_allclose(sensitivity @ sensitivity.T, gram, atol=1e-10)
 
 
+@pytest.mark.full
 def test_weights_are_repeated_positions(x64):
     mlp, x = make(fj.Mlp), inputs()
     subs = mlp.sub_mlps()
@@ -394,7 +396,7 @@ def routed_by_hand(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["switch", "mixtral"])
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, monkeypatch):
     head = dict(tiny.GENERATIVE)[family]
     model = fj.load(checkpoint(tmp_path / "m", family, head), head=head)

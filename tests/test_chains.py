@@ -90,6 +90,7 @@ def test_chains_are_exact_both_ways(model):
     }
 
 
+@pytest.mark.full
 def test_every_core_trains(model, data, key):
     chained = overparameterize(model, ["layers.0.mlp.up", "layers.1.attention.value"], cores=4)
     fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
@@ -163,7 +164,7 @@ def ranked(scores):
     return types
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_importance_equals_brute_force(three, data):
     source = batches_and_loss(three, data, jax.random.key(1))
     paths = [path for path in weight_matrices(three) if path.startswith("layers.")]
@@ -260,7 +261,7 @@ def test_dynamic_chains_grow_train_and_resume(model, data, source, key, tmp_path
 @pytest.mark.parametrize(
     "train", ["all", "mlp", "head", r"layers\.\d\.mlp\.up\.kernel|head\..*", r".*\.cores\..*"]
 )
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_cores_train_if_their_matrix_did(train, model, data, source, key):
     config = dataclasses.replace(CONFIG, warmup=0.0, train=train)
     if "cores" in train:
@@ -435,6 +436,7 @@ class Unchanged:
         return {}
 
 
+@pytest.mark.full
 def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, key):
     config = dataclasses.replace(CONFIG, warmup=0.0)
     with_a_change = flat(finetune(model, data, config, key=key, growth=Unchanged(3)).model)
@@ -450,6 +452,7 @@ def chained(model):
     return lightweight(made)
 
 
+@pytest.mark.full(quick=1)
 def test_only_auxiliary_tensors_train(chained, data, key):
     fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
     paths = moved(chained, fit.model)
@@ -524,6 +527,7 @@ def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
     assert len(more.cuts) == 2 and not more.stopped
 
 
+@pytest.mark.full
 def test_a_better_loss_ends_squeezing_only_if_asked_for(chained):
     falling, options = iter([1.0, 0.5, 0.4, float("nan")]), {"tolerance": 0.03, "rounds": 3}
     found = squeeze(chained, lambda m, f: m, lambda m: next(falling), **options)
@@ -643,6 +647,7 @@ def test_rounds_are_for_one_model(chained, model, data, key, tmp_path):
         lottery(model.layers[0].mlp, never, rounds=1, folder=tmp_path / "c")
 
 
+@pytest.mark.full(quick=1)
 def test_lottery_prunes_what_training_leaves_small(model, data, key):
     config = dataclasses.replace(CONFIG, max_steps=2, warmup=0.0)
     trained = []
@@ -670,6 +675,7 @@ def test_lottery_prunes_what_training_leaves_small(model, data, key):
         )
 
 
+@pytest.mark.full
 def test_growing_keeps_float32_weights_of_a_bfloat16_model(tmp_path, data, key):
     folder = glue.checkpoint(tmp_path / "model")
     options = {"head": "classification", "num_labels": 2, "key": jax.random.key(5)}
@@ -710,6 +716,7 @@ def test_chains_grow_from_float32_weights_of_a_bfloat16_model(tmp_path, data, ke
         assert error < 1e-4 * np.linalg.norm(master)
 
 
+@pytest.mark.full
 def test_what_grows_begins_at_the_full_rate(model, data, source, key):
     """The first step of Adam is the learning rate in every direction."""
     options = {"warmup": 0.0, "weight_decay": 0.0, "schedule": "constant", "learning_rate": 1e-3}
@@ -743,6 +750,7 @@ def test_matrices_that_were_chains_before_are_not_counted_as_grown(model, source
     assert growth.choose(growth.apply(made, ["layers.1.mlp.up"]), 4) is None
 
 
+@pytest.mark.full
 def test_chains_under_remat(model, data, key):
     chained = overparameterize(model, ["layers.0.mlp.up"], cores=3)
     config = dataclasses.replace(CONFIG, max_steps=1, warmup=0.0)
@@ -761,6 +769,7 @@ def test_factored_students_are_tuned(model, data, key):
     assert paths and all(path.startswith("layers.1.mlp.") for path in paths)
 
 
+@pytest.mark.full
 def test_what_squeezing_is_given(tmp_path):
     light = lightweight(tiny_chains(tmp_path))
     same = lambda model, folder: model  # noqa: E731

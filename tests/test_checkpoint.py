@@ -179,6 +179,7 @@ def test_model_without_pooler(folder):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.full(quick=1)
 def test_new_head_needs_a_key(tmp_path, family, key):
     folder = tiny.checkpoint(tmp_path / "model", family)
     fails(folder, "give key= to make a new one", head="classification")
@@ -248,6 +249,7 @@ def test_artefact_of_a_fused_classifier(tmp_path, key):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
+@pytest.mark.full(quick=1)
 def test_artefact_and_export_of_fused_experts(family, tmp_path, key):
     """The experts of a layer are one site; routers stay, and shards are read back."""
     head = dict(tiny.GENERATIVE)[family]
@@ -269,6 +271,7 @@ def test_artefact_and_export_of_fused_experts(family, tmp_path, key):
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-4)
 
 
+@pytest.mark.full
 def test_export_has_a_width_for_each_kind_of_mlp(tmp_path, key):
     """Dense layers, experts and the shared expert of Qwen2-MoE have fields of their own."""
     model = fj.load(tiny.checkpoint(tmp_path / "model", "qwen2-moe", "causal-lm"), head="causal-lm")
@@ -307,6 +310,7 @@ def test_missing_experts_are_listed(tmp_path):
     fails(rewritten(folder, lambda t: t.pop(name)), f"missing: {name}", head="causal-lm")
 
 
+@pytest.mark.full
 def test_artefact_gets_a_new_head(folder, tmp_path, key):
     smaller, _ = fj.compress(fj.load(folder), fj.Fusion(width=12), key=key)
     artefact = fj.save(smaller, tmp_path / "artefact")

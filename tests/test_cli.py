@@ -51,6 +51,7 @@ def test_options_may_stand_before_the_method(folder, tmp_path):
     assert bit_equal(fj.load(tmp_path / "a"), fj.load(tmp_path / "b"))
 
 
+@pytest.mark.full
 def test_compress_with_a_new_head(folder, tmp_path):
     out = str(tmp_path / "out")
     options = ["--head", "classification", "--num-labels", "5", "--dtype", "bfloat16"]
@@ -93,6 +94,7 @@ def test_help(command, capsys):
 
 
 @pytest.mark.parametrize("module", ["fusion_jax.cli", "fusion_jax.cli.main"])
+@pytest.mark.full(quick=1)
 def test_version(module):
     run = "import sys; from fusion_jax.cli.main import main; sys.exit(main())"
     command = ["-m", module] if module == "fusion_jax.cli" else ["-c", run]

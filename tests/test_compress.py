@@ -44,6 +44,7 @@ def test_every_method_is_in_the_suite():
 
 
 @methods
+@pytest.mark.full(quick=4)
 def test_original_is_not_changed(name, model, key):
     before = jax.tree.map(jnp.copy, nnx.clone(model))
     smaller, _ = fj.compress(model, method(name), key=key)
@@ -72,7 +73,7 @@ def test_export_gives_the_same_outputs(name, compressed, tmp_path):
 
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
-@pytest.mark.full(quick=8)
+@pytest.mark.full(quick=4)
 def test_stack_equals_loop(name, kind, key):
     mlps = [make(kind, width=32, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(m.sub_mlps() for m in mlps))
@@ -87,7 +88,7 @@ def test_stack_equals_loop(name, kind, key):
 
 
 @methods
-@pytest.mark.full(quick=8)
+@pytest.mark.full(quick=3)
 def test_jit_equals_eager(name, key):
     subs = make(fj.Mlp).sub_mlps()
     eager = method(name).solve(subs, key=key)
@@ -99,7 +100,7 @@ def test_jit_equals_eager(name, key):
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.full(quick=8)
+@pytest.mark.full(quick=4)
 def test_bfloat16_keeps_its_dtype(name, kind, bias, key):
     mlp = make(kind, dtype=jnp.bfloat16, bias=bias)
     smaller, _ = fj.compress(mlp, method(name), key=key)
@@ -155,7 +156,7 @@ def test_bad_width(name, width, message, model, key):
 
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
-@pytest.mark.full(quick=8)
+@pytest.mark.full(quick=4)
 def test_budget(name, kind, key):
     mlp = kind(24, 32, act="gelu", rngs=nnx.Rngs(0))
     subs = jax.eval_shape(mlp.sub_mlps)
@@ -196,7 +197,7 @@ def test_sharded_equals_unsharded(name, key):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_sites_that_go_together(backend, key, monkeypatch):
     """MLPs of one shape with the same number of positions: two calls for three MLPs."""
     model = nnx.List([make(fj.Mlp, width=16, seed=seed) for seed in range(3)])
@@ -384,6 +385,7 @@ def test_sub_mlps_that_do_not_fit(fields, message, key):
         fj.compress_mlp(subs, fj.Fusion(width=2), key=key)
 
 
+@pytest.mark.full
 def test_clustering_is_exact_for_relu_only(key):
     x = inputs()
     for act, exact in (("relu", True), ("gelu", False)):

@@ -96,6 +96,7 @@ def one_epoch(model, config, key, batches=None, loss=losses.classification, fold
     return fit(model, batches, loss, config, key=key, folder=folder, recipe=Recipe(**more))
 
 
+@pytest.mark.full
 def test_accumulation_equals_one_big_batch(fused, key):
     config = dataclasses.replace(CONFIG, max_steps=3, batch_size=16)
     # 13 examples: the parts hold different numbers of real ones.
@@ -161,6 +162,7 @@ def test_remat_changes_nothing(fused, key):
     assert_close(plain, one_epoch(fused, dataclasses.replace(config, remat=True), key).model, 1e-5)
 
 
+@pytest.mark.full
 def test_bfloat16_computes_with_float32_weights(fused, key):
     parts = Partition(fused, compute_dtype=jnp.bfloat16)
     params, rest = parts.split(fused)
@@ -372,6 +374,7 @@ def test_tune_moves_only_the_fused_mlps_towards_the_teacher(model, fused, data, 
         fj.tune(fused, fused, texts, config, key=key)
 
 
+@pytest.mark.full
 def test_padding_is_left_out_of_tuning(model, fused):
     batch = batches_of(2, 2)(0)
     cut = {name: x[:, :5] if x.ndim == 2 else x for name, x in batch.items()}
@@ -501,6 +504,7 @@ def test_no_texts_have_no_logits(model):
     assert predict(model, Texts([], None, [])).shape == (0, 2)
 
 
+@pytest.mark.full
 def test_evaluation_has_as_few_lengths_as_training(model, data, key, monkeypatch):
     lengths, run = set(), classify._forward
 

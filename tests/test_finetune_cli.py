@@ -96,6 +96,7 @@ def test_tuning_resumes_only_with_the_same_models_and_texts(places, tmp_path, mo
     assert command(fused, model, data) == 0
 
 
+@pytest.mark.full
 def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
     model, data = places
     run, task = str(tmp_path / "run"), ["--task", "sst2", "--data", data]

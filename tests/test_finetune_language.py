@@ -46,6 +46,7 @@ def by_hand(model, ids, weights):
     return (each * weights).sum(), np.broadcast_to(weights, each.shape).sum()
 
 
+@pytest.mark.full(quick=1)
 def test_loss_equals_numpy(model, text):
     ids = text[: 3 * 8].reshape(3, 8)
     weights = np.array([1.0, 0.5, 0.0], np.float32)
@@ -64,7 +65,7 @@ def test_loss_equals_numpy(model, text):
 
 
 @pytest.mark.parametrize("family", ["t5", "switch"])
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_sequence_to_sequence_equals_numpy(family, tmp_path):
     model = fj.load(tiny.checkpoint(tmp_path / "model", family, "seq2seq-lm"), head="seq2seq-lm")
     rng = np.random.default_rng(0)
@@ -101,6 +102,7 @@ def test_every_token_is_predicted_once(seed):
         assert (predicted == sorted(predicted)) == (seed is None)
 
 
+@pytest.mark.full
 def test_nats_are_the_mean_over_all_windows(model, text):
     windows = np.stack([text[i : i + 8] for i in range(0, len(text) - 7, 7)])
     total, count = by_hand(model, windows, np.ones((len(windows), 1)))

@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """Twelve words to capitalise, the dev set with a second reference for the first."""
+    """Twelve words to capitalize, the dev set with a second reference for the first."""
     rows = nlg.pairs(12)
     dev = nlg.csv(tmp_path / "dev.csv", [*rows[:4], ("a", "B")])
     return fj.read_pairs(nlg.csv(tmp_path / "train.csv", rows), dev)
@@ -311,6 +311,7 @@ def nats_by_hand(model, source, target):
 
 
 @pytest.mark.parametrize("family", nlg.FAMILIES)
+@pytest.mark.full(quick=1)
 def test_nats_are_those_of_all_references(family, models, data):
     rows = [(a, b) for a, each in zip(*data.dev[:2], strict=True) for b in each]
     each = np.concatenate([nats_by_hand(models[family], *row) for row in rows])
@@ -323,6 +324,7 @@ def test_nats_are_those_of_all_references(family, models, data):
 @pytest.mark.parametrize(
     ("family", "beams"), [*((family, None) for family in nlg.FAMILIES), ("gpt2", Beams(2))]
 )
+@pytest.mark.full(quick=1)
 def test_texts_are_those_of_sources_alone(family, beams, models):
     model = models[family]
     sources = ["abcabcabc", "b", "cab", "c", "abc"]
@@ -349,7 +351,8 @@ def test_sampled_texts_follow_the_key(models, key):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_learns_to_capitalise(family, models, data, key, tmp_path):
+@pytest.mark.full(quick=1)
+def test_learns_to_capitalize(family, models, data, key, tmp_path):
     steps = {"gpt2": 80, "t5": 300}[family]
     config = dataclasses.replace(
         CONFIG,
@@ -375,6 +378,7 @@ def test_learns_to_capitalise(family, models, data, key, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.full
 def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_path):
     model = models[family]
     config = dataclasses.replace(CONFIG, max_steps=5, warmup=0.0, eval_every=5)
@@ -430,6 +434,7 @@ def test_resumes_with_the_same_bits(models, data, key, tmp_path):
     assert bit_equal(again.model, whole.model)
 
 
+@pytest.mark.full
 def test_hidden_states_of_both_stacks_equal_numpy(models):
     teacher = models["t5"]
     model = nnx.clone(teacher)
@@ -454,6 +459,7 @@ def test_hidden_states_of_both_stacks_equal_numpy(models):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.full
 def test_tuning_on_pairs(family, models, data, key):
     teacher = models[family]
     smaller, _ = fj.compress(teacher, fj.Fusion(width=8), key=key)

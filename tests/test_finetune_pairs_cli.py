@@ -35,6 +35,7 @@ def said(capsys):
     return {name: float(value) for name, _, value in lines}
 
 
+@pytest.mark.full
 def test_webnlg_from_compression_to_measures(places, tmp_path, capsys):
     fused, tuned, run, out = (str(tmp_path / n) for n in ("fused", "tuned", "run", "out.jsonl"))
     model = str(places / "gpt2")

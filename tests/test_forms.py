@@ -44,7 +44,7 @@ def all_but_routers(path):
 
 
 @families
-@pytest.mark.full(quick=2)
+@pytest.mark.full(quick=1)
 def test_every_matrix_as_a_chain_is_the_same_function(family, tmp_path):
     model = load(tmp_path, family)
     chained, report = fj.compress_matrices(model, EXACT, matrices=all_but_routers)

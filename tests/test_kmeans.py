@@ -237,6 +237,7 @@ def test_duplicates_are_found(key, init):
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 @pytest.mark.parametrize("init", INITS)
+@pytest.mark.full(quick=1)
 def test_scale_changes_nothing(scale, init, key):
     x = cloud()
     a, b = (kmeans(x * s, K, key=key, init=init) for s in (1.0, scale))
@@ -255,7 +256,7 @@ def test_far_outlier_gets_its_own_cluster(init, key):
 
 
 @every
-@pytest.mark.full(quick=2)
+@pytest.mark.full(quick=1)
 def test_weights_equal_repeated_points(key, init, refine):
     # Groups far apart: the solution is unique.
     x = cloud(n=N // 3, seed=3).at[:, 0].add(100.0 * (np.arange(N // 3) % K))
@@ -270,6 +271,7 @@ def test_weights_equal_repeated_points(key, init, refine):
 
 
 @every
+@pytest.mark.full(quick=2)
 def test_points_of_weight_zero_do_not_count(key, init, refine):
     x, w = cloud(), jnp.ones(N).at[::4].set(0)
     r = kmeans(x, K, key=key, weights=w, init=init, refine=refine)
@@ -297,6 +299,7 @@ def test_order_of_points_changes_nothing(init, key):
 
 
 @pytest.mark.parametrize("init", INITS)
+@pytest.mark.full(quick=1)
 def test_vmap_equals_loop(init, key):
     x = jnp.stack([cloud(seed=s) for s in range(4)])
     keys = jax.random.split(key, 4)
@@ -314,6 +317,7 @@ def test_jit_equals_eager(key):
     assert (a.labels == b.labels).all()
 
 
+@pytest.mark.full
 def test_bfloat16_is_computed_in_float32(key):
     x = cloud().astype(jnp.bfloat16)
     a, b = kmeans(x, K, key=key), kmeans(x.astype(jnp.float32), K, key=key)
@@ -361,6 +365,7 @@ def test_bad_input(arguments, message, key):
     weighted=st.booleans(),
     init=st.sampled_from(INITS),
 )
+@pytest.mark.full
 def test_no_cluster_is_ever_empty(shape, distinct, seed, weighted, init):
     n, k = shape
     rng = np.random.RandomState(seed)
@@ -375,6 +380,7 @@ def test_no_cluster_is_ever_empty(shape, distinct, seed, weighted, init):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [("data", None), (None, "data")])
+@pytest.mark.full
 def test_sharded_points_equal_unsharded(axis_type, spec, key):
     x = cloud(d=16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))

@@ -147,7 +147,7 @@ def test_training_and_all_that_follows():
 
 
 @pytest.mark.parametrize("name", ["fusion", "mask-prune", "mpo"])
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 def test_methods_where_widths_are_split(name, key):
     model = Model()
     mesh = mesh_of("explicit", names=("model",))

@@ -214,6 +214,7 @@ def test_unknown_activation_names_the_nearest():
     act=st.sampled_from(sorted(ACTIVATIONS)),
     seed=st.integers(0, 99),
 )
+@pytest.mark.full
 def test_fused_equals_wide_copy_whatever_the_mlp(shape, kind, scaling, act, seed):
     width, keep = shape
     mlp = make(kind, width=width, act=act, seed=seed)

@@ -21,6 +21,7 @@ from tests.ntk_models import MODELS, contracted, jacobian, mlp, reference, relat
 
 @pytest.mark.parametrize("engine", ["jacobian", "vector-product"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.full(quick=5)
 def test_engines_equal_brute_force(name, engine, x64):
     f, params, (x1, x2), (j1, j2) = reference(name)
     last = (-1,) if j1.ndim > 2 else ()
@@ -44,6 +45,7 @@ def test_trace_axes_may_be_any_and_are_summed(axes, x64):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("name", ["mlp", "zoo"])
+@pytest.mark.full(quick=2)
 def test_float32(name, kind):
     f, params, inputs = MODELS[name](jnp.float32)
     x = inputs(4, jax.random.key(0))
@@ -77,6 +79,7 @@ def test_symmetric_and_positive_semi_definite():
 
 
 @pytest.mark.parametrize("engine", ["jacobian", "vector-product", "neural-tangents"])
+@pytest.mark.full(quick=1)
 def test_independent_of_blocks(engine, x64):
     f, params, inputs = mlp(jnp.float64)
     x1, x2 = inputs(7, jax.random.key(1)), inputs(5, jax.random.key(2))
@@ -124,6 +127,7 @@ def layers():
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.full(quick=1)
 def test_memory_limit_is_kept(kind, x64):
     f, params, x = layers()
     made, values, inputs = task(f, params, x, kind)
@@ -190,6 +194,7 @@ def test_auto_counts(x64):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.full
 def test_mesh(axis_type):
     f, params, inputs = MODELS["zoo"](jnp.float32)
     x1, x2 = inputs(16, jax.random.key(0)), inputs(8, jax.random.key(1))

@@ -98,6 +98,7 @@ CASES = [
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gated", "scaling", "act", "bias"), CASES)
+@pytest.mark.full(quick=7)
 def test_equal_to_brute_force(gated, scaling, act, bias):
     module = make(gated, scaling, act, bias)
     mlp = mlp_weights(module)
@@ -116,6 +117,7 @@ def test_equal_to_brute_force(gated, scaling, act, bias):
 @pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("scaling", [None, "fitted"])
+@pytest.mark.full(quick=4)
 def test_upstream_equal_to_brute_force(gated, scaling, shape, monkeypatch):
     # Small blocks, which do not divide the width.
     monkeypatch.setattr("ntk.mlp._BLOCK", 4 * (6 + 7 + 16) * 5)

@@ -64,6 +64,7 @@ def outputs(model, artefact):
 
 
 @pytest.mark.parametrize("name", ARTEFACTS)
+@pytest.mark.full(quick=3)
 def test_artefact(name):
     close(outputs(fj.load(f"artefacts/{name}"), name), TENSORS[f"artefacts.{name}"])
 
@@ -78,6 +79,7 @@ def test_masks_whose_base_was_moved():
     close(outputs(fj.load(f"artefacts/{name}"), name), TENSORS[f"artefacts.{name}"])
 
 
+@pytest.mark.full
 def test_calibration_and_report():
     """The artefact and its report come out of the calibration in the file as they did."""
     command = "compress models/bert again fusion --width 8 --head classification"

@@ -19,6 +19,7 @@ def size(model):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("method", [fj.Fusion(width=0.5), fj.Svd(rank=0.5)])
 @pytest.mark.filterwarnings("ignore")  # of qwix
+@pytest.mark.full(quick=1)
 def test_a_compressed_model_in_int8(family, method, key, tmp_path):
     head = {"bert": None, "llama": "causal-lm"}[family]
     model = fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)

@@ -88,6 +88,7 @@ def test_keep_changes_without_compiling_again():
     assert len(traces) == 1
 
 
+@pytest.mark.full
 def test_experts_under_vmap():
     plain = experts(lambda **kw: Mlp(4, 6, act="relu", **kw), 3, rngs=nnx.Rngs(0))
     alone = [layer(seed=i, d=4, o=6, keep=0.25 * (i + 1)) for i in range(3)]
@@ -254,6 +255,7 @@ def test_masks_alone_learn_a_task(model, data, key):
     assert measure(data.spec, predict(after, data.train), data.train)["accuracy"] > 0.9
 
 
+@pytest.mark.full
 def test_on_a_mesh(model, data, key, whole):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"))
     with jax.set_mesh(mesh):
@@ -344,6 +346,7 @@ def batch_of(model, labels=(0, 1, 1)):
     return {**inputs, "labels": jnp.array(labels), "weights": jnp.array([1.0, 1.0, 0.0])}
 
 
+@pytest.mark.full
 def test_the_penalty_in_the_loss(model):
     new = with_scores(model)
     rng = np.random.RandomState(0)
@@ -396,6 +399,7 @@ def test_learning_from_a_teacher(model, places):
         losses.distilled(three, losses.classification)(model, batch, None)
 
 
+@pytest.mark.full
 def test_scores_learn_from_a_teacher_in_either_way(model, places, data, key):
     teacher = fj.load(places[0], head="classification", label_words=("w7", "w8"))
     config = dataclasses.replace(CONFIG, max_steps=2, eval_every=9)
@@ -707,6 +711,7 @@ def test_a_full_disk_leaves_nothing(artefact, tmp_path, monkeypatch):
 OPTIONS = ["--max-steps", "3", "--batch-size", "8", "--shapes", "1", "--ramp", "2"]
 
 
+@pytest.mark.full
 def test_command_line(places, tmp_path, capsys):
     model, data = (str(place) for place in places)
     task, out = ["--task", "sst2", "--data", data], str(tmp_path / "run")

@@ -39,6 +39,7 @@ def on_rows(mlp, rows=5):
 
 @methods
 @pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.full(quick=6)
 def test_every_method_takes_experts(name, family, mixtures, key, tmp_path):
     model = mixtures[family]
     layers = MIXTURES[family]
@@ -97,6 +98,7 @@ def logits(model):
     return model(**tiny.batch("bert")).logits
 
 
+@pytest.mark.full
 def test_a_fused_model_is_pruned_statically(fused, data, key, tmp_path):
     smp = fj.StaticPruning(keep=0.5, allocation="L", ramp=6)
     folder = tmp_path / "run"

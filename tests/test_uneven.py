@@ -119,6 +119,7 @@ def test_each_expert_is_what_fusing_it_alone_gives(mixtral, compressed):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
+@pytest.mark.full(quick=1)
 def test_artefact_and_export(family, tmp_path, key):
     model = mixture(family, tmp_path / "m")
     made = [tiny.batch(family)]
@@ -141,8 +142,8 @@ def test_artefact_and_export(family, tmp_path, key):
 def test_all_groups_train(compressed):
     smaller, _ = compressed
     parts = Partition(smaller, "mlp", remat=True)
-    assert sum("groups" in path for path in parts.trained) >= 2 * 3 * 2
-    assert all(parts.widths[p] in (-1, -2) for p in parts.trained if "experts" in p)
+    assert sum("groups" in path for path in parts.training) >= 2 * 3 * 2
+    assert all(parts.widths[p] in (-1, -2) for p in parts.training if "experts" in p)
     params, rest = parts.split(smaller)
     batch = tiny.batch("mixtral") | {"weights": np.ones(3, np.float32)}
 
