@@ -51,7 +51,8 @@ def followed(copy, section):
 
 
 def run(copy, *arguments):
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--tier", "full"]
+    command += ["-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *arguments],
         cwd=copy,
