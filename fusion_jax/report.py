@@ -104,6 +104,7 @@ class Report:
     Args:
         method: The method's configuration, or the configurations by site where methods differ.
         calibration: The source of the calibration, in words, or None.
+        new_head: Whether the head of the model has random weights and was not trained.
         rows: One entry per compressed site.
         before: The size of the whole model before.
         after: The size of the whole model after.
@@ -111,6 +112,7 @@ class Report:
 
     method: dict[str, Any]
     calibration: str | None = None
+    new_head: bool = False
     rows: tuple[SiteReport, ...]
     before: Size
     after: Size
@@ -120,6 +122,7 @@ class Report:
         return {
             "method": self.method,
             "calibration": self.calibration,
+            "new_head": self.new_head,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "before": self.before._asdict(),
             "after": self.after._asdict(),
@@ -152,6 +155,8 @@ class Report:
         experts += [[row.site, _shares(row.use or [])] for row in used]
         more = f"{table(experts)}\n\n" if used else ""
         head = "" if self.calibration is None else f"Calibration: {self.calibration}\n\n"
+        if self.new_head:
+            head += "The head is new: its weights are random until it is trained.\n\n"
         return f"{head}{table([header, *body])}\n\n{more}{table(totals)}"
 
 

@@ -101,12 +101,50 @@ def test_files_of_ones_own(tmp_path):
     assert data.train.labels.tolist() == [10.0, 9.0]
 
 
+def test_labels_that_say_the_same_are_one_class(tmp_path):
+    rows = '"1"', '" 1 "', "1", "1.0", '"1.0"', "0", '"0.00"', '"²"'
+    text = "".join(f'{{"text": "x", "label": {label}}}\n' for label in rows)
+    data = read_task(write(tmp_path / "a.jsonl", text))
+    assert data.spec.labels == ("0", "1", "²")
+    assert data.train.labels.tolist() == [1, 1, 1, 1, 1, 0, 0, 2]
+    digits = "1" * 5000
+    long = read_task(write(tmp_path / "b.csv", f"text,label\nx,{digits}\ny,2\n"))
+    assert long.spec.labels == (digits, "2")
+
+
+@pytest.mark.parametrize("label", ["1e39", "-1e39", "inf", "nan", "x", "1" * 5000])
+def test_numbers_that_are_not_of_float32(label, tmp_path):
+    table = write(tmp_path / "a.csv", f"text,label\nx,1\ny,{label}\n")
+    with pytest.raises(fj.InputError, match=r"a\.csv:3: (no label|label '.*' is not a number)"):
+        read_task(table, regression=True)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.tsv", "sentense\tlabel\nx\t1\n", "no column 'sentence'; did you mean 'sentense'?"),
         ("a.tsv", "sentence\tlabel\nx\t1\ny\t2\n", "a.tsv:3: label '2' is not one of 0, 1"),
-        ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "a.tsv:3: no label"),
+        ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "a.tsv:3: cells in the row: 1, columns: 2"),
+        (
+            "a.csv",
+            "sentence,label\nso, so good,1\n",
+            "a.csv:2: cells in the row: 3, columns: 2; put",
+        ),
+        ("a.csv", "sentence,label,label\nx,1,0\n", "a.csv:1: two columns have the name 'label'"),
+        (
+            "a.jsonl",
+            '{"sentence": "x", "label": 1, "label": 0}',
+            "a.jsonl:1: not valid JSON (the name",
+        ),
+        ("a.jsonl", '{"sentence": "x"}\n', "a.jsonl has no column 'label'"),
+        ("a.jsonl", '{"sentence": "x", "label": NaN}\n', "a.jsonl:1: no label"),
+        ("a.jsonl", '{"sentence": "x", "label": [0]}\n', "a.jsonl:1: label [0] is not a word"),
+        ("a.csv", "sentence,label\nx,[0]\n", "a.csv:2: label '[0]' is not a word"),
+        ("a.csv", "sentence,label\nx,nan\n", "a.csv:2: no label"),
+        ("a.csv", "sentence,label\nx,²\n", "a.csv:2: label '²' is not one of 0, 1"),
+        ("a.jsonl", '{"sentence": "\\ud800", "label": 1}\n', "a.jsonl:1: not valid JSON ('utf-8"),
+        ("a.jsonl", '{"sentence": "x", "label": %s}\n' % ("1" * 5000), "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", '{"sentence": %s' % ("[" * 200_000), "a.jsonl:1: not valid JSON (too deep)"),
         ("a.tsv", "sentence\tlabel\n \t1\n", "a.tsv:2: no text in column 'sentence'"),
         ("a.tsv", b"sentence\tlabel\nx\t1\n\xff\t0\n", "a.tsv:3: broken UTF-8"),
         ("a.tsv", "sentence\tlabel\n", "has no rows"),

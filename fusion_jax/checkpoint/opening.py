@@ -16,7 +16,7 @@ from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_referenc
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Head, Provenance
+from fusion_jax.models.provenance import Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.tokens import load_tokenizer
 
@@ -29,6 +29,7 @@ def load(
     label_words: Sequence[str] | Sequence[int] | None = None,
     dtype: Any = None,
     key: Key[Array, ""] | None = None,
+    new_head: bool = False,
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -53,6 +54,8 @@ def load(
             for the dtype of the files.
         key: A random key for the initial weights of a head that the files do not have. Without
             it, a missing head is an error.
+        new_head: Whether to make a new head even if the files have one, such as one for another
+            number of classes; needs ``key``.
         revision: The branch, tag or commit on the hub.
         base: For an artefact of `save_masks`: the hub id or folder of its base model, if the base
             has moved.
@@ -69,6 +72,8 @@ def load(
         >>> model = load("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
         >>> states = model(input_ids, attention_mask).last_hidden_state  # doctest: +SKIP
     """
+    if new_head and (head is None or key is None):
+        raise InputError("new_head needs head= and key=")
     opened = open_checkpoint(
         name,
         head=head,
@@ -78,7 +83,7 @@ def load(
         revision=revision,
         base=base,
     )
-    return opened.read(key)
+    return replace(opened, new_head=new_head).read(key)
 
 
 def open_checkpoint(
@@ -119,7 +124,8 @@ def open_checkpoint(
         if num_labels < 1:
             raise InputError(f"num_labels must be at least 1; got {num_labels}")
         fields = {**fields, "num_labels": num_labels}
-    if label_words is None and head == "classification":
+    named = label_words is None  # classes of other label words are not those of the files
+    if named and head == "classification":
         label_words = (artefact or {}).get("label_ids") or fields.get("label_ids")
     if label_words is not None:
         fields = {**fields, "label_ids": _label_ids(folder, label_words, head, num_labels)}
@@ -130,7 +136,14 @@ def open_checkpoint(
     provenance = Provenance(os.fspath(name), str(folder.absolute()), text, head)
     if artefact is not None:
         history = tuple(json.dumps(step) for step in artefact["history"])
-        provenance = replace(provenance, name=artefact["base"], history=history)
+        provenance = replace(
+            provenance,
+            name=artefact["base"],
+            history=history,
+            new_head=artefact.get("new_head", False),
+        )
+    if named and head == "classification":
+        provenance = _with_classes(provenance, fields, artefact, config.num_labels)
     if artefact is not None and "masks" in artefact:
         tensors = _open_masks(folder, artefact, base)
         if base is not None:
@@ -179,6 +192,26 @@ def _read_artefact(folder: Path) -> dict[str, Any] | None:
             f"{folder} was written by a newer version of fusion-jax; update fusion-jax to read it"
         )
     return artefact
+
+
+def _with_classes(
+    provenance: Provenance,
+    fields: Mapping[str, Any],
+    artefact: Mapping[str, Any] | None,
+    num_labels: int,
+) -> Provenance:
+    """Returns the provenance with the classes of a classification head, where they are known.
+
+    Artefacts of earlier versions do not say whether their head was trained for other classes.
+    """
+    known = fields
+    labels = None if artefact is not None else class_names(fields)
+    if artefact is not None:
+        known = artefact
+        labels = tuple(artefact["labels"]) if artefact.get("labels") else None
+    if labels is None or len(labels) != num_labels:
+        labels = None
+    return replace(provenance, labels=labels, problem_type=known.get("problem_type"))
 
 
 def _open_masks(

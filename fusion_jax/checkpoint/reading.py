@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -26,6 +28,11 @@ from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
+_OTHER_HEADS = re.compile(r"(qa_outputs|score|classifier|v_head|value_head|reward_head)\..+")
+"""The tensors of heads for tasks that this library does not have."""
+_LANGUAGE_HEADS = re.compile(r"(lm_head|cls)\..+")
+_log = logging.getLogger("fusion_jax")
 
 VariablePath = tuple[Any, ...]
 """The path of a variable in a model."""
@@ -54,6 +61,7 @@ class Checkpoint:
         tensors: The weights, not read yet.
         dtype: The dtype that was asked for, or None for that of the files.
         artefact: The fields of ``fusion.json``, or None for a Hugging Face checkpoint.
+        new_head: Whether the head is made anew, even if the files have one.
     """
 
     family: Family
@@ -62,6 +70,7 @@ class Checkpoint:
     tensors: files.TensorFiles
     dtype: Any
     artefact: dict[str, Any] | None
+    new_head: bool = False
 
     def locate(self, path: str) -> TensorLocation:
         """Returns where a variable of the model can be in the files."""
@@ -176,7 +185,12 @@ class Checkpoint:
         for path, variable in flat.items():
             value = initial[path] if path in initial else self.value(found[path], variable)
             flat[path] = variable.replace(value)
-        return nnx.merge(graph, nnx.from_flat_state(flat))
+        model = nnx.merge(graph, nnx.from_flat_state(flat))
+        if initial:
+            model.provenance = replace(
+                model.provenance, labels=None, problem_type=None, new_head=True
+            )
+        return model
 
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
@@ -203,35 +217,57 @@ class Checkpoint:
         new = [p for p in missing if p[0] in heads]
         lost = [p for p in missing if p not in new or key is None]
         used = {name for f in found.values() for name in f.names}
+        if self.new_head:
+            replaced = {p: f for p, f in found.items() if p[0] in ("head", "lm_head")}
+            new = list(dict.fromkeys([*new, *replaced]))
+            found = {p: f for p, f in found.items() if p not in replaced}
         rules = self._rules
-        extra = [n for n in shapes if n not in used and (self.artefact or not rules.ignores(n))]
-        wrong = []
-        absent = []
+        extra = [n for n in shapes if n not in used]
+        if self.artefact is None:
+            extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
+        wrong, absent, misfits = [], [], []
         for path, (names, location) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
             want = want[::-1] if location.transposed else want
             absent += [name for name in names if name not in shapes]
+            fits = [shapes.get(name, want) == want for name in names]
+            misfits += [] if all(fits) else [path]
             wrong += [
                 f"{name} is {shapes[name]}, should be {want}"
-                for name in names
-                if shapes.get(name, want) != want
+                for name, fit in zip(names, fits, strict=True)
+                if not fit
             ]
         problems = []
         if lost or absent:
             names = [self.locate(path_name(p)).names[0] for p in lost] + absent
             hint = ""
             if key is None and not absent and all(p in new for p in lost):
-                hint = f" (the files have no {self._head} head; give key= to make a new one)"
+                hint = (
+                    f" (the files have no {self._head} head; to make a new one: key= in Python, "
+                    "--new-head on the command line)"
+                )
             problems.append(f"missing{hint}: {', '.join(names)}")
         if extra:
             problems.append(f"not part of the model: {', '.join(sorted(extra))}")
         if wrong:
-            problems.append(f"of another shape: {'; '.join(wrong)}")
+            heads_only = all(p[0] in ("head", "lm_head") for p in misfits)
+            hint = " (new_head=True, or --new-head, replaces the head)" if heads_only else ""
+            problems.append(f"of another shape{hint}: {'; '.join(wrong)}")
         if problems:
             kind = self.family.architectures[self._head]
             where = self.tensors.folder
             raise InputError("\n  ".join([f"{where} does not fit {kind}:", *problems]))
         return new
+
+    def _without_other_heads(self, names: Sequence[str]) -> list[str]:
+        """Returns the names that do not belong to a head of another task; logs these heads."""
+        other = {n: m[1] for n in names if (m := _OTHER_HEADS.fullmatch(n))}
+        if self._head is None and not getattr(self.config, "tie_word_embeddings", False):
+            other |= {n: m[1] for n in names if (m := _LANGUAGE_HEADS.fullmatch(n))}
+        if other:
+            heads = ", ".join(dict.fromkeys(other.values()))
+            _log.warning("%s: the head %s is left out", self.tensors.folder, heads)
+        return [n for n in names if n not in other]
 
     def _initial(self, new: list[VariablePath], key: Key[Array, ""]) -> dict[VariablePath, Array]:
         """Returns initial values of a new head; the rest of the model is not computed."""

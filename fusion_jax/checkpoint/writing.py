@@ -88,6 +88,9 @@ def write_artefact(
         "head": provenance.head,
         "num_labels": num_labels,
         "label_ids": label_ids,
+        "labels": provenance.labels,
+        "problem_type": provenance.problem_type,
+        "new_head": provenance.new_head,
         "dtype": dtype_name(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "forms": {path: form.spec() for path, form in find_forms(model).items()},
@@ -163,9 +166,8 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
             )
         head, fields["label_ids"] = "masked-lm", label_ids
     fields["architectures"] = [family.architectures[head]]
-    if head == "classification" and len(fields.get("id2label", ())) != config.num_labels:
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
-        fields["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    if provenance.head == "classification":
+        fields |= _class_fields(provenance, config.num_labels)
     fields.pop("torch_dtype", None)
     fields["dtype"] = dtype_name(plain)
     with files.new_folder(folder) as new:
@@ -173,6 +175,17 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         _write_json(new / files.CONFIG, fields)
         files.copy_tokenizer(Path(provenance.folder), new)
     return Path(folder)
+
+
+def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, Any]:
+    """Returns the fields of ``config.json`` that describe the classes of a head."""
+    names = provenance.labels or [f"LABEL_{i}" for i in range(num_labels)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "num_labels": num_labels,
+        "problem_type": provenance.problem_type,
+    }
 
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:

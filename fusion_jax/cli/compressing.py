@@ -107,6 +107,7 @@ def compress(
     calibration: Calibration = None,
     head: HeadName = None,
     num_labels: NumLabels = None,
+    new_head: bool = False,
     dtype: DType = None,
     seed: int = 0,
 ) -> None:
@@ -121,6 +122,7 @@ def compress(
         calibration: Text for the method to fit.
         head: Head to load.
         num_labels: Number of classes of a new head.
+        new_head: Make a new head with random weights, as for a model that has none.
         dtype: Type of the parameters.
         seed: Seed of all random choices.
     """
@@ -128,7 +130,14 @@ def compress(
     assert isinstance(method, Method)
     key = jax.random.key(seed)
     smaller, report = mlps.compress(
-        load(model, head=head, num_labels=num_labels, dtype=dtype, key=key),
+        load(
+            model,
+            head=head,
+            num_labels=num_labels,
+            dtype=dtype,
+            key=key if new_head else None,
+            new_head=new_head,
+        ),
         method,
         key=key,
         layers=parse_layers(layers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,10 +27,11 @@ from fusion_jax.cli.options import (
 )
 from fusion_jax.cli.run_folders import RunRecord, read_run
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Model
 from fusion_jax.models.decoding import Beams
 from fusion_jax.training.tasks import classification, generation, tables
 from fusion_jax.training.tasks.classification import TaskSpec
-from fusion_jax.training.tasks.glue import load_task, texts_of
+from fusion_jax.training.tasks.glue import GLUE, load_task, texts_of
 from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
 from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
 from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
@@ -136,19 +137,30 @@ def _measure_labels(
             raise InputError(_NO_DATA)
         loaded = load_task(options.task, options.data)
         spec, dev = loaded.spec, loaded.dev
-    elif run is None:
-        raise InputError(f"{folder} is not a run folder, so that its classes are not known")
     else:
-        spec = TaskSpec.from_json(run.task)
+        spec = _spec_of(model, run)
         table = tables.read(file)
-        dev = {file.name: texts_of(table, options.text, options.label, labels=spec.labels)}
-    classification.check_head(model, spec)
+        numbered = spec.name in GLUE and spec.labels == GLUE[spec.name].labels
+        columns = options.text, options.label
+        dev = {file.name: texts_of(table, *columns, labels=spec.labels, numbered=numbered)}
+    columns = classification.check_head(model, spec)
     results = {}
     for name, texts in dev.items():
-        logits = classification.predict(model, texts, **limits)
+        logits = classification.predict(model, texts, **limits)[:, columns]
         measured = classification.measure(spec, logits, texts)
         results |= {f"{name} {metric}": value for metric, value in measured.items()}
     return results
+
+
+def _spec_of(model: Model, run: RunRecord | None) -> TaskSpec:
+    """Returns the task that a classification head is for."""
+    if run is not None:
+        return TaskSpec.from_json(run.task)
+    labels, count = model.provenance.labels, model.config.num_labels
+    if count == 1:
+        return TaskSpec(name="regression", labels=None, metrics=("pearson", "spearman"))
+    labels = labels or tuple(map(str, range(count)))
+    return TaskSpec(name="classification", labels=labels, metrics=("accuracy", "matthews"))
 
 
 def _measure_pairs(
@@ -256,18 +268,18 @@ def predict(
     else:
         if beams != 1:
             raise InputError("--beams is for generated texts; leave it out")
-        spec = None if run is None else TaskSpec.from_json(run.task)
         loaded = checkpoint.load(folder, head="classification")
-        rows = [_prediction(x, spec) for x in classification.predict(loaded, texts, **limits)]
+        spec = _spec_of(loaded, run)
+        names = loaded.provenance.labels or spec.labels
+        rows = [_prediction(x, names) for x in classification.predict(loaded, texts, **limits)]
     _write_rows(out, rows)
     print(f"Wrote {len(rows)} lines to {out}.")
 
 
-def _prediction(logits: np.ndarray, spec: TaskSpec | None) -> dict[str, Any]:
+def _prediction(logits: np.ndarray, names: Sequence[str] | None) -> dict[str, Any]:
     """Returns the label and probabilities of one text, or its value in a regression task."""
-    if spec is not None and spec.labels is None:
+    if names is None:
         return {"value": float(logits[0])}
-    names = [str(i) for i in range(len(logits))] if spec is None else list(spec.labels or ())
     weights = np.exp(logits.astype(np.float64) - logits.max())
     shares = (weights / weights.sum()).tolist()
     return {

@@ -145,6 +145,7 @@ def compress_matrices(
         new.provenance = provenance.after({"compress": method.to_json(), "matrices": list(picked)})
     report = Report(
         method=method.to_json(),
+        new_head=isinstance(provenance, Provenance) and provenance.new_head,
         rows=tuple(rows),
         before=size_of(model, (site.mlp for site in sites(model))),
         after=size_of(new, (site.mlp for site in sites(new))),

@@ -243,6 +243,7 @@ def _reported(job: Checked, smaller: Any, rows: list[SiteReport]) -> tuple[Any, 
     report = Report(
         method=job.described,
         calibration=job.calibration,
+        new_head=isinstance(provenance, Provenance) and provenance.new_head,
         rows=tuple(rows),
         before=size_of(job.model, (site.mlp for site in sites(job.model))),
         after=size_of(smaller, (site.mlp for site in sites(smaller))),

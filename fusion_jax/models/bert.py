@@ -380,17 +380,14 @@ _IGNORED = (
     r"cls\.predictions\.decoder\.(weight|bias)",
     r"lm_head\.decoder\.(weight|bias)",
 )
-_IGNORED_HEADS: dict[Head, tuple[str, ...]] = {
-    "classification": (r"classifier\..+",),
-    "masked-lm": (r"cls\..+", r"lm_head\..+"),
-}
+_IGNORED_HEADS: dict[Head, tuple[str, ...]] = {"masked-lm": (r"cls\..+", r"lm_head\..+")}
 
 
 def _rules(config: BertConfig, head: Head | None) -> KeyRules:
     model_type = config.model_type
     others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
     if head == "classification" and config.label_ids is not None:
-        head, others = "masked-lm", [*others, *_IGNORED_HEADS[head]]
+        head = "masked-lm"
     return KeyRules(
         rules=ENCODER_RULES if head is None else (*ENCODER_RULES, *_HEADS[model_type][head]),
         prefix=f"{model_type}.",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from fusion_jax.errors import InputError
 
 Head = Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"]
 """The heads that a model can have."""
@@ -23,6 +27,12 @@ class Provenance:
         history: What was done to the model, such as compressing it: JSON texts, oldest first.
         base: The base model of a mask artefact, if it was loaded with ``base=``; None for the base
             that the artefact refers to.
+        labels: The names of the classes of a classification head, in the order of its logits. None
+            if they are not known, and for a head that predicts a number.
+        problem_type: What a classification head is for, as ``config.json`` calls it:
+            ``"single_label_classification"``, ``"multi_label_classification"`` or
+            ``"regression"``. None if that is not known.
+        new_head: Whether the head has random weights and was not trained.
     """
 
     name: str
@@ -31,7 +41,63 @@ class Provenance:
     head: Head | None
     history: tuple[str, ...] = ()
     base: str | None = None
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    new_head: bool = False
 
     def after(self, step: dict[str, Any]) -> Provenance:
         """Returns the provenance after one more step of the history."""
         return replace(self, history=(*self.history, json.dumps(step)))
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Returns the names of the classes in a ``config.json``, or None if it names none.
+
+    The names ``LABEL_0``, ``LABEL_1``, ... that transformers gives, and the numbers of the classes,
+    are not names.
+
+    Args:
+        config: The fields of the file.
+
+    Returns:
+        The names in the order of the logits.
+
+    Raises:
+        InputError: ``id2label`` is not a JSON object with the keys 0, 1, ...
+
+    Example:
+        >>> class_names({"id2label": {"0": "negative", "1": "positive"}})
+        ('negative', 'positive')
+        >>> class_names({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
+    """
+    given = config.get("id2label")
+    if given is None:
+        return None
+    if not isinstance(given, dict) or set(given) != {str(i) for i in range(len(given))}:
+        raise InputError("id2label is not a JSON object with the keys 0, 1, ...")
+    names = tuple(str(given[str(i)]) for i in range(len(given)))
+    plain = ([f"LABEL_{i}" for i in range(len(names))], [str(i) for i in range(len(names))])
+    return None if list(names) in plain else names
+
+
+def class_order(wanted: Sequence[str], given: Sequence[str]) -> list[int] | None:
+    """Returns where classes are among the classes of a head, by their names.
+
+    Capital letters, and spaces, dashes and underscores count as equal, as in ``Not entailment`` and
+    ``not_entailment``.
+
+    Args:
+        wanted: The names of the classes.
+        given: The names of the classes of the head, in the order of its logits.
+
+    Returns:
+        The position of each wanted class, or None if the names are not the same ones.
+
+    Example:
+        >>> class_order(["negative", "positive"], ["POSITIVE", "NEGATIVE"])
+        [1, 0]
+    """
+    first, second = ([re.sub(r"[\W_]+", "_", n.casefold()) for n in x] for x in (wanted, given))
+    if sorted(first) != sorted(second) or len(set(first)) < len(first):
+        return None
+    return [second.index(name) for name in first]

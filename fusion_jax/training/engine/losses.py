@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
+from fusion_jax.models.provenance import class_order
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.training.engine.config import TrainConfig
 
@@ -287,6 +289,7 @@ def _distilled(
             "a teacher needs the same two or more classes as the model; logits are "
             f"{theirs.shape} and {ours.shape}"
         )
+    theirs = theirs[:, _teacher_columns(model, teacher)]
     weight, temperature = numbers.astype(ours.dtype)
     p, q = (jax.nn.log_softmax(x / temperature) for x in (theirs, ours))
     if reverse:
@@ -294,6 +297,21 @@ def _distilled(
     divergence = (jnp.exp(p) * (p - q)).sum(-1)
     taught = _weighted(jnp.square(temperature) * divergence, batch)
     return Total((1 - weight) * own.total + weight * taught.total, own.count)
+
+
+def _teacher_columns(model: Any, teacher: Any) -> Any:
+    """Returns the teacher's logits of the model's classes, by name where both have names."""
+    ours, theirs = (
+        getattr(getattr(m, "provenance", None), "labels", None) for m in (model, teacher)
+    )
+    if ours is None or theirs is None:
+        return slice(None)
+    order = class_order(ours, theirs)
+    if order is None:
+        raise InputError(
+            f"the teacher's classes ({', '.join(theirs)}) are not the model's ({', '.join(ours)})"
+        )
+    return np.array(order)
 
 
 def _of_tokens(logits: Array, tokens: Array, counts: Array, batch: Batch) -> Total:

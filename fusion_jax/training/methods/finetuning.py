@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import save
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
@@ -64,7 +65,12 @@ def finetune(
             f"{type(data).__name__}"
         )
     config = TrainConfig() if config is None else config
-    batches, loss, evaluate, lowest = data.prepare(model, config, key=key)
+    batches, loss, evaluate, lowest, classes = data.prepare(model, config, key=key)
+    provenance = getattr(model, "provenance", None)
+    if isinstance(provenance, Provenance):
+        trained = {} if classes is None else classes._asdict()
+        model = nnx.clone(model)
+        model.provenance = dataclasses.replace(provenance, new_head=False, **trained)
     _, dropout = jax.random.split(key)
     if folder is not None and recipe.save is None:
         recipe = dataclasses.replace(recipe, save=save)

@@ -12,6 +12,18 @@ from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.trainer import Evaluate
 
 
+class Classes(NamedTuple):
+    """What a classification head is for; `Provenance` has the same fields.
+
+    Args:
+        labels: The names of the classes in the order of the logits; None for regression.
+        problem_type: ``"single_label_classification"`` or ``"regression"``.
+    """
+
+    labels: tuple[str, ...] | None
+    problem_type: str
+
+
 class Prepared(NamedTuple):
     """A task that is ready for the training of one model.
 
@@ -21,12 +33,14 @@ class Prepared(NamedTuple):
         evaluate: Measures a model: metrics by name, of which the first chooses the best model. None
             if the task has no data for that.
         lowest: Whether the lowest value of the first metric is the best.
+        classes: What the trained model's classification head is for, if it has one.
     """
 
     batches: BatchSource
     loss: Loss
     evaluate: Evaluate | None = None
     lowest: bool = False
+    classes: Classes | None = None
 
 
 @runtime_checkable

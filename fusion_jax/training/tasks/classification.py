@@ -9,20 +9,23 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax import checkpoint
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, max_positions
-from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.provenance import Provenance, class_order
 from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.sharding import Placement
-from fusion_jax.training.tasks.base import Prepared
+from fusion_jax.training.tasks.base import Classes, Prepared
 from fusion_jax.training.tasks.metrics import METRICS
+
+Columns = Int[np.ndarray, " classes"]
+"""The column of a model's logits for each class of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,11 @@ class TaskSpec:
     def num_labels(self) -> int:
         """The number of outputs of the head; 1 for regression."""
         return 1 if self.labels is None else len(self.labels)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the names of the classes are just their numbers 0, 1, ..."""
+        return self.labels == tuple(map(str, range(self.num_labels)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values by name."""
@@ -89,11 +97,11 @@ class Classification:
 
     def prepare(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
         """Returns what training needs, see `fusion_jax.training.Task`."""
-        check_head(model, self.spec)
+        columns = check_head(model, self.spec, trains=True)
         encoder = TextEncoder(model, config.max_length, config.truncate)
         order, _ = jax.random.split(key)
         batches = encoder.batches(
-            encoder(self.train),
+            _with_columns(encoder(self.train), columns),
             config.batch_size,
             shapes=config.shapes,
             seed=int(jax.random.bits(order)),
@@ -106,12 +114,15 @@ class Classification:
             results = {}
             for name, examples in dev.items():
                 logits = _logits(model, encoder, examples, config.batch_size, config.shapes)
+                logits = logits[:, columns]
                 prefix = "" if len(dev) == 1 else f"{name} "
                 measured = measure(self.spec, logits, examples)
                 results |= {f"{prefix}{metric}": value for metric, value in measured.items()}
             return results
 
-        return Prepared(batches, loss, evaluate if dev else None)
+        return Prepared(
+            batches, loss, evaluate if dev else None, classes=_classes(model, self.spec, columns)
+        )
 
     def inputs(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Batches:
         """Returns the training texts in batches, without labels."""
@@ -127,8 +138,21 @@ class Classification:
         return self.spec.to_json()
 
 
-def check_head(model: Model, spec: TaskSpec) -> None:
-    """Raises `InputError` if the model's head does not fit the task."""
+def check_head(model: Model, spec: TaskSpec, *, trains: bool = False) -> Columns:
+    """Checks that a model's head fits a task, and returns which logits are the task's classes.
+
+    Args:
+        model: The model.
+        spec: The task.
+        trains: Whether the head is about to be trained, so that it may have other classes before.
+
+    Returns:
+        (classes,) the column of the logits of each class. Classes are found by their names where
+        the model has names, otherwise by their positions.
+
+    Raises:
+        InputError: The model has no classification head, or one with other classes.
+    """
     provenance = getattr(model, "provenance", None)
     if provenance is None or provenance.head != "classification":
         raise InputError(
@@ -140,6 +164,34 @@ def check_head(model: Model, spec: TaskSpec) -> None:
             f"the model's head has {model.config.num_labels} outputs, {spec.name} needs "
             f"{spec.num_labels}; load it with num_labels={spec.num_labels}"
         )
+    plain = np.arange(spec.num_labels)
+    names = provenance.labels
+    if names is None or spec.labels is None or spec.numbered:
+        return plain
+    order = class_order(spec.labels, names)
+    if order is None and not trains:
+        raise InputError(
+            f"the classes of the model's head ({', '.join(names)}) are not those of {spec.name} "
+            f"({', '.join(spec.labels)})"
+        )
+    return plain if order is None else np.array(order)
+
+
+def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
+    """Returns what the head of a model is for after training on a task."""
+    if spec.labels is None:
+        return Classes(None, "regression")
+    trained = tuple(spec.labels[i] for i in np.argsort(columns))
+    names = model.provenance.labels if spec.numbered else trained
+    return Classes(names, "single_label_classification")
+
+
+def _with_columns(examples: Examples, columns: Columns) -> Examples:
+    """Returns examples whose labels are columns of a model's logits instead of classes."""
+    labels = examples.labels
+    if labels is None or labels.dtype != np.int32:
+        return examples
+    return examples._replace(labels=columns.astype(np.int32)[labels])
 
 
 class TextEncoder:

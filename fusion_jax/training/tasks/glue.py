@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class _Glue:
     texts: tuple[str, ...]
     hub_texts: tuple[str, ...]
     label: str = "label"
-    labels: tuple[str, ...] | None = ("0", "1")
+    labels: tuple[str, ...] | None
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] | None = None
     dev: tuple[tuple[str, str], ...] = (("dev", "dev.tsv"),)
@@ -35,9 +36,15 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _GLUE: Mapping[str, _Glue] = MappingProxyType(
     {
-        "sst2": _Glue(folder="SST-2", texts=("sentence",), hub_texts=("sentence",)),
+        "sst2": _Glue(
+            folder="SST-2",
+            labels=("negative", "positive"),
+            texts=("sentence",),
+            hub_texts=("sentence",),
+        ),
         "cola": _Glue(
             folder="CoLA",
+            labels=("unacceptable", "acceptable"),
             texts=("sentence",),
             hub_texts=("sentence",),
             metrics=("matthews",),
@@ -45,6 +52,7 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         ),
         "mrpc": _Glue(
             folder="MRPC",
+            labels=("not_equivalent", "equivalent"),
             texts=("#1 String", "#2 String"),
             hub_texts=_PAIR,
             label="Quality",
@@ -60,6 +68,7 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         ),
         "qqp": _Glue(
             folder="QQP",
+            labels=("not_duplicate", "duplicate"),
             texts=("question1", "question2"),
             hub_texts=("question1", "question2"),
             label="is_duplicate",
@@ -81,7 +90,9 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
             labels=_ENTAILMENT,
         ),
         "rte": _Glue(folder="RTE", texts=_PAIR, hub_texts=_PAIR, labels=_ENTAILMENT),
-        "wnli": _Glue(folder="WNLI", texts=_PAIR, hub_texts=_PAIR),
+        "wnli": _Glue(
+            folder="WNLI", labels=("not_entailment", "entailment"), texts=_PAIR, hub_texts=_PAIR
+        ),
     }
 )
 GLUE: Mapping[str, TaskSpec] = MappingProxyType(
@@ -124,9 +135,14 @@ def load_task(name: str, data: str | Path) -> Classification:
         raise InputError(f"there is no folder {folder}; give the folder of GLUE, or hub")
 
     def split(file: str) -> Texts:
-        table = tables.read(folder / file, glue.header)
+        table = tables.read(folder / file, glue.header, skip_broken=glue.skip_broken)
         return texts_of(
-            table, glue.texts, glue.label, labels=spec.labels, skip_broken=glue.skip_broken
+            table,
+            glue.texts,
+            glue.label,
+            labels=spec.labels,
+            numbered=True,
+            skip_broken=glue.skip_broken,
         )
 
     return Classification(spec, split("train.tsv"), {n: split(file) for n, file in glue.dev})
@@ -183,8 +199,11 @@ def read_task(
     table = tables.read(Path(train))
     labels = None
     if not regression:
-        values = {str(v) for v in table.column(label) if v is not None and str(v).strip()}
-        numeric = all(v.removeprefix("-").isdigit() for v in values)
+        values = set()
+        for line, cell in zip(table.lines, table.column(label), strict=True):
+            with tables.at_line(table.path, line):
+                values.add(_class_name(cell))
+        numeric = all(re.fullmatch(r"-?[0-9]{1,18}", v) for v in values)
         labels = tuple(sorted(values, key=int if numeric else None))
         if len(labels) < 2:
             raise InputError(f"{train}: column {label!r} holds fewer than two classes")
@@ -204,6 +223,7 @@ def texts_of(
     label: str | None,
     *,
     labels: Sequence[str] | None = None,
+    numbered: bool = False,
     skip_broken: bool = False,
 ) -> Texts:
     """Returns the texts of a table, checked.
@@ -213,6 +233,7 @@ def texts_of(
         text: One or two columns with text.
         label: The column with labels, or None for texts without labels.
         labels: The names of the classes; None for regression.
+        numbered: Whether labels may also be the numbers of the classes, counted from 0.
         skip_broken: Whether to leave out rows without text or label instead of raising an error.
 
     Returns:
@@ -225,19 +246,21 @@ def texts_of(
         raise InputError(f"text must be one or two columns; got {', '.join(text)}")
     columns = [table.column(name) for name in text]
     given = None if label is None else table.column(label)
-    numbers = {name: i for i, name in enumerate(labels or ())}
+    numbers = {str(i): i for i in range(len(labels or ()) if numbered else 0)}
+    numbers |= {_class_name(name): i for i, name in enumerate(labels or ())}
     texts, values, names = [], [], []
     for i, row in enumerate(zip(*columns, strict=True)):
         try:
-            for name, cell in zip(text, row, strict=True):
-                if not isinstance(cell, str) or not cell.strip():
-                    raise InputError(f"no text in column {name!r}")
-            if given is not None:
-                values.append(_label(given[i], None if labels is None else numbers))
-        except InputError as error:
+            with tables.at_line(table.path, table.lines[i]):
+                for name, cell in zip(text, row, strict=True):
+                    if not isinstance(cell, str) or not cell.strip():
+                        raise InputError(f"no text in column {name!r}")
+                if given is not None:
+                    values.append(_label(given[i], None if labels is None else numbers))
+        except InputError:
             if skip_broken:
                 continue
-            raise InputError(f"{table.path}:{table.lines[i]}: {error}") from None
+            raise
         texts.append(row)
         names.append(table.place(i))
     dtype = np.float32 if labels is None else np.int32
@@ -245,17 +268,30 @@ def texts_of(
 
 
 def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
-    if cell is None or not str(cell).strip():
-        raise InputError("no label")
+    name = _class_name(cell)
     if numbers is not None:
-        if str(cell) not in numbers:
+        if name not in numbers:
             known = ", ".join(list(numbers)[:20])
-            raise InputError(f"label {str(cell)!r} is not one of {known}")
-        return numbers[str(cell)]
+            raise InputError(f"label {name[:100]!r} is not one of {known}")
+        return numbers[name]
     try:
         number = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"label {cell!r} is not a number")
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise InputError(f"label {name[:100]!r} is not a number of float32")
     return number
+
+
+def _class_name(cell: Any) -> str:
+    """Returns the name of a class; 1, 1.0, "1" and " 1.0 " are the same one."""
+    if isinstance(cell, bool) or cell is None or not isinstance(cell, str | int | float):
+        what = "no label" if cell is None else f"label {str(cell)[:100]} is not a word or a number"
+        raise InputError(what)
+    name = str(cell).strip()
+    if name.lower() in ("", "nan"):
+        raise InputError("no label")
+    if name.startswith(("[", "{")):
+        raise InputError(f"label {name[:100]!r} is not a word or a number")
+    whole = re.fullmatch(r"(-?[0-9]+)\.0+", name)
+    return name if whole is None else whole[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -158,9 +157,9 @@ def _webnlg(folder: Path) -> TextPairs:
 def _webnlg_part(path: Path) -> Pairs:
     """Returns the entries of a file, with their categories as groups."""
     try:
-        entries = json.loads(tables.read_text(path))["entries"]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error})") from None
+        entries = tables.parse_json(tables.read_text(path))["entries"]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (KeyError, TypeError):
         raise InputError(f"{path} has no entries; it is not a file of WebNLG 2017") from None
     if not isinstance(entries, list) or not entries:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ class Table(NamedTuple):
 
     Args:
         path: The file.
-        columns: The cells by name of the column; None where a row is too short.
+        columns: The cells by name of the column; None where a row of a jsonl file lacks it.
         lines: The line in which each row starts, counted from 1.
     """
 
@@ -77,18 +79,31 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: broken UTF-8 ({error.reason})") from None
 
 
-def read(path: Path, header: Sequence[str] | None = None) -> Table:
+@contextmanager
+def at_line(path: Path, line: int) -> Iterator[None]:
+    """Adds the file and the line to the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}:{line}: {error}") from None
+
+
+def read(path: Path, header: Sequence[str] | None = None, *, skip_broken: bool = False) -> Table:
     """Reads a table.
 
     Args:
         path: A .tsv (tabs, no quotes), .csv or .jsonl file.
         header: The names of the columns of a tsv file without a header.
+        skip_broken: Whether to leave out rows with too many or too few cells instead of raising an
+            error.
 
     Returns:
         The table.
 
     Raises:
-        InputError: The file is missing, is not UTF-8, has no rows, or a line cannot be read.
+        InputError: The file is missing, is not UTF-8, has no rows, two columns have the same name,
+            or a line cannot be read or has another number of cells than the header; names file and
+            line.
     """
     text = read_text(path)
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
@@ -96,19 +111,53 @@ def read(path: Path, header: Sequence[str] | None = None) -> Table:
         raise InputError(f"{path} is not one of the known kinds of file: {', '.join(readers)}")
     rows = readers[path.suffix](path, text)
     if header is None and path.suffix in (".tsv", ".csv"):
-        _, header = next(rows, (0, []))
+        line, header = next(rows, (1, []))
+        repeated = [name for name, count in Counter(header).items() if count > 1]
+        if repeated:
+            raise InputError(f"{path}:{line}: two columns have the name {repeated[0]!r}")
     numbered = list(rows)
+    if header is not None:
+        width = len(header)
+        wrong = next(((line, row) for line, row in numbered if len(row) != width), None)
+        if skip_broken:
+            numbered = [(line, row) for line, row in numbered if len(row) == width]
+        elif wrong is not None:
+            hint = "; put cells that contain commas in quotes" if path.suffix == ".csv" else ""
+            raise InputError(
+                f"{path}:{wrong[0]}: cells in the row: {len(wrong[1])}, columns: {width}{hint}"
+            )
     if not numbered:
         raise InputError(f"{path} has no rows")
     lines = [line for line, _ in numbered]
     if header is None:
         names = list(dict.fromkeys(name for _, row in numbered for name in row))
         return Table(path, {n: [row.get(n) for _, row in numbered] for n in names}, lines)
-    columns = {
-        name: [row[i] if i < len(row) else None for _, row in numbered]
-        for i, name in enumerate(header)
-    }
-    return Table(path, columns, lines)
+    cells = zip(*(row for _, row in numbered), strict=True)
+    return Table(path, dict(zip(header, cells, strict=True)), lines)
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        InputError: The text is not valid JSON, an object has the same name twice, or a text holds
+            half a surrogate pair, which no tokenizer can read.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise InputError(f"not valid JSON ({reason})") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the name {max(names, key=names.count)!r} occurs twice in an object")
+    return dict(pairs)
 
 
 def _tsv(path: Path, text: str) -> Rows:
@@ -133,10 +182,8 @@ def _jsonl(path: Path, text: str) -> Rows:
     for i, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{i + 1}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{i + 1}: not a JSON object")
+        with at_line(path, i + 1):
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise InputError("not a JSON object")
         yield i + 1, row
