@@ -19,7 +19,14 @@ from jaxtyping import Array, Key
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model, max_positions
 from fusion_jax.models.provenance import Provenance
-from fusion_jax.models.tokens import MAX_LENGTH, TokenBatch, batches, length_for, load_tokenizer
+from fusion_jax.models.tokens import (
+    MAX_LENGTH,
+    TokenBatch,
+    batches,
+    check_tokens,
+    length_for,
+    load_tokenizer,
+)
 from fusion_jax.nn.site import Site
 
 CalibrationSource = (
@@ -83,12 +90,13 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
     """
     items: list[Any]
     ours = isinstance(model, Model)
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
     most = max_positions(model) if ours else None
     longest = length_for(model) if ours else MAX_LENGTH
     if isinstance(source, str):
         tokenizer = _tokenizer(model)
         # Through text, so that the tokenizer adds its special tokens.
-        texts = tokenizer.batch_decode(_random_words(tokenizer, RANDOM_SHAPE, key))
+        texts = tokenizer.batch_decode(_random_words(tokenizer, RANDOM_SHAPE, key, rows))
         items = batches(tokenizer, texts, max_length=longest)
     elif all(isinstance(item, str) for item in source):
         texts = [text for text in source if text.strip()]
@@ -96,7 +104,8 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
             raise InputError("calibration has no text")
         tokenizer = _tokenizer(model)
         items = batches(tokenizer, texts, max_length=longest)
-        items += [scrambled(b, tokenizer, jax.random.fold_in(key, i)) for i, b in enumerate(items)]
+        keys = (jax.random.fold_in(key, i) for i in range(len(items)))
+        items += [scrambled(b, tokenizer, k, rows) for b, k in zip(items, keys, strict=False)]
     else:
         items = list(source)
     made = [_keywords(model, item) if isinstance(item, TokenBatch) else item for item in items]
@@ -105,6 +114,8 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
             "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
         )
     for item in made:
+        ids = [item[name] for name in ("input_ids", "decoder_input_ids") if name in item]
+        check_tokens(model, ids if ours else [])
         length = np.shape(item["input_ids"])[-1] if "input_ids" in item else 0
         if most is not None and length > most:
             raise InputError(f"a batch has {length} tokens a row; the model has {most} positions")
@@ -129,7 +140,9 @@ def _tokenizer(model: nnx.Module) -> Any:
     return load_tokenizer(provenance.folder)
 
 
-def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBatch:
+def scrambled(
+    batch: TokenBatch, tokenizer: Any, key: Key[Array, ""], rows: int | None = None
+) -> TokenBatch:
     """Returns a batch in which a random token of the vocabulary replaces that of every word.
 
     On text of one kind, a model takes a small part of its possible inputs. With as many random
@@ -139,15 +152,19 @@ def scrambled(batch: TokenBatch, tokenizer: Any, key: Key[Array, ""]) -> TokenBa
         batch: The batch.
         tokenizer: Its tokenizer; special tokens stay and are not drawn.
         key: Random key.
+        rows: The number of tokens that the model has embeddings for; None for all.
     """
     ids = np.asarray(batch.input_ids)
-    drawn = _random_words(tokenizer, ids.shape, key)
+    drawn = _random_words(tokenizer, ids.shape, key, rows)
     ids = np.where(np.isin(ids, tokenizer.all_special_ids), ids, drawn)
     return batch._replace(input_ids=jnp.asarray(ids))
 
 
-def _random_words(tokenizer: Any, shape: tuple[int, ...], key: Array) -> np.ndarray:
-    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids).astype(np.int32)
+def _random_words(
+    tokenizer: Any, shape: tuple[int, ...], key: Array, rows: int | None
+) -> np.ndarray:
+    count = len(tokenizer) if rows is None else min(rows, len(tokenizer))
+    words = np.setdiff1d(np.arange(count), tokenizer.all_special_ids).astype(np.int32)
     return generator(key).choice(words, shape)
 
 

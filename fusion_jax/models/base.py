@@ -83,6 +83,13 @@ def max_positions(model: Model) -> int | None:
     return model.config.max_position_embeddings - (model.config.pad_token_id + 1 if roberta else 0)
 
 
+def check_positions(model: Model, length: int) -> None:
+    """Raises `InputError` if a model has fewer positions than a text has tokens."""
+    most = max_positions(model)
+    if most is not None and length > most:
+        raise InputError(f"a text has {length} tokens, but the model has {most} positions")
+
+
 class EncoderOutput(NamedTuple):
     """The output of an encoder.
 

@@ -12,7 +12,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import EncoderOutput, Family, Head, Model, config_from_fields
+from fusion_jax.models.base import (
+    EncoderOutput,
+    Family,
+    Head,
+    Model,
+    check_positions,
+    config_from_fields,
+)
 from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
@@ -313,10 +320,15 @@ class Bert(Model):
 
         Returns:
             Hidden states, pooled output and logits, in the dtype of the parameters.
+
+        Raises:
+            InputError: There are more tokens than positions.
         """
         input_ids = jnp.asarray(input_ids)
         token_type_ids = None if token_type_ids is None else jnp.asarray(token_type_ids)
         position_ids = None if position_ids is None else jnp.asarray(position_ids)
+        if position_ids is None:
+            check_positions(self, input_ids.shape[1])
         visible = token_mask(input_ids, attention_mask)[:, None, None, :]
         *keys, embed_key, head_key = split_key(key, len(self.layers) + 2)
         x = self.embeddings(input_ids, token_type_ids, position_ids, embed_key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from fusion_jax.models.base import DecoderOutput, Generative, Head
+from fusion_jax.models.base import DecoderOutput, Generative, Head, check_positions
 from fusion_jax.models.layers import ArrayLike, Cache, CacheUpdate, split_key, token_mask, window
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.linear_forms import dtype_of
@@ -106,6 +106,8 @@ class CausalLm(Generative):
         output_hidden_states: bool = False,
     ) -> DecoderOutput:
         ids = jnp.asarray(input_ids)
+        if attention_mask is None and position_ids is None and cache is None:
+            check_positions(self, ids.shape[1])
         real = token_mask(ids, attention_mask)
         seen = {size: window(real, cache, size) for size in set(self.sliding_windows)}
         any_window = next(iter(seen.values()))

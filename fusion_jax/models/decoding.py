@@ -16,6 +16,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.models.layers import ArrayLike
+from fusion_jax.models.tokens import check_finite, check_tokens
 from fusion_jax.nn.dtypes import wide
 
 
@@ -105,8 +106,9 @@ def generate(
         (b, max_new_tokens) the new tokens, int32, including the end token.
 
     Raises:
-        InputError: The model has no language-model head or too few positions, prompts are padded
-            on the right, or sampling has no key.
+        InputError: The model has no language-model head or too few positions, a token has no
+            embedding, prompts are padded on the right, or sampling has no key.
+        FloatingPointError: The logits are NaN or infinite.
 
     Example:
         >>> from flax import nnx
@@ -124,9 +126,15 @@ def generate(
     ends = model.config.eos_token_id if eos is None else eos
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     static = {"room": max_new_tokens, "ends": ends, "pad": pad}
+    check_tokens(model, [np.where(real, ids, 0)])
     if beams is not None:
-        return _beam_search(model, ids, jnp.asarray(real), beams=beams, **static)
-    return _greedy_or_sampled(model, ids, jnp.asarray(real), key, sampling=sampling, **static)
+        texts, finite = _beam_search(model, ids, jnp.asarray(real), beams=beams, **static)
+    else:
+        texts, finite = _greedy_or_sampled(
+            model, ids, jnp.asarray(real), key, sampling=sampling, **static
+        )
+    check_finite(0.0 if finite else np.nan, "the logits")
+    return texts
 
 
 def _checked(
@@ -208,7 +216,7 @@ def _greedy_or_sampled(
     sampling: Sampling | None,
     ends: tuple[int, ...],
     pad: int,
-) -> Array:
+) -> tuple[Array, Array]:
     b = ids.shape[0]
     logits, cache = model.begin(ids, real, room)
 
@@ -223,15 +231,22 @@ def _greedy_or_sampled(
         return new, ended | _is_end(new, ends)
 
     def step(state: tuple) -> tuple:
-        i, tokens, ended, cache = state
+        i, tokens, ended, finite, cache = state
         logits, cache = model.step(tokens[:, i - 1], cache)
+        finite &= (_finite(logits) | ended).all()
         new, ended = next_tokens(i, logits, ended)
-        return i + 1, tokens.at[:, i].set(new), ended, cache
+        return i + 1, tokens.at[:, i].set(new), ended, finite, cache
 
     first, ended = next_tokens(0, logits, jnp.zeros(b, bool))
     tokens = jnp.full((b, room), pad, jnp.int32).at[:, 0].set(first)
-    start = jnp.int32(1), tokens, ended, cache
-    return lax.while_loop(lambda s: (s[0] < room) & ~s[2].all(), step, start)[1]
+    start = jnp.int32(1), tokens, ended, _finite(logits).all(), cache
+    _, tokens, _, finite, _ = lax.while_loop(lambda s: (s[0] < room) & ~s[2].all(), step, start)
+    return tokens, finite
+
+
+def _finite(logits: Float[Array, "b vocab"]) -> Bool[Array, " b"]:
+    """Returns which rows have a finite largest logit and no NaN; minus infinity is allowed."""
+    return jnp.isfinite(logits.max(axis=-1))
 
 
 class _Search(NamedTuple):
@@ -246,6 +261,7 @@ class _Search(NamedTuple):
         is_finished: (b, k) which of the k places hold a finished text.
         can_improve: (b, 1) whether a running text can still become one of the best.
         all_ended: Whether all candidates of the last step ended.
+        finite: Whether all logits so far were finite.
         logits: (b k, vocabulary) the logits of the next token.
         cache: The cache of the model.
     """
@@ -258,6 +274,7 @@ class _Search(NamedTuple):
     is_finished: Array
     can_improve: Array
     all_ended: Array
+    finite: Array
     logits: Array
     cache: Any
 
@@ -272,7 +289,7 @@ def _beam_search(
     beams: Beams,
     ends: tuple[int, ...],
     pad: int,
-) -> Array:
+) -> tuple[Array, Array]:
     b, k = ids.shape[0], beams.count
     never = -1e9  # sums of it are finite, and it is below every log-probability
     keep = max(2, 1 + len(ends)) * k  # so that at least k candidates do not end
@@ -317,6 +334,7 @@ def _beam_search(
             is_finished=is_finished,
             can_improve=s.can_improve & (possible > worst).any(-1, keepdims=True),
             all_ended=ends_now.all(),
+            finite=s.finite & _finite(s.logits).all(),
             logits=logits,
             cache=cache,
         )
@@ -339,7 +357,9 @@ def _beam_search(
         is_finished=jnp.zeros((b, k), bool),
         can_improve=jnp.ones((b, 1), bool),
         all_ended=jnp.array(False),
+        finite=jnp.array(True),
         logits=logits,
         cache=cache,
     )
-    return lax.while_loop(is_running, step, start).finished[:, 0]
+    end = lax.while_loop(is_running, step, start)
+    return end.finished[:, 0], end.finite

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
@@ -54,6 +55,58 @@ def load_tokenizer(folder: str) -> Any:
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise InputError(f"{folder} has no tokenizer; add its files, such as tokenizer.json")
     return tokenizer
+
+
+def check_tokens(
+    model: Any,
+    input_ids: Iterable[Any],
+    token_type_ids: Iterable[Any] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Checks that a model has an embedding for every token; without one, results would be NaN.
+
+    Args:
+        model: The model; a model without ``config`` is not checked.
+        input_ids: The token ids of each text or batch.
+        token_type_ids: Its token types, or None.
+        names: The name of each text, for the error.
+        tokenizer: The tokenizer, to name the token in the error.
+
+    Raises:
+        InputError: An id is negative or has no row in the model's embeddings.
+    """
+    config = getattr(model, "config", None)
+    fields = (("token", "vocab_size", input_ids), ("token type", "type_vocab_size", token_type_ids))
+    for what, size, arrays in fields:
+        rows = getattr(config, size, None)
+        for i, array in enumerate(arrays or () if rows is not None else ()):
+            ids = np.asarray(array)
+            wrong = ids[(ids < 0) | (ids >= rows)]
+            if wrong.size:
+                at = "" if names is None else f"{names[i]}: "
+                word = ""
+                if tokenizer is not None and what == "token":
+                    word = f" ({tokenizer.convert_ids_to_tokens(int(wrong[0]))!r})"
+                raise InputError(
+                    f"{at}{what} {wrong[0]}{word} has no embedding: the model has {rows}, counted "
+                    "from 0; use the tokenizer that belongs to the model"
+                )
+
+
+def check_finite(values: Any, what: str) -> None:
+    """Raises `FloatingPointError` if numbers of a model are NaN or infinite.
+
+    Args:
+        values: The numbers.
+        what: What they are, such as "the logits".
+    """
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"{what} are NaN or infinite; the weights may be damaged, or the dtype too narrow for "
+            "this model (try float32 or bfloat16)"
+        )
 
 
 def length_for(model: Model) -> int:

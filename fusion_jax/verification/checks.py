@@ -18,7 +18,14 @@ from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import TokenBatch, length_for, load_tokenizer, sentences, tokenize
+from fusion_jax.models.tokens import (
+    TokenBatch,
+    check_tokens,
+    length_for,
+    load_tokenizer,
+    sentences,
+    tokenize,
+)
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params
@@ -178,6 +185,7 @@ def verify_files(
     larger = load_original(name, smaller, key=key)
     tokenizer = load_tokenizer(smaller.provenance.folder)
     batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
+    check_tokens(smaller, batch.input_ids, tokenizer=tokenizer)
     result = verify(larger, smaller, batch, key=key)
     sizes = num_params(larger), num_params(smaller)
     return VerifiedArtefact(result, Path(compressed), name, sizes)

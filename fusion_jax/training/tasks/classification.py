@@ -16,7 +16,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, max_positions
 from fusion_jax.models.provenance import Provenance, class_order
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 from fusion_jax.training.engine.config import TrainConfig
@@ -218,7 +218,7 @@ class TextEncoder:
         self.truncate = truncate
         if not isinstance(getattr(model, "provenance", None), Provenance):
             raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
-        self.tokenizer = load_tokenizer(model.provenance.folder)
+        self.model, self.tokenizer = model, load_tokenizer(model.provenance.folder)
         # Language models may have no padding token; the mask hides what is there instead.
         self.pad_id: int = getattr(model.config, "pad_token_id", None) or 0
 
@@ -255,6 +255,7 @@ class TextEncoder:
         types = None
         if "token_type_ids" in out:
             types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
+        check_tokens(self.model, tokens, types, names=texts.names, tokenizer=self.tokenizer)
         return Examples(tokens, types, texts.labels, texts.names)
 
     def batches(
@@ -292,7 +293,10 @@ def _logits(
             out = _forward(model, placement.batch(batches(step)))
             out = placement.gathered({"logits": out})["logits"]
             found |= zip(batches.rows(step).tolist(), np.asarray(out, np.float32), strict=False)
-    return np.stack([found[i] for i in range(len(found))])
+    logits = np.stack([found[i] for i in range(len(found))])
+    for name, row in zip(examples.names, logits, strict=True):
+        check_finite(row, f"{name}: the logits")
+    return logits
 
 
 @on_auto_axes

@@ -17,6 +17,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.models.decoding import Beams, Sampling, generate
+from fusion_jax.models.tokens import check_finite
 from fusion_jax.progress import show_progress
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples, TokenIds
@@ -115,6 +116,7 @@ def _nats(model: Any, batches: PairBatches, loss: losses.Loss) -> dict[str, floa
         ]
     read = jax.device_get(totals)
     nats = sum(float(t["total"]) for t in read) / sum(float(t["count"]) for t in read)
+    check_finite(nats, "the log-probabilities of the references")
     return {"nats": nats, "perplexity": float(np.exp(nats))}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Generative, Model
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import check_tokens, load_tokenizer
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples, TokenIds, round_up
 
@@ -116,7 +116,7 @@ class PairEncoder:
         self.truncate = truncate
         self.prompts = model.reads_prompts
         """Whether the model is decoder-only, so that it reads the source as a prompt."""
-        self.tokenizer = load_tokenizer(model.provenance.folder)
+        self.model, self.tokenizer = model, load_tokenizer(model.provenance.folder)
         known = model.config.eos_token_id
         known = () if known is None else (known,) if isinstance(known, int) else tuple(known)
         own = self.tokenizer.eos_token_id
@@ -136,6 +136,7 @@ class PairEncoder:
         if not texts:
             return []
         out = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
+        check_tokens(self.model, out["input_ids"], tokenizer=self.tokenizer)
         return out["input_ids"]
 
     def sources(self, texts: Sequence[str], names: Sequence[str], room: int) -> list[TokenIds]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import TokenIds
 from fusion_jax.training.engine.config import TrainConfig
@@ -172,9 +172,11 @@ def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> Token
         InputError: The file is missing or is not UTF-8.
     """
     if not isinstance(text, str | os.PathLike):
+        check_tokens(model, [text])
         return np.asarray(text, np.int32)
     tokenizer = load_tokenizer(model.provenance.folder)
     out = tokenizer(tables.read_text(Path(text)), add_special_tokens=False, verbose=False)
+    check_tokens(model, [out["input_ids"]], names=[os.fspath(text)], tokenizer=tokenizer)
     return np.array(out["input_ids"], np.int32)
 
 
@@ -208,6 +210,7 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
     windows = Windows(ids, context, batch_size)
     totals = [_total(model, windows(step)) for step in range(len(windows))]
     total, count = np.asarray(jax.device_get(totals), np.float64).sum(axis=0).tolist()
+    check_finite(total, "the log-probabilities of the text")
     return total / count
 
 
