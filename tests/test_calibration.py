@@ -359,6 +359,7 @@ def test_calibration_that_does_not_fit():
         fj.compress_mlp(mlp.sub_mlps(), fj.Fusion(width=4), key=KEY, calibration=x)
 
 
+@pytest.mark.full
 def test_experts_are_calibrated_on_what_is_routed_to_them():
     both = experts(lambda **k: make(fj.GatedMlp, jnp.float32), 2, rngs=nnx.Rngs(0))
     x = inputs(dtype=jnp.float32)
@@ -476,6 +477,7 @@ def test_allocation_gives_more_to_the_harder_site(monkeypatch):
         fj.compress(model, {"2": fj.Fusion()}, key=KEY)
 
 
+@pytest.mark.full
 def test_allocation_leaves_an_easy_site_what_it_needs(monkeypatch):
     """Errors below the smallest tried share are measured, so that it gets more than one unit."""
     monkeypatch.setattr(allocation, "TRIED", (1 / 4, 1 / 2))

@@ -548,6 +548,7 @@ def test_squeezing_without_chains(model):
         lightweight(model)
 
 
+@pytest.mark.full
 def test_squeezing_with_the_trainer(chained, data, source, key, tmp_path):
     batches, loss = source
     config = dataclasses.replace(CONFIG, max_steps=2)

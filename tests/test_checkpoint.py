@@ -248,8 +248,8 @@ def test_artefact_of_a_fused_classifier(tmp_path, key):
     assert (tmp_path / "artefact" / "config.json").read_bytes() == original
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
-@pytest.mark.full(quick=1)
 def test_artefact_and_export_of_fused_experts(family, tmp_path, key):
     """The experts of a layer are one site; routers stay, and shards are read back."""
     head = dict(tiny.GENERATIVE)[family]

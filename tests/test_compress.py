@@ -43,8 +43,8 @@ def test_every_method_is_in_the_suite():
     assert OPTIONS.keys() == METHODS.keys()
 
 
+@pytest.mark.full(quick=2)
 @methods
-@pytest.mark.full(quick=4)
 def test_original_is_not_changed(name, model, key):
     before = jax.tree.map(jnp.copy, nnx.clone(model))
     smaller, _ = fj.compress(model, method(name), key=key)
@@ -71,9 +71,9 @@ def test_export_gives_the_same_outputs(name, compressed, tmp_path):
     np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
 
 
+@pytest.mark.full(quick=2)
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
-@pytest.mark.full(quick=4)
 def test_stack_equals_loop(name, kind, key):
     mlps = [make(kind, width=32, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(m.sub_mlps() for m in mlps))
@@ -97,10 +97,10 @@ def test_jit_equals_eager(name, key):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.full(quick=2)
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.full(quick=4)
 def test_bfloat16_keeps_its_dtype(name, kind, bias, key):
     mlp = make(kind, dtype=jnp.bfloat16, bias=bias)
     smaller, _ = fj.compress(mlp, method(name), key=key)
@@ -154,9 +154,9 @@ def test_bad_width(name, width, message, model, key):
         fj.compress(model, METHODS[name](width=width), key=key)
 
 
+@pytest.mark.full(quick=2)
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
-@pytest.mark.full(quick=4)
 def test_budget(name, kind, key):
     mlp = kind(24, 32, act="gelu", rngs=nnx.Rngs(0))
     subs = jax.eval_shape(mlp.sub_mlps)

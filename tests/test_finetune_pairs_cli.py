@@ -73,6 +73,7 @@ def test_webnlg_from_compression_to_measures(places, tmp_path, capsys):
     assert "dev bleu" in found
 
 
+@pytest.mark.full
 def test_own_table_with_an_encoder_decoder(places, tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.jsonl")
     table = str(places / "own.csv")

@@ -158,6 +158,7 @@ def test_configurations_ask_for_them(tmp_path, key):
         fj.finetune(dense, data, asked, key=key)
 
 
+@pytest.mark.full
 def test_hidden_states_of_encoder_decoders(tmp_path, key):
     """Both stacks count, over their own real positions."""
     model, batch = mixture("switch", tmp_path / "m"), training_batch("switch")

@@ -72,6 +72,7 @@ def test_plain_and_a_forms_arrays(tmp_path):
     np.testing.assert_allclose(plain.layers[1].attention.query.kernel, nearest, atol=1e-4)
 
 
+@pytest.mark.full
 def test_generation_with_chains(tmp_path, key):
     model = load(tmp_path, "gpt2")
     chained, _ = fj.compress_matrices(model, EXACT, matrices=".*")
@@ -80,8 +81,8 @@ def test_generation_with_chains(tmp_path, key):
     assert (a == b).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("n", [1, 33])
-@pytest.mark.full(quick=1)
 def test_embedding_as_a_chain(n):
     embed = nnx.Embed(23, 10, rngs=nnx.Rngs(0))
     (embeds, report) = fj.compress_matrices(
@@ -96,9 +97,9 @@ def test_embedding_as_a_chain(n):
     assert report.rows[0].width_before is None and "width" not in str(report)
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
-@pytest.mark.full(quick=2)
 def test_fused_mlps_can_be_factored(method, kind, key):
     fused, _ = fj.compress(make(kind), fj.Fusion(width=12), key=key)
     both, _ = fj.compress(fused, method, key=key)
@@ -156,6 +157,7 @@ def test_experts_are_factored_one_by_one(tmp_path, key):
             np.testing.assert_allclose(site.mlp.up.matrix()[e], alone.up.matrix(), atol=1e-5)
 
 
+@pytest.mark.full
 def test_flops_and_parameters_of_forms(key):
     mlp = fj.Mlp(96, 384, act="gelu", rngs=nnx.Rngs(0))
     _, report = fj.compress(mlp, fj.Svd(rank=0.25), key=key)
@@ -170,6 +172,7 @@ def test_flops_and_parameters_of_forms(key):
     np.testing.assert_array_equal(light(inputs(96)), chained(inputs(96)))
 
 
+@pytest.mark.full
 def test_bfloat16_and_frozen_cores_compute_in_the_inputs_dtype(key):
     mlp = make(fj.Mlp, dtype=jnp.bfloat16)
     light = lightweight(fj.compress(mlp, EXACT, key=key)[0])
@@ -177,8 +180,8 @@ def test_bfloat16_and_frozen_cores_compute_in_the_inputs_dtype(key):
     assert light(inputs()).dtype == jnp.float32
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [fj.Svd(rank=2), EXACT, fj.MaskPrune(keep=0.5)])
-@pytest.mark.full(quick=1)
 def test_kernels_are_by_a_forms_own_parameters(method, key):
     mlp, _ = fj.compress(make(fj.Mlp), method, key=key)
     with pytest.raises(ntk.InputError, match="is not a plain linear layer"):

@@ -29,7 +29,7 @@ def prompts(family):
     return batch["input_ids"], batch["attention_mask"]
 
 
-@pytest.mark.full(quick=6)
+@pytest.mark.full(quick=3)
 def test_equals_hugging_face(case):
     family, model = case
     golden = tiny.read_golden(family, dict(tiny.GENERATIVE)[family])
@@ -40,6 +40,7 @@ def test_equals_hugging_face(case):
             np.testing.assert_array_equal(ids, want, err_msg=name)
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "mixtral"])
 def test_step_by_step_equals_at_once(family, tmp_path):
     """In any pieces, with padding on the left."""
@@ -60,6 +61,7 @@ def test_step_by_step_equals_at_once(family, tmp_path):
     np.testing.assert_allclose(together[real], np.asarray(whole)[real], atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["t5-v1.1"])
 def test_decoder_step_by_step_equals_at_once(family, tmp_path):
     model = fj.load(tiny.checkpoint(tmp_path / "model", family, "seq2seq-lm"), head="seq2seq-lm")

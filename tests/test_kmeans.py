@@ -51,8 +51,8 @@ def inertia(x, labels, weights=None):
     return total
 
 
+@pytest.mark.full(quick=1)
 @every
-@pytest.mark.full(quick=3)
 def test_result_is_consistent(key, init, refine):
     x = cloud()
     r = kmeans(x, K, key=key, init=init, refine=refine)
@@ -72,6 +72,7 @@ def squared_distances(x, centroids):
     return np.square(np.asarray(x)[:, None] - np.asarray(centroids)[None]).sum(-1)
 
 
+@pytest.mark.full(quick=2)
 @every
 def test_labels_are_nearest_after_convergence(key, init, refine):
     x = cloud()
@@ -109,8 +110,8 @@ def test_moves_lower_the_inertia(key, init):
     assert lloyd.moves == 0
 
 
+@pytest.mark.full(quick=1)
 @every
-@pytest.mark.full(quick=3)
 def test_inertia_never_rises_over_iterations_and_moves(key, init, refine):
     x = cloud(n=400, d=20)
     options = {"key": key, "init": init, "refine": refine}
@@ -134,6 +135,7 @@ def test_tolerance_stops_early(key):
     assert loose.converged
 
 
+@pytest.mark.full
 def test_more_starts_are_no_worse(key):
     x, options = cloud(), {"key": key, "init": "k-means++", "refine": "lloyd"}
     assert kmeans(x, K, n_init=20, **options).inertia <= kmeans(x, K, **options).inertia
@@ -146,8 +148,8 @@ def test_same_key_same_bits(key, init, refine):
     assert all((p == q).all() for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize(("n", "k", "d"), [(200, 50, 30), (200, 3, 2), (30, 29, 4), (9, 1, 2)])
-@pytest.mark.full(quick=2)
 def test_ward_equals_scipy(n, k, d, key):
     x = cloud(n=n, d=d)
     r = kmeans(x, k, key=key, init="ward", refine="lloyd", max_iters=1, tol=np.inf)
@@ -180,8 +182,8 @@ def test_lloyd_equals_scikit_learn_from_the_same_centroids(key):
     assert len(set(zip(theirs.labels_.tolist(), ours.labels.tolist(), strict=True))) == 25
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("init", ["k-means++", "random", "centroids"])
-@pytest.mark.full(quick=1)
 def test_many_points_without_a_gram_matrix(init, key, monkeypatch):
     x = cloud(n=700, d=6)
     init = x[:20] if init == "centroids" else init
@@ -198,8 +200,8 @@ def test_many_points_without_a_gram_matrix(init, key, monkeypatch):
             kmeans(x, 20, key=key, **options)
 
 
+@pytest.mark.full(quick=1)
 @every
-@pytest.mark.full(quick=2)
 def test_every_point_alone(key, init, refine):
     x = cloud(n=20)
     r = kmeans(x, 20, key=key, init=init, refine=refine)
@@ -208,6 +210,7 @@ def test_every_point_alone(key, init, refine):
     assert r.inertia == 0
 
 
+@pytest.mark.full
 def test_one_cluster(key):
     x = cloud()
     r = kmeans(x, 1, key=key)
@@ -215,9 +218,9 @@ def test_one_cluster(key):
     np.testing.assert_allclose(r.inertia_fraction, 1, rtol=1e-5)
 
 
+@pytest.mark.full(quick=1)
 @every
 @pytest.mark.parametrize(("n", "k"), [(N, K), (20, 20)])
-@pytest.mark.full(quick=3)
 def test_equal_points(n, k, key, init, refine):
     r = kmeans(jnp.full((n, D), 2.5), k, key=key, init=init, refine=refine)
     np.testing.assert_allclose(r.inertia, 0, atol=1e-9)

@@ -98,6 +98,7 @@ def test_centroids_do_not_depend_on_scaling(kind, scaling):
     assert fused.sizes[...].tolist() == np.bincount(labels, minlength=7).tolist()
 
 
+@pytest.mark.full(quick=3)
 @kinds
 @scalings
 def test_full_width_is_the_same_mlp(kind, scaling):
@@ -115,9 +116,9 @@ def test_full_width_is_the_same_mlp(kind, scaling):
         np.testing.assert_allclose(ours[path].get_value(), g.get_value(), rtol=1e-6)
 
 
+@pytest.mark.full(quick=1)
 @kinds
 @scalings
-@pytest.mark.full(quick=2)
 def test_duplicates_fuse_exactly(kind, scaling):
     mlp, x = with_duplicates(kind, 6, 5), inputs()
     fused = fuse(mlp, 6, scaling)
@@ -125,8 +126,8 @@ def test_duplicates_fuse_exactly(kind, scaling):
     np.testing.assert_allclose(fused(x), mlp(x), atol=2e-5)
 
 
+@pytest.mark.full
 @kinds
-@pytest.mark.full(quick=1)
 def test_order_of_units_changes_nothing(kind):
     mlp, x = make(kind, width=64), inputs()
     want = fuse(mlp, 9)(x)
@@ -140,6 +141,7 @@ def test_order_of_units_changes_nothing(kind):
         np.testing.assert_allclose(fuse(shuffled, 9)(x), want, atol=1e-5)
 
 
+@pytest.mark.full(quick=3)
 @kinds
 @scalings
 def test_sizes_and_labels_are_frozen(kind, scaling):
@@ -179,6 +181,7 @@ def test_padding_with_zero_units_changes_nothing(kind, scaling, width):
     np.testing.assert_allclose(padded(x), fused.plain()(x), atol=1e-6)
 
 
+@pytest.mark.full(quick=3)
 @kinds
 @scalings
 def test_bfloat16_keeps_its_dtype(kind, scaling):
@@ -224,9 +227,9 @@ def test_fused_equals_wide_copy_whatever_the_mlp(shape, kind, scaling, act, seed
     assert (fused.sizes[...] >= 1).all()
 
 
+@pytest.mark.full(quick=1)
 @kinds
 @scalings
-@pytest.mark.full(quick=2)
 def test_experts_are_fused_each_on_its_own(kind, scaling, key):
     """In one call, and equal to fusing them one by one; saved and padded they stay a stack."""
     single = [make(kind, seed=seed) for seed in range(3)]

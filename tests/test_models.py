@@ -74,6 +74,7 @@ def compared(golden):
     return {k: x for k, x in golden.items() if not re.match(r"plain|generated|\w*(aux|z)_loss", k)}
 
 
+@pytest.mark.full(quick=11)
 def test_equals_hugging_face(case):
     golden = tiny.read_golden(case.family, case.head).outputs
     real = case.batch["attention_mask"].astype(bool)
@@ -97,7 +98,7 @@ def test_jit_equals_eager(case):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.full(quick=6)
+@pytest.mark.full(quick=3)
 def test_padding_changes_nothing(case):
     if case.family == "switch":
         pytest.skip("padding takes up the experts' capacity in Switch, as it does in transformers")
@@ -108,7 +109,7 @@ def test_padding_changes_nothing(case):
     np.testing.assert_allclose(padded, alone[0], atol=1e-5)
 
 
-@pytest.mark.full(quick=5)
+@pytest.mark.full(quick=2)
 def test_bfloat16_keeps_its_dtype(case):
     model = fj.load(case.folder, head=case.head, dtype=jnp.bfloat16)
     out = run(model, case.batch)
@@ -181,6 +182,7 @@ def test_goldens_are_what_torch_gives(case):
     np.testing.assert_allclose(theirs, golden[last if head is None else "logits"], atol=1e-5)
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("family", ["mixtral", "switch"])
 def test_auxiliary_losses_equal_hugging_face(family, tmp_path):
     head = dict(tiny.GENERATIVE)[family]
@@ -208,6 +210,7 @@ def test_switch_drops_tokens(tmp_path):
     assert chosen.sum(axis=1).max() == 2
 
 
+@pytest.mark.full
 def test_experts_compute_what_a_loop_computes(key):
     make = partial(fj.GatedMlp, 8, 6, act="silu", use_bias=False)
     init = nnx.initializers.normal(1.0)

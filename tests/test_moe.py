@@ -33,6 +33,7 @@ def by_hand(made, x):
     return jnp.einsum("end,ne->nd", made.experts(rows), weights.reshape(-1, EXPERTS))
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize(("favored", "slots"), [(0.0, 32), (2.0, 64)])
 def test_equals_all_experts_everywhere_however_they_are_used(favored, slots, key, monkeypatch):
     monkeypatch.setattr(moe, "MANY_POSITIONS", 16)
@@ -81,6 +82,7 @@ def test_a_batch_over_devices(key, monkeypatch):
         np.testing.assert_allclose(ours, want, atol=2e-4)
 
 
+@pytest.mark.full
 def test_padding_crowds_no_expert(key, monkeypatch):
     monkeypatch.setattr(moe, "MANY_POSITIONS", 16)
     used, switch = [], jax.lax.switch

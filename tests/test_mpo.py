@@ -37,6 +37,7 @@ def slow(cores):
     return whole.reshape(math.prod(c.shape[1] for c in cores), -1)
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize(
     ("d", "o", "layout"),
     [
@@ -48,7 +49,6 @@ def slow(cores):
         (7, 5, Layout((7,), (5,), ())),
     ],
 )
-@pytest.mark.full(quick=2)
 def test_full_bonds_are_exact(d, o, layout):
     w = matrix(d, o)
     train = mpo.decompose(w, layout)
@@ -104,9 +104,9 @@ def unfoldings(cores):
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bond", [5, None])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.float64, 1e-13)])
-@pytest.mark.full(quick=1)
 def test_spectra_need_no_matrix_and_no_gauge(bond, dtype, tolerance, x64):
     layout = mpo.layout_of(24, 36, 4)
     layout = layout if bond is None else layout.capped(bond)
@@ -125,6 +125,7 @@ def test_spectra_need_no_matrix_and_no_gauge(bond, dtype, tolerance, x64):
         np.testing.assert_allclose(expected[size:], 0, atol=atol)
 
 
+@pytest.mark.full
 def test_the_estimate_of_a_cut_is_what_it_loses():
     layer = nnx.Linear(24, 36, rngs=nnx.Rngs(0))
     chain, _ = fj.compress_matrices(nnx.List([layer]), fj.MPO(bond=None, cores=4), matrices="0")
@@ -164,9 +165,9 @@ def spoil(monkeypatch):
 ABOVE = pytest.raises(ArithmeticError, match="the error of a decomposition is above its bound, by")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bond", [3, None])
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12)])
-@pytest.mark.full(quick=1)
 def test_compressing_checks_each_matrix_by_its_own_bound(bond, shape, spoil, key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     # Of the error of both together, that of the one is nothing.
@@ -188,8 +189,8 @@ def test_compressing_matrices_and_embeddings_checks_their_bounds(spoil):
             fj.compress_matrices(model, fj.MPO(bond=3, cores=3), matrices=path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.full(quick=1)
 def test_cuts_check_their_bounds(count, spoil, key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     if count > 1:
@@ -202,6 +203,7 @@ def test_cuts_check_their_bounds(count, spoil, key):
         cut(chained, chosen)
 
 
+@pytest.mark.full
 def test_no_rows_at_all(key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     chained, _ = fj.compress(mlp, fj.MPO(bond=4, cores=3), key=key)
@@ -226,10 +228,10 @@ def test_low_rank_and_zero_matrices_are_finite():
         np.testing.assert_allclose(mpo.contract(train.cores, w.shape), w, atol=1e-5)
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.parametrize("n", [1, 7, 500])
 @pytest.mark.parametrize("bond", [1, 4, None])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.full(quick=4)
 def test_products_equal_those_with_the_matrix(n, bond, transposed):
     layout = mpo.layout_of(30, 22, 3)
     layout = layout if bond is None else layout.capped(bond)
@@ -315,8 +317,8 @@ def test_no_order_costs_less(n, bond, transposed):
 LAYOUTS = [*map(random_layout, range(10)), mpo.chain(24, 32, 4), mpo.chain(48, 192, 11)]
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=range(len(LAYOUTS)))
-@pytest.mark.full(quick=3)
 def test_what_is_executed_is_the_cheapest_order(layout):
     d, o = math.prod(layout.inputs), math.prod(layout.outputs)
     cores = [
@@ -384,8 +386,8 @@ def test_embeddings_take_the_cheaper_way(layout, shape, looks_up):
     assert made < whole if looks_up else whole <= made < 2 * whole
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bond", [3, None])
-@pytest.mark.full(quick=1)
 def test_both_ways_give_the_same_rows_and_gradients(bond, monkeypatch):
     layout = mpo.layout_of(50, 12, 3)
     layout = layout if bond is None else layout.capped(bond)
@@ -407,6 +409,7 @@ def test_both_ways_give_the_same_rows_and_gradients(bond, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.full
 def test_bfloat16_is_rounded_once():
     cores = mpo.decompose(matrix(48, 48), mpo.layout_of(48, 48, 5)).cores
     cores = [core.astype(jnp.bfloat16) for core in cores]
@@ -415,6 +418,7 @@ def test_bfloat16_is_rounded_once():
     np.testing.assert_allclose(w.astype(jnp.float32), slow(cores), rtol=1.01 * 2**-8, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_zero_matrix_is_compressed_and_reported(key):
     mlp = fj.Mlp(12, 24, act="relu", rngs=nnx.Rngs(0))
     mlp.down.kernel.set_value(jnp.zeros((24, 12)))

@@ -219,6 +219,7 @@ def test_the_change_of_outputs_and_of_sgd_kernels_is_of_second_order():
         assert float(bound(sites[0]) / bound(sites[1])) == pytest.approx(4, rel=0.1)
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 def test_balls_hold_the_units(shape):

@@ -19,9 +19,9 @@ from tests.helpers import unchecked
 from tests.ntk_models import MODELS, contracted, jacobian, mlp, reference, relative
 
 
+@pytest.mark.full(quick=3)
 @pytest.mark.parametrize("engine", ["jacobian", "vector-product"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.full(quick=5)
 def test_engines_equal_brute_force(name, engine, x64):
     f, params, (x1, x2), (j1, j2) = reference(name)
     last = (-1,) if j1.ndim > 2 else ()

@@ -27,6 +27,7 @@ def test_module_equals_the_model():
     np.testing.assert_array_equal(f(params, x["input_ids"]), f(params, x))
 
 
+@pytest.mark.full(quick=4)
 @pytest.mark.parametrize(
     ("wrt", "count"),
     [

@@ -96,9 +96,9 @@ CASES = [
 ] + [(False, "sgd", "gelu", False), (True, "adam", "silu", False)]
 
 
+@pytest.mark.full(quick=4)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gated", "scaling", "act", "bias"), CASES)
-@pytest.mark.full(quick=7)
 def test_equal_to_brute_force(gated, scaling, act, bias):
     module = make(gated, scaling, act, bias)
     mlp = mlp_weights(module)
@@ -113,11 +113,11 @@ def test_equal_to_brute_force(gated, scaling, act, bias):
             assert error(traced_kernel(mlp, x, second, kind=kind), traced) < 1e-12
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("scaling", [None, "fitted"])
-@pytest.mark.full(quick=4)
 def test_upstream_equal_to_brute_force(gated, scaling, shape, monkeypatch):
     # Small blocks, which do not divide the width.
     monkeypatch.setattr("ntk.mlp._BLOCK", 4 * (6 + 7 + 16) * 5)
@@ -131,6 +131,7 @@ def test_upstream_equal_to_brute_force(gated, scaling, shape, monkeypatch):
         assert error(upstream_kernel(mlp, x, gx, kind=kind), want) < 1e-12
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_float32(kind, dtype):
@@ -146,6 +147,7 @@ def test_float32(kind, dtype):
         )
 
 
+@pytest.mark.full(quick=3)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gated", "act"), [(False, "gelu"), (False, "relu"), (True, "silu")])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])

@@ -128,6 +128,7 @@ def places(tmp_path_factory):
     return with_words(folder / "bert"), glue.sst2(folder / "SST-2")
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_masks_in_a_file(dtype, places, tmp_path, key):
     model = fj.load(places[0], head="classification", num_labels=2, key=key, dtype=dtype)
@@ -178,6 +179,7 @@ def whole(model, data, tmp_path_factory):
     return run(model, data, jax.random.key(0), folder), folder
 
 
+@pytest.mark.full
 def test_a_run_ends_as_it_should(model, whole):
     before = arrays(model)
     result, folder = whole
@@ -242,6 +244,7 @@ def test_stopping_and_resuming_changes_no_bit(model, data, key, whole, tmp_path)
     )
 
 
+@pytest.mark.full
 def test_masks_alone_learn_a_task(model, data, key):
     """With six tenths of random weights, none of which changes, and a head that does not train."""
     config = dataclasses.replace(
@@ -325,6 +328,7 @@ def test_shares_stop_at_one(model):
     assert abs(low - 0.9 * 2 * 0.5 / (0.5 + sigmoid)) < 1e-5
 
 
+@pytest.mark.full
 def test_shares_of_experts_and_of_matrices_of_other_sizes():
     mlps = [
         experts(lambda width=width, **kw: Mlp(4, width, act="relu", **kw), 3, rngs=nnx.Rngs(0))
@@ -427,6 +431,7 @@ def test_scores_learn_from_a_teacher_in_either_way(model, places, data, key):
         run(model, data, key, teacher=teacher, loss=partial(losses.distilled, teacher))
 
 
+@pytest.mark.full
 def test_a_taught_student_agrees_with_its_teacher(places, data, key):
     """Plain fine-tuning with the teacher's share at 1: labels do not matter."""
     teacher = fj.load(places[0], head="classification", label_words=("w7", "w8"))
@@ -439,6 +444,7 @@ def test_a_taught_student_agrees_with_its_teacher(places, data, key):
     assert np.abs(ended - want).mean() < 0.2 * np.abs(before - want).mean()
 
 
+@pytest.mark.full
 def test_scores_stay_precise_where_the_model_computes_in_bfloat16(model):
     parts = Partition(with_scores(model), r".*\.scores", compute_dtype=jnp.bfloat16)
     computed = parts.compute(*parts.split(with_scores(model)))
@@ -453,6 +459,7 @@ def test_scores_stay_precise_where_the_model_computes_in_bfloat16(model):
     assert dtype_name(with_scores(small)) == "bfloat16"
 
 
+@pytest.mark.full
 def test_scores_in_an_artefact(model, tmp_path, key):
     new = with_scores(model)
     for form in find_forms(new).values():
@@ -505,6 +512,7 @@ def test_errors(model, data, key, places, tmp_path):
         run(model, data, key, teacher=three)
 
 
+@pytest.mark.full
 def test_a_head_that_trains(places, data, key, tmp_path):
     model = fj.load(places[0], head="classification", num_labels=2, key=key)
     pruning = dataclasses.replace(PRUNING, train_head=True)
@@ -676,6 +684,7 @@ def test_masks_for_a_model_of_the_hub(places, tmp_path, monkeypatch):
     assert asked == [(str(masks), None), ("someone/tiny", commit)]
 
 
+@pytest.mark.full
 def test_masks_for_an_artefact(places, tmp_path, key):
     """The base may be compressed; what was done to it before it was saved stays there."""
     fused, _ = fj.compress(fj.load(places[0], head="masked-lm"), fj.Fusion(width=12), key=key)

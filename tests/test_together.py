@@ -37,9 +37,9 @@ def on_rows(mlp, rows=5):
     return np.asarray(mlp(x))
 
 
+@pytest.mark.full(quick=3)
 @methods
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.full(quick=6)
 def test_every_method_takes_experts(name, family, mixtures, key, tmp_path):
     model = mixtures[family]
     layers = MIXTURES[family]
@@ -122,6 +122,7 @@ def test_a_fused_model_is_pruned_statically(fused, data, key, tmp_path):
     np.testing.assert_allclose(logits(exported), logits(fit.model), atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_fused_model_is_tuned_lightly(fused, data, key, tmp_path):
     chained, _ = fj.compress(fused, fj.MPO(bond=None, cores=3), key=key)
     np.testing.assert_allclose(logits(chained), logits(fused), atol=1e-4)

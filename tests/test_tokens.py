@@ -58,7 +58,7 @@ def test_calibration_and_kernels_name_the_token(tmp_path):
 def test_token_types_that_a_model_does_not_have(tmp_path):
     model = fj.load(tiny.checkpoint(tmp_path / "model"))
     check_tokens(model, [[5, 6]], [[0, 1]])
-    with pytest.raises(fj.InputError, match=r"a\.csv:1: token type 2 has no embedding: the model ha"):
+    with pytest.raises(fj.InputError, match=r"a\.csv:1: token type 2 has no embedding"):
         check_tokens(model, [[5, 6]], [[0, 2]], names=["a.csv:1"])
     with pytest.raises(fj.InputError, match="token -1 has no embedding"):
         check_tokens(model, [[5, -1]])
@@ -102,4 +102,6 @@ def test_generating_and_measuring_what_is_not_finite(beams, tmp_path):
         with pytest.raises(FloatingPointError, match="log-probabilities of the text are NaN"):
             nats_per_token(model, np.arange(5, 30, dtype=np.int32), 8)
         with pytest.raises(fj.InputError, match="token 61 has no embedding"):
-            PlainText(np.arange(50, 62), context=4).inputs(model, fj.TrainConfig(), key=jax.random.key(0))
+            PlainText(np.arange(50, 62), context=4).inputs(
+                model, fj.TrainConfig(), key=jax.random.key(0)
+            )

@@ -139,6 +139,7 @@ def test_artefact_and_export(family, tmp_path, key):
     np.testing.assert_allclose(theirs, want, atol=1e-4)
 
 
+@pytest.mark.full
 def test_all_groups_train(compressed):
     smaller, _ = compressed
     parts = Partition(smaller, "mlp", remat=True)
@@ -157,6 +158,7 @@ def test_all_groups_train(compressed):
         assert (g != 0).any()
 
 
+@pytest.mark.full
 def test_what_is_and_is_not_done_with_them(mixtral, compressed, key):
     with pytest.raises(fj.InputError, match="by_use needs calibration"):
         fj.compress(mixtral, METHOD, key=key)
