@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -157,6 +158,16 @@ def test_generate(words, capsys):
     assert said(*prompts, "--temperature", "5", "--seed", "1") != together
     assert main(["generate", words, "w7", "--top-p", "2"]) == 1
     assert "top_p must be in (0, 1]" in capsys.readouterr().err
+
+
+def test_settings_of_generation_that_are_not_applied_are_named(words, tmp_path, capsys):
+    folder = shutil.copytree(words, tmp_path / "model")
+    fields = {"repetition_penalty": 1.2, "num_beams": 1, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    assert main(["generate", str(folder), "w7 w8 w9", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().err
+    assert "repetition_penalty 1.2 is not applied" in said
+    assert "top_p" not in said and "num_beams" not in said  # they change nothing
 
 
 def test_generate_needs_a_language_model(folder, capsys):

@@ -1,5 +1,7 @@
 """Tokens and positions that a model does not have are named before anything is computed."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax.cli.main import main
-from fusion_jax.models.tokens import check_tokens
+from fusion_jax.models.tokens import check_tokens, continuation
 from fusion_jax.training import PlainText, nats_per_token, predict, read_task
 from tests import glue, tiny
 
@@ -105,3 +107,41 @@ def test_generating_and_measuring_what_is_not_finite(beams, tmp_path):
             PlainText(np.arange(50, 62), context=4).inputs(
                 model, fj.TrainConfig(), key=jax.random.key(0)
             )
+
+
+def tokenizer_of(words, pre_tokenizer, decoder):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizer, decoder
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def test_a_text_continues_with_its_spaces_and_whole_characters():
+    from tokenizers import decoders, pre_tokenizers
+
+    space = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = tokenizer_of(["<unk>", "▁Once", "▁upon", "▁a", "she", "!"], *space)
+    assert words.decode([3, 4]) == "ashe"  # the space is lost
+    assert continuation(words, [1, 2], [3, 4, 5]) == " ashe!"
+    assert continuation(words, [1, 2], [4]) == "she"
+    assert continuation(words, [], [3]) == "a"
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces = tokenizer_of(["<unk>", "caf", "Ã", "©", "Ġau"], *bytes_of)
+    assert continuation(pieces, [1], [2, 3, 4]) == "é au"
+    assert continuation(pieces, [1, 2], [3, 4]) == "é au"
+
+
+def test_end_tokens_of_the_generation_config(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model", "gpt2", "causal-lm")
+    model = fj.load(folder, head="causal-lm")
+    ids = np.array([[5, 6, 7]], np.int32)
+    free = np.asarray(fj.generate(model, ids, max_new_tokens=8))[0].tolist()
+    ends = [free[2], free[4]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model = fj.load(folder, head="causal-lm")
+    assert model.config.eos_token_id == tuple(ends)
+    first = next(i for i, token in enumerate(free) if token in ends)
+    got = np.asarray(fj.generate(model, ids, max_new_tokens=8))[0].tolist()
+    assert got == free[: first + 1] + [0] * (7 - first)

@@ -21,6 +21,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FUSION = "fusion.json"
+GENERATION = "generation_config.json"
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older versions are read."""
 SHARD_BYTES = 5_000_000_000
@@ -36,7 +37,7 @@ TOKENIZER = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "generation_config.json",
+    GENERATION,
 )
 """Files that are copied beside the weights, so that a result keeps its tokenizer."""
 

@@ -106,6 +106,7 @@ def open_checkpoint(
     """
     folder = files.find_folder(name, revision)
     text, fields = files.read_json(folder / files.CONFIG)
+    fields = {**fields, **_generation_fields(folder)}
     artefact = _read_artefact(folder)
     if artefact is not None:
         head = artefact["head"] if head is None else head
@@ -192,6 +193,61 @@ def _read_artefact(folder: Path) -> dict[str, Any] | None:
             f"{folder} was written by a newer version of fusion-jax; update fusion-jax to read it"
         )
     return artefact
+
+
+def _generation_fields(folder: Path) -> dict[str, Any]:
+    """Returns what ``generation_config.json`` says instead of ``config.json``."""
+    if not (folder / files.GENERATION).is_file():
+        return {}
+    _, given = files.read_json(folder / files.GENERATION)
+    names = ("eos_token_id", "decoder_start_token_id")
+    return {name: given[name] for name in names if given.get(name) is not None}
+
+
+def ignored_generation_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the fields of ``generation_config.json`` that change texts, but are not applied.
+
+    Args:
+        folder: The folder of a model.
+
+    Returns:
+        The fields by name; empty if there are none, or no such file.
+    """
+    path = Path(folder) / files.GENERATION
+    if not path.is_file():
+        return {}
+    _, given = files.read_json(path)
+    sampling = _SAMPLING_FIELDS if given.get("do_sample") else set()
+    return {
+        name: value
+        for name, value in given.items()
+        if name in _TEXT_FIELDS | sampling and value not in (None, 0, 1, False, [], {})
+    }
+
+
+_SAMPLING_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
+_TEXT_FIELDS = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "length_penalty",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+}
+"""The fields of ``generation_config.json`` that change texts, without those of sampling."""
 
 
 def _with_classes(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import jax
 from tyro.conf import Positional, arg
 
-from fusion_jax.checkpoint.opening import load, open_checkpoint
+from fusion_jax.checkpoint.opening import ignored_generation_fields, load, open_checkpoint
 from fusion_jax.cli.model_options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
-from fusion_jax.models.tokens import load_tokenizer, tokenize_prompts
+from fusion_jax.models.tokens import check_tokens, continuation, load_tokenizer, tokenize_prompts
 
 
 def generate(
@@ -49,19 +50,27 @@ def generate(
     if head is None:
         raise InputError(f"{model} cannot generate text")
     loaded: Any = load(model, head=head, dtype=dtype)
-    tokenizer = load_tokenizer(loaded.provenance.folder)
+    folder = loaded.provenance.folder
+    tokenizer = load_tokenizer(folder)
+    batch = tokenize_prompts(tokenizer, prompts)
+    check_tokens(loaded, batch.input_ids, tokenizer=tokenizer)
+    for name, value in ignored_generation_fields(folder).items():
+        print(f"generation_config.json: {name} {value} is not applied", file=sys.stderr)
     ids = decoding.generate(
         loaded,
-        *tokenize_prompts(tokenizer, prompts),
+        *batch,
         max_new_tokens=max_new_tokens,
         sampling=sampling if drawn else None,
         beams=search,
         pad=tokenizer.pad_token_id or 0,
         key=jax.random.key(seed),
     )
-    texts = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
-    starts = prompts if loaded.reads_prompts else [""] * len(prompts)
-    print("\n\n".join(a + b for a, b in zip(starts, texts, strict=True)))
+    if not loaded.reads_prompts:
+        texts = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+    else:
+        rows = zip(prompts, batch.input_ids.tolist(), ids.tolist(), strict=True)
+        texts = [prompt + continuation(tokenizer, old, new) for prompt, old, new in rows]
+    print("\n\n".join(texts))
 
 
 COMMANDS = {"generate": generate}

@@ -97,8 +97,9 @@ def generate(
         max_new_tokens: The largest number of tokens to generate.
         sampling: Draw tokens at random; None for the likeliest token.
         beams: Use beam search; not together with ``sampling``.
-        eos: The id or ids of tokens that end a text. None for those of the model's configuration,
-            () for texts that do not end.
+        eos: The id or ids of tokens that end a text. None for those of the model's
+            ``generation_config.json`` or ``config.json``, () for texts that do not end. No other
+            setting of these files is applied.
         pad: The token id that follows the end of a text.
         key: Random key of sampling.
 

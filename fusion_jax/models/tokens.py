@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -152,6 +153,27 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
     """
     tokenizer.padding_side = "left"
     return tokenize(tokenizer, texts, max_length=None)
+
+
+def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Returns the text that new tokens add to a prompt.
+
+    Decoded alone, the new tokens could lose the space before their first word, or be a part of a
+    character.
+
+    Args:
+        tokenizer: A tokenizer from `load_tokenizer`.
+        prompt: The tokens of the prompt.
+        new: The tokens that follow it.
+
+    Returns:
+        The text, without special tokens.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(list(prompt), **options)
+    whole = tokenizer.decode([*prompt, *new], **options)
+    equal = (a == b for a, b in zip(before, whole, strict=False))
+    return whole[sum(itertools.takewhile(bool, equal)) :]
 
 
 def batches(
