@@ -153,7 +153,8 @@ def open_checkpoint(
         raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
         tensors = files.TensorFiles(folder)
-    opened = Checkpoint(family, config, provenance, tensors, dtype, artefact)
+    opened = Checkpoint(family, config, provenance, tensors, dtype, artefact).untied()
+    config = opened.config
     if label_words is None:
         return opened
     if not hasattr(config, "label_ids"):

@@ -97,9 +97,31 @@ class Checkpoint:
             The tensors; without names if the files do not have the variable.
         """
         location = self.locate(path)
-        candidates = (location.tensors(name, shape) for name in location.names)
+        decisive = () if self.artefact is not None else self._rules.decisive
+        ordered = sorted(location.names, key=lambda name: name not in decisive)
+        candidates = (location.tensors(name, shape) for name in ordered)
         names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
         return FoundTensors(names, location)
+
+    def untied(self) -> Checkpoint:
+        """Returns the checkpoint with its tied tensors apart where the files have different ones.
+
+        As in transformers since version 5: what the files hold counts, not ``config.json``.
+        """
+        if self.artefact is not None:
+            apart = self.artefact.get("untied", [])
+        else:
+            apart = [twin for twin, path in self._rules.twins.items() if self._differ(twin, path)]
+        if not apart:
+            return self
+        provenance = replace(self.provenance, untied=tuple(apart))
+        return replace(self, config=self.family.untied(self.config, apart), provenance=provenance)
+
+    def _differ(self, twin: str, path: str) -> bool:
+        names = [n for n in self.locate(path).names if n in self.tensors.shapes and n != twin]
+        if twin not in self.tensors.shapes or not names or twin in self._rules.decisive:
+            return False
+        return not np.array_equal(self.tensors.read(twin), self.tensors.read(names[0]))
 
     def has(self, layer: str) -> bool:
         """Returns whether the files have a linear layer, plain or in another form."""

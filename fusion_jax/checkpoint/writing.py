@@ -91,6 +91,7 @@ def write_artefact(
         "labels": provenance.labels,
         "problem_type": provenance.problem_type,
         "new_head": provenance.new_head,
+        "untied": provenance.untied,
         "dtype": dtype_name(model),
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "forms": {path: form.spec() for path, form in find_forms(model).items()},
@@ -166,6 +167,8 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
             )
         head, fields["label_ids"] = "masked-lm", label_ids
     fields["architectures"] = [family.architectures[head]]
+    if provenance.untied:
+        fields["tie_word_embeddings"] = config.tie_word_embeddings
     if provenance.head == "classification":
         fields |= _class_fields(provenance, config.num_labels)
     fields.pop("torch_dtype", None)
@@ -195,6 +198,7 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
         value = np.asarray(variable.get_value())
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
+        yield from ((copy, value) for copy in rules.copies.get(path_name(path), ()))
         for name, part in zip(names, parts, strict=True):
             yield name, part.T if location.transposed else part
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from flax import nnx
@@ -148,6 +148,22 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
     return cls(**{**read, **given})
 
 
+def tied_head(config: Any, name: str, path: str) -> dict[str, str]:
+    """Returns the `KeyRules.twins` of an output layer that is tied to the token embeddings.
+
+    Args:
+        config: The configuration, which says whether they are tied.
+        name: The name of the output layer's tensor.
+        path: The path of the token embeddings.
+    """
+    return {name: path} if config.tie_word_embeddings else {}
+
+
+def untied_head(config: Any, names: Sequence[str]) -> Any:
+    """Returns a configuration whose output layer is not tied to the token embeddings."""
+    return replace(config, tie_word_embeddings=False)
+
+
 @dataclass(frozen=True)
 class Family:
     """Describes an architecture to loading and exporting.
@@ -162,6 +178,8 @@ class Family:
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last part of their path.
+        untied: Returns the configuration of a model whose tensors with the given names are not
+            copies of the token embeddings.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -171,6 +189,7 @@ class Family:
     width_field: str
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
+    untied: Callable[[Any, Sequence[str]], Any] = untied_head
 
     @property
     def text_head(self) -> Head | None:

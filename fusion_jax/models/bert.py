@@ -19,6 +19,7 @@ from fusion_jax.models.base import (
     Model,
     check_positions,
     config_from_fields,
+    tied_head,
 )
 from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
@@ -46,6 +47,7 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    tie_word_embeddings: bool = True
     num_labels: int = 2
     label_ids: tuple[int, ...] | None = None
     """The token ids of label words, for a classification head that is a `LabelWordHead`."""
@@ -59,8 +61,6 @@ class BertConfig:
             raise InputError("only absolute position embeddings are implemented")
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise InputError("only encoders are implemented, not is_decoder or add_cross_attention")
-        if not config.get("tie_word_embeddings", True):
-            raise InputError("only tied word embeddings are implemented")
         roberta = config["model_type"] == "roberta"
         defaults: dict[str, Any] = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
         if "id2label" in config:
@@ -202,13 +202,19 @@ class ClassificationHead(nnx.Module):
 
 
 class MaskedLmHead(nnx.Module):
-    """Logits over the vocabulary, with the word embeddings as output weights."""
+    """Logits over the vocabulary; the word embeddings are the output weights where tied."""
 
     def __init__(self, config: BertConfig, make: _LayerFactory):
         self.act = "gelu" if config.is_roberta else config.hidden_act
         self.dense = make.linear(config.hidden_size, config.hidden_size)
         self.norm = make.norm()
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, make.param_dtype))
+        tied = config.tie_word_embeddings
+        self.decoder = None if tied else make.embed(config.vocab_size, config.hidden_size)
+
+    def words(self, word: AnyEmbed) -> AnyEmbed:
+        """Returns the output weights: the word embeddings, unless the head has its own."""
+        return word if self.decoder is None else self.decoder
 
     def transformed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """Returns the vectors that are multiplied with the word embeddings."""
@@ -216,7 +222,7 @@ class MaskedLmHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b t vocab"]:
         """Returns the logits of hidden states."""
-        return word.attend(self.transformed(x)) + self.bias[...][None, None]
+        return self.words(word).attend(self.transformed(x)) + self.bias[...][None, None]
 
 
 class LabelWordHead(MaskedLmHead):
@@ -235,7 +241,7 @@ class LabelWordHead(MaskedLmHead):
     def __call__(self, x: Float[Array, "b t d"], word: AnyEmbed) -> Float[Array, "b classes"]:
         """Returns the logits of hidden states."""
         ids = jnp.array(self.ids, jnp.int32)
-        return self.transformed(x[:, 0]) @ word(ids).mT + self.bias[...][ids][None]
+        return self.transformed(x[:, 0]) @ self.words(word)(ids).mT + self.bias[...][ids][None]
 
 
 class BareLabelWordHead(nnx.Module):
@@ -369,6 +375,7 @@ _HEADS: dict[str, dict[Head, tuple[KeyRule, ...]]] = {
             _head_rule("head.dense", "cls.predictions.transform.dense", LINEAR),
             _head_rule("head.norm", "cls.predictions.transform.LayerNorm", NORM),
             _head_rule("head.bias", "cls.predictions.bias", _BIAS),
+            _head_rule("head.decoder", "cls.predictions.decoder", EMBED),
         ),
     },
     "roberta": {
@@ -380,6 +387,7 @@ _HEADS: dict[str, dict[Head, tuple[KeyRule, ...]]] = {
             _head_rule("head.dense", "lm_head.dense", LINEAR),
             _head_rule("head.norm", "lm_head.layer_norm", NORM),
             _head_rule("head.bias", "lm_head.bias", _BIAS),
+            _head_rule("head.decoder", "lm_head.decoder", EMBED),
         ),
     },
 }
@@ -389,8 +397,8 @@ _IGNORED = (
     r"(.+\.)?embeddings\.(position_ids|token_type_ids)",
     r"(bert\.|roberta\.)?pooler\.dense\.(weight|bias)",
     r"cls\.seq_relationship\.(weight|bias)",
-    r"cls\.predictions\.decoder\.(weight|bias)",
-    r"lm_head\.decoder\.(weight|bias)",
+    r"cls\.predictions\.(decoder\.weight|decoder\.bias|bias)",
+    r"lm_head\.(decoder\.weight|decoder\.bias|bias)",
 )
 _IGNORED_HEADS: dict[Head, tuple[str, ...]] = {"masked-lm": (r"cls\..+", r"lm_head\..+")}
 
@@ -400,11 +408,21 @@ def _rules(config: BertConfig, head: Head | None) -> KeyRules:
     others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
     if head == "classification" and config.label_ids is not None:
         head = "masked-lm"
+    decoder = "lm_head.decoder" if config.is_roberta else "cls.predictions.decoder"
+    twins, copies = {}, {}
+    if head == "masked-lm":
+        twins = tied_head(config, f"{decoder}.weight", "embeddings.word.embedding")
+        twins[f"{decoder}.bias"] = "head.bias"
+        if not config.tie_word_embeddings:
+            copies = {"head.bias": (f"{decoder}.bias",)}
     return KeyRules(
         rules=ENCODER_RULES if head is None else (*ENCODER_RULES, *_HEADS[model_type][head]),
         prefix=f"{model_type}.",
         write_prefix=head is not None,
         ignored=(*_IGNORED, *others),
+        twins=twins,
+        decisive=(f"{decoder}.bias",),
+        copies=copies,
     )
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, config_from_fields
+from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
 from fusion_jax.models.causal import CausalLm
 from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
@@ -176,7 +176,10 @@ _IGNORED = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weig
 
 
 def _rules(config: Gpt2Config, head: Head | None) -> KeyRules:
-    return KeyRules(_RULES, "transformer.", write_prefix=head is not None, ignored=_IGNORED)
+    twins = tied_head(config, "lm_head.weight", "word.embedding")
+    return KeyRules(
+        _RULES, "transformer.", write_prefix=head is not None, ignored=_IGNORED, twins=twins
+    )
 
 
 FAMILIES = {

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, config_from_fields
+from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
 from fusion_jax.models.causal import CausalLm
 from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, Window, attention, split_key
 from fusion_jax.models.moe import Moe
@@ -344,7 +344,8 @@ _IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head
 
 def _rules(config: LlamaConfig, head: Head | None) -> KeyRules:
     rules = (*_RULES, *_MLPS.get(config.model_type, _MLP))
-    return KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED)
+    twins = tied_head(config, "lm_head.weight", "word.embedding")
+    return KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED, twins=twins)
 
 
 _QWEN_WIDTHS = {"experts": "moe_intermediate_size", "shared": "shared_expert_intermediate_size"}

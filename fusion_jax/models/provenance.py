@@ -33,6 +33,7 @@ class Provenance:
             ``"single_label_classification"``, ``"multi_label_classification"`` or
             ``"regression"``. None if that is not known.
         new_head: Whether the head has random weights and was not trained.
+        untied: The names of tensors that ``config.json`` calls tied, but that differ in the files.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Provenance:
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     new_head: bool = False
+    untied: tuple[str, ...] = ()
 
     def after(self, step: dict[str, Any]) -> Provenance:
         """Returns the provenance after one more step of the history."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -90,12 +90,19 @@ class KeyRules:
         write_prefix: Whether the prefix is written.
         ignored: Regular expressions for whole names of tensors that the model does not need:
             buffers, tied copies, and heads that were not asked for.
+        twins: The names of tied copies, with the path of the variable that each is a copy of. A
+            copy stands in for a variable that a checkpoint lacks.
+        decisive: The twins that are used, instead of the variable, where both are there and differ.
+        copies: The twins that are written as well, by the path of the variable.
     """
 
     rules: Sequence[KeyRule]
     prefix: str
     write_prefix: bool
     ignored: Sequence[str]
+    twins: Mapping[str, str] = field(default_factory=dict)
+    decisive: Sequence[str] = ()
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def locate(self, path: str) -> TensorLocation:
         """Returns where a variable of the model is in a checkpoint.
@@ -124,11 +131,11 @@ class KeyRules:
                 base = rule.theirs.format(**{"e": "{e}", **match.groupdict()})
                 stacked = "{e}" in base
                 full = [f"{base}.{n}" if name else base for n in leaf.names]
-                if not rule.in_base:
-                    return TensorLocation(tuple(full), leaf.transposed, stacked)
-                prefixed = [self.prefix + n for n in full]
-                both = prefixed + full if self.write_prefix else full + prefixed
-                return TensorLocation(tuple(dict.fromkeys(both)), leaf.transposed, stacked)
+                if rule.in_base:
+                    prefixed = [self.prefix + n for n in full]
+                    full = prefixed + full if self.write_prefix else full + prefixed
+                full += [twin for twin, original in self.twins.items() if original == path]
+                return TensorLocation(tuple(dict.fromkeys(full)), leaf.transposed, stacked)
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:

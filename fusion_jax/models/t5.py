@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, config_from_fields
+from fusion_jax.models.base import (
+    DecoderOutput,
+    Family,
+    Generative,
+    Head,
+    config_from_fields,
+    tied_head,
+)
 from fusion_jax.models.layers import (
     ArrayLike,
     Cache,
@@ -62,6 +69,8 @@ class T5Config:
     gated: bool = False
     scaled: bool = True
     tie_word_embeddings: bool = True
+    own_embeddings: tuple[str, ...] = ()
+    """Which of ``"encoder"`` and ``"decoder"`` have token embeddings of their own."""
     pad_token_id: int = 0
     decoder_start_token_id: int = 0
     eos_token_id: int | tuple[int, ...] | None = 1
@@ -357,6 +366,10 @@ class T5(Generative):
         self.word = nnx.Embed(config.vocab_size, config.d_model, embedding_init=init, **common)
         self.encoder = Stack(config, False, **common)
         self.decoder = Stack(config, True, **common)
+        own = config.own_embeddings
+        embed = partial(nnx.Embed, config.vocab_size, config.d_model, embedding_init=init, **common)
+        self.encoder_word = embed() if "encoder" in own else None
+        self.decoder_word = embed() if "decoder" in own else None
         self.has_logits = head is not None
         untied = head is not None and lm_head and not config.tie_word_embeddings
         self.lm_head = (
@@ -399,7 +412,7 @@ class T5(Generative):
         ids = jnp.asarray(decoder_input_ids)
         seen = window(token_mask(ids, decoder_attention_mask), None)
         sources = [(pair, source) for pair in self._keys_values(encoded)]
-        x, cache = self.word(ids), CacheUpdate(None)
+        x, cache = self._decoder_word(ids), CacheUpdate(None)
         out = self.decoder(x, seen, cache, sources, keys[1], output_hidden_states)
         logits = self.logits(out.last_hidden_state) if self.has_logits else None
         return out._replace(logits=logits, encoder=encoded)
@@ -409,6 +422,9 @@ class T5(Generative):
         if self.config.scaled:
             x = x * self.config.d_model**-0.5
         return self.word.attend(x) if self.lm_head is None else self.lm_head(x)
+
+    def _decoder_word(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return (self.decoder_word or self.word)(ids)
 
     def shift_right(self, ids: Int[ArrayLike, "b t"]) -> Int[Array, "b t"]:
         """Returns the decoder's input for target texts: the start token, then all but the last."""
@@ -428,7 +444,7 @@ class T5(Generative):
         source = real[:, None, None]
         seen = window(real, None)._replace(visible=source)
         nothing = [None] * len(self.encoder.layers)
-        x = self.word(ids)
+        x = (self.encoder_word or self.word)(ids)
         return self.encoder(x, seen, CacheUpdate(None), nothing, key, output_hidden_states), source
 
     def _keys_values(self, encoded: DecoderOutput) -> tuple[EncoderKeysValues, ...]:
@@ -452,7 +468,7 @@ class T5(Generative):
         """Reads one more token of each text; see `Generative.step`."""
         seen = window(jnp.ones((tokens.shape[0], 1), bool), cache.own)
         sources = [(pair, cache.source) for pair in cache.keys_values]
-        x = self.word(tokens[:, None])
+        x = self._decoder_word(tokens[:, None])
         out = self.decoder(x, seen, CacheUpdate(cache.own), sources, None, False)
         return self.logits(out.last_hidden_state[:, 0]), cache._replace(own=out.cache)
 
@@ -485,6 +501,7 @@ def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> l
 
 _PLAIN = {"up": "wi", "down": "wo"}
 _GATED = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+_EMBEDDINGS = "embed_tokens.weight"
 # Copies of the embeddings, a head that was not asked for, and a bias that T5 does not use.
 _IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight",
@@ -493,12 +510,23 @@ _IGNORED = (
 )
 
 
+def _untied(config: T5Config, names: Sequence[str]) -> T5Config:
+    own = tuple(stack for stack in ("encoder", "decoder") if f"{stack}.{_EMBEDDINGS}" in names)
+    tied = config.tie_word_embeddings and "lm_head.weight" not in names
+    return replace(config, tie_word_embeddings=tied, own_embeddings=own)
+
+
 def _rules(config: T5Config, head: Head | None) -> KeyRules:
     mlp = "DenseReluDense" if config.model_type == "t5" else "mlp"
     rules = [KeyRule("word", "shared", EMBED), KeyRule("lm_head", "lm_head", LINEAR)]
     for stack, last in (("encoder", 1), ("decoder", 2)):
         rules += _stack_rules(stack, last, mlp, _GATED if config.gated else _PLAIN)
-    return KeyRules(rules, "", write_prefix=False, ignored=_IGNORED)
+    twins = tied_head(config, "lm_head.weight", "word.embedding") if head is not None else {}
+    for stack in ("encoder", "decoder"):
+        name = f"{stack}.{_EMBEDDINGS}"
+        rules.append(KeyRule(f"{stack}_word", name.removesuffix(".weight"), EMBED))
+        twins |= {} if stack in config.own_embeddings else {name: "word.embedding"}
+    return KeyRules(rules, "", write_prefix=False, ignored=_IGNORED, twins=twins)
 
 
 def _family(name: str) -> Family:
@@ -509,6 +537,7 @@ def _family(name: str) -> Family:
         architectures={None: f"{name}Model", "seq2seq-lm": f"{name}ForConditionalGeneration"},
         width_field="d_ff",
         optional=("lm_head",),
+        untied=_untied,
     )
 
 

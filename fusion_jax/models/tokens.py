@@ -82,7 +82,7 @@ def check_tokens(
     fields = (("token", "vocab_size", input_ids), ("token type", "type_vocab_size", token_type_ids))
     for what, size, arrays in fields:
         rows = getattr(config, size, None)
-        for i, array in enumerate(arrays or () if rows is not None else ()):
+        for i, array in enumerate(() if arrays is None or rows is None else arrays):
             ids = np.asarray(array)
             wrong = ids[(ids < 0) | (ids >= rows)]
             if wrong.size:
