@@ -131,17 +131,23 @@ def _sliding_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None
     model_type, size = config["model_type"], config.get("sliding_window")
     if model_type == "llama" or not size:
         return (None,) * layers
-    if not model_type.startswith("qwen"):
-        return (size,) * layers
-    if not config.get("use_sliding_window"):
+    if model_type.startswith("qwen") and not config.get("use_sliding_window"):
         return (None,) * layers
     first = config.get("max_window_layers", 28)
     sliding = {
+        "qwen2": [i >= first for i in range(layers)],
+        "qwen3": [i >= first for i in range(layers)],
         "qwen2_moe": [i < first and i % 2 == 0 for i in range(layers)],
-        "qwen3_moe": [True] * layers,
-    }.get(model_type, [i >= first for i in range(layers)])
-    if config.get("layer_types") and model_type != "qwen3_moe":
-        sliding = [layer_type == "sliding_attention" for layer_type in config["layer_types"]]
+    }.get(model_type, [True] * layers)
+    types = config.get("layer_types")
+    # transformers ignores the types in models with experts, except for Qwen2's.
+    if types and model_type not in ("mixtral", "qwen3_moe"):
+        if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+            raise InputError(
+                "layer_types must be sliding_attention or full_attention for each of the "
+                f"{layers} layers"
+            )
+        sliding = [layer_type == "sliding_attention" for layer_type in types]
     return tuple(size if has_window else None for has_window in sliding)
 
 

@@ -74,16 +74,26 @@ class Rope:
             >>> Rope.from_json({"rope_theta": 5e5, "rope_scaling": None}).rope_theta
             500000.0
         """
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        # The order of precedence is that of transformers.
+        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         given.setdefault("rope_type", given.get("type", "default"))
         given.setdefault("rope_theta", config.get("rope_theta"))
-        if given.get("original_max_position_embeddings") is None:
-            given["original_max_position_embeddings"] = config.get("max_position_embeddings")
+        positions, original = (
+            config.get("max_position_embeddings"),
+            "original_max_position_embeddings",
+        )
+        given[original] = config.get(original) or given.get(original) or positions
         name = given["rope_type"]
         if name not in TYPES:
             raise InputError(f"rope_type {name!r} is not implemented{nearest(str(name), TYPES)}")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
+        if (
+            given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        ) != 1.0:
             raise InputError("a partial_rotary_factor is not implemented")
+        if name != "default" and given.get("factor") is None:
+            if name != "yarn" or not positions:
+                raise InputError(f"rope_type {name} needs a factor")
+            given["factor"] = positions / given[original]
         return config_from_fields(cls, given)
 
     def frequencies(self, features: int) -> np.ndarray:

@@ -99,6 +99,8 @@ class T5Config:
             given["act"] = "gelu_new" if gated and act == "gelu" else act
             given["gated"] = bool(gated)
             given["scaled"] = config.get("scale_decoder_outputs", tied)
+        if config.get("router_dtype", "float32") != "float32":
+            raise InputError("a router_dtype other than float32 is not implemented")
         activation(given["act"])
         return config_from_fields(cls, config, **given)
 
