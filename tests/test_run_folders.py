@@ -18,12 +18,16 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
+from fusion_jax.checkpoint import files
 from fusion_jax.cli.demo import bit_equal
+from fusion_jax.cli.main import main
+from fusion_jax.cli.options import DataOptions
 from fusion_jax.training import Recipe, Windows, fit, losses, lottery
 from fusion_jax.training.engine import trainer
 from fusion_jax.training.engine.fingerprints import bit_sums, fingerprint_of_all_bits
 from fusion_jax.training.engine.locks import FolderLock
-from tests import tiny
+from fusion_jax.training.engine.step import CompiledStep
+from tests import glue, tiny
 
 CONFIG = fj.TrainConfig(max_steps=6, epochs=9, batch_size=2, checkpoint_every=2, log_every=1)
 KEY = jax.random.key(0)
@@ -185,6 +189,192 @@ def test_checkpoints_by_time(tmp_path, monkeypatch):
     train(tmp_path / "none", config, on_step=minute)
     assert [path.name for path in (tmp_path / "none" / "checkpoints").iterdir()] == ["6"]
     assert fj.TrainConfig().checkpoint_minutes == 10
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The command that fine-tunes a tiny model, without the run folder."""
+    folder = tmp_path_factory.mktemp("command")
+    data, model = glue.sst2(folder / "SST-2", n=16), glue.checkpoint(folder / "model")
+    options = "--max-steps 4 --batch-size 8 --shapes 1 --log-every 1 --eval-every 9"
+    return ["finetune", str(model), "--task", "sst2", "--data", str(data), *options.split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_signals_before_and_in_the_steps_of_a_command(
+    number, code, command, tmp_path, monkeypatch, capsys
+):
+    command = [*command, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(DataOptions, "read", lambda self: signal.raise_signal(number))
+        assert main(command) == code
+    said = "".join(capsys.readouterr())
+    assert said.endswith(". To resume, give the same command again.\n") and "step" not in said
+    take_step = CompiledStep.__call__
+
+    def stopped(self, state, batch, step):
+        if step == 2:
+            signal.raise_signal(number)
+        return take_step(self, state, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledStep, "__call__", stopped)
+        assert main(command) == code
+    said = "".join(capsys.readouterr())
+    assert "topped after step 3" in said
+    assert ". To resume, give the same command again.\n" in said
+    assert main(command) == 0
+    assert "resumed" in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_finished_command_is_extended_by_an_option(command, tmp_path, capsys):
+    command = [*command, "--out", str(tmp_path), "--schedule", "constant"]
+    assert main(command) == 0
+    longer = [*command, "--max-steps", "5"]
+    assert main(longer) == 1
+    assert "to resume with these on purpose: --resume-with max_steps" in capsys.readouterr().err
+    assert main([*longer, "--resume-with", "max_steps"]) == 0
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+
+
+def test_sigterm_leaves_nothing_of_an_output(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "copy_tokenizer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "new" / "out"
+    assert main(["compress", command[1], str(out), "fusion", "--width", "12"]) == 143
+    assert capsys.readouterr().err.endswith("terminated\n")
+    assert list(out.parent.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """By the next of the same name, unless it is still being written."""
+    model = fj.load(tiny.checkpoint(tmp_path / "model"))
+    place = tmp_path / "out"
+
+    def killed(save):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as with kill -9
+            patch.setattr(files, "copy_tokenizer", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save()
+
+    killed(lambda: fj.save(model, place / "artefact"))
+    killed(lambda: fj.save(model, place / "arte"))
+    (place / ".artefact.settings").mkdir()
+    assert len(list(place.iterdir())) == 3
+    with files.new_folder(place / "artefact") as new:
+        assert len(list(place.iterdir())) == 3  # the new one for the old one
+        with pytest.raises(ZeroDivisionError), files.new_folder(place / "artefact"):
+            raise ZeroDivisionError
+        assert new.is_dir()
+    assert {path.name for path in place.iterdir()} >= {"artefact", ".artefact.settings"}
+    assert len(list(place.iterdir())) == 3  # and what was left of "arte"
+
+
+def test_a_run_removes_what_a_killed_one_left(tmp_path):
+    for name in (".best.new.abcdefgh", "last.new", ".last.new.0.new", "best.old", "mine"):
+        (tmp_path / name).mkdir()
+    train(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "checkpoints",
+        "best",  # there was no other
+        "mine",
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Outputs
+
+
+def test_outputs_are_written_where_links_lead(tmp_path):
+    model = fj.load(tiny.checkpoint(tmp_path / "model"))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    fj.save(model, tmp_path / "link")
+    assert (tmp_path / "far" / "fusion.json").is_file() and (tmp_path / "link").is_symlink()
+    (tmp_path / "page").symlink_to(tmp_path / "far" / "page.html")
+    files.write_text(tmp_path / "page", "x")
+    assert (tmp_path / "far" / "page.html").read_text() == "x"
+
+
+def test_the_longest_names(tmp_path):
+    model = fj.load(tiny.checkpoint(tmp_path / "model"))
+    for name in ("x" * 250, "\u00e9" * 125):
+        fj.save(model, tmp_path / name)
+        assert (tmp_path / name / "fusion.json").is_file()
+        files.write_text(tmp_path / f"f{name}", "x")
+    with pytest.raises(fj.InputError, match=r"cannot write .*: File name too long"):
+        files.check_new_folder(tmp_path / ("x" * 256))
+    with pytest.raises(fj.InputError, match=r"cannot write .*: File name too long"):
+        files.check_new_file(tmp_path / ("x" * 256))
+
+
+def test_mount_points_are_refused_at_once(tmp_path, monkeypatch):
+    place = tmp_path / "a mount"
+    place.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == place)
+    message = r"is a mount point, .*; give a folder in it, such as .*/a mount/model"
+    with pytest.raises(fj.InputError, match=message):
+        files.check_new_folder(place)
+    assert files.check_new_folder(place, in_place=True) == place  # a run folder
+    monkeypatch.undo()
+    escaped = str(place).replace(" ", "\\040")
+    read = Path.read_text
+    line = f"1 2 0:1 / {escaped} rw - ext4 /dev/x rw\n"
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, **o: line if "mountinfo" in str(p) else read(p, **o)
+    )
+    with pytest.raises(fj.InputError, match=message):
+        files.check_new_folder(place)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "MODEL", "--file", "x.csv", "--out", "no/x.jsonl"],
+            "no folder no for x.jsonl",
+        ),
+        (["predict", "MODEL", "--file", "x.csv", "--out", "file/x.jsonl"], "no folder file for x"),
+        (["report", "MODEL", "--out", "."], "is not a file; give the name of a file"),
+        (["report", "MODEL", "--out", "/dev/null"], "/dev/null is not a file"),
+        (["verify-ntk", "MODEL", "MODEL", "--json", "."], "is not a file"),
+        (
+            ["compress", "MODEL", "file", "fusion", "--width", "9"],
+            "file exists and is not an empty",
+        ),
+        (["compress", "MODEL", "file/x", "fusion", "--width", "9"], "cannot write to"),
+        (["compress", "MODEL", "circle", "fusion", "--width", "9"], "cannot write circle"),
+    ],
+)
+def test_outputs_that_cannot_be_are_found_before_the_work(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    """Before the model is looked for, which there is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_that_cannot_be_written_names_its_file(tmp_path, monkeypatch):
+    (tmp_path / "page.html").write_text("old")
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    message = r"could not write .*/page\.html: No space left on device"
+    with pytest.raises(OSError, match=message):
+        files.write_text(tmp_path / "page.html", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
 
 
 # ------------------------------------------------------------------------------------------------

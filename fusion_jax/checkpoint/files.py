@@ -212,7 +212,7 @@ def check_new_file(path: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_file():
         raise InputError(f"{path} is not a file; give the name of a file to write")
     if not target.parent.is_dir():
-        raise InputError(f"there is no folder {target.parent} for {path}; make it first")
+        raise InputError(f"there is no folder {path.parent} for {path.name}; make it first")
     _check_writable(target.parent)
     return path
 
@@ -274,7 +274,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary, claim = None, None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
+        _remove_leftovers(target)
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_name(target), dir=target.parent))
         claim = _claim(temporary)
         yield temporary
@@ -302,7 +302,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(claim)
 
 
-def remove_leftovers(path: Path) -> None:
+def _remove_leftovers(path: Path) -> None:
     """Removes temporary folders of `new_folder` whose process was killed.
 
     Args:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fusion_jax.checkpoint.files import read_json, remove_leftovers, write_text
+from fusion_jax.checkpoint.files import read_json, write_text
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.config import EXTENDING, TrainConfig, with_current_names
 from fusion_jax.training.engine.fingerprints import bit_sums
@@ -414,7 +414,7 @@ def replace_artefact(model: nnx.Module, folder: Path, save: Save) -> None:
 
 
 def tidy_artefact(folder: Path) -> None:
-    """Removes what a process that was killed in `replace_artefact` left of it.
+    """Removes what a process that was killed in `replace_artefact` left; its folder is locked.
 
     If it was killed between the two renamings, the earlier artefact is there again.
     """
@@ -423,9 +423,9 @@ def tidy_artefact(folder: Path) -> None:
     new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for left in (new, old):
+    hidden = [path for path in folder.parent.iterdir() if path.name.startswith(f".{new.name}.")]
+    for left in (new, old, *hidden):
         shutil.rmtree(left, ignore_errors=True)
-    remove_leftovers(new)
 
 
 def last_is_best(history: Sequence[Mapping[str, Any]], *, lowest: bool, best_from: int) -> bool:

@@ -85,6 +85,8 @@ class Stages:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder)
+            for left in self.folder.glob(f".{self._name}-*.new*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         return self
 
     def __exit__(self, *_: object) -> None:
