@@ -521,7 +521,7 @@ def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
             squeeze(begun, train, measure, folder=run, **options)
     again = squeeze(chained, train, measure, tolerance=0.075, step=2, folder=run)
     assert again.cuts == whole.cuts and again.stopped
-    assert sorted(p.name for p in run.iterdir()) == ["squeezed-3", "squeezed.json"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "squeezed-3", "squeezed.json"]
     np.testing.assert_array_equal(logits(again.model), logits(whole.model))
     more = squeeze(chained, train, measure, tolerance=0.075, step=2, rounds=2)
     assert len(more.cuts) == 2 and not more.stopped
@@ -615,6 +615,7 @@ def test_a_lottery_that_is_told_to_stop_resumes_in_its_round(model, data, key, t
     again = lottery(model, train, folder=tmp_path, **options)
     assert calls == ["round-0", "round-1", "round-1", "round-2"]
     assert again.finished and sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
         "ticket-3",
         "ticket.json",
     ]

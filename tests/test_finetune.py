@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -267,11 +268,85 @@ def test_another_run_in_the_folder(fused, data, key, tmp_path):
         run(fused, data, tmp_path, jax.random.key(9), config)
 
 
+def test_other_data_model_or_tokenizer_in_the_folder(fused, data, folder, key, tmp_path):
+    """Each would else give the old model back, as if the run had been done again."""
+    config = dataclasses.replace(CONFIG, max_steps=1, eval_every=9)
+    place = tmp_path / "run"
+    run(fused, data, place, key, config)
+
+    def refused(what, model=fused, data=data):
+        with pytest.raises(fj.InputError, match=rf"other settings \({what} "):
+            run(model, data, place, key, config)
+
+    train, dev = data.train, data.dev["dev"]
+    labels = train.labels.copy()
+    labels[-1] = 1 - labels[-1]
+    refused("training data", data=dataclasses.replace(data, train=train._replace(labels=labels)))
+    texts = [*train.texts[:-1], ("w1 w2 w3",)]
+    refused("training data", data=dataclasses.replace(data, train=train._replace(texts=texts)))
+    labels = dev.labels.copy()
+    labels[0] = 1 - labels[0]
+    refused("dev data", data=dataclasses.replace(data, dev={"dev": dev._replace(labels=labels)}))
+    refused("dev data", data=dataclasses.replace(data, dev={}))
+    spec = dataclasses.replace(data.spec, labels=data.spec.labels[::-1])
+    refused("classes", data=dataclasses.replace(data, spec=spec))
+    other = nnx.clone(fused)
+    bias = other.layers[0].mlp.up.bias
+    bias.set_value(bias[...].at[-1].add(1e-6))  # one number of one variable
+    refused("starting model", model=other)
+    other = nnx.clone(fused)
+    words = shutil.copytree(folder, tmp_path / "words") / "vocab.txt"
+    words.write_text(words.read_text().replace("x3", "y3"))  # a word that no text has
+    other.provenance = dataclasses.replace(fused.provenance, folder=str(words.parent))
+    refused("tokenizer", model=other)
+    moved = {"dev": dev._replace(names=[f"elsewhere/{name}" for name in dev.names])}
+    assert run(fused, dataclasses.replace(data, dev=moved), place, key, config).finished
+
+
+def test_tuning_with_another_teacher(model, fused, data, key, tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=1)
+    fj.tune(fused, model, data, config, key=key, folder=tmp_path)
+    other = nnx.clone(model)
+    bias = other.layers[1].mlp.up.bias
+    # Not among the numbers that the fingerprint of a large model samples.
+    bias.set_value(bias[...].at[1].add(1e-6))
+    with pytest.raises(fj.InputError, match=r"weights of the teacher '\w+', now '\w+'"):
+        fj.tune(fused, other, data, config, key=key, folder=tmp_path)
+
+
+def test_a_finished_run_is_extended_only_on_purpose(fused, data, key, tmp_path):
+    short = dataclasses.replace(CONFIG, max_steps=2, schedule="constant", warmup=0.0)
+    longer = dataclasses.replace(short, max_steps=4)
+    whole = run(fused, data, None, key, longer)
+    run(fused, data, tmp_path, key, short)
+    with pytest.raises(
+        fj.InputError, match=r"max_steps 2, now 4; steps 2, now 4\).* --resume-with max_steps$"
+    ):
+        run(fused, data, tmp_path, key, longer)
+    on_purpose = dataclasses.replace(longer, resume_with=("max_steps",))
+    fast = dataclasses.replace(on_purpose, learning_rate=1.0)
+    with pytest.raises(fj.InputError, match=r"settings \(learning_rate 0.001, now 1.0\)"):
+        run(fused, data, tmp_path, key, fast)
+    extended = run(fused, data, tmp_path, key, on_purpose)
+    assert (extended.step, extended.finished) == (4, True)
+    # The rate is constant: the same steps as of a run that was longer from the start.
+    assert bit_equal(extended.model, whole.model)
+    assert run(fused, data, tmp_path, key, longer).finished  # the settings of the folder now
+    shorter = dataclasses.replace(short, resume_with=("max_steps",))
+    with pytest.raises(fj.InputError, match="a run of 4 steps, more than the 2 of this call"):
+        run(fused, data, tmp_path, key, shorter)
+
+
 def test_runs_of_earlier_versions_have_other_names(fused, data, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=2)
     ended = run(fused, data, tmp_path, key, config)
     (meta,) = tmp_path.glob("checkpoints/2/meta/metadata")
-    meta.write_text(meta.read_text().replace('"optimizer"', '"optimiser"'))
+    fields = json.loads(meta.read_text().replace('"optimizer"', '"optimiser"'))
+    # They had no checksums, and of the data they recorded only the number of batches.
+    del fields["checksum"], fields["bit sums"]
+    for name in ("starting model", "training data", "dev data", "classes", "tokenizer"):
+        del fields["run"][name]
+    meta.write_text(json.dumps(fields))
     assert bit_equal(run(fused, data, tmp_path, key, config).model, ended.model)
     with pytest.raises(fj.InputError, match=r"optimizer 'adamw', now 'sgd'"):
         run(fused, data, tmp_path, key, dataclasses.replace(config, optimizer="sgd"))
@@ -409,6 +484,8 @@ def test_errors(fields, message, fused, data, key, tmp_path, monkeypatch):
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0"),
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes must be above 0, or None"),
+        ({"resume_with": ("max_step",)}, "got 'max_step'; did you mean 'max_steps'"),
     ],
 )
 def test_configurations_that_cannot_be(fields, message):

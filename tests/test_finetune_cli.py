@@ -172,7 +172,7 @@ def test_errors(arguments, message, places, tmp_path, capsys):
 
 @pytest.mark.full
 def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
-    """kill -9 and SIGTERM at arbitrary moments, in processes of their own."""
+    """kill -9, SIGTERM and Ctrl-C at arbitrary moments, in processes of their own."""
     model, data = places
     command = [sys.executable, "-m", "fusion_jax.cli", "finetune", model, "--task", "sst2"]
     command += [
@@ -193,7 +193,13 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
 
     def start(run):
         return subprocess.Popen(
-            [*command, "--out", str(run)], env=environment, stdout=subprocess.PIPE, text=True
+            [*command, "--out", str(run)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Ctrl-C is ignored in what a shell starts in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def until(process, run, steps):
@@ -206,14 +212,15 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
     process = start(whole)
     process.communicate()
     assert process.returncode == 0
-    for steps, how in ((70, signal.SIGKILL), (150, signal.SIGTERM)):
+    stops = (70, signal.SIGKILL, -9), (150, signal.SIGTERM, 0), (220, signal.SIGINT, 130)
+    for steps, how, code in stops:
         process = start(parts)
         until(process, parts, steps)
         process.send_signal(how)
-        out, _ = process.communicate()
-        if how == signal.SIGTERM:
-            assert process.returncode == 0
-            assert "To resume, give the same command again." in out
+        said = "".join(process.communicate())
+        assert process.returncode == code
+        assert (how == signal.SIGKILL) != ("To resume, give the same command again." in said)
+        assert "Traceback" not in said
     process = start(parts)
     process.communicate()
     assert process.returncode == 0

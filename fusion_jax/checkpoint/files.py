@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import safetensors
 import safetensors.numpy
 
 from fusion_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -158,35 +164,104 @@ class TensorFiles:
         return self._open[name].get_tensor(name)
 
 
-def check_new_folder(path: str | os.PathLike[str]) -> Path:
+def check_new_folder(path: str | os.PathLike[str], *, in_place: bool = False) -> Path:
     """Checks that a new folder can be written.
 
     Args:
         path: Where to write the folder.
+        in_place: Whether files are written into the folder one by one. If not, a finished folder is
+            put in the place of the path, which cannot be done with a mount point.
 
     Returns:
         The path, with ``~`` expanded.
 
     Raises:
-        InputError: The path exists and is not an empty folder, or its parent is not writable.
+        InputError: The path exists and is not an empty folder, its name is too long, its parent is
+            not writable, or it is a mount point.
     """
     path = Path(path).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    target = _place_of(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{path} exists and is not an empty folder; choose another or remove it")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write to {parent}")
+    if target.exists() and in_place:
+        _check_writable(target)
+        return path
+    if _is_mount(target):
+        raise InputError(
+            f"{path} is a mount point, whose place a finished folder cannot take; give a folder in "
+            f"it, such as {path / 'model'}"
+        )
+    _check_writable(target.parent)
     return path
+
+
+def check_new_file(path: str | os.PathLike[str]) -> Path:
+    """Checks that a file can be written; it may exist, and is then replaced.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The path, with ``~`` expanded.
+
+    Raises:
+        InputError: The path is a folder or a device, its name is too long, or its parent does not
+            exist or is not writable.
+    """
+    path = Path(path).expanduser()
+    target = _place_of(path)
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is not a file; give the name of a file to write")
+    if not target.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} for {path.name}; make it first")
+    _check_writable(target.parent)
+    return path
+
+
+def _place_of(path: Path) -> Path:
+    """Returns the absolute path that links lead to; raises `InputError` if there can be none."""
+    try:
+        place = path.resolve()
+        place.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; links in a circle; a null byte
+        raise InputError(f"cannot write {path}: {_reason(error)}") from None
+    return place
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises `InputError` if nothing can be made in a folder, or in the parent to make it in."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        # Asking for permissions is not enough: file systems can be read-only or without room.
+        Path(tempfile.mkdtemp(prefix=".", dir=folder)).rmdir()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {_reason(error)}") from None
+
+
+def _is_mount(path: Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    try:  # os.path.ismount does not see a folder that is mounted from the same device
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    places = (line.split()[4].encode().decode("unicode_escape") for line in lines)
+    return str(path) in places
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Writes a folder atomically: it appears under its name complete, or not at all.
 
+    What a process that was killed left of the same folder is removed first.
+
     Args:
-        path: Where to write the folder; see `check_new_folder`.
+        path: Where to write the folder, or a link to an empty folder; see `check_new_folder`.
 
     Yields:
         A temporary folder beside the path; write the files into it.
@@ -196,9 +271,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: Writing failed, for example because the disk is full; nothing is left behind.
     """
     path = check_new_folder(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    target = _place_of(path)
+    temporary, claim = None, None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_name(target), dir=target.parent))
+        claim = _claim(temporary)
         yield temporary
         # Only the user can read temporary folders and the files that safetensors writes: give them
         # the usual permissions.
@@ -209,14 +288,58 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(file)
         temporary.chmod(0o777 & ~mask)
         _sync(temporary)
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-        _sync(path.absolute().parent)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+        _sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        raise OSError(f"could not write {path}: {error}; nothing was left behind") from error
+        raise OSError(
+            f"could not write {path}: {_reason(error)}; nothing was left behind"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary folders of `new_folder` whose process was killed.
+
+    Args:
+        path: The folder that was to be written.
+    """
+    # Not by glob, for which some characters of the name would have a meaning.
+    prefix = _temporary_name(path)
+    if not path.parent.is_dir():
+        return
+    for left in [each for each in path.parent.iterdir() if each.name.startswith(prefix)]:
+        claim = _claim(left)  # a process that still writes has it
+        if claim is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(claim)
+
+
+def _temporary_name(path: Path) -> str:
+    """Returns how the names of temporary folders and files for a path begin."""
+    # Shorter than the longest name of a file, and another for each path in a folder.
+    return f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}.new"
+
+
+def _claim(folder: Path) -> int | None:
+    """Locks a folder as long as the returned file descriptor is open; None if it is locked."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _sync(path: Path) -> None:
@@ -231,12 +354,24 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically: it holds the old text or the new text, never a part of it.
 
     Args:
-        path: The file; an existing file is replaced.
+        path: The file; an existing file is replaced, or the file that a link leads to.
         text: The new text.
+
+    Raises:
+        OSError: Writing failed; the message names the file, which is as it was.
     """
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    target = path.resolve()
+    new = target.with_name(_temporary_name(target))
+    try:
+        new.write_text(text, encoding="utf-8")
+        _sync(new)
+        os.replace(new, target)
+    except BaseException as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"could not write {path}: {_reason(error)}") from error
+        raise
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:

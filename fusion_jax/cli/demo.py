@@ -105,7 +105,7 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     start = time.perf_counter()
     if (out / _MARK).is_file():
         shutil.rmtree(out)
-    check_new_folder(out)
+    check_new_folder(out, in_place=True)
     name = find_model()
     try:
         model = load(name)

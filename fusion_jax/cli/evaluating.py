@@ -11,7 +11,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from fusion_jax import checkpoint
-from fusion_jax.checkpoint.files import write_text
+from fusion_jax.checkpoint.files import check_new_file, write_text
 from fusion_jax.cli.options import (
     PLAIN,
     Context,
@@ -178,8 +178,8 @@ def _measure_pairs(
     else:
         options.check_only("a file of sources and targets", "source", "target")
     sacrebleu()  # raises now if it is missing, not after generating the texts
-    if out is not None and out.exists():
-        raise InputError(f"{out} exists; choose another file or remove it")
+    if out is not None:
+        _check_out(out)
     model = generation.load_generative(folder)
     if file is None:
         if options.task is None or options.data is None:
@@ -242,8 +242,7 @@ def predict(
         max_length: Longest text in tokens.
         truncate: Cut longer texts off.
     """
-    if out.exists():
-        raise InputError(f"{out} exists; choose another file or remove it")
+    _check_out(out)
     run = read_run(model)
     folder = model if run is None else run.model
     if run is not None and run.kind == "text":
@@ -286,6 +285,13 @@ def _prediction(logits: np.ndarray, names: Sequence[str] | None) -> dict[str, An
         "label": names[int(logits.argmax())],
         "probabilities": dict(zip(names, shares, strict=True)),
     }
+
+
+def _check_out(path: Path) -> None:
+    """Raises `InputError` if a file of results exists, or cannot be written."""
+    if path.exists():
+        raise InputError(f"{path} exists; choose another file or remove it")
+    check_new_file(path)
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ensure_ascii: bool = True) -> None:

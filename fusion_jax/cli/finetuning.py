@@ -25,7 +25,7 @@ from fusion_jax.cli.options import (
     TextColumns,
     use_mesh,
 )
-from fusion_jax.cli.run_folders import RESUME, history_table, run_recorder
+from fusion_jax.cli.run_folders import RESUME, history_table, resumable, run_recorder
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.finetuning import finetune as finetune_model
@@ -34,6 +34,7 @@ from fusion_jax.training.tasks import tables
 from fusion_jax.training.tasks.glue import texts_of
 
 
+@resumable
 def finetune(
     model: Positional[Name],
     out: Annotated[Path, arg(metavar="RUN")],
@@ -109,6 +110,7 @@ def finetune(
         print(f"Saved {out / 'last'}.")
 
 
+@resumable
 def tune(
     student: Positional[Annotated[str, arg(metavar="STUDENT")]],
     teacher: Annotated[str, arg(metavar="MODEL")],

@@ -18,6 +18,7 @@ from fusion_jax.cli import (
     verifying,
 )
 from fusion_jax.errors import InputError
+from fusion_jax.training.engine.preemption import Terminated, raise_on_sigterm
 
 COMMANDS = {
     **demo.COMMANDS,
@@ -30,6 +31,7 @@ COMMANDS = {
 }
 
 
+@raise_on_sigterm()
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -38,7 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 if a command cannot do what was asked for or a check failed,
-        2 for wrong usage, 130 if interrupted.
+        2 for wrong usage, 130 if interrupted, 143 if terminated; a run that can be resumed ends
+        with 0 if terminated.
     """
     args = sys.argv[1:] if args is None else args
     if list(args) == ["--version"]:
@@ -65,4 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     return status or 0

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 
 from fusion_jax.checkpoint.files import check_new_folder, read_json, write_text
 from fusion_jax.cli.options import TaskKind
 from fusion_jax.errors import InputError
+from fusion_jax.training.engine.locks import LOCK
+from fusion_jax.training.engine.preemption import Terminated
 from fusion_jax.training.engine.run_folder import BEST, CHECKPOINTS, LAST, METRICS
 from ntk.tables import table
 
+P = ParamSpec("P")
 RUN = "run.json"
 RESUME = "To resume, give the same command again."
+
+
+def resumable(command: Callable[P, None]) -> Callable[P, int]:
+    """Returns the command of a run that says how to resume it where a signal stopped it.
+
+    Args:
+        command: The command, which saves by itself what it has trained.
+
+    Returns:
+        The command with an exit code: 0 after SIGTERM, 130 after Ctrl-C.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            command(*args, **kwargs)
+        except Terminated:
+            print(f"Stopped. {RESUME}")
+        except KeyboardInterrupt as error:
+            stopped = str(error) or "interrupted"
+            print(f"{stopped[0].upper()}{stopped[1:]}. {RESUME}", file=sys.stderr)
+            return 130
+        return 0
+
+    return run
 
 
 class RunRecord(NamedTuple):
@@ -81,7 +111,7 @@ def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None
                 f"{out} holds a run with another {' and '.join(different)}; choose another folder"
             )
     elif jax.process_count() == 1 and not _has_no_step(out):
-        check_new_folder(out)
+        check_new_folder(out, in_place=True)
 
     def write(step: int, state: Any) -> None:
         if jax.process_index() == 0 and not path.exists():
@@ -94,7 +124,9 @@ def _has_no_step(out: Path) -> bool:
     """Returns whether the folder has a run that was stopped before its first step was done."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     return (
-        bool(names) and names <= {CHECKPOINTS, METRICS} and not any((out / CHECKPOINTS).glob("*"))
+        bool(names)
+        and names <= {CHECKPOINTS, METRICS, LOCK}
+        and not any((out / CHECKPOINTS).glob("*"))
     )
 
 

@@ -21,7 +21,13 @@ from fusion_jax.cli.options import (
     TextColumns,
     use_mesh,
 )
-from fusion_jax.cli.run_folders import RESUME, best_model, history_table, run_recorder
+from fusion_jax.cli.run_folders import (
+    RESUME,
+    best_model,
+    history_table,
+    resumable,
+    run_recorder,
+)
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.static_pruning import (
@@ -51,6 +57,7 @@ Teacher = Annotated[
 ]
 
 
+@resumable
 def prune_statically(
     model: Positional[Name],
     out: Annotated[Path, arg(metavar="RUN")],

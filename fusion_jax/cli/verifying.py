@@ -9,9 +9,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from fusion_jax.checkpoint.files import write_text
+from fusion_jax.checkpoint.files import check_new_file, write_text
 from fusion_jax.cli.model_options import Artefact, TextFile
-from fusion_jax.errors import InputError
 from fusion_jax.verification.checks import verify_files
 from fusion_jax.verification.page import html_page
 
@@ -36,10 +35,12 @@ def verify_ntk(
         json: Also write the results to this file.
         seed: Seed of a random head.
     """
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        check_new_file(json)
     result = verify_files(original, compressed, text, num_examples, seed).verification
     print(result)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
         write_text(json, dumps(result.to_json(), indent=1) + "\n")
     for failure in result.failures():
         print(f"FAILED: {failure}", file=sys.stderr)
@@ -66,8 +67,7 @@ def report(
         num_examples: Number of its lines to use.
         seed: Seed of a random head.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"there is no folder {out.parent} for the page")
+    check_new_file(out)
     result = verify_files(original, artefact, text, num_examples, seed)
     write_text(out, html_page(result))
     print(f"Wrote {out}")

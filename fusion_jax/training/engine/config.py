@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, nearest
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["linear", "polynomial", "cosine", "constant"]
 ComputeDType = Literal["float32", "bfloat16"]
+EXTENDING = ("epochs", "max_steps", "learning_rate", "schedule", "power", "warmup", "eval_every")
+"""Settings that may change on purpose when a run resumes: none is part of a checkpoint's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +90,18 @@ class TrainConfig:
     """Steps between evaluations; None for one per epoch."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None for one per epoch."""
+    checkpoint_minutes: float | None = 10.0
+    """Write a checkpoint, too, when the last is this many minutes old; None does not."""
     keep_checkpoints: int = 2
     """Number of checkpoints to keep; the newest are kept."""
     log_every: int = 10
     """Steps between lines of the log; losses are checked for NaN at these steps only."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs fusion-jax[tensorboard])."""
+    resume_with: tuple[str, ...] = ()
+    """Settings in which this call may differ from the run in the folder, to extend it on purpose:
+    epochs, max_steps, learning_rate, schedule, power, warmup, eval_every. The learning rate resumes
+    on the schedule of the longer run."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate", "shapes", "log_every"):
@@ -115,6 +123,16 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 0, or None; got {getattr(self, name)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(f"clip_norm must be above 0, or None; got {self.clip_norm}")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise InputError(
+                f"checkpoint_minutes must be above 0, or None; got {self.checkpoint_minutes}"
+            )
+        for name in self.resume_with:
+            if name not in EXTENDING:
+                raise InputError(
+                    f"resume_with takes {', '.join(EXTENDING)}; got {name!r}"
+                    f"{nearest(name, EXTENDING)}"
+                )
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"

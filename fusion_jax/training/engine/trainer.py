@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,18 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.progress import show_progress
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.fingerprints import (
+    fingerprint_of_all_bits,
+    fingerprint_of_batches,
+)
 from fusion_jax.training.engine.growth import GrowingStep
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.optimizer import schedule
-from fusion_jax.training.engine.preemption import StopSignal, catch_sigterm
+from fusion_jax.training.engine.preemption import StopSignal, agreed, catch_stops
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.run_folder import (
     BEST,
+    DATA_SETTINGS,
     LAST,
     RunFolder,
     last_is_best,
@@ -37,7 +42,14 @@ from fusion_jax.training.engine.step import CompiledStep, TrainState
 
 Evaluate = Callable[[Any], dict[str, float]]
 """Measures a model: metrics by name, of which the first chooses the best model."""
-_FREE_ON_RESUME = {"log_every", "keep_checkpoints", "checkpoint_every", "tensorboard"}
+_FREE_ON_RESUME = {
+    "log_every",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "tensorboard",
+    "resume_with",
+}
 """Fields of the configuration that may change when a run resumes."""
 
 
@@ -50,12 +62,14 @@ class Fit:
         step: The steps done.
         finished: False if the run was told to stop; the same call resumes it.
         history: One entry for each evaluation: its step, and metrics by name.
+        data: Fingerprints of the data, by name; empty without a folder.
     """
 
     model: Any
     step: int
     finished: bool
     history: list[dict[str, Any]]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @on_auto_axes
@@ -95,8 +109,12 @@ def fit(
         The trained model, and the metrics of all evaluations.
 
     Raises:
-        InputError: The arguments do not fit together, or the folder holds another run.
+        InputError: The arguments do not fit together, the folder holds another run, or another
+            process trains in it.
         FloatingPointError: The loss or the gradient was NaN or infinite.
+        OSError: A file cannot be written, for example because the disk is full; the same call
+            resumes the run later.
+        KeyboardInterrupt: Ctrl-C was pressed; with a folder, after a checkpoint is written.
 
     Example:
         >>> from flax import nnx
@@ -115,10 +133,11 @@ def fit(
         raise InputError("best_from of a recipe is for runs with a folder that save artefacts")
     folder = None if folder is None else Path(folder)
     run = _Run(model, batches, loss, config, key, evaluate, lowest, recipe)
+    settings = {} if folder is None else run.settings(model, key)
     with (
         run.step.placement.active(),
-        catch_sigterm() as stop,
-        RunFolder(folder, config, run.settings(key)) as kept,
+        catch_stops(interrupts=folder is not None) as stop,
+        RunFolder(folder, config, settings) as kept,
     ):
         run.resume(model, kept)
         shown = progress if jax.process_index() == 0 else False
@@ -131,9 +150,12 @@ def fit(
             step=run.done,
             finished=run.done == run.steps,
             history=kept.history,
+            data={name: settings[name] for name in DATA_SETTINGS if name in settings},
         )
     if folder is not None and recipe.save is not None and result.finished:
         replace_artefact(result.model, folder / LAST, recipe.save)
+    if stop.interrupted:
+        raise KeyboardInterrupt(f"stopped after step {result.step} of {run.steps}")
     return result
 
 
@@ -168,10 +190,11 @@ class _Run:
             raise InputError(
                 f"growth every {growth.every} steps does nothing in a run of {self.steps}"
             )
-        self.growing = GrowingStep(make, model, growth, config, trains, multipliers)
+        self._growing = partial(GrowingStep, make, model, growth, config, trains, multipliers)
+        self.growing = self._growing()
         self.step = self.growing.compiled
 
-    def settings(self, key: Array) -> dict[str, Any]:
+    def settings(self, model: nnx.Module, key: Array) -> dict[str, Any]:
         """Returns the settings that must match on resume, as JSON values by name."""
         fields = self.config.to_json()
         growth = self.recipe.growth
@@ -185,28 +208,42 @@ class _Run:
             "growth": None if growth is None else type(growth).__name__,
             **{f"growth's {name}": value for name, value in grown.items()},
             **self.recipe.about,
+            "starting model": fingerprint_of_all_bits(model),
+            "training data": fingerprint_of_batches(self.batches),
         }
 
     def resume(self, model: nnx.Module, kept: RunFolder) -> None:
         """Starts from a model, or from the newest checkpoint in a folder."""
-        self.kept, self.done = kept, kept.done
-        if self.growing is None:
-            self.state = self.step.start(model)
-        else:
-            self.state = self.growing.resume(model, kept.changes)
+        self.kept = kept
+
+        def start(changes: Sequence[Any]) -> TrainState:
+            if self.growing is None:
+                return self.step.start(model)
+            if self.growing.changes:  # of a checkpoint that turned out to be damaged
+                self.growing = self._growing()
+            state = self.growing.resume(model, changes)
             self.step = self.growing.compiled
-        self.state = kept.restore(self.state)
+            return state
+
+        self.state = kept.restore(start)
+        self.done = kept.done
+        if self.done > self.steps:
+            raise InputError(
+                f"{kept.path} holds a run of {self.done} steps, more than the {self.steps} of this "
+                "call; give at least as many, or another folder"
+            )
 
     def train(self, stop: StopSignal, advance: Callable[..., None]) -> None:
         """Trains until the last step, or until the process is told to stop."""
         config, epoch = self.config, len(self.batches)
         self.monitor = _Monitor(self, advance)
+        self._saved_at = time.monotonic()
         while self.done < self.steps and not stop.agreed(self.done, config.log_every):
             self._take_step()
             last = self.done == self.steps
             evaluates = last or self.done % (config.eval_every or epoch) == 0
             evaluates = evaluates and self.evaluate is not None
-            saves = last or self.done % (config.checkpoint_every or epoch) == 0
+            saves = last or self.done % (config.checkpoint_every or epoch) == 0 or self._is_due()
             saves = saves and self.kept.path is not None
             if evaluates or saves or last or self.done % config.log_every == 0:
                 self.monitor.flush(self.done)
@@ -220,6 +257,14 @@ class _Run:
         if self.done < self.steps and self.kept.latest != self.done:
             self._write_checkpoint()
         self.kept.wait()
+
+    def _is_due(self) -> bool:
+        """Returns whether the last checkpoint is old, the same answer in all processes."""
+        minutes = self.config.checkpoint_minutes
+        if minutes is None:
+            return False
+        old = time.monotonic() - self._saved_at >= 60 * minutes
+        return agreed(old, self.done, self.config.log_every)
 
     def _take_step(self) -> None:
         batch = self.batches(self.done)
@@ -250,6 +295,7 @@ class _Run:
     def _write_checkpoint(self) -> None:
         changes = [] if self.growing is None else self.growing.changes
         self.kept.write_checkpoint(self.done, self.state, changes)
+        self._saved_at = time.monotonic()
 
 
 class _Monitor:

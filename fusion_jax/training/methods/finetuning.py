@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -13,9 +17,15 @@ from fusion_jax.checkpoint import save
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.fingerprints import (
+    fingerprint_of_tokenizer,
+    fingerprint_of_values,
+)
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
 from fusion_jax.training.tasks.base import Task
+from fusion_jax.training.tasks.classification import Texts
+from fusion_jax.training.tasks.pair_encoding import Pairs
 
 
 def finetune(
@@ -72,8 +82,9 @@ def finetune(
         model = nnx.clone(model)
         model.provenance = dataclasses.replace(provenance, new_head=False, **trained)
     _, dropout = jax.random.split(key)
-    if folder is not None and recipe.save is None:
-        recipe = dataclasses.replace(recipe, save=save)
+    if folder is not None:
+        about = {**recipe.about, **_facts(model, data)}
+        recipe = dataclasses.replace(recipe, save=recipe.save or save, about=about)
     return fit(
         model,
         batches,
@@ -86,3 +97,27 @@ def finetune(
         recipe=recipe,
         progress=progress,
     )
+
+
+def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
+    """Returns what the batches do not show of a run's data, as JSON values by name."""
+    dev: Any = getattr(data, "dev", None)
+    if isinstance(dev, str | os.PathLike):
+        dev = Path(dev)
+    elif isinstance(dev, Mapping):
+        dev = {name: _without_places(texts) for name, texts in dev.items()}
+    elif isinstance(dev, Pairs):
+        dev = _without_places(dev)
+    elif not isinstance(dev, np.ndarray | jax.Array):
+        dev = None  # none, or of a task of one's own
+    labels = getattr(getattr(data, "spec", None), "labels", None)
+    return {
+        "dev data": fingerprint_of_values(dev),
+        "classes": None if labels is None else list(labels),
+        "tokenizer": fingerprint_of_tokenizer(model),
+    }
+
+
+def _without_places(texts: Any) -> Any:
+    """Returns texts or pairs without the names of their files, which may be moved."""
+    return texts._replace(names=()) if isinstance(texts, Texts | Pairs) else None

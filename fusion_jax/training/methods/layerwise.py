@@ -21,7 +21,12 @@ from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
-from fusion_jax.training.engine.fingerprints import fingerprint_of_batch, fingerprint_of_model
+from fusion_jax.training.engine.fingerprints import (
+    fingerprint_of_all_bits,
+    fingerprint_of_batch,
+    fingerprint_of_model,
+    fingerprint_of_tokenizer,
+)
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
@@ -86,6 +91,8 @@ def tune(
             "student": fingerprint_of_model(student),
             "teacher": fingerprint_of_model(teacher),
             "first batch": fingerprint_of_batch(source(0)),
+            "tokenizer": fingerprint_of_tokenizer(student),
+            "weights of the teacher": fingerprint_of_all_bits(teacher),
         }
     return fit(
         student,

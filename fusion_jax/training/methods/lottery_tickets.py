@@ -22,7 +22,7 @@ from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import select_sites, sites
 from fusion_jax.progress import show_progress
 from fusion_jax.training.engine.trainer import Fit
-from fusion_jax.training.methods.stages import Stages, unpack_fit
+from fusion_jax.training.methods.stages import Stages
 from ntk.selection import Selection
 
 
@@ -98,32 +98,33 @@ def lottery(
         ticket.provenance = provenance.after(
             {"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen}
         )
-    stages = Stages(folder, "ticket", model, {"keep": keep, "rounds": rounds, "sites": chosen})
-    record, finished = stages.read_record(), True
-    done = 0 if record is None else record["done"]
-    if done:
-        ticket = stages.load_model(done, model)
-    with show_progress("Pruning", rounds, progress) as advance:
+    settings = {"keep": keep, "rounds": rounds, "sites": chosen}
+    with Stages(folder, "ticket", model, settings) as stages:
+        record, finished = stages.read_record(), True
+        done = 0 if record is None else record["done"]
         if done:
-            advance("resumed", done)
-        while done < rounds:
-            trained, finished = unpack_fit(train(ticket, stages.run_folder(done)))
-            if not finished:
-                break
-            places = _layers_of(trained, chosen)
-            if not places or not all(isinstance(place, Masked) for place in places):
-                raise InputError("train must return the trained model; the masks are gone")
-            scores = [np.abs(np.asarray(place.matrix(), np.float32)) for place in places]
-            # Weights that are already masked are 0, so that they rank last.
-            masks = top_masks(scores, keep ** ((done + 1) / rounds))
-            ticket = nnx.clone(ticket)
-            for place, mask in zip(_layers_of(ticket, chosen), masks, strict=True):
-                place.mask = Frozen(jnp.asarray(mask))
-            done += 1
-            stages.write({"done": done}, model=ticket, done=done)
-            stages.remove_run(done - 1)
-            left = sum(int(mask.sum()) for mask in masks)
-            advance(f"round {done} of {rounds}, {left:,} weights left")
+            ticket = stages.load_model(done, model)
+        with show_progress("Pruning", rounds, progress) as advance:
+            if done:
+                advance("resumed", done)
+            while done < rounds:
+                trained, finished = stages.train(train, ticket, done)
+                if not finished:
+                    break
+                places = _layers_of(trained, chosen)
+                if not places or not all(isinstance(place, Masked) for place in places):
+                    raise InputError("train must return the trained model; the masks are gone")
+                scores = [np.abs(np.asarray(place.matrix(), np.float32)) for place in places]
+                # Weights that are already masked are 0, so that they rank last.
+                masks = top_masks(scores, keep ** ((done + 1) / rounds))
+                ticket = nnx.clone(ticket)
+                for place, mask in zip(_layers_of(ticket, chosen), masks, strict=True):
+                    place.mask = Frozen(jnp.asarray(mask))
+                done += 1
+                stages.write({"done": done}, model=ticket, done=done)
+                stages.remove_run(done - 1)
+                left = sum(int(mask.sum()) for mask in masks)
+                advance(f"round {done} of {rounds}, {left:,} weights left")
     return Ticket(model=ticket, rounds=done, finished=finished)
 
 

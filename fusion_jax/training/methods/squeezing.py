@@ -24,7 +24,7 @@ from fusion_jax.nn.linear_forms import Frozen, find_forms
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.progress import show_progress
 from fusion_jax.training.engine.trainer import Fit
-from fusion_jax.training.methods.stages import Stages, unpack_fit
+from fusion_jax.training.methods.stages import Stages
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -260,55 +260,55 @@ def squeeze(
     for path, form in found.items():
         settings[f"bonds of {path}"] = list(form.layout.bonds)
         settings[f"Frozen cores of {path}"] = list(form.frozen)
-    stages = Stages(folder, "squeezed", model, settings)
-    kept: list[tuple[Cut, float]] = []
-    record = stages.read_record()
-    if record is None:
-        first, stopped = float(measure(model)), False
-        if not math.isfinite(first):
-            raise FloatingPointError(f"the loss before the first cut is {first}")
-    else:
-        first, stopped = record["first_loss"], record["stopped"]
-        kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in record["cuts"]]
-        if len(kept) > rounds:
-            raise InputError(
-                f"{folder} holds {len(kept)} cuts, more than rounds={rounds}; give at least as "
-                "many, or another folder"
-            )
-        if kept:
-            model = stages.load_model(len(kept), model)
-    best, loss, finished = model, kept[-1][1] if kept else first, True
+    with Stages(folder, "squeezed", model, settings) as stages:
+        kept: list[tuple[Cut, float]] = []
+        record = stages.read_record()
+        if record is None:
+            first, stopped = float(measure(model)), False
+            if not math.isfinite(first):
+                raise FloatingPointError(f"the loss before the first cut is {first}")
+        else:
+            first, stopped = record["first_loss"], record["stopped"]
+            kept = [(Cut(**entry["cut"]), entry["loss"]) for entry in record["cuts"]]
+            if len(kept) > rounds:
+                raise InputError(
+                    f"{folder} holds {len(kept)} cuts, more than rounds={rounds}; give at least as "
+                    "many, or another folder"
+                )
+            if kept:
+                model = stages.load_model(len(kept), model)
+        best, loss, finished = model, kept[-1][1] if kept else first, True
 
-    def write(new: nnx.Module | None = None) -> None:
-        entries = [{"cut": vars(c), "loss": value} for c, value in kept]
-        fields = {"first_loss": first, "cuts": entries, "stopped": stopped}
-        stages.write(fields, model=new, done=len(kept))
+        def write(new: nnx.Module | None = None) -> None:
+            entries = [{"cut": vars(c), "loss": value} for c, value in kept]
+            fields = {"first_loss": first, "cuts": entries, "stopped": stopped}
+            stages.write(fields, model=new, done=len(kept))
 
-    write()
-    with show_progress("Squeezing", rounds, progress) as advance:
-        if kept:
-            advance("resumed", len(kept))
-        while len(kept) < rounds and not stopped:
-            chosen = cheapest_cut(best, step=step)
-            if chosen is None:
-                break
-            done = len(kept)
-            tried, finished = unpack_fit(train(cut(best, chosen), stages.run_folder(done)))
-            if not finished:
-                break
-            value = float(measure(tried))
-            rise = value - first
-            # Negated, so that NaN stops too.
-            stopped = not (abs(rise) if two_sided else rise) <= tolerance
-            if stopped:
-                write()
-            else:
-                best, loss = tried, value
-                kept.append((chosen, value))
-                write(best)
-            # After the record is written, so that stopping at any moment loses nothing.
-            stages.remove_run(done)
-            advance(f"{chosen.path} bond {chosen.bond} to {chosen.size}, loss {value:.4f}")
+        with show_progress("Squeezing", rounds, progress) as advance:
+            write()
+            if kept:
+                advance("resumed", len(kept))
+            while len(kept) < rounds and not stopped:
+                chosen = cheapest_cut(best, step=step)
+                if chosen is None:
+                    break
+                done = len(kept)
+                tried, finished = stages.train(train, cut(best, chosen), done)
+                if not finished:
+                    break
+                value = float(measure(tried))
+                rise = value - first
+                # Negated, so that NaN stops too.
+                stopped = not (abs(rise) if two_sided else rise) <= tolerance
+                if stopped:
+                    write()
+                else:
+                    best, loss = tried, value
+                    kept.append((chosen, value))
+                    write(best)
+                # After the record is written, so that stopping at any moment loses nothing.
+                stages.remove_run(done)
+                advance(f"{chosen.path} bond {chosen.bond} to {chosen.size}, loss {value:.4f}")
     return Squeezed(
         model=best, loss=loss, first_loss=first, cuts=kept, stopped=stopped, finished=finished
     )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine.fingerprints import fingerprint_of_model
-from fusion_jax.training.engine.run_folder import check_same, replace_artefact
+from fusion_jax.training.engine.locks import FolderLock
+from fusion_jax.training.engine.run_folder import SAME_DATA, check_same, replace_artefact
 from fusion_jax.training.engine.trainer import Fit
 
 
@@ -47,6 +48,8 @@ def unpack_fit(result: object) -> tuple[Any, bool]:
 class Stages:
     """The stages of a method in a folder: a JSON record, the last model, and a run folder.
 
+    A ``with`` block locks the folder.
+
     Args:
         folder: The folder; None keeps nothing.
         name: The name of the record and of the models, such as "squeezed".
@@ -54,7 +57,7 @@ class Stages:
         settings: Settings that must match on resume, besides the model, as JSON values by name.
 
     Raises:
-        InputError: The model cannot be saved, or the folder is a file.
+        InputError: The model cannot be saved, the folder is a file, or it is in use.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class Stages:
     ):
         self.folder = None if folder is None else Path(folder)
         self._name, self._settings = name, dict(settings)
+        self._data: dict[str, Any] = {}
+        self._lock: FolderLock | None = None
         if folder is not None:
             if not isinstance(getattr(model, "provenance", None), Provenance):
                 raise InputError(
@@ -75,6 +80,18 @@ class Stages:
             if self.folder is not None and self.folder.is_file():
                 raise InputError(f"{folder} is a file; give a folder")
             self._settings["model"] = fingerprint_of_model(model)
+
+    def __enter__(self) -> Stages:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder)
+            for left in self.folder.glob(f".{self._name}-*.new*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def read_record(self) -> dict[str, Any] | None:
         """Returns the record in the folder, or None if there is none.
@@ -93,6 +110,7 @@ class Stages:
                 f"{self._record} was not written by fusion_jax; give another folder"
             ) from None
         check_same(self.folder, settings, self._settings)
+        self._data = record.get("data", {})
         return record
 
     def load_model(self, done: int, original: Model) -> Model:
@@ -104,8 +122,32 @@ class Stages:
         model.provenance = dataclasses.replace(model.provenance, **place)
         return model
 
-    def run_folder(self, done: int) -> Path | None:
-        """Returns the folder for the training of the stage that follows ``done`` stages."""
+    def train(
+        self, train: Callable[[Any, Path | None], Fit | nnx.Module], model: Any, done: int
+    ) -> tuple[Any, bool]:
+        """Trains the model of the stage that follows ``done`` stages, in a folder of its own.
+
+        Args:
+            train: (model, run folder or None) -> `Fit`, or the model.
+            model: The model.
+            done: The stages done.
+
+        Returns:
+            The trained model, and whether training was finished.
+
+        Raises:
+            InputError: ``train`` returned neither, or its data is not that of the stages before.
+        """
+        folder = self._run_folder(done)
+        if folder is not None and self._data and not jax.process_index():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / SAME_DATA, json.dumps(self._data) + "\n")
+        result = train(model, folder)
+        if isinstance(result, Fit) and result.data:
+            self._data = dict(result.data)
+        return unpack_fit(result)
+
+    def _run_folder(self, done: int) -> Path | None:
         return None if self.folder is None else self.folder / f"round-{done}"
 
     def write(
@@ -121,17 +163,16 @@ class Stages:
             replace_artefact(model, self.folder / f"{self._name}-{done}", save)
         if jax.process_index():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(
-            self._record, json.dumps({**record, "settings": self._settings}, indent=1) + "\n"
-        )
+        fields = {**record, "settings": self._settings, "data": self._data}
+        write_text(self._record, json.dumps(fields, indent=1) + "\n")
         if model is not None:
             shutil.rmtree(self.folder / f"{self._name}-{done - 1}", ignore_errors=True)
 
     def remove_run(self, done: int) -> None:
-        """Removes the folder that `run_folder` gave for the same number of stages."""
-        if self.folder is not None and not jax.process_index():
-            shutil.rmtree(self.folder / f"round-{done}", ignore_errors=True)
+        """Removes the folder in which `train` trained after the same number of stages."""
+        folder = self._run_folder(done)
+        if folder is not None and not jax.process_index():
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _record(self) -> Path:

@@ -23,6 +23,7 @@ from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.fingerprints import fingerprint_of_all_bits
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.step import VariableUpdate
@@ -314,8 +315,11 @@ def static_prune(
         about=about,
     )
     if folder is not None:
+        # Not in the history of the artefact, which is written without a folder too.
+        weights = None if teacher is None else fingerprint_of_all_bits(teacher)
         recipe = dataclasses.replace(
             recipe,
+            about={**about, "weights of the teacher": weights},
             save=lambda model, folder: save_masks(with_masks(model), folder),
             best_from=pruning.ramp_steps(steps) + 1,
         )
