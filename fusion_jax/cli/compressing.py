@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg, subcommand
 from fusion_jax.checkpoint.files import check_new_folder
 from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.checkpoint.writing import export_hf, save
-from fusion_jax.cli.model_options import Artefact, DType, ModelName, NewFolder
+from fusion_jax.cli.options import Artefact, DType, ModelName, NewFolder
 from fusion_jax.compression import mlps
 from fusion_jax.methods.base import Method
 from fusion_jax.methods.registry import METHODS

@@ -19,7 +19,7 @@ from fusion_jax.cli.options import (
     DataOptions,
     File,
     Length,
-    Name,
+    ModelName,
     SourceColumn,
     TargetColumn,
     TaskName,
@@ -39,7 +39,7 @@ _NO_DATA = "give either --task and --data, or --file"
 
 
 def evaluate(
-    model: Positional[Name],
+    model: Positional[ModelName],
     task: TaskName = None,
     data: Data = None,
     file: File = None,
@@ -206,7 +206,7 @@ def _measure_plain_text(
 
 
 def predict(
-    model: Positional[Name],
+    model: Positional[ModelName],
     file: Annotated[Path, arg(metavar="FILE")],
     out: Annotated[Path, arg(metavar="OUT")],
     text: TextColumns = ("text",),

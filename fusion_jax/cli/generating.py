@@ -8,7 +8,7 @@ import jax
 from tyro.conf import Positional, arg
 
 from fusion_jax.checkpoint.opening import load, open_checkpoint
-from fusion_jax.cli.model_options import DType, ModelName
+from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
 from fusion_jax.models.tokens import load_tokenizer, tokenize_prompts
