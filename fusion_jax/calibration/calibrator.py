@@ -132,9 +132,6 @@ class Calibrator:
         Args:
             site: The site.
             sequential: Whether the inputs come from the model whose earlier sites are compressed.
-
-        Returns:
-            The calibration.
         """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:

@@ -157,13 +157,10 @@ class Checkpoint:
             return jnp.result_type(*(_DTYPES[name] for name in stored))
 
     def read(self, key: Key[Array, ""] | None = None) -> Model:
-        """Reads the weights.
+        """Reads the weights into the model.
 
         Args:
             key: Random key of a new head, if the files do not have the head.
-
-        Returns:
-            The model.
 
         Raises:
             InputError: Tensors do not fit the model; the message lists all of them.

@@ -66,7 +66,7 @@ def write_artefact(
     *,
     report: Report | None = None,
 ) -> Path:
-    """Writes an artefact with given tensors.
+    """Writes an artefact with given tensors; returns its folder.
 
     Args:
         model: The model; see `save`.
@@ -74,9 +74,6 @@ def write_artefact(
         tensors: Names and arrays for ``model.safetensors``.
         fields: Further fields of ``fusion.json``.
         report: The report of the compression.
-
-    Returns:
-        The folder.
     """
     provenance = provenance_of(model)
     config = model.config

@@ -166,9 +166,6 @@ def parse_layers(text: str | None) -> Sequence[int] | slice | str | None:
     Args:
         text: Indices, a slice, or a regular expression.
 
-    Returns:
-        A value for the argument ``layers``.
-
     Example:
         >>> parse_layers("2,-1"), parse_layers("-4:"), parse_layers("layers.0.mlp")
         ([2, -1], slice(-4, None, None), 'layers.0.mlp')

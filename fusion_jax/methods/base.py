@@ -82,9 +82,6 @@ class Method:
         Args:
             width: The width of the experts.
             use: How often the router uses each expert, as shares.
-
-        Returns:
-            The method and the experts of each group.
         """
         return [(self, list(range(len(use))))]
 
@@ -94,9 +91,6 @@ class Method:
         Args:
             subs: The sub-MLPs of an MLP, perhaps abstract.
             share: The share of the MLP's parameters, in (0, 1]. The output bias does not count.
-
-        Returns:
-            The method, otherwise the same.
 
         Raises:
             InputError: No size is small enough, or the method has no size.
@@ -190,9 +184,6 @@ def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
         share: The share, in (0, 1].
         round_to: The width is a multiple of this, or the MLP's own width.
 
-    Returns:
-        The width.
-
     Raises:
         InputError: Not even the smallest width has so few parameters.
     """
@@ -212,9 +203,6 @@ def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
         width: An int, 1 to ``original``, or a float, a fraction in (0, 1].
         original: The width of the MLP.
         round_to: Fractions are rounded up to a multiple of this, but not above ``original``.
-
-    Returns:
-        The width.
 
     Raises:
         InputError: The width is out of its range.

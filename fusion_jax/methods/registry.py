@@ -57,9 +57,6 @@ def method_from_json(fields: dict[str, Any]) -> Method:
     Args:
         fields: JSON values with the method's name under ``"method"``.
 
-    Returns:
-        The method.
-
     Raises:
         InputError: The method or one of its fields is unknown.
 

@@ -130,9 +130,6 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
         cls: The dataclass.
         config: The fields.
         **given: Values that take precedence over ``config``.
-
-    Returns:
-        The configuration.
     """
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     read = {name: x for name, x in config.items() if name in known and x is not None}

@@ -64,9 +64,6 @@ class Rope:
         Args:
             config: The fields of a ``config.json``.
 
-        Returns:
-            The embedding.
-
         Raises:
             InputError: The type of the embedding is not implemented.
 

@@ -72,9 +72,6 @@ class TensorLocation(NamedTuple):
         Args:
             name: One of ``names``.
             shape: The shape of the variable.
-
-        Returns:
-            One name, or one for each expert.
         """
         return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]
 

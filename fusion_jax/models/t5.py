@@ -261,9 +261,6 @@ class Stack(nnx.Module):
             sources: What each layer attends to in the encoder; None for layers of the encoder.
             key: Random key of dropout; None for no dropout.
             output_hidden_states: Whether to return the hidden states of all layers.
-
-        Returns:
-            Hidden states, router logits and the new cache.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
         bias = self.bias(seen.slots, seen.real.shape[1])

@@ -126,7 +126,7 @@ def chain(d: int, o: int, parts: int) -> Layout:
 
 
 def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layout:
-    """Returns a layout with factors of similar size.
+    """Returns a layout with factors of similar size; for its bonds see `within_share`.
 
     Args:
         d: The number of rows.
@@ -134,9 +134,6 @@ def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layo
         parts: The number of cores.
         share: The largest number of parameters, as a share of those of the matrix; None for full
             bonds.
-
-    Returns:
-        The layout; see `within_share` for its bonds.
 
     Raises:
         InputError: Bonds of 1 already exceed the share.

@@ -55,9 +55,6 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> ContractionPlan
         layout: The shapes of the cores.
         transposed: Whether to multiply with the transposed matrix.
 
-    Returns:
-        The order.
-
     Example:
         >>> small = Layout((32, 24), (64, 48), (8,))
         >>> plan(1, small).rebuilds, plan(1, small).flops < plan(1, small).rebuild_flops
@@ -213,16 +210,13 @@ def _layout_of(cores: Sequence[Array]) -> Layout:
 def product(
     x: Float[Array, "n d"], cores: Sequence[Array], columns: int, *, transposed: bool = False
 ) -> Float[Array, "n o"]:
-    """Returns ``x W`` for the matrix W of a chain of cores, in the cheapest order.
+    """Returns ``x W`` in the dtype of x for a chain of cores W, in the cheapest order.
 
     Args:
         x: (n, d) the rows.
         cores: T_1 ... T_m.
         columns: The number of columns of the result, without padding.
         transposed: Whether to return ``x W^T``.
-
-    Returns:
-        The product, in the dtype of x.
     """
     layout = _layout_of(cores)
     found = plan(len(x), layout, transposed=transposed)

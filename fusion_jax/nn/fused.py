@@ -60,14 +60,11 @@ def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
 
 
 def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
-    """Returns the parameters that have given effective weights within given factors.
+    """Returns the parameters, in float32 or float64, with given effective weights within factors.
 
     Args:
         effective: c units with effective weights, possibly stacked.
         factors: The factors.
-
-    Returns:
-        The rows to store, in float32 or float64.
     """
     gated = effective.gate is not None
     return effective.scaled(

@@ -105,14 +105,11 @@ class LinearForm(nnx.Module):
 
     @classmethod
     def abstract(cls: type[FormT], linear: AnyLinear, **spec: Any) -> FormT:
-        """Returns a form with the sizes, dtype, bias and experts of a layer.
+        """Returns an abstract form with the sizes, dtype, bias and experts of a layer.
 
         Args:
             linear: The layer.
             **spec: Further arguments of the constructor.
-
-        Returns:
-            The form, with shapes in place of arrays.
         """
 
         def make(_: Any) -> Any:

@@ -62,15 +62,12 @@ def sites(model: nnx.Module) -> list[Site]:
 
 
 def select_sites(found: Sequence[Site], layers: Selection) -> list[Site]:
-    r"""Returns the chosen ones of some sites.
+    r"""Returns the chosen ones of some sites, in their order.
 
     Args:
         found: The sites to choose from.
         layers: A regular expression that matches whole paths; indices (negative ones count from
             the end) or a slice; a function of a `Site`; None for all.
-
-    Returns:
-        The chosen sites, in order.
 
     Raises:
         InputError: No site is chosen, or an index is out of range; the message lists the sites.

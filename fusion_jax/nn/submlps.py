@@ -41,13 +41,10 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """Returns the activation function with a Hugging Face name.
+    """Returns the activation function with a Hugging Face name, elementwise.
 
     Args:
         name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
-
-    Returns:
-        An elementwise function of arrays.
 
     Raises:
         InputError: The name is unknown.
@@ -120,9 +117,6 @@ class SubMLPs(NamedTuple):
 
         Args:
             rows: (..., c, row) for any number c of rows.
-
-        Returns:
-            The sub-MLPs, in the dtype of the rows.
         """
         fields, start = {}, 0
         for name, block in self._blocks().items():

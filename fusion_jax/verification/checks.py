@@ -158,9 +158,6 @@ def verify_files(
         num_examples: The number of lines to use.
         seed: The seed of random choices.
 
-    Returns:
-        The result.
-
     Raises:
         InputError: A file is missing, or the models do not belong together.
     """
@@ -190,9 +187,6 @@ def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
         name: The hub id or folder of the original.
         smaller: The compressed model.
         key: Random key for a head that the files do not have.
-
-    Returns:
-        The original.
 
     Raises:
         InputError: The original cannot be loaded, or is another model.

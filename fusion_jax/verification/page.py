@@ -39,14 +39,11 @@ th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:6
 
 
 def html_page(verified: VerifiedArtefact) -> str:
-    """Returns an HTML page on a compressed model.
+    """Returns an HTML page on a compressed model, which needs no other file.
 
     Args:
         verified: The result of `fusion_jax.verification.checks.verify_files`. If the artefact has
             a ``report.json``, it is shown as well.
-
-    Returns:
-        HTML that needs no other file.
     """
     v, artefact, original, num_params = verified
     file = artefact / "report.json"

@@ -160,26 +160,20 @@ class StaticPruning:
         return ramp
 
     def kept(self, step: Array, steps: int) -> Float[Array, ""]:
-        """Returns the share of the weights that a step keeps.
+        """Returns the share of the weights that a step keeps, which falls from 1 to ``keep``.
 
         Args:
             step: The number of steps done before.
             steps: The number of steps of the run.
-
-        Returns:
-            The share, which falls from 1 to ``keep``.
         """
         return self.keep + (1 - self.keep) * _left(step, self.ramp_steps(steps))
 
     def variable_update(self, model: nnx.Module, steps: int) -> VariableUpdate:
-        """Returns the function that sets the shares and the penalty before each step.
+        """Returns the ``update`` of a `Recipe`, which sets shares and penalty before each step.
 
         Args:
             model: A model with `Scored` layers.
             steps: The number of steps of the run.
-
-        Returns:
-            The value for the field ``update`` of a `Recipe`.
 
         Raises:
             InputError: The model has no scores, or the run is too short.

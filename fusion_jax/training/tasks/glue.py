@@ -206,7 +206,7 @@ def texts_of(
     labels: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Texts:
-    """Returns the texts of a table, checked.
+    """Returns the texts of a table, checked, with labels unless ``label`` is None.
 
     Args:
         table: The table.
@@ -214,9 +214,6 @@ def texts_of(
         label: The column with labels, or None for texts without labels.
         labels: The names of the classes; None for regression.
         skip_broken: Whether to leave out rows without text or label instead of raising an error.
-
-    Returns:
-        The texts, with labels unless ``label`` is None.
 
     Raises:
         InputError: A column is missing, a text is empty, or a label is not one of ``labels``.

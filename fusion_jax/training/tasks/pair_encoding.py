@@ -139,16 +139,13 @@ class PairEncoder:
         return out["input_ids"]
 
     def sources(self, texts: Sequence[str], names: Sequence[str], room: int) -> list[TokenIds]:
-        """Returns the tokens to generate from.
+        """Returns the tokens of each source to generate from.
 
         Args:
             texts: The sources, of at most ``max_length`` tokens.
             names: Where they come from.
             room: The number of tokens to generate; a decoder-only model must have positions for
                 them after the source.
-
-        Returns:
-            The tokens of each source.
 
         Raises:
             InputError: A source is too long; names it.

@@ -34,9 +34,6 @@ class Table(NamedTuple):
         Args:
             name: The name of the column.
 
-        Returns:
-            One cell per row.
-
         Raises:
             InputError: The table has no such column.
         """
@@ -61,9 +58,6 @@ def read_text(path: Path) -> str:
     Args:
         path: A file in UTF-8, with or without a byte order mark.
 
-    Returns:
-        The text.
-
     Raises:
         InputError: The file is missing or is not UTF-8; names the line.
     """
@@ -83,9 +77,6 @@ def read(path: Path, header: Sequence[str] | None = None) -> Table:
     Args:
         path: A .tsv (tabs, no quotes), .csv or .jsonl file.
         header: The names of the columns of a tsv file without a header.
-
-    Returns:
-        The table.
 
     Raises:
         InputError: The file is missing, is not UTF-8, has no rows, or a line cannot be read.
