@@ -152,9 +152,6 @@ class Calibrator:
 
         Positions dropped for lack of capacity, and padding, do not count.
 
-        Args:
-            site: The site.
-
         Returns:
             The shares, which add up to 1; None if the site has no experts or inputs were given.
         """
@@ -210,10 +207,6 @@ class _TextSample:
         self, split: tuple[Any, Any], paths: tuple[str, ...]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns the inputs of sites at these positions, (t, d), or (e, t, d) for experts.
-
-        Args:
-            split: The model's graph and state.
-            paths: The sites.
 
         Returns:
             The inputs; and for sites with experts, the number of real positions of each expert.

@@ -86,11 +86,6 @@ def routed_inputs(
 ) -> dict[str, Float[Array, "*n d"] | Routed]:
     """Runs a model and returns the input of each MLP, and inputs and routes of each `Moe`.
 
-    Args:
-        model: The model; not changed.
-        *args: The arguments of the call.
-        **kwargs: The keyword arguments of the call.
-
     Returns:
         By site path the inputs, and `Routed` for the experts of a `Moe`.
     """

@@ -106,12 +106,7 @@ class Method:
         """
 
     def check_given(self, *, calibration: bool, gradients: bool) -> None:
-        """Raises `InputError` for a given argument that is not used, and for a missing one.
-
-        Args:
-            calibration: Whether there is calibration.
-            gradients: Whether there are gradients.
-        """
+        """Raises `InputError` for a given argument that is not used, and for a missing one."""
         score = getattr(self, "score", None)
         name = type(self).__name__ + ("" if score is None else f" with score {score!r}")
         if calibration and not self.takes_calibration:

@@ -67,12 +67,7 @@ class TensorLocation(NamedTuple):
     stacked: bool = False
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """Returns the names of the tensors that make up the variable.
-
-        Args:
-            name: One of ``names``.
-            shape: The shape of the variable.
-        """
+        """Returns the names of the tensors that make up the variable."""
         return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]
 
 

@@ -82,12 +82,7 @@ def tokenize(
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
-    """Returns prompts as one batch, padded on the left and not cut off.
-
-    Args:
-        tokenizer: A tokenizer from `load_tokenizer`.
-        texts: The texts.
-    """
+    """Returns prompts as one batch, padded on the left and not cut off."""
     tokenizer.padding_side = "left"
     return tokenize(tokenizer, texts, max_length=None)
 

@@ -36,10 +36,6 @@ def decompose(matrix: Float[Array, "d o"], layout: Layout) -> TensorTrain:
     cuts at the bonds after it. The function works under ``jit``; the caller checks the bound on the
     error that it returns (`excess`, `check_bound`).
 
-    Args:
-        matrix: The matrix.
-        layout: The factors and bonds.
-
     References:
         MPOP (Liu et al., ACL 2021), section 3 and theorem 1 of the supplement, with the squares
         that its equation 3 leaves out.

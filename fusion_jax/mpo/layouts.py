@@ -43,10 +43,6 @@ class Layout(NamedTuple):
 def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]:
     """Returns the bonds at which every matrix is represented exactly.
 
-    Args:
-        inputs: i_1 ... i_m.
-        outputs: j_1 ... j_m.
-
     Returns:
         ``b_k = min(prod_{l<=k} i_l j_l, prod_{l>k} i_l j_l)``.
 

@@ -140,9 +140,6 @@ class Rebuilding(NamedTuple):
 def rebuilding(layout: Layout) -> Rebuilding:
     """Returns the cheapest order for computing the matrix of a chain of cores.
 
-    Args:
-        layout: The shapes of the cores.
-
     Returns:
         The cheapest of all orders that multiply neighbors.
 

@@ -105,12 +105,7 @@ class LinearForm(nnx.Module):
 
     @classmethod
     def abstract(cls: type[FormT], linear: AnyLinear, **spec: Any) -> FormT:
-        """Returns an abstract form with the sizes, dtype, bias and experts of a layer.
-
-        Args:
-            linear: The layer.
-            **spec: Further arguments of the constructor.
-        """
+        """Returns an abstract form with the sizes, dtype, bias and experts of a layer."""
 
         def make(_: Any) -> Any:
             return cls(

@@ -76,11 +76,7 @@ PlanT = TypeVar("PlanT", bound=BlockPlan)
 
 
 class Engine(ABC, Generic[PlanT]):
-    """A way to compute the kernel of a task block by block.
-
-    Args:
-        task: The kernel to compute.
-    """
+    """A way to compute the kernel of a task block by block."""
 
     def __init__(self, task: KernelTask):
         self.task = task

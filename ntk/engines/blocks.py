@@ -21,9 +21,6 @@ from ntk.progress import show_progress
 def caller_mesh(arrays: Any) -> Mesh | None:
     """Returns the mesh that the caller works on.
 
-    Args:
-        arrays: Pytree of arrays.
-
     Returns:
         The mesh of the first array on several devices; otherwise that of `jax.set_mesh`; None if
         there is none.

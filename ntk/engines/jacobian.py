@@ -122,11 +122,7 @@ class JacobianPlan(BlockPlan):
 
 
 class JacobianEngine(Engine[JacobianPlan]):
-    """Computes kernels from per-example gradients; see the module.
-
-    Args:
-        task: The kernel to compute.
-    """
+    """Computes kernels from per-example gradients; see the module."""
 
     def __init__(self, task: KernelTask):
         super().__init__(task)

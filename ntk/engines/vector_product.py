@@ -41,11 +41,7 @@ class VectorPlan(BlockPlan):
 
 
 class VectorEngine(Engine[VectorPlan]):
-    """Computes kernels from kernel-vector products; see the module.
-
-    Args:
-        task: The kernel to compute.
-    """
+    """Computes kernels from kernel-vector products; see the module."""
 
     def __init__(self, task: KernelTask):
         super().__init__(task)

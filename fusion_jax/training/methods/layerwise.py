@@ -119,10 +119,6 @@ def _batches(
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
     """Returns prefixes of the paths of compressed MLPs, such as ``"layers.2.mlp."``.
 
-    Args:
-        student: The compressed model.
-        teacher: The original model.
-
     Raises:
         InputError: The models have MLPs at different places, or no MLP differs.
     """

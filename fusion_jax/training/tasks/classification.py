@@ -173,9 +173,6 @@ class TextEncoder:
     def __call__(self, texts: Texts) -> Examples:
         """Tokenizes texts.
 
-        Args:
-            texts: The texts.
-
         Returns:
             The examples.
 

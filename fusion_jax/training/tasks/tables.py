@@ -31,9 +31,6 @@ class Table(NamedTuple):
     def column(self, name: str) -> Sequence[Any]:
         """Returns the cells of a column.
 
-        Args:
-            name: The name of the column.
-
         Raises:
             InputError: The table has no such column.
         """
