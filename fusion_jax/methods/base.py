@@ -163,12 +163,18 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_width(width: int | float) -> None:
     """Raises `InputError` unless the width is an int of at least 1 or a fraction in (0, 1]."""
-    if isinstance(width, bool) or not isinstance(width, int | float):
-        raise InputError(f"width must be an int or a fraction; got {width!r}")
-    if isinstance(width, int) and width < 1:
-        raise InputError(f"width must be at least 1; got {width}")
-    if isinstance(width, float) and not 0 < width <= 1:
-        raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
+    check_size("width", width, 1)
+
+
+def check_size(name: str, size: int | float, most: int) -> None:
+    """Raises `InputError` unless a size is an int of at least 1 or a fraction in (0, most]."""
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise InputError(f"{name} must be an int or a fraction; got {size!r}")
+    if isinstance(size, int) and size < 1:
+        raise InputError(f"{name} must be at least 1; got {size}")
+    if isinstance(size, float) and not 0 < size <= most:
+        hint = f"; for a {name} of {size:g} give an int" if size > most > 1 else ""
+        raise InputError(f"a {name} given as a fraction must be in (0, {most}]; got {size}{hint}")
 
 
 def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:

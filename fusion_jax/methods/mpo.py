@@ -14,9 +14,8 @@ from jaxtyping import Array, Float
 
 from fusion_jax import mpo
 from fusion_jax.errors import InputError
-from fusion_jax.methods.base import Solution
+from fusion_jax.methods.base import Solution, check_size
 from fusion_jax.methods.factored import Factored, relative_error
-from fusion_jax.methods.svd import check_size
 
 
 class MpoFacts(NamedTuple):
@@ -63,7 +62,7 @@ class MPO(Factored):
 
     def __post_init__(self):
         if self.bond is not None:
-            check_size("bond", self.bond)
+            check_size("bond", self.bond, 2)
         try:
             object.__setattr__(self, "cores", operator.index(self.cores))
         except TypeError:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_jax.report import cell
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import KERNEL_NAMES, Verification, VerifiedArtefact
 from ntk import KernelKind
@@ -163,7 +164,7 @@ def _report(report: dict[str, Any]) -> str:
             row["site"],
             f"{row['width_before']:,} → {row['width_after']:,}",
             f"{row['params_before']:,} → {row['params_after']:,}",
-            *(_cell(row["facts"].get(name)) for name in names),
+            *(cell(row["facts"].get(name)) for name in names),
         ]
         for row in report["rows"]
     ]
@@ -182,14 +183,6 @@ def _how(v: Verification) -> str:
         "inner products of gradients. Adam: inner products of gradients and signs of gradients. "
         f"{escape(engines)}</p>"
     )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _figure(caption: str, picture: str) -> str:

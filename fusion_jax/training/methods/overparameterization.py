@@ -192,13 +192,3 @@ class Chains:
         names = ("every", "per_round", "total", "cores", "batches")
         given = {} if callable(self.matrices) else {"matrices": self.matrices}
         return {**{name: getattr(self, name) for name in names}, **given}
-
-
-def added_params(d: int, o: int, cores: int) -> int:
-    """Returns the number of parameters that a chain has in addition to its matrix's.
-
-    Example:
-        >>> added_params(768, 3072, 11)
-        13271040
-    """
-    return mpo.chain(d, o, cores).params - d * o

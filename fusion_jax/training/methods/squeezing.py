@@ -53,29 +53,19 @@ def lightweight(model: ModelT) -> ModelT:
         >>> type(lightweight(chains).up.cores[1]).__name__
         'Frozen'
     """
+    new: Any = nnx.clone(model)
     for path, form in chains(model).items():
         if len(form.cores) < 2:
             raise InputError(f"{path} is a chain of one core: nothing of it would train")
-    return _with_frozen(model, lambda form: (_largest(form.layout),))
+        cores = [core[...] for core in form.cores]
+        new = replaced(new, path, _rebuilt(form, form.layout, (_largest(form.layout),), cores))
+    return new
 
 
 def _largest(layout: Layout) -> int:
     sizes = [math.prod(shape) for shape in layout.shapes]
     middle = len(sizes) // 2
     return max(range(len(sizes)), key=lambda k: (sizes[k], -abs(k - middle)))
-
-
-def all_train(model: ModelT) -> ModelT:
-    """Returns the model with every core of every chain trainable again."""
-    return _with_frozen(model, lambda form: ())
-
-
-def _with_frozen(model: ModelT, frozen: Callable[[Mpo], tuple[int, ...]]) -> ModelT:
-    new: Any = nnx.clone(model)
-    for path, form in chains(model).items():
-        cores = [core[...] for core in form.cores]
-        new = replaced(new, path, _rebuilt(form, form.layout, frozen(form), cores))
-    return new
 
 
 def chains(model: nnx.Module) -> dict[str, Mpo]:
