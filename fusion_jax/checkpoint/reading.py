@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -19,9 +20,7 @@ from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
 from fusion_jax.models.provenance import Head, Provenance
 from fusion_jax.models.rules import KeyRules, TensorLocation
-from fusion_jax.nn.linear_forms import LinearForm
-from fusion_jax.nn.mlp import AnyMlp
-from fusion_jax.nn.site import Site, sites
+from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 
@@ -113,29 +112,24 @@ class Checkpoint:
         )
         if self.artefact is not None:
             for site in sites(model):
-                model = replaced(model, site.path, self._site_module(site))
+                with self._reading(f"site {site.path}"):
+                    module = _module(site.mlp, self.artefact["sites"][site.path])
+                model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
-                model = replaced(model, path, self._form(model, path, spec))
+                fields = dict(spec)
+                with self._reading(f"form {path}"):
+                    form = LINEAR_FORMS[fields.pop("form")].abstract(at(model, path), **fields)
+                model = replaced(model, path, form)
         model.provenance = self.provenance
         return model
 
-    def _site_module(self, site: Site) -> AnyMlp:
-        assert self.artefact is not None
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
         try:
-            return _module(site.mlp, self.artefact["sites"][site.path])
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
-            ) from None
-
-    def _form(self, model: nnx.Module, path: str, spec: Mapping[str, Any]) -> LinearForm:
-        fields = dict(spec)
-        try:
-            layer = at(model, path)
-            return LINEAR_FORMS[fields.pop("form")].abstract(layer, **fields)
+            yield
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(
-                f"{self.tensors.folder / files.FUSION}: cannot read form {path} ({error})"
+                f"{self.tensors.folder / files.FUSION}: cannot read {what} ({error})"
             ) from None
 
     def _param_dtype(self) -> Any:

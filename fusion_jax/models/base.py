@@ -18,6 +18,10 @@ from fusion_jax.models.rules import KeyRules
 class Model(nnx.Module):
     """Base of all models.
 
+    They are made from a configuration, with the arguments ``head`` (None for no head),
+    ``param_dtype`` (the dtype of the parameters, in which the model also computes), and ``rngs``
+    (random keys of the initial parameters).
+
     Args:
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.

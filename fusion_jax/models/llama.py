@@ -247,12 +247,6 @@ class Layer(nnx.Module):
 class Llama(CausalLm):
     """A Llama-like decoder.
 
-    Args:
-        config: The configuration.
-        head: ``"causal-lm"`` for logits, or None.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
-
     Example:
         >>> config = LlamaConfig.from_json({"model_type": "llama", "vocab_size": 50,
         ...     "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 24,

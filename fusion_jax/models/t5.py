@@ -319,12 +319,8 @@ class T5(Generative):
     Unlike in T5, there is no dropout inside the MLPs.
 
     Args:
-        config: The configuration.
-        head: ``"seq2seq-lm"`` for logits, or None.
         lm_head: Whether there is an output layer, if the configuration does not tie it to the
             token embeddings.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
 
     References:
         T5 (arXiv 1910.10683); Switch Transformers (arXiv 2101.03961).

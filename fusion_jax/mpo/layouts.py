@@ -121,23 +121,11 @@ def chain(d: int, o: int, parts: int) -> Layout:
     return Layout(inputs, outputs, full_bonds(inputs, outputs))
 
 
-def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layout:
-    """Returns a layout with factors of similar size; for its bonds see `within_share`.
-
-    Args:
-        d: The number of rows.
-        o: The number of columns.
-        parts: The number of cores.
-        share: The largest number of parameters, as a share of those of the matrix; None for full
-            bonds.
-
-    Raises:
-        InputError: Bonds of 1 already exceed the share.
-    """
+def layout_of(d: int, o: int, parts: int) -> Layout:
+    """Returns a layout of a (d, o) matrix at full bonds, with ``parts`` factors of similar size."""
     inputs, outputs = balanced(d, parts), balanced(o, parts)
     orders = [Layout(inputs, j, full_bonds(inputs, j)) for j in (outputs, outputs[::-1])]
-    full = min(orders, key=lambda layout: layout.params)
-    return full if share is None else within_share(full, d, o, share)
+    return min(orders, key=lambda layout: layout.params)
 
 
 def within_share(full: Layout, d: int, o: int, share: float) -> Layout:

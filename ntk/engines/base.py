@@ -76,7 +76,11 @@ PlanT = TypeVar("PlanT", bound=BlockPlan)
 
 
 class Engine(ABC, Generic[PlanT]):
-    """A way to compute the kernel of a task block by block."""
+    """A way to compute the kernel of a task block by block.
+
+    In all methods, ``values`` are the parameters and the program's constants, and ``group`` is the
+    number of a group of parameters.
+    """
 
     def __init__(self, task: KernelTask):
         self.task = task
@@ -95,24 +99,11 @@ class Engine(ABC, Generic[PlanT]):
     def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result.
 
-        Args:
-            plan: The plan.
-            values: The parameters and the program's constants.
-            blocks: Shapes and dtypes of a block of each argument.
-
-        Returns:
-            The bytes, according to the compiler.
+        ``blocks`` are shapes and dtypes of a block of each argument; the compiler counts the bytes.
         """
 
     def prepare(self, plan: PlanT, group: int, values: Any, block: Any) -> Any:
-        """Returns what `add` needs of a block of examples; by default, the block itself.
-
-        Args:
-            plan: The plan.
-            group: The number of the group of parameters.
-            values: The parameters and the program's constants.
-            block: The arrays of the examples.
-        """
+        """Returns what `add` needs of a block of examples; by default, the block itself."""
         return values, block
 
     def steps(self, plan: PlanT, group: int) -> int:
@@ -130,12 +121,8 @@ class Engine(ABC, Generic[PlanT]):
     ) -> KernelArray:
         """Returns a total plus the part of a group of parameters in the kernel of two blocks.
 
-        Args:
-            plan: The plan.
-            group: The number of the group.
-            total: What the part is added to.
-            sides: The two blocks as `prepare` returns them; None for the second if it is the first.
-            advance: Called after every step.
+        ``sides`` are the two blocks as `prepare` returns them, None for the second if it is the
+        first; ``advance`` is called after every step.
         """
 
 
