@@ -32,14 +32,7 @@ Words = Annotated[
         help_behavior_hint="(default: those of the GLUE task)",
     ),
 ]
-Teacher = Annotated[
-    str | None,
-    arg(
-        metavar="MODEL",
-        help="A model fine-tuned on the task, or its run folder, to learn from as well.",
-        help_behavior_hint="(default: none)",
-    ),
-]
+Teacher = Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: none)")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,7 @@ def prune_statically(
         pruning: Settings of static pruning.
         config: Settings of training the scores; train does not apply.
         words: Words whose logits in the masked-LM head become the logits of the classes.
-        teacher: Model to learn from.
+        teacher: A model fine-tuned on the task, or its run folder, to learn from as well.
         seed: Seed of the dropout, the order of the examples, and a head that trains.
         data: The task and its data.
         devices: How the devices are used.
