@@ -22,7 +22,8 @@ class _Glue:
 
     folder: str
     texts: tuple[str, ...]
-    hub_texts: tuple[str, ...]
+    hub_texts: tuple[str, ...] = ()
+    """The columns on the hub, if they have other names there."""
     label: str = "label"
     labels: tuple[str, ...] | None = ("0", "1")
     metrics: tuple[str, ...] = ("accuracy",)
@@ -35,11 +36,10 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _GLUE: Mapping[str, _Glue] = MappingProxyType(
     {
-        "sst2": _Glue(folder="SST-2", texts=("sentence",), hub_texts=("sentence",)),
+        "sst2": _Glue(folder="SST-2", texts=("sentence",)),
         "cola": _Glue(
             folder="CoLA",
             texts=("sentence",),
-            hub_texts=("sentence",),
             metrics=("matthews",),
             header=("source", "label", "mark", "sentence"),
         ),
@@ -53,7 +53,6 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "stsb": _Glue(
             folder="STS-B",
             texts=_PAIR,
-            hub_texts=_PAIR,
             label="score",
             labels=None,
             metrics=("pearson", "spearman"),
@@ -61,7 +60,6 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "qqp": _Glue(
             folder="QQP",
             texts=("question1", "question2"),
-            hub_texts=("question1", "question2"),
             label="is_duplicate",
             metrics=("accuracy", "f1"),
             skip_broken=True,  # the distributed files hold some rows without a label
@@ -77,11 +75,10 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "qnli": _Glue(
             folder="QNLI",
             texts=("question", "sentence"),
-            hub_texts=("question", "sentence"),
             labels=_ENTAILMENT,
         ),
-        "rte": _Glue(folder="RTE", texts=_PAIR, hub_texts=_PAIR, labels=_ENTAILMENT),
-        "wnli": _Glue(folder="WNLI", texts=_PAIR, hub_texts=_PAIR),
+        "rte": _Glue(folder="RTE", texts=_PAIR, labels=_ENTAILMENT),
+        "wnli": _Glue(folder="WNLI", texts=_PAIR),
     }
 )
 GLUE: Mapping[str, TaskSpec] = MappingProxyType(
@@ -144,7 +141,7 @@ def _from_hub(name: str) -> Classification:
 
     def split(part: str) -> Texts:
         rows = loaded[part]
-        texts = list(zip(*(rows[column] for column in glue.hub_texts), strict=True))
+        texts = list(zip(*(rows[column] for column in glue.hub_texts or glue.texts), strict=True))
         dtype = np.float32 if spec.labels is None else np.int32
         names = [f"{name} {part}[{i}]" for i in range(len(texts))]
         return Texts(texts, np.asarray(rows["label"], dtype), names)
