@@ -129,9 +129,7 @@ class Calibrator:
     def of(self, site: Site, sequential: bool = False) -> Calibration:
         """Returns the calibration of a site, with positions in random order.
 
-        Args:
-            site: The site.
-            sequential: Whether the inputs come from the model whose earlier sites are compressed.
+        With ``sequential``, the inputs come from the model whose earlier sites are compressed.
         """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:

@@ -180,10 +180,7 @@ def check_size(name: str, size: int | float, most: int) -> None:
 def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
     """Returns the largest number of hidden units with at most a share of an MLP's parameters.
 
-    Args:
-        subs: The MLP's sub-MLPs, perhaps abstract.
-        share: The share, in (0, 1].
-        round_to: The width is a multiple of this, or the MLP's own width.
+    It is a multiple of ``round_to``, or the MLP's own width.
 
     Raises:
         InputError: Not even the smallest width has so few parameters.
@@ -198,12 +195,9 @@ def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
 
 
 def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
-    """Returns the width for an int, or for a fraction of the original width.
+    """Returns the width for an int, or for a fraction of the original width in (0, 1].
 
-    Args:
-        width: An int, 1 to ``original``, or a float, a fraction in (0, 1].
-        original: The width of the MLP.
-        round_to: Fractions are rounded up to a multiple of this, but not above ``original``.
+    Fractions are rounded up to a multiple of ``round_to``, but not above the original width.
 
     Raises:
         InputError: The width is out of its range.

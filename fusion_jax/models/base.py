@@ -130,10 +130,7 @@ ConfigT = TypeVar("ConfigT")
 def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
-    Args:
-        cls: The dataclass.
-        config: The fields.
-        **given: Values that take precedence over ``config``.
+    Values in ``given`` take precedence.
     """
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     read = {name: x for name, x in config.items() if name in known and x is not None}

@@ -90,13 +90,7 @@ class KeyRules:
     ignored: Sequence[str]
 
     def locate(self, path: str) -> TensorLocation:
-        """Returns where a variable of the model is in a checkpoint.
-
-        Args:
-            path: The path of the variable in the model, such as ``"layers.3.mlp.up.kernel"``.
-
-        Returns:
-            The possible names and the layout.
+        """Returns where a variable, such as ``"layers.3.mlp.up.kernel"``, is in a checkpoint.
 
         Raises:
             KeyError: No rule matches: a mistake in the architecture's file.

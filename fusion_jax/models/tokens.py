@@ -113,13 +113,7 @@ def batches(
 
 
 def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
-    """Returns a batch with padding at the end.
-
-    Args:
-        batch: The batch.
-        length: The new length in tokens, not below the old one.
-        token: The token id of padding.
-    """
+    """Returns a batch with a token of padding at its end, up to a length not below its own."""
     more = ((0, 0), (0, length - batch.input_ids.shape[1]))
     ids = jnp.pad(batch.input_ids, more, constant_values=token)
     return TokenBatch(ids, jnp.pad(batch.attention_mask, more))

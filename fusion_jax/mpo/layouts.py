@@ -61,13 +61,8 @@ def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]
 def balanced(n: int, parts: int) -> tuple[int, ...]:
     """Returns factors of similar size whose product is n or, if n has none, a little more.
 
-    Args:
-        n: The number to factorize.
-        parts: The number of factors.
-
-    Returns:
-        The factors, the largest in the middle. Their product is the smallest number from n on
-        that has factors of at most twice their geometric mean (rounded up).
+    The largest is in the middle. Their product is the smallest number from n on that has factors of
+    at most twice their geometric mean (rounded up).
 
     Example:
         >>> balanced(768, 5), balanced(3072, 5), balanced(7, 2)
@@ -100,13 +95,7 @@ def _factors(n: int, parts: int) -> list[int] | None:
 def chain(d: int, o: int, parts: int) -> Layout:
     """Returns a layout that adds parameters: two outer cores with square matrices between them.
 
-    Args:
-        d: The number of rows.
-        o: The number of columns.
-        parts: The number of cores, at least 2.
-
-    Returns:
-        The layout at full bonds; all inner factors are 1.
+    The ``parts``, at least 2, have full bonds, and all inner factors are 1.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.1: 768 x 3072 as (32, 1, ..., 24) x (64, 1, ..., 48).

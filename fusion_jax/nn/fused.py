@@ -60,12 +60,7 @@ def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
 
 
 def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
-    """Returns the parameters, in float32 or float64, with given effective weights within factors.
-
-    Args:
-        effective: c units with effective weights, possibly stacked.
-        factors: The factors.
-    """
+    """Returns the parameters, in float32 or float64, of given effective weights within factors."""
     gated = effective.gate is not None
     return effective.scaled(
         down=1 / factors.outer,

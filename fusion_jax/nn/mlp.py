@@ -206,13 +206,7 @@ class Mlp(AnyMlp):
     def abstract(self, cls: type[MlpT], width: int, **fields: Any) -> MlpT:
         """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
-        Args:
-            cls: The class of the new module.
-            width: Its width.
-            **fields: Further arguments of its constructor.
-
-        Returns:
-            The module, with shapes in place of parameters: nothing is allocated.
+        It has shapes in place of parameters: nothing is allocated.
         """
         make = partial(
             cls,

@@ -112,14 +112,7 @@ def plain(model: Any) -> Any:
 
 
 def gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
-    """Returns the gradients of a site's parameters, laid out as its sub-MLPs.
-
-    Args:
-        site: The site.
-        gradients: The gradients of the whole model, by path of the parameter.
-
-    Returns:
-        As many rows as the MLP has sub-MLPs.
+    """Returns a site's part of a model's gradients by path, laid out as its sub-MLPs.
 
     Raises:
         InputError: A gradient is missing or has another shape.

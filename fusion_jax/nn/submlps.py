@@ -166,14 +166,6 @@ class SubMLPs(NamedTuple):
 def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> HiddenUnits:
     """Returns the values and slopes of the units of an MLP at given inputs, see `HiddenUnits`.
 
-    Args:
-        subs: The sub-MLPs, not stacked.
-        x: Inputs.
-        act: The activation's name.
-
-    Returns:
-        Hidden values and slopes, in float32 or float64.
-
     Example:
         >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)))
         >>> responses(subs, jnp.ones((5, 3)), "gelu").hidden.shape

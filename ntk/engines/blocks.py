@@ -38,9 +38,6 @@ def automatic_mesh(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
 
     With explicit axes, a function would have to state the sharding of each of its results.
 
-    Args:
-        mesh: The caller's mesh, or None.
-
     Yields:
         A function that puts a pytree of arrays on that mesh without moving them.
     """
