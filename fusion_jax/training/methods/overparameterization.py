@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from fusion_jax import mpo
 from fusion_jax.compression.matrices import LAYERS, select_matrices
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import LinearForm, check_plain, matrix_of, stack_of
@@ -128,11 +128,9 @@ class Chains:
     """The importance measured in each round, by path; a resumed run has its own rounds only."""
 
     def __post_init__(self):
-        for name, least in (("every", 1), ("per_round", 1), ("total", 1), ("cores", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.batches is not None and self.batches < 1:
-            raise InputError(f"batches must be at least 1; got {self.batches}")
+        check_at_least(1, every=self.every, per_round=self.per_round, total=self.total)
+        check_at_least(2, cores=self.cores)
+        check_at_least(1, batches=self.batches)
 
     def replaceable(self, model: Any) -> list[str]:
         """Returns the paths of the matrices that may become chains."""

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax import mpo
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.nn.dtypes import wide
@@ -239,9 +239,7 @@ def squeeze(
     Example:
         >>> squeezed = squeeze(model, train, measure, folder="run")  # doctest: +SKIP
     """
-    for name, value in (("rounds", rounds), ("step", step)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1; got {value}")
+    check_at_least(1, rounds=rounds, step=step)
     if not tolerance > 0:
         raise InputError(f"tolerance must be above 0; got {tolerance}")
     found = chains(model)
