@@ -121,6 +121,15 @@ class LinearForm(nnx.Module):
             assert bias is not None
             self.bias.set_value(bias.astype(self.bias.get_value().dtype))
 
+    @classmethod
+    def replacing(
+        cls: type[FormT], linear: AnyLinear, arrays: Sequence[Array], **spec: Any
+    ) -> FormT:
+        """Returns a form with given arrays, and with the dtype and the bias of a layer."""
+        new = cls.abstract(linear, **spec)
+        new.load(arrays, None if linear.bias is None else linear.bias[...])
+        return new
+
     def plain(self) -> nnx.Module:
         """Returns the same function as a plain layer."""
         return plain_linear(self.matrix(), None if self.bias is None else self.bias[...])

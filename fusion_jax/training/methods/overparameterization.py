@@ -70,12 +70,10 @@ def overparameterize(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
             raise InputError(f"{path} is not a linear layer")
         check_plain(layer, path)
         layout = mpo.chain(layer.in_features, layer.out_features, cores)
-        form = mpo.Mpo.abstract(layer, **layout._asdict())
         kernel = wide(matrix_of(layer))
         arrays, excess = _chain(kernel, layout, len(stack_of(layer)))
         mpo.check_bound(excess)
-        form.load(arrays, None if layer.bias is None else layer.bias[...])
-        new = replaced(new, path, form)
+        new = replaced(new, path, mpo.Mpo.replacing(layer, arrays, **layout._asdict()))
     return new
 
 
