@@ -92,12 +92,7 @@ class Classification:
         check_head(model, self.spec)
         encoder = TextEncoder(model, config.max_length, config.truncate)
         order, _ = jax.random.split(key)
-        batches = encoder.batches(
-            encoder(self.train),
-            config.batch_size,
-            shapes=config.shapes,
-            seed=int(jax.random.bits(order)),
-        )
+        batches = encoder.training(self.train, config, order)
         loss = losses.regression if self.spec.labels is None else losses.classification
         loss = losses.with_routers(loss, model, config)
         dev = {name: encoder(texts) for name, texts in self.dev.items()}
@@ -208,15 +203,18 @@ class TextEncoder:
         """Returns batches padded for the model, see `Batches`."""
         return Batches(examples, batch_size, pad_id=self.pad_id, shapes=shapes, seed=seed)
 
+    def training(self, texts: Texts, config: TrainConfig, key: Key[Array, ""]) -> Batches:
+        """Returns texts in batches, in an order that depends on the key."""
+        seed = int(jax.random.bits(key))
+        return self.batches(self(texts), config.batch_size, shapes=config.shapes, seed=seed)
+
 
 def unlabeled_batches(
     texts: Texts, model: Model, config: TrainConfig, *, key: Key[Array, ""]
 ) -> Batches:
     """Returns texts in batches, without labels, in an order that depends on the key."""
     encoder = TextEncoder(model, config.max_length, config.truncate)
-    examples = encoder(texts._replace(labels=None))
-    seed = int(jax.random.bits(key))
-    return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
+    return encoder.training(texts._replace(labels=None), config, key)
 
 
 @jax.jit
