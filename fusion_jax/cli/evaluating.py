@@ -106,14 +106,11 @@ def evaluate(
         if kind == "labels":
             results = _measure_labels(folder, run, options, file, limits)
         else:
-            search = {"max_new_tokens": max_new_tokens, "beams": _search(beams)}
+            searched = None if beams == 1 else Beams(beams)
+            search = {"max_new_tokens": max_new_tokens, "beams": searched}
             results = _measure_pairs(folder, options, file, split, out, limits, search)
     for name, value in results.items():
         print(f"{name} {value:.4f}")
-
-
-def _search(beams: int) -> Beams | None:
-    return None if beams == 1 else Beams(beams)
 
 
 def _published(
@@ -251,7 +248,7 @@ def predict(
             generation.load_generative(folder),
             [first for first, *_ in texts.texts],
             max_new_tokens=max_new_tokens,
-            beams=_search(beams),
+            beams=None if beams == 1 else Beams(beams),
             progress=True,
             **limits,
         )

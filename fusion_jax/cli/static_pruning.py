@@ -97,7 +97,10 @@ def prune_statically(
         print(f"Label words: {pairs}")
         head = {"label_words": words}
     before = checkpoint.load(model, head="classification", **head)
-    taught_by = None if teacher is None else _load_teacher(teacher)
+    taught_by = None
+    if teacher is not None:
+        run = best_model(Path(teacher).expanduser())
+        taught_by = checkpoint.load(run or teacher, head="classification")
     fields = {"model": model, "seed": seed, "task": loaded.to_json(), "words": words}
     fields |= {"teacher": teacher, "max_length": config.max_length}
     recipe = Recipe(on_step=run_recorder(out, fields))
@@ -135,11 +138,6 @@ def rebase(
     """
     masks.rebase(folder, base)
     print(f"{folder} takes its weights from {base} now.")
-
-
-def _load_teacher(name: str) -> Any:
-    run = best_model(Path(name).expanduser())
-    return checkpoint.load(name if run is None else run, head="classification")
 
 
 COMMANDS = {"smp": prune_statically, "rebase": rebase}

@@ -254,13 +254,7 @@ class Stack(nnx.Module):
     ) -> DecoderOutput:
         """Runs the layers on embeddings.
 
-        Args:
-            x: The embeddings.
-            seen: What the tokens attend to.
-            cache: The cache.
-            sources: What each layer attends to in the encoder; None for layers of the encoder.
-            key: Random key of dropout; None for no dropout.
-            output_hidden_states: Whether to return the hidden states of all layers.
+        The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
         bias = self.bias(seen.slots, seen.real.shape[1])

@@ -40,11 +40,7 @@ class Factors(NamedTuple):
 
 
 def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
-    """Returns the factors of a scaling.
-
-    Args:
-        sizes: Cluster sizes n_c.
-        scaling: See `FusedMlp`.
+    """Returns the factors of a scaling for cluster sizes n_c, see `FusedMlp`.
 
     Returns:
         ``"adam"``: outer n; ``"sgd"``: outer sqrt(n), inner and middle 1 / sqrt(n);

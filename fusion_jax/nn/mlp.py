@@ -67,7 +67,7 @@ class AnyMlp(nnx.Module):
 
     def plain(self) -> Mlp:
         """Returns the same function as a module that any framework has."""
-        raise NotImplementedError
+        return self.padded(self.width)
 
     def padded(self, width: int) -> Mlp:
         """Returns the same function with all-zero units added up to a width, in a plain module.
@@ -206,7 +206,13 @@ class Mlp(AnyMlp):
     def abstract(self, cls: type[MlpT], width: int, **fields: Any) -> MlpT:
         """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
-        It has shapes in place of parameters: nothing is allocated.
+        Args:
+            cls: The class of the new module.
+            width: Its width.
+            **fields: Further arguments of its constructor.
+
+        Returns:
+            The module, with shapes in place of parameters: nothing is allocated.
         """
         make = partial(
             cls,

@@ -107,6 +107,9 @@ class SubMLPs(NamedTuple):
 
         Args:
             rows: (..., c, row) for any number c of rows.
+
+        Returns:
+            The sub-MLPs, in the dtype of the rows.
         """
         fields, start = {}, 0
         for name, block in self._blocks().items():

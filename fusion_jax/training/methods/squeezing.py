@@ -124,7 +124,8 @@ def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
     """
     best: Cut | None = None
     for path, form in chains(model).items():
-        for bond, values in enumerate(_spectra(form)):
+        spectra = _spectra([core[...] for core in form.cores], bool(form.stack))
+        for bond, values in enumerate(map(np.asarray, spectra)):
             size = form.layout.bonds[bond] - step
             if size < 1:
                 continue
@@ -146,13 +147,8 @@ def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.TensorTrain, Arr
     return jax.lax.map(one, cores) if form.stack else one(cores)
 
 
-def _spectra(form: Mpo) -> list[np.ndarray]:
-    cores = [core[...] for core in form.cores]
-    return [np.asarray(values) for values in _each_spectra(cores, bool(form.stack))]
-
-
 @partial(jax.jit, static_argnames="stacked")
-def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
+def _spectra(cores: list[Array], stacked: bool) -> list[Array]:
     return jax.lax.map(mpo.spectra_of, cores) if stacked else mpo.spectra_of(cores)
 
 

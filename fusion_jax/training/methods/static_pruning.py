@@ -140,7 +140,13 @@ class StaticPruning:
                 raise InputError(f"{name} must be steps or a part in (0, 1]; got {value}")
 
     def ramp_steps(self, steps: int) -> int:
-        """Returns the steps N of the ramp, below those of the run: the last keeps the final share.
+        """Returns the number of steps N of the ramp in a run.
+
+        Args:
+            steps: The number of steps of the run.
+
+        Returns:
+            The number, below ``steps``, so that the last step keeps the final share.
 
         Raises:
             InputError: The run is too short.
@@ -163,7 +169,14 @@ class StaticPruning:
         return self.keep + (1 - self.keep) * _left(step, self.ramp_steps(steps))
 
     def variable_update(self, model: nnx.Module, steps: int) -> VariableUpdate:
-        """Returns the ``update`` of a `Recipe`, which sets shares and penalty before each step.
+        """Returns the function that sets the shares and the penalty before each step.
+
+        Args:
+            model: A model with `Scored` layers.
+            steps: The number of steps of the run.
+
+        Returns:
+            The value for the field ``update`` of a `Recipe`.
 
         Raises:
             InputError: The model has no scores, or the run is too short.

@@ -187,16 +187,7 @@ class PairEncoder:
     def batches(
         self, pairs: Pairs, batch_size: int, *, shapes: int = 4, seed: int | None = None
     ) -> PairBatches:
-        """Returns batches of every source with each of its references.
-
-        Args:
-            pairs: The pairs.
-            batch_size: The number of pairs in a batch.
-            shapes: The largest number of padded lengths.
-            seed: Seed of the order; None sorts the batches by padded length.
-
-        Returns:
-            The batches, for `losses.next_token` or `losses.sequence_to_sequence`.
+        """Returns batches of every source with each of its references; see `Batches`.
 
         Raises:
             InputError: A pair is too long; names it.
