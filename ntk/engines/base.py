@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -124,6 +125,44 @@ class Engine(ABC, Generic[PlanT]):
         ``sides`` are the two blocks as `prepare` returns them, None for the second if it is the
         first; ``advance`` is called after every step.
         """
+
+
+class OneCallEngine(Engine[PlanT]):
+    """Base of engines that compute the kernel of two blocks in one call of a jitted function."""
+
+    _add: Any
+
+    @abstractmethod
+    def _arguments(self, plan: PlanT, total: Any, values: Any, first: Any, second: Any) -> tuple:
+        """Returns the arguments of the function; the second block is None if it is the first."""
+
+    def add(
+        self,
+        plan: PlanT,
+        group: int,
+        total: KernelArray,
+        sides: tuple[Any, Any],
+        advance: Callable[[], None],
+    ) -> KernelArray:
+        """Returns a total plus the kernel of two blocks."""
+        (values, first), (_, second) = sides[0], sides[1] or (None, None)
+        with self._explained():
+            total = self._add(*self._arguments(plan, total, values, first, second))
+        total = jax.block_until_ready(total)
+        advance()
+        return total
+
+    def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
+        """Returns the bytes that a plan needs beside parameters, inputs and result."""
+        second = None if self.task.same and plan.rows >= self.task.n1 else blocks[1]
+        total = self.task.block(plan.rows, plan.columns)
+        with self._explained():
+            arguments = self._arguments(plan, total, values, blocks[0], second)
+            return temporary_bytes(self._add, *arguments) + nbytes(total)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Returns a context that explains errors of the function."""
+        return nullcontext()
 
 
 def cut(n: int, max_block: int, chunk: int, shards: int) -> tuple[int, int]:
