@@ -99,17 +99,8 @@ class Checkpoint:
     @cached_property
     def abstract(self) -> Model:
         """The model with shapes in place of arrays."""
-        dtype = self._param_dtype()
         optional = {part: self.has(part) for part in self.family.optional}
-        model = nnx.eval_shape(
-            lambda: self.family.model(
-                self.config,
-                head=self._head,
-                param_dtype=dtype,
-                rngs=nnx.Rngs(0),
-                **optional,
-            )
-        )
+        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
         if self.artefact is not None:
             for site in sites(model):
                 with self._reading(f"site {site.path}"):
@@ -122,6 +113,10 @@ class Checkpoint:
                 model = replaced(model, path, form)
         model.provenance = self.provenance
         return model
+
+    def _make(self, rngs: nnx.Rngs, optional: Mapping[str, bool]) -> Model:
+        given = {"head": self._head, "param_dtype": self._param_dtype(), **optional}
+        return self.family.model(self.config, rngs=rngs, **given)
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -229,13 +224,7 @@ class Checkpoint:
 
         @jax.jit
         def make(key: Array) -> dict[VariablePath, Array]:
-            model = self.family.model(
-                self.config,
-                head=self._head,
-                param_dtype=self._param_dtype(),
-                rngs=nnx.Rngs(key),
-                **dict.fromkeys(self.family.optional, True),
-            )
+            model = self._make(nnx.Rngs(key), dict.fromkeys(self.family.optional, True))
             flat = dict(nnx.to_flat_state(nnx.state(model)))
             return {path: flat[path].get_value() for path in new}
 
