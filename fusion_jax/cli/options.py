@@ -155,11 +155,8 @@ class DataOptions:
                 raise InputError(f"--task {PLAIN} needs --data FILE.txt (and --dev-file FILE.txt)")
             self.check_only("plain text", "task", "data", "dev_file", "context")
             return PlainText(Path(self.data), self.dev_file, self.context or CONTEXT)
-        if (
-            self.task is not None
-            and self.data is not None
-            and not (self.train_file or self.dev_file)
-        ):
+        own = self.train_file or self.dev_file
+        if self.task is not None and self.data is not None and not own:
             self.check_only("a published task", "task", "data")
             load = load_pairs if self.kind == "pairs" else load_task
             return load(self.task, self.data)
