@@ -137,7 +137,7 @@ class Report:
                 row.site,
                 *[f"{row.width_before} -> {_widths(row)}"] * widths,
                 f"{row.params_before:,} -> {row.params_after:,}",
-                *(_cell(row.facts.get(name)) for name in names),
+                *(cell(row.facts.get(name)) for name in names),
                 f"{row.seconds:.2f}",
             ]
             for row in self.rows
@@ -172,7 +172,8 @@ def _shares(use: Sequence[float]) -> str:
     return f"{ordered[0]:.1%} to {ordered[-1]:.1%}, median {ordered[len(use) // 2]:.1%}"
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """Returns a figure as text for a table."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ntk.arrays import host_float64
-from ntk.errors import InputError
+from ntk.errors import InputError, check_at_least
 from ntk.tables import table
 
 Dynamics = Literal["gradient flow", "gradient descent", "sign descent"]
@@ -253,8 +253,7 @@ def _training(
         raise InputError("the outputs are the targets already: there is nothing to train")
     if learning_rate is not None and not (np.isfinite(learning_rate) and learning_rate > 0):
         raise InputError(f"learning_rate must be positive; got {learning_rate}")
-    if steps is not None and steps < 1:
-        raise InputError(f"steps must be at least 1; got {steps}")
+    check_at_least(1, steps=steps)
     if symmetric and learning_rate is None:
         if steps is not None:
             raise InputError("steps need a learning_rate; gradient flow has times")

@@ -26,7 +26,7 @@ from ntk.engines.blocks import (
 from ntk.engines.jacobian import JacobianEngine
 from ntk.engines.structure import Program
 from ntk.engines.vector_product import VectorEngine
-from ntk.errors import InputError, check_choice
+from ntk.errors import InputError, check_at_least, check_choice
 from ntk.kinds import KernelKind
 
 EngineName = Literal["auto", "jacobian", "vector-product", "neural-tangents"]
@@ -101,9 +101,7 @@ def kernel(
         check_choice("implementation", implementation, Implementation)
         if engine != "neural-tangents":
             raise InputError("implementation is an option of engine='neural-tangents' only")
-    for name, value in (("block_size", block_size), ("memory_limit", memory_limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1; got {value}")
+    check_at_least(1, block_size=block_size, memory_limit=memory_limit)
     leaves = _parameters(params)
     arrays = [_inputs("x1", x1), *([] if x2 is None else [_inputs("x2", x2)])]
     _check_pair(x1, x2, arrays)

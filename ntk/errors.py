@@ -30,13 +30,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def check_choice(argument: str, value: object, literal: Any) -> None:
-    """Checks that a value is one of the values of a `typing.Literal`.
+def check_at_least(least: int, **values: int | None) -> None:
+    """Checks that numbers, by the names of their arguments, are not below a limit."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}; got {value}")
 
-    Args:
-        argument: The name of the argument, for the error message.
-        value: The value.
-        literal: The `typing.Literal`.
+
+def check_choice(argument: str, value: object, literal: Any) -> None:
+    """Checks that the value of an argument is one of those of a `typing.Literal`.
 
     Raises:
         InputError: The value is none of them; the message names the closest one.

@@ -16,9 +16,6 @@ KernelKind = Literal["sgd", "adam"]
 def second_transform(kind: KernelKind) -> Callable[[Array], Array]:
     """Returns what is applied to a kernel's second gradient: nothing for SGD, the sign for Adam.
 
-    Args:
-        kind: ``"sgd"`` or ``"adam"``.
-
     Raises:
         InputError: The kind is unknown.
 

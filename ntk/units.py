@@ -167,10 +167,6 @@ class HiddenUnits(NamedTuple):
 def hidden_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> HiddenUnits:
     """Returns the hidden units and their slopes.
 
-    Args:
-        mlp: The weights.
-        x: Inputs, (n, d).
-
     Returns:
         H and dH/dz, for the value z of each linear map in the order of ``mlp.maps``.
 

@@ -34,7 +34,7 @@ from fusion_jax.training import (
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.importance import type_of
-from fusion_jax.training.methods.squeezing import Cut, all_train, chains, cheapest_cut, cut
+from fusion_jax.training.methods.squeezing import Cut, chains, cheapest_cut, cut
 from tests import glue, tiny
 from tests.helpers import TRAIN_CONFIG as CONFIG
 from tests.helpers import flat, moved, unchecked
@@ -445,22 +445,24 @@ def test_growing_keeps_the_moments_of_what_trained_before(model, data, source, k
 
 
 @pytest.fixture(scope="module")
-def chained(model):
-    made, _ = fj.compress_matrices(
-        model, fj.MPO(bond=None, cores=3), matrices=r"layers\.\d\.mlp\..*"
-    )
-    return lightweight(made)
+def all_trains(model):
+    method = fj.MPO(bond=None, cores=3)
+    return fj.compress_matrices(model, method, matrices=r"layers\.\d\.mlp\..*")[0]
+
+
+@pytest.fixture(scope="module")
+def chained(all_trains):
+    return lightweight(all_trains)
 
 
 @pytest.mark.full(quick=1)
-def test_only_auxiliary_tensors_train(chained, data, key):
+def test_only_auxiliary_tensors_train(chained, all_trains, data, key):
     fit = fj.finetune(chained, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
     paths = moved(chained, fit.model)
     assert not [p for p in paths if p.endswith("cores.1")]
     assert len([p for p in paths if ".cores." in p]) == 8
-    again = all_train(fit.model)
-    fit = fj.finetune(again, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
-    assert len([p for p in moved(again, fit.model) if ".cores." in p]) == 12
+    fit = fj.finetune(all_trains, data, dataclasses.replace(CONFIG, warmup=0.0), key=key)
+    assert len([p for p in moved(all_trains, fit.model) if ".cores." in p]) == 12
 
 
 @pytest.mark.full
@@ -480,7 +482,7 @@ def test_the_cheapest_cut_is_the_cheapest(chained):
 
 
 @pytest.mark.full
-def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
+def test_squeezing_stops_at_the_tolerance_and_resumes(chained, all_trains, tmp_path):
     """With a measure that only looks at sizes, and training that does nothing."""
 
     def measure(model):
@@ -514,7 +516,7 @@ def test_squeezing_stops_at_the_tolerance_and_resumes(chained, tmp_path):
         (chained, {"step": 3}, r"\(step 2, now 3\)"),
         (chained, {"rounds": 1}, "holds 2 cuts, more than rounds=1; give at least as many"),
         (fewer, {}, rf"\({bond} .*, now \[3, "),
-        (all_train(chained), {}, r"Frozen cores of layers\..* \[1\], now \[\]"),
+        (all_trains, {}, r"Frozen cores of layers\..* \[1\], now \[\]"),
     ):
         options = {"tolerance": 0.075, "step": 2, **changed}
         with pytest.raises(fj.InputError, match=message):

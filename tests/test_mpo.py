@@ -510,7 +510,7 @@ def test_published_chain():
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 1.0])
 def test_a_share_is_used_up_and_not_more(share):
-    layout = mpo.layout_of(96, 384, 5, share=share)
+    layout = mpo.within_share(mpo.layout_of(96, 384, 5), 96, 384, share)
     assert layout.params <= share * 96 * 384
     wider = mpo.layout_of(96, 384, 5).capped(max(layout.bonds) + 1)
     assert wider.params > share * 96 * 384

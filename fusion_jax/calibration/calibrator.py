@@ -129,12 +129,7 @@ class Calibrator:
     def of(self, site: Site, sequential: bool = False) -> Calibration:
         """Returns the calibration of a site, with positions in random order.
 
-        Args:
-            site: The site.
-            sequential: Whether the inputs come from the model whose earlier sites are compressed.
-
-        Returns:
-            The calibration.
+        With ``sequential``, the inputs come from the model whose earlier sites are compressed.
         """
         inputs = jnp.asarray(self._inputs[site.path])
         if site.mlp.stack:
@@ -154,9 +149,6 @@ class Calibrator:
         """Returns the share of the routed positions that each expert of a site gets on the text.
 
         Positions dropped for lack of capacity, and padding, do not count.
-
-        Args:
-            site: The site.
 
         Returns:
             The shares, which add up to 1; None if the site has no experts or inputs were given.
@@ -213,10 +205,6 @@ class _TextSample:
         self, split: tuple[Any, Any], paths: tuple[str, ...]
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns the inputs of sites at these positions, (t, d), or (e, t, d) for experts.
-
-        Args:
-            split: The model's graph and state.
-            paths: The sites.
 
         Returns:
             The inputs; and for sites with experts, the number of real positions of each expert.

@@ -78,7 +78,8 @@ def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[
         >>> {path: x.shape for path, x in mlp_inputs(layers, jnp.ones((3, 4))).items()}
         {'layers.0': (3, 4), 'layers.1': (3, 4)}
     """
-    return _seen(model, args, kwargs)[0]
+    seen = routed_inputs(model, *args, **kwargs)
+    return {path: x for path, x in seen.items() if not isinstance(x, Routed)}
 
 
 def routed_inputs(
@@ -86,19 +87,9 @@ def routed_inputs(
 ) -> dict[str, Float[Array, "*n d"] | Routed]:
     """Runs a model and returns the input of each MLP, and inputs and routes of each `Moe`.
 
-    Args:
-        model: The model; not changed.
-        *args: The arguments of the call.
-        **kwargs: The keyword arguments of the call.
-
     Returns:
         By site path the inputs, and `Routed` for the experts of a `Moe`.
     """
-    inputs, routed = _seen(model, args, kwargs)
-    return {**inputs, **routed}
-
-
-def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], dict[str, Routed]]:
     tapped: Any = nnx.clone(model)
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
@@ -107,6 +98,5 @@ def _seen(model: nnx.Module, args: Any, kwargs: Any) -> tuple[dict[str, Array], 
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
     tapped(*args, **kwargs)
-    inputs = {path: tap.seen[...] for path, tap in taps.items()}
     routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
-    return inputs, routed
+    return {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}

@@ -80,10 +80,7 @@ def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
 def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
     """Returns the batches of a source as keyword arguments of a model.
 
-    Args:
-        model: The model.
-        source: Strings, token batches, keyword arguments, or ``"random"``.
-        key: Random key of random tokens.
+    The source is strings, token batches, keyword arguments, or ``"random"`` for random tokens.
 
     Raises:
         InputError: There is no text or no tokenizer, or a batch is unknown or too long.
@@ -143,16 +140,11 @@ def _tokenizer(model: nnx.Module) -> Any:
 def scrambled(
     batch: TokenBatch, tokenizer: Any, key: Key[Array, ""], rows: int | None = None
 ) -> TokenBatch:
-    """Returns a batch in which a random token of the vocabulary replaces that of every word.
+    """Returns a batch in which random tokens of the vocabulary replace all but special tokens.
 
     On text of one kind, a model takes a small part of its possible inputs. With as many random
-    tokens in addition, a fit to the text also holds on text of other kinds.
-
-    Args:
-        batch: The batch.
-        tokenizer: Its tokenizer; special tokens stay and are not drawn.
-        key: Random key.
-        rows: The number of tokens that the model has embeddings for; None for all.
+    tokens in addition, a fit to the text also holds on text of other kinds. The model has
+    embeddings for the first ``rows`` tokens; None for all.
     """
     ids = np.asarray(batch.input_ids)
     drawn = _random_words(tokenizer, ids.shape, key, rows)

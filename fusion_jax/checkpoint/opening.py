@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
-from fusion_jax.errors import InputError, nearest
+from fusion_jax.errors import InputError, check_at_least, nearest
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
@@ -122,8 +122,7 @@ def open_checkpoint(
     if num_labels is not None:
         if head != "classification":
             raise InputError("num_labels is for head='classification'")
-        if num_labels < 1:
-            raise InputError(f"num_labels must be at least 1; got {num_labels}")
+        check_at_least(1, num_labels=num_labels)
         fields = {**fields, "num_labels": num_labels}
     named = label_words is None  # classes of other label words are not those of the files
     if named and head == "classification":

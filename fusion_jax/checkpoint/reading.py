@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -21,9 +22,7 @@ from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
 from fusion_jax.models.provenance import Head, Provenance
 from fusion_jax.models.rules import KeyRules, TensorLocation
-from fusion_jax.nn.linear_forms import LinearForm
-from fusion_jax.nn.mlp import AnyMlp
-from fusion_jax.nn.site import Site, sites
+from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 
@@ -131,42 +130,32 @@ class Checkpoint:
     @cached_property
     def abstract(self) -> Model:
         """The model with shapes in place of arrays."""
-        dtype = self._param_dtype()
         optional = {part: self.has(part) for part in self.family.optional}
-        model = nnx.eval_shape(
-            lambda: self.family.model(
-                self.config,
-                head=self._head,
-                param_dtype=dtype,
-                rngs=nnx.Rngs(0),
-                **optional,
-            )
-        )
+        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
         if self.artefact is not None:
             for site in sites(model):
-                model = replaced(model, site.path, self._site_module(site))
+                with self._reading(f"site {site.path}"):
+                    module = _module(site.mlp, self.artefact["sites"][site.path])
+                model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
-                model = replaced(model, path, self._form(model, path, spec))
+                fields = dict(spec)
+                with self._reading(f"form {path}"):
+                    form = LINEAR_FORMS[fields.pop("form")].abstract(at(model, path), **fields)
+                model = replaced(model, path, form)
         model.provenance = self.provenance
         return model
 
-    def _site_module(self, site: Site) -> AnyMlp:
-        assert self.artefact is not None
-        try:
-            return _module(site.mlp, self.artefact["sites"][site.path])
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.tensors.folder / files.FUSION}: cannot read site {site.path} ({error})"
-            ) from None
+    def _make(self, rngs: nnx.Rngs, optional: Mapping[str, bool]) -> Model:
+        given = {"head": self._head, "param_dtype": self._param_dtype(), **optional}
+        return self.family.model(self.config, rngs=rngs, **given)
 
-    def _form(self, model: nnx.Module, path: str, spec: Mapping[str, Any]) -> LinearForm:
-        fields = dict(spec)
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
         try:
-            layer = at(model, path)
-            return LINEAR_FORMS[fields.pop("form")].abstract(layer, **fields)
+            yield
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(
-                f"{self.tensors.folder / files.FUSION}: cannot read form {path} ({error})"
+                f"{self.tensors.folder / files.FUSION}: cannot read {what} ({error})"
             ) from None
 
     def _param_dtype(self) -> Any:
@@ -188,13 +177,10 @@ class Checkpoint:
             return jnp.result_type(*(_DTYPES[name] for name in stored))
 
     def read(self, key: Key[Array, ""] | None = None) -> Model:
-        """Reads the weights.
+        """Reads the weights into the model.
 
         Args:
             key: Random key of a new head, if the files do not have the head.
-
-        Returns:
-            The model.
 
         Raises:
             InputError: Tensors do not fit the model; the message lists all of them.
@@ -296,13 +282,7 @@ class Checkpoint:
 
         @jax.jit
         def make(key: Array) -> dict[VariablePath, Array]:
-            model = self.family.model(
-                self.config,
-                head=self._head,
-                param_dtype=self._param_dtype(),
-                rngs=nnx.Rngs(key),
-                **dict.fromkeys(self.family.optional, True),
-            )
+            model = self._make(nnx.Rngs(key), dict.fromkeys(self.family.optional, True))
             flat = dict(nnx.to_flat_state(nnx.state(model)))
             return {path: flat[path].get_value() for path in new}
 

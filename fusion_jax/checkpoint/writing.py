@@ -66,18 +66,7 @@ def write_artefact(
     *,
     report: Report | None = None,
 ) -> Path:
-    """Writes an artefact with given tensors.
-
-    Args:
-        model: The model; see `save`.
-        folder: The folder to write; see `save`.
-        tensors: Names and arrays for ``model.safetensors``.
-        fields: Further fields of ``fusion.json``.
-        report: The report of the compression.
-
-    Returns:
-        The folder.
-    """
+    """Writes an artefact of tensors, with further ``fields`` in ``fusion.json``; see `save`."""
     provenance = provenance_of(model)
     config = model.config
     num_labels, label_ids = labels_of(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Union
+from typing import Annotated, Union
 
 import jax
 from tyro.conf import Positional, arg, subcommand
@@ -12,10 +12,11 @@ from tyro.conf import Positional, arg, subcommand
 from fusion_jax.checkpoint.files import check_new_folder
 from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.checkpoint.writing import export_hf, save
-from fusion_jax.cli.model_options import Artefact, DType, ModelName, NewFolder
+from fusion_jax.cli.options import Artefact, DType, ModelName, NewFolder
 from fusion_jax.compression import mlps
 from fusion_jax.methods.base import Method
 from fusion_jax.methods.registry import METHODS
+from fusion_jax.models.provenance import Head
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, size_of, table
@@ -58,22 +59,8 @@ Budget = Annotated[
         help_behavior_hint="(default: by the options of the method)",
     ),
 ]
-HeadName = Annotated[
-    Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"] | None,
-    arg(
-        metavar="HEAD",
-        help="Head to load: classification, masked-lm, causal-lm or seq2seq-lm.",
-        help_behavior_hint="(default: none)",
-    ),
-]
-NumLabels = Annotated[
-    int | None,
-    arg(
-        metavar="N",
-        help="Number of classes of a new classification head.",
-        help_behavior_hint="",
-    ),
-]
+HeadName = Annotated[Head | None, arg(metavar="HEAD", help_behavior_hint="(default: none)")]
+NumLabels = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 
 
 def inspect(model: Positional[ModelName]) -> None:
@@ -120,8 +107,8 @@ def compress(
         layers: Which MLPs.
         budget: The share of the parameters of each MLP to keep.
         calibration: Text for the method to fit.
-        head: Head to load.
-        num_labels: Number of classes of a new head.
+        head: Head to load: classification, masked-lm, causal-lm or seq2seq-lm.
+        num_labels: Number of classes of a new classification head.
         new_head: Make a new head with random weights, as for a model that has none.
         dtype: Type of the parameters.
         seed: Seed of all random choices.
@@ -174,9 +161,6 @@ def parse_layers(text: str | None) -> Sequence[int] | slice | str | None:
 
     Args:
         text: Indices, a slice, or a regular expression.
-
-    Returns:
-        A value for the argument ``layers``.
 
     Example:
         >>> parse_layers("2,-1"), parse_layers("-4:"), parse_layers("layers.0.mlp")

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,24 +47,16 @@ def find_model() -> str:
     return HUB_ID
 
 
-class Change(NamedTuple):
-    """The difference between a compressed model and the original.
+def measure_change(
+    original: Model, smaller: Model, batch: TokenBatch
+) -> tuple[list[Array], dict[str, Array], Float[Array, " b"]]:
+    """Compares two encoders on the same texts, without padding.
 
-    Args:
-        hidden: The relative Frobenius error of the hidden states after each layer.
-        output: By site, the relative Frobenius error of the MLP's outputs at the inputs that it has
-            in the original.
-        cosine: (b,) cosine similarities of the sentence embeddings (means of the last hidden
-            states).
+    Returns:
+        The relative Frobenius errors of the hidden states after each layer, and by site of the
+        MLP's outputs at the inputs that it has in the original; and cosine similarities of the
+        sentence embeddings (means of the last hidden states).
     """
-
-    hidden: list[float]
-    output: dict[str, float]
-    cosine: Float[np.ndarray, " b"]
-
-
-def measure_change(original: Model, smaller: Model, batch: TokenBatch) -> Change:
-    """Compares two encoders on the same texts, without padding."""
     real = batch.attention_mask[..., None].astype(jnp.float32)
 
     def error(a: Array, b: Array) -> Array:
@@ -81,10 +73,7 @@ def measure_change(original: Model, smaller: Model, batch: TokenBatch) -> Change
         unit = [m / jnp.linalg.norm(m, axis=-1, keepdims=True) for m in means]
         return hidden[1:], output, (unit[0] * unit[1]).sum(-1)
 
-    hidden, output, cosine = jax.device_get(compare(original, smaller))
-    return Change(
-        [float(e) for e in hidden], {k: float(e) for k, e in output.items()}, np.asarray(cosine)
-    )
+    return jax.device_get(compare(original, smaller))
 
 
 def bit_equal(a: nnx.Module, b: nnx.Module) -> bool:
@@ -132,13 +121,13 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     )
     print(f"{report}\n")
 
-    found = measure_change(model, smaller, batch)
+    hidden, output, cosine = measure_change(model, smaller, batch)
     rows = [["layer", "hidden states", "MLP output, same input"]]
-    for i, (site, hidden) in enumerate(zip(sites(model), found.hidden, strict=True)):
-        rows.append([str(i), f"{hidden:.3f}", f"{found.output[site.path]:.3f}"])
+    for i, (site, error) in enumerate(zip(sites(model), hidden, strict=True)):
+        rows.append([str(i), f"{error:.3f}", f"{output[site.path]:.3f}"])
     print(f"Relative change on {len(texts)} English sentences (Frobenius norm)")
     print(table(rows))
-    mean, lowest = found.cosine.mean(), found.cosine.min()
+    mean, lowest = cosine.mean(), cosine.min()
     print(f"\nSentence embeddings: cosine {mean:.3f} on average, {lowest:.3f} at least\n")
 
     artefact = save(smaller, out / "artefact", report=report)

@@ -19,7 +19,7 @@ from fusion_jax.cli.options import (
     DataOptions,
     File,
     Length,
-    Name,
+    ModelName,
     SourceColumn,
     TargetColumn,
     TaskName,
@@ -36,11 +36,9 @@ from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
 from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
 from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
 
-_NO_DATA = "give either --task and --data, or --file"
-
 
 def evaluate(
-    model: Positional[Name],
+    model: Positional[ModelName],
     task: TaskName = None,
     data: Data = None,
     file: File = None,
@@ -52,7 +50,7 @@ def evaluate(
     split: Literal["dev", "test"] = "test",
     max_new_tokens: int = 128,
     beams: int = 1,
-    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    out: File = None,
     batch_size: int = 64,
     max_length: Length = None,
     truncate: bool = False,
@@ -109,14 +107,24 @@ def evaluate(
         if kind == "labels":
             results = _measure_labels(folder, run, options, file, limits)
         else:
-            search = {"max_new_tokens": max_new_tokens, "beams": _search(beams)}
+            searched = None if beams == 1 else Beams(beams)
+            search = {"max_new_tokens": max_new_tokens, "beams": searched}
             results = _measure_pairs(folder, options, file, split, out, limits, search)
     for name, value in results.items():
         print(f"{name} {value:.4f}")
 
 
-def _search(beams: int) -> Beams | None:
-    return None if beams == 1 else Beams(beams)
+def _published(
+    options: DataOptions, file: Path | None, kind: str, *columns: str
+) -> tuple[str, str] | None:
+    """Returns name and data of a published task; None if there is a file, of this kind, instead."""
+    if file is not None:
+        options.check_only(kind, *columns)
+        return None
+    options.check_only("a published task", "task", "data")
+    if options.task is None or options.data is None:
+        raise InputError("give either --task and --data, or --file")
+    return options.task, options.data
 
 
 def _measure_labels(
@@ -127,17 +135,13 @@ def _measure_labels(
     limits: dict[str, Any],
 ) -> dict[str, float]:
     """Returns the metrics of a model's labels on each dev set of a task, or on a file."""
-    if file is None:
-        options.check_only("a published task", "task", "data")
-    else:
-        options.check_only("a file with labels", "text", "label")
+    published = _published(options, file, "a file with labels", "text", "label")
     model = checkpoint.load(folder, head="classification")
-    if file is None:
-        if options.task is None or options.data is None:
-            raise InputError(_NO_DATA)
-        loaded = load_task(options.task, options.data)
+    if published is not None:
+        loaded = load_task(*published)
         spec, dev = loaded.spec, loaded.dev
     else:
+        assert file is not None
         spec = _spec_of(model, run)
         table = tables.read(file)
         numbered = spec.name in GLUE and spec.labels == GLUE[spec.name].labels
@@ -173,21 +177,17 @@ def _measure_pairs(
     search: dict[str, Any],
 ) -> dict[str, float]:
     """Returns the metrics of generated texts, and how likely the references are."""
-    if file is None:
-        options.check_only("a published task", "task", "data")
-    else:
-        options.check_only("a file of sources and targets", "source", "target")
+    published = _published(options, file, "a file of sources and targets", "source", "target")
     sacrebleu()  # raises now if it is missing, not after generating the texts
     if out is not None:
         _check_out(out)
     model = generation.load_generative(folder)
-    if file is None:
-        if options.task is None or options.data is None:
-            raise InputError(_NO_DATA)
-        loaded = load_pairs(options.task, options.data)
+    if published is not None:
+        loaded = load_pairs(*published)
         name, pairs = split, loaded.dev if split == "dev" else loaded.test
         assert pairs is not None
     else:
+        assert file is not None
         name, pairs = file.name, pairs_of(file, options.source, options.target or "target")
     likelihood = generation.measure_pairs(model, pairs, **limits)
     texts = generation.generate_texts(model, pairs, progress=True, **limits, **search)
@@ -218,7 +218,7 @@ def _measure_plain_text(
 
 
 def predict(
-    model: Positional[Name],
+    model: Positional[ModelName],
     file: Annotated[Path, arg(metavar="FILE")],
     out: Annotated[Path, arg(metavar="OUT")],
     text: TextColumns = ("text",),
@@ -259,7 +259,7 @@ def predict(
             generation.load_generative(folder),
             [first for first, *_ in texts.texts],
             max_new_tokens=max_new_tokens,
-            beams=_search(beams),
+            beams=None if beams == 1 else Beams(beams),
             progress=True,
             **limits,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,20 +12,7 @@ from tyro.conf import Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_folder
-from fusion_jax.cli.options import (
-    Context,
-    Data,
-    DataOptions,
-    File,
-    MeshText,
-    Name,
-    Settings,
-    SourceColumn,
-    TargetColumn,
-    TaskName,
-    TextColumns,
-    use_mesh,
-)
+from fusion_jax.cli.options import DataOptions, Devices, File, Flat, Hidden, ModelName, Settings
 from fusion_jax.cli.run_folders import RESUME, history_table, resumable, run_recorder
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
@@ -36,22 +24,12 @@ from fusion_jax.training.tasks.glue import texts_of
 
 @resumable
 def finetune(
-    model: Positional[Name],
+    model: Positional[ModelName],
     out: Annotated[Path, arg(metavar="RUN")],
     config: Settings = TrainConfig(),  # noqa: B008 - frozen
-    task: TaskName = None,
-    data: Data = None,
-    train_file: File = None,
-    dev_file: File = None,
-    text: TextColumns = ("text",),
-    label: str = "label",
-    regression: bool = False,
-    source: SourceColumn = "source",
-    target: TargetColumn = None,
-    context: Context = None,
     seed: int = 0,
-    mesh: MeshText = None,
-    distributed: bool = False,
+    data: Flat[DataOptions] = DataOptions(),  # noqa: B008 - frozen
+    devices: Flat[Devices] = Devices(),  # noqa: B008 - frozen
 ) -> None:
     """Fine-tune a model on a task; the same command resumes a run that was stopped.
 
@@ -64,39 +42,17 @@ def finetune(
         model: Hub id, Hugging Face folder, or artefact.
         out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
         config: Settings of training.
-        task: The task.
-        data: The task's files.
-        train_file: A csv, tsv or jsonl file of your own to train on.
-        dev_file: Another file to measure on; with --task text, a text file.
-        text: TextColumns with text.
-        label: Column with labels.
-        regression: Labels are numbers to predict.
-        source: Column with sources.
-        target: Column with targets.
-        context: Tokens of a window.
         seed: Seed of the head, the dropout and the order of the examples.
-        mesh: How the devices are used.
-        distributed: Join the other processes of this job (jax.distributed).
+        data: The task and its data.
+        devices: How the devices are used.
     """
-    if distributed:
-        jax.distributed.initialize()
-    loaded = DataOptions(
-        task=task,
-        data=data,
-        train_file=train_file,
-        dev_file=dev_file,
-        text=text,
-        label=label,
-        regression=regression,
-        source=source,
-        target=target,
-        context=context,
-    ).read()
+    devices.join()
+    loaded = data.read()
     key = jax.random.key(seed)
     before = loaded.load(model, key=key)
     fields = {"model": model, "seed": seed, "task": loaded.to_json()}
     recipe = Recipe(on_step=run_recorder(out, {**fields, "max_length": config.max_length}))
-    with use_mesh(mesh):
+    with devices.used():
         result = finetune_model(
             before, loaded, config, key=key, folder=out, recipe=recipe, progress=True
         )
@@ -110,22 +66,33 @@ def finetune(
         print(f"Saved {out / 'last'}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnlabeledData(DataOptions):
+    """The options that choose unlabeled texts."""
+
+    train_file: File = None
+    """A csv, tsv or jsonl file with a column of texts."""
+    dev_file: Hidden[File] = None
+    label: Hidden[str] = "label"
+    regression: Hidden[bool] = False
+
+    def read(self) -> Any:
+        """Returns the task, or the texts of a file that has no other columns."""
+        if self.kind != "labels" or self.train_file is None or self.task is not None:
+            return super().read()
+        self.check_only("a column of texts", "train_file", "text")
+        return texts_of(tables.read(self.train_file), self.text, None)
+
+
 @resumable
 def tune(
     student: Positional[Annotated[str, arg(metavar="STUDENT")]],
     teacher: Annotated[str, arg(metavar="MODEL")],
     out: Annotated[Path, arg(metavar="OUT")],
     config: Settings = TrainConfig(epochs=1),  # noqa: B008 - frozen
-    task: TaskName = None,
-    data: Data = None,
-    train_file: File = None,
-    text: TextColumns = ("text",),
-    source: SourceColumn = "source",
-    target: TargetColumn = None,
-    context: Context = None,
     seed: int = 0,
-    mesh: MeshText = None,
-    distributed: bool = False,
+    data: Flat[UnlabeledData] = UnlabeledData(),
+    devices: Flat[Devices] = Devices(),  # noqa: B008 - frozen
 ) -> None:
     """Tune compressed MLPs towards the hidden states of the original, on unlabeled texts.
 
@@ -134,36 +101,15 @@ def tune(
         teacher: Hub id or folder of the model before compression.
         out: Folder for the tuned artefact; OUT.run keeps the run until it is finished.
         config: Settings of training; train, dropout and the routers' losses do not apply.
-        task: Task whose training texts are used.
-        data: The task's files.
-        train_file: A csv, tsv or jsonl file with a column of texts.
-        text: TextColumns with text.
-        source: Column with sources.
-        target: Column with targets.
-        context: Tokens of a window.
         seed: Seed of the order of the texts.
-        mesh: How the devices are used.
-        distributed: Join the other processes of this job (jax.distributed).
+        data: The task whose training texts are used.
+        devices: How the devices are used.
     """
-    if distributed:
-        jax.distributed.initialize()
+    devices.join()
     check_new_folder(out)
-    options = DataOptions(
-        task=task,
-        data=data,
-        train_file=train_file,
-        text=text,
-        source=source,
-        target=target,
-        context=context,
-    )
     key = jax.random.key(seed)
     small = checkpoint.load(student)
-    if options.kind == "labels" and train_file is not None and task is None:
-        options.check_only("a column of texts", "train_file", "text")
-        inputs: Any = texts_of(tables.read(train_file), text, None)
-    else:
-        inputs = options.read()
+    inputs = data.read()
     folder = out.with_name(f"{out.name}.run")
     big = checkpoint.load(
         teacher,
@@ -171,7 +117,7 @@ def tune(
         num_labels=small.config.num_labels if small.provenance.head == "classification" else None,
         key=key,
     )
-    with use_mesh(mesh):
+    with devices.used():
         result = tune_model(small, big, inputs, config, key=key, folder=folder, progress=True)
     if not result.finished:
         print(f"Stopped after step {result.step}. {RESUME}")

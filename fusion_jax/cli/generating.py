@@ -9,7 +9,7 @@ import jax
 from tyro.conf import Positional, arg
 
 from fusion_jax.checkpoint.opening import ignored_generation_fields, load, open_checkpoint
-from fusion_jax.cli.model_options import DType, ModelName
+from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
 from fusion_jax.models.tokens import check_tokens, continuation, load_tokenizer, tokenize_prompts

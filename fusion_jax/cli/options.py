@@ -6,10 +6,10 @@ import contextlib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import auto_mesh
@@ -24,7 +24,28 @@ TaskKind = Literal["labels", "pairs", "text"]
 PLAIN = "text"
 """The name of the task of plain text."""
 
-Name = Annotated[str, arg(metavar="MODEL")]
+T = TypeVar("T")
+Flat = Annotated[T, arg(name="")]
+"""Fields of a dataclass that are options of a command, listed with its other options."""
+Hidden = Suppress[Fixed[T]]
+"""A field that is not an option of the command."""
+ModelName = Annotated[str, arg(metavar="MODEL")]
+Artefact = Annotated[str, arg(metavar="ARTEFACT")]
+NewFolder = Annotated[Path, arg(metavar="OUT")]
+TextFile = Annotated[
+    Path | None,
+    arg(
+        metavar="FILE", help_behavior_hint="(default: English sentences that come with fusion-jax)"
+    ),
+]
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(
+        metavar="DTYPE",
+        help="Type of the parameters: float32, bfloat16 or float16.",
+        help_behavior_hint="(default: that of the files)",
+    ),
+]
 TaskName = Annotated[
     str | None,
     arg(
@@ -85,15 +106,6 @@ Length = Annotated[
         help_behavior_hint="(default: as in the run's training)",
     ),
 ]
-MeshText = Annotated[
-    str | None,
-    arg(
-        metavar="MESH",
-        help="How devices are used, such as data=4,model=2: data splits batches, fsdp splits "
-        "batches and parameters, model splits the widths of MLPs.",
-        help_behavior_hint="(default: all on data)",
-    ),
-]
 Settings = OmitArgPrefixes[TrainConfig]
 
 
@@ -101,16 +113,20 @@ Settings = OmitArgPrefixes[TrainConfig]
 class DataOptions:
     """The options that choose the data of a command."""
 
-    task: str | None = None
-    data: str | None = None
-    train_file: Path | None = None
-    dev_file: Path | None = None
-    text: tuple[str, ...] = ("text",)
+    task: TaskName = None
+    data: Data = None
+    train_file: File = None
+    """A csv, tsv or jsonl file of your own to train on."""
+    dev_file: File = None
+    """Another file to measure on; with --task text, a text file."""
+    text: TextColumns = ("text",)
     label: str = "label"
+    """Column with labels."""
     regression: bool = False
-    source: str = "source"
-    target: str | None = None
-    context: int | None = None
+    """Labels are numbers to predict."""
+    source: SourceColumn = "source"
+    target: TargetColumn = None
+    context: Context = None
 
     @property
     def kind(self) -> TaskKind:
@@ -139,11 +155,8 @@ class DataOptions:
                 raise InputError(f"--task {PLAIN} needs --data FILE.txt (and --dev-file FILE.txt)")
             self.check_only("plain text", "task", "data", "dev_file", "context")
             return PlainText(Path(self.data), self.dev_file, self.context or CONTEXT)
-        if (
-            self.task is not None
-            and self.data is not None
-            and not (self.train_file or self.dev_file)
-        ):
+        own = self.train_file or self.dev_file
+        if self.task is not None and self.data is not None and not own:
             self.check_only("a published task", "task", "data")
             load = load_pairs if self.kind == "pairs" else load_task
             return load(self.task, self.data)
@@ -163,26 +176,42 @@ class DataOptions:
         )
 
 
-def use_mesh(text: str | None) -> Any:
-    """Returns a context with the mesh of ``--mesh``, or without a mesh on a single device.
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The options that choose the devices of a command."""
 
-    Args:
-        text: The sizes of the axes, such as ``"data=4,model=2"``; None for all devices on "data".
+    mesh: Annotated[
+        str | None,
+        arg(
+            metavar="MESH",
+            help="How devices are used, such as data=4,model=2: data splits batches, fsdp splits "
+            "batches and parameters, model splits the widths of MLPs.",
+            help_behavior_hint="(default: all on data)",
+        ),
+    ] = None
+    distributed: bool = False
+    """Join the other processes of this job (jax.distributed)."""
 
-    Returns:
-        The context.
+    def join(self) -> None:
+        """Joins the other processes, before anything else uses the devices."""
+        if self.distributed:
+            jax.distributed.initialize()
 
-    Raises:
-        InputError: The text is not in this form, or not for the number of devices.
-    """
-    if text is None:
-        if jax.device_count() == 1:
-            return contextlib.nullcontext()
-        text = f"data={jax.device_count()}"
-    axes = {name: size for name, _, size in (part.partition("=") for part in text.split(","))}
-    if not all(size.isdigit() and int(size) for size in axes.values()):
-        raise InputError(f"mesh {text!r} is not in the form data=4,model=2")
-    sizes = tuple(int(size) for size in axes.values())
-    if math.prod(sizes) != jax.device_count():
-        raise InputError(f"mesh {text!r} is not for the {jax.device_count()} devices here")
-    return jax.set_mesh(auto_mesh(jax.make_mesh(sizes, tuple(axes))))
+    def used(self) -> Any:
+        """Returns a context with the mesh, or without one on a single device.
+
+        Raises:
+            InputError: The text of the mesh is not in its form, or not for the number of devices.
+        """
+        text = self.mesh
+        if text is None:
+            if jax.device_count() == 1:
+                return contextlib.nullcontext()
+            text = f"data={jax.device_count()}"
+        axes = {name: size for name, _, size in (part.partition("=") for part in text.split(","))}
+        if not all(size.isdigit() and int(size) for size in axes.values()):
+            raise InputError(f"mesh {text!r} is not in the form data=4,model=2")
+        sizes = tuple(int(size) for size in axes.values())
+        if math.prod(sizes) != jax.device_count():
+            raise InputError(f"mesh {text!r} is not for the {jax.device_count()} devices here")
+        return jax.set_mesh(auto_mesh(jax.make_mesh(sizes, tuple(axes))))

@@ -96,9 +96,6 @@ def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None
         out: The run folder.
         fields: The settings of the run as JSON values by name; must match those in the folder.
 
-    Returns:
-        The function.
-
     Raises:
         InputError: The folder has a run with other settings, or other files.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint import masks
-from fusion_jax.cli.options import (
-    Data,
-    DataOptions,
-    File,
-    MeshText,
-    Name,
-    Settings,
-    TaskName,
-    TextColumns,
-    use_mesh,
-)
+from fusion_jax.cli.options import DataOptions, Devices, File, Flat, Hidden, ModelName, Settings
 from fusion_jax.cli.run_folders import (
     RESUME,
     best_model,
@@ -47,33 +38,32 @@ Words = Annotated[
         help_behavior_hint="(default: those of the GLUE task)",
     ),
 ]
-Teacher = Annotated[
-    str | None,
-    arg(
-        metavar="MODEL",
-        help="A model fine-tuned on the task, or its run folder, to learn from as well.",
-        help_behavior_hint="(default: none)",
-    ),
-]
+Teacher = Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: none)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledData(DataOptions):
+    """The options that choose labeled texts."""
+
+    dev_file: File = None
+    """Another file to measure on."""
+    regression: Hidden[bool] = False
+    source: Hidden[str] = "source"
+    target: Hidden[str | None] = None
+    context: Hidden[int | None] = None
 
 
 @resumable
 def prune_statically(
-    model: Positional[Name],
+    model: Positional[ModelName],
     out: Annotated[Path, arg(metavar="RUN")],
     pruning: OmitArgPrefixes[StaticPruning] = StaticPruning(),  # noqa: B008 - frozen
     config: Settings = SCORE_CONFIG,
-    task: TaskName = None,
-    data: Data = None,
-    train_file: File = None,
-    dev_file: File = None,
-    text: TextColumns = ("text",),
-    label: str = "label",
     words: Words = (),
     teacher: Teacher = None,
     seed: int = 0,
-    mesh: MeshText = None,
-    distributed: bool = False,
+    data: Flat[LabeledData] = LabeledData(),
+    devices: Flat[Devices] = Devices(),  # noqa: B008 - frozen
 ) -> None:
     """Prune a pre-trained model for a task by learning which of its weights to keep.
 
@@ -86,27 +76,17 @@ def prune_statically(
         out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
         pruning: Settings of static pruning.
         config: Settings of training the scores; train does not apply.
-        task: GLUE task.
-        data: The task's files.
-        train_file: A csv, tsv or jsonl file of your own to train on.
-        dev_file: Another file to measure on.
-        text: Columns with text.
-        label: Column with labels.
         words: Words whose logits in the masked-LM head become the logits of the classes.
-        teacher: Model to learn from.
+        teacher: A model fine-tuned on the task, or its run folder, to learn from as well.
         seed: Seed of the dropout, the order of the examples, and a head that trains.
-        mesh: How the devices are used.
-        distributed: Join the other processes of this job (jax.distributed).
+        data: The task and its data.
+        devices: How the devices are used.
     """
-    if distributed:
-        jax.distributed.initialize()
-    options = DataOptions(
-        task=task, data=data, train_file=train_file, dev_file=dev_file, text=text, label=label
-    )
-    loaded = options.read() if options.kind == "labels" else None
+    devices.join()
+    loaded = data.read() if data.kind == "labels" else None
     if not isinstance(loaded, Classification):
-        raise InputError(f"task {task!r} has no classes, but static pruning needs classes")
-    words = words or (() if pruning.train_head else LABEL_WORDS.get(task or "", ()))
+        raise InputError(f"task {data.task!r} has no classes, but static pruning needs classes")
+    words = words or (() if pruning.train_head else LABEL_WORDS.get(data.task or "", ()))
     classes = loaded.spec.labels or ("the number",)
     if pruning.train_head == bool(words):
         raise InputError(
@@ -124,11 +104,14 @@ def prune_statically(
         print(f"Label words: {pairs}")
         head = {"label_words": words}
     before = checkpoint.load(model, head="classification", **head)
-    taught_by = None if teacher is None else _load_teacher(teacher)
+    taught_by = None
+    if teacher is not None:
+        run = best_model(Path(teacher).expanduser())
+        taught_by = checkpoint.load(run or teacher, head="classification")
     fields = {"model": model, "seed": seed, "task": loaded.to_json(), "words": words}
     fields |= {"teacher": teacher, "max_length": config.max_length}
     recipe = Recipe(on_step=run_recorder(out, fields))
-    with use_mesh(mesh):
+    with devices.used():
         result = static_prune(
             before,
             loaded,
@@ -162,11 +145,6 @@ def rebase(
     """
     masks.rebase(folder, base)
     print(f"{folder} takes its weights from {base} now.")
-
-
-def _load_teacher(name: str) -> Any:
-    run = best_model(Path(name).expanduser())
-    return checkpoint.load(name if run is None else run, head="classification")
 
 
 COMMANDS = {"smp": prune_statically, "rebase": rebase}

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from fusion_jax.checkpoint.files import check_new_file, write_text
-from fusion_jax.cli.model_options import Artefact, TextFile
+from fusion_jax.cli.options import Artefact, TextFile
 from fusion_jax.verification.checks import verify_files
 from fusion_jax.verification.page import html_page
 

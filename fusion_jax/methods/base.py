@@ -82,9 +82,6 @@ class Method:
         Args:
             width: The width of the experts.
             use: How often the router uses each expert, as shares.
-
-        Returns:
-            The method and the experts of each group.
         """
         return [(self, list(range(len(use))))]
 
@@ -94,9 +91,6 @@ class Method:
         Args:
             subs: The sub-MLPs of an MLP, perhaps abstract.
             share: The share of the MLP's parameters, in (0, 1]. The output bias does not count.
-
-        Returns:
-            The method, otherwise the same.
 
         Raises:
             InputError: No size is small enough, or the method has no size.
@@ -112,12 +106,7 @@ class Method:
         """
 
     def check_given(self, *, calibration: bool, gradients: bool) -> None:
-        """Raises `InputError` for a given argument that is not used, and for a missing one.
-
-        Args:
-            calibration: Whether there is calibration.
-            gradients: Whether there are gradients.
-        """
+        """Raises `InputError` for a given argument that is not used, and for a missing one."""
         score = getattr(self, "score", None)
         name = type(self).__name__ + ("" if score is None else f" with score {score!r}")
         if calibration and not self.takes_calibration:
@@ -174,24 +163,24 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_width(width: int | float) -> None:
     """Raises `InputError` unless the width is an int of at least 1 or a fraction in (0, 1]."""
-    if isinstance(width, bool) or not isinstance(width, int | float):
-        raise InputError(f"width must be an int or a fraction; got {width!r}")
-    if isinstance(width, int) and width < 1:
-        raise InputError(f"width must be at least 1; got {width}")
-    if isinstance(width, float) and not 0 < width <= 1:
-        raise InputError(f"a width given as a fraction must be in (0, 1]; got {width}")
+    check_size("width", width, 1)
+
+
+def check_size(name: str, size: int | float, most: int) -> None:
+    """Raises `InputError` unless a size is an int of at least 1 or a fraction in (0, most]."""
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise InputError(f"{name} must be an int or a fraction; got {size!r}")
+    if isinstance(size, int) and size < 1:
+        raise InputError(f"{name} must be at least 1; got {size}")
+    if isinstance(size, float) and not 0 < size <= most:
+        hint = f"; for a {name} of {size:g} give an int" if size > most > 1 else ""
+        raise InputError(f"a {name} given as a fraction must be in (0, {most}]; got {size}{hint}")
 
 
 def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
     """Returns the largest number of hidden units with at most a share of an MLP's parameters.
 
-    Args:
-        subs: The MLP's sub-MLPs, perhaps abstract.
-        share: The share, in (0, 1].
-        round_to: The width is a multiple of this, or the MLP's own width.
-
-    Returns:
-        The width.
+    It is a multiple of ``round_to``, or the MLP's own width.
 
     Raises:
         InputError: Not even the smallest width has so few parameters.
@@ -206,15 +195,9 @@ def width_within(subs: SubMLPs, share: float, round_to: int = 1) -> int:
 
 
 def kept_width(width: int | float, original: int, round_to: int = 1) -> int:
-    """Returns the width for an int, or for a fraction of the original width.
+    """Returns the width for an int, or for a fraction of the original width in (0, 1].
 
-    Args:
-        width: An int, 1 to ``original``, or a float, a fraction in (0, 1].
-        original: The width of the MLP.
-        round_to: Fractions are rounded up to a multiple of this, but not above ``original``.
-
-    Returns:
-        The width.
+    Fractions are rounded up to a multiple of ``round_to``, but not above the original width.
 
     Raises:
         InputError: The width is out of its range.

@@ -97,9 +97,7 @@ class Factored(Method):
             The new layer, with the dtype and the bias of the old one.
         """
         spec = self.spec(linear.in_features, linear.out_features)
-        new = self.form.abstract(linear, **spec)
-        new.load(arrays, None if linear.bias is None else linear.bias[...])
-        return new
+        return self.form.replacing(linear, arrays, **spec)
 
     def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the MLP with its matrices in the form."""

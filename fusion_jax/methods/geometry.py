@@ -23,10 +23,10 @@ Metric = Literal["raw", "sensitivity", "function"]
 def points(
     metric: Metric, subs: SubMLPs, calibration: Calibration | None, act: str
 ) -> Float[Array, "p _"]:
-    r"""Returns the sub-MLPs as points of a geometry.
+    r"""Returns the sub-MLPs as points of a geometry, one row each.
 
-    ``"raw"`` is the paper's geometry: all weights in one row. The others measure the effect of a
-    displacement on the outputs and on the kernel at calibration inputs.
+    ``"raw"`` is the paper's geometry: all weights in one row, without calibration. The others
+    measure the effect of a displacement on outputs and kernel at calibration inputs.
 
     ``"sensitivity"`` measures it to first order, from second moments. With ``w^ = (w, b)``,
     ``M = E x^ x^T`` and s' the slope of the activation, the row of unit i is
@@ -39,15 +39,6 @@ def points(
 
     each block centered and divided by its norm, so that all blocks weigh the same: the first block
     stands for outputs, the others for the two terms of the kernel.
-
-    Args:
-        metric: The geometry.
-        subs: Sub-MLPs, not stacked.
-        calibration: Inputs of the MLP; not needed for ``"raw"``.
-        act: The activation's name.
-
-    Returns:
-        One row per sub-MLP.
 
     Example:
         >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)))

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fusion_jax import mpo
-from fusion_jax.errors import InputError
-from fusion_jax.methods.base import Solution
+from fusion_jax.errors import InputError, check_at_least
+from fusion_jax.methods.base import Solution, check_size
 from fusion_jax.methods.factored import Factored, relative_error
-from fusion_jax.methods.svd import check_size
 
 
 class MpoFacts(NamedTuple):
@@ -63,13 +62,12 @@ class MPO(Factored):
 
     def __post_init__(self):
         if self.bond is not None:
-            check_size("bond", self.bond)
+            check_size("bond", self.bond, 2)
         try:
             object.__setattr__(self, "cores", operator.index(self.cores))
         except TypeError:
             raise InputError(f"cores must be an int; got {self.cores!r}") from None
-        if self.cores < 1:
-            raise InputError(f"cores must be at least 1; got {self.cores}")
+        check_at_least(1, cores=self.cores)
         if (self.inputs is None) != (self.outputs is None):
             raise InputError("inputs and outputs are given together or not at all")
         for name in ("inputs", "outputs"):

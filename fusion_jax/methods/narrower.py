@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fusion_jax.errors import InputError
+from fusion_jax.errors import check_at_least
 from fusion_jax.methods.base import Method, Solution, check_width, kept_width, width_within
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import SubMLPs
@@ -22,8 +22,7 @@ class Narrower(Method):
 
     def __post_init__(self):
         check_width(self.width)
-        if self.round_to < 1:
-            raise InputError(f"round_to must be at least 1; got {self.round_to}")
+        check_at_least(1, round_to=self.round_to)
 
     def kept(self, subs: SubMLPs) -> int:
         """Returns the width of the narrower MLP."""

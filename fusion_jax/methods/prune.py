@@ -20,10 +20,10 @@ UnitScore = Literal["magnitude", "activation", "gradient"]
 
 
 class PruneFacts(NamedTuple):
-    """The facts of a site that `Prune` reports.
+    """The facts of a site that `Prune` and `Sketch` report.
 
     Args:
-        kept_importance: The scores of the units that stay, as a share of all scores.
+        kept_importance: The scores of the units that stay unmixed, as a share of all scores.
     """
 
     kept_importance: Float[Array, "*s"]

@@ -54,12 +54,6 @@ LINEAR_FORMS: dict[str, type[LinearForm]] = {
 def method_from_json(fields: dict[str, Any]) -> Method:
     """Returns the method that `Method.to_json` wrote.
 
-    Args:
-        fields: JSON values with the method's name under ``"method"``.
-
-    Returns:
-        The method.
-
     Raises:
         InputError: The method or one of its fields is unknown.
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.methods.prune import importance
+from fusion_jax.methods.prune import PruneFacts, importance
 from fusion_jax.nn.submlps import SubMLPs
-
-
-class SketchFacts(NamedTuple):
-    """The facts of a site that `Sketch` reports.
-
-    Args:
-        kept_importance: The importance |w_i| |v_i| of the units that stay unmixed, as a share of
-            that of all units.
-    """
-
-    kept_importance: Float[Array, "*s"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,5 +53,5 @@ class Sketch(Narrower):
         shape = (width - whole, subs.width - whole)
         sketch = jax.random.normal(key, shape, rows.dtype) / shape[0] ** 0.5
         mixed = jnp.matmul(sketch, rest, precision="highest")
-        facts = SketchFacts(score[order[:whole]].sum() / jnp.maximum(score.sum(), 1e-30))
+        facts = PruneFacts(score[order[:whole]].sum() / jnp.maximum(score.sum(), 1e-30))
         return Solution(subs.with_rows(jnp.concatenate([best, mixed])), facts)

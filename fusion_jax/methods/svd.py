@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError
-from fusion_jax.methods.base import Solution
+from fusion_jax.methods.base import Solution, check_size
 from fusion_jax.methods.factored import Factored, FactoredFacts, relative_error
 from fusion_jax.mpo.cores import signed_svd
 from fusion_jax.nn.linear_forms import LowRank
@@ -40,7 +40,8 @@ class Svd(Factored):
     form = LowRank
 
     def __post_init__(self):
-        check_size("rank", self.rank)
+        # Up to 2: exact forms may have more parameters than the matrix.
+        check_size("rank", self.rank, 2)
 
     @classmethod
     def paper(cls) -> Svd:
@@ -78,15 +79,3 @@ class Svd(Factored):
 
     def _sized(self, share: float) -> Svd:
         return dataclasses.replace(self, rank=share)
-
-
-def check_size(name: str, size: int | float) -> None:
-    """Raises `InputError` unless a size is an int of at least 1 or a fraction in (0, 2]."""
-    if isinstance(size, bool) or not isinstance(size, int | float):
-        raise InputError(f"{name} must be an int or a fraction; got {size!r}")
-    if isinstance(size, int) and size < 1:
-        raise InputError(f"{name} must be at least 1; got {size}")
-    # Up to 2: exact forms may have more parameters than the matrix.
-    if isinstance(size, float) and not 0 < size <= 2:
-        hint = f"; for a {name} of {size:g} give an int" if size > 2 else ""
-        raise InputError(f"a {name} given as a fraction must be in (0, 2]; got {size}{hint}")

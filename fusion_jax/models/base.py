@@ -18,6 +18,10 @@ from fusion_jax.models.rules import KeyRules
 class Model(nnx.Module):
     """Base of all models.
 
+    They are made from a configuration, with the arguments ``head`` (None for no head),
+    ``param_dtype`` (the dtype of the parameters, in which the model also computes), and ``rngs``
+    (random keys of the initial parameters).
+
     Args:
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
@@ -133,13 +137,7 @@ ConfigT = TypeVar("ConfigT")
 def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
-    Args:
-        cls: The dataclass.
-        config: The fields.
-        **given: Values that take precedence over ``config``.
-
-    Returns:
-        The configuration.
+    Values in ``given`` take precedence.
     """
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     read = {name: x for name, x in config.items() if name in known and x is not None}

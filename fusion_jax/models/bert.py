@@ -264,11 +264,7 @@ class Bert(Model):
     """A BERT or RoBERTa encoder.
 
     Args:
-        config: The configuration.
-        head: The head, or None.
         pooler: Whether there is a pooler, in a model without a head; heads that need one have one.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
 
     Example:
         >>> config = BertConfig(model_type="bert", vocab_size=50, hidden_size=8,

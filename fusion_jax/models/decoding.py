@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.models.layers import ArrayLike
@@ -40,8 +40,7 @@ class Sampling:
     def __post_init__(self):
         if self.temperature <= 0:
             raise InputError(f"temperature must be above 0; got {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be at least 0; got {self.top_k}")
+        check_at_least(0, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1]; got {self.top_p}")
 
@@ -67,8 +66,7 @@ class Beams:
     early_stopping: bool = False
 
     def __post_init__(self):
-        if self.count < 1:
-            raise InputError(f"beams must be at least 1; got {self.count}")
+        check_at_least(1, beams=self.count)
 
 
 @on_auto_axes
@@ -152,8 +150,7 @@ def _checked(
             "the model has no language-model head; load it with head='causal-lm', or "
             "head='seq2seq-lm' if it is an encoder-decoder"
         )
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    check_at_least(1, max_new_tokens=max_new_tokens)
     if not real.any(axis=1).all():
         raise InputError("a text has no tokens: its attention_mask is 0 everywhere")
     if model.reads_prompts:
@@ -200,10 +197,7 @@ def filtered(logits: Float[Array, "b vocab"], sampling: Sampling) -> Float[Array
 
 
 def _is_end(tokens: Int[Array, "*b"], ends: tuple[int, ...]) -> Bool[Array, "*b"]:
-    result = jnp.zeros(tokens.shape, bool)
-    for end in ends:
-        result |= tokens == end
-    return result
+    return jnp.isin(tokens, jnp.array(ends, jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("room", "sampling", "ends", "pad"))

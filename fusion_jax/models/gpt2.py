@@ -110,12 +110,6 @@ class Layer(nnx.Module):
 class Gpt2(CausalLm):
     """A GPT-2 decoder.
 
-    Args:
-        config: The configuration.
-        head: ``"causal-lm"`` for logits, or None.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
-
     Example:
         >>> config = Gpt2Config(vocab_size=50, n_positions=16, n_embd=8, n_head=2, n_layer=1)
         >>> model = Gpt2(config, head="causal-lm", rngs=nnx.Rngs(0))

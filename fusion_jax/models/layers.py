@@ -158,9 +158,6 @@ def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = Non
         cache: The cache after earlier calls, if there is one.
         size: The number of slots that a token attends to: its own and those before it. None for
             all.
-
-    Returns:
-        The window.
     """
     t = real.shape[1]
     slots = jnp.arange(t)

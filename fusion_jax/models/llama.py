@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
 from fusion_jax.models.causal import CausalLm
 from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, Window, attention, split_key
@@ -121,8 +121,7 @@ class LlamaConfig:
 def _sparse(config: Mapping[str, Any], layers: int, experts: int) -> tuple[bool, ...]:
     """Returns which layers have experts: in Qwen every n-th layer, except for listed ones."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    if step < 1:
-        raise InputError(f"decoder_sparse_step must be at least 1; got {step}")
+    check_at_least(1, decoder_sparse_step=step)
     return tuple(experts > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers))
 
 
@@ -252,12 +251,6 @@ class Layer(nnx.Module):
 
 class Llama(CausalLm):
     """A Llama-like decoder.
-
-    Args:
-        config: The configuration.
-        head: ``"causal-lm"`` for logits, or None.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
 
     Example:
         >>> config = LlamaConfig.from_json({"model_type": "llama", "vocab_size": 50,

@@ -61,12 +61,6 @@ class Rope:
     def from_json(cls, config: Mapping[str, Any]) -> Rope:
         """Reads ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
 
-        Args:
-            config: The fields of a ``config.json``.
-
-        Returns:
-            The embedding.
-
         Raises:
             InputError: The type of the embedding is not implemented.
 

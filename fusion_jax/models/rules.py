@@ -67,15 +67,7 @@ class TensorLocation(NamedTuple):
     stacked: bool = False
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """Returns the names of the tensors that make up the variable.
-
-        Args:
-            name: One of ``names``.
-            shape: The shape of the variable.
-
-        Returns:
-            One name, or one for each expert.
-        """
+        """Returns the names of the tensors that make up the variable."""
         return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]
 
 
@@ -105,13 +97,7 @@ class KeyRules:
     copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def locate(self, path: str) -> TensorLocation:
-        """Returns where a variable of the model is in a checkpoint.
-
-        Args:
-            path: The path of the variable in the model, such as ``"layers.3.mlp.up.kernel"``.
-
-        Returns:
-            The possible names and the layout.
+        """Returns where a variable, such as ``"layers.3.mlp.up.kernel"``, is in a checkpoint.
 
         Raises:
             KeyError: No rule matches: a mistake in the architecture's file.

@@ -265,16 +265,7 @@ class Stack(nnx.Module):
     ) -> DecoderOutput:
         """Runs the layers on embeddings.
 
-        Args:
-            x: The embeddings.
-            seen: What the tokens attend to.
-            cache: The cache.
-            sources: What each layer attends to in the encoder; None for layers of the encoder.
-            key: Random key of dropout; None for no dropout.
-            output_hidden_states: Whether to return the hidden states of all layers.
-
-        Returns:
-            Hidden states, router logits and the new cache.
+        The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
         bias = self.bias(seen.slots, seen.real.shape[1])
@@ -333,12 +324,8 @@ class T5(Generative):
     Unlike in T5, there is no dropout inside the MLPs.
 
     Args:
-        config: The configuration.
-        head: ``"seq2seq-lm"`` for logits, or None.
         lm_head: Whether there is an output layer, if the configuration does not tie it to the
             token embeddings.
-        param_dtype: The dtype of the parameters, in which the model also computes.
-        rngs: Random keys of the initial parameters.
 
     References:
         T5 (arXiv 1910.10683); Switch Transformers (arXiv 2101.03961).

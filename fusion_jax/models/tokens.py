@@ -32,13 +32,10 @@ class TokenBatch(NamedTuple):
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Loads the tokenizer of a model.
+    """Loads the tokenizer of a model, with `transformers`.
 
     Args:
         folder: A folder with tokenizer files, such as ``model.provenance.folder``.
-
-    Returns:
-        A tokenizer of `transformers`.
 
     Raises:
         InputError: The folder has no tokenizer, or one that cannot be read.
@@ -124,9 +121,6 @@ def tokenize(
         tokenizer: A tokenizer from `load_tokenizer`.
         texts: The texts.
         max_length: Longer texts are cut off at this number of tokens; None for no limit.
-
-    Returns:
-        The batch.
     """
     if tokenizer.pad_token is None:  # GPT-2 and Llama; any token will do, as the mask excludes it
         tokenizer.pad_token = tokenizer.eos_token
@@ -142,15 +136,7 @@ def tokenize(
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
-    """Returns prompts as one batch, padded on the left and not cut off.
-
-    Args:
-        tokenizer: A tokenizer from `load_tokenizer`.
-        texts: The texts.
-
-    Returns:
-        The batch.
-    """
+    """Returns prompts as one batch, padded on the left and not cut off."""
     tokenizer.padding_side = "left"
     return tokenize(tokenizer, texts, max_length=None)
 
@@ -202,16 +188,7 @@ def batches(
 
 
 def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
-    """Returns a batch with padding at the end.
-
-    Args:
-        batch: The batch.
-        length: The new length in tokens, not below the old one.
-        token: The token id of padding.
-
-    Returns:
-        The longer batch.
-    """
+    """Returns a batch with a token of padding at its end, up to a length not below its own."""
     more = ((0, 0), (0, length - batch.input_ids.shape[1]))
     ids = jnp.pad(batch.input_ids, more, constant_values=token)
     return TokenBatch(ids, jnp.pad(batch.attention_mask, more))

@@ -14,10 +14,6 @@ from fusion_jax.nn.dtypes import wide
 def excess(matrix: Float[Array, "d o"], train: TensorTrain) -> Float[Array, ""]:
     """Returns by how much the error of a decomposition exceeds its bound; works under ``jit``.
 
-    Args:
-        matrix: The matrix.
-        train: Its decomposition.
-
     Returns:
         The excess of the error's Frobenius norm over 1.001 times the bound, divided by the norm of
         the matrix. It is 0 up to rounding; see `check_bound`.

@@ -30,18 +30,11 @@ class TensorTrain(NamedTuple):
 
 
 def decompose(matrix: Float[Array, "d o"], layout: Layout) -> TensorTrain:
-    """Decomposes a matrix by singular value decompositions, one bond after the other.
+    """Decomposes a matrix, in float32 or float64, by singular value decompositions bond by bond.
 
     The result is exact at full bonds. At smaller bonds, the cut at each bond is optimal, given the
     cuts at the bonds after it. The function works under ``jit``; the caller checks the bound on the
     error that it returns (`excess`, `check_bound`).
-
-    Args:
-        matrix: The matrix.
-        layout: The factors and bonds.
-
-    Returns:
-        The cores, in float32 or float64.
 
     References:
         MPOP (Liu et al., ACL 2021), section 3 and theorem 1 of the supplement, with the squares

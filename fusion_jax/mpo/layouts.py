@@ -43,10 +43,6 @@ class Layout(NamedTuple):
 def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]:
     """Returns the bonds at which every matrix is represented exactly.
 
-    Args:
-        inputs: i_1 ... i_m.
-        outputs: j_1 ... j_m.
-
     Returns:
         ``b_k = min(prod_{l<=k} i_l j_l, prod_{l>k} i_l j_l)``.
 
@@ -65,13 +61,8 @@ def full_bonds(inputs: Sequence[int], outputs: Sequence[int]) -> tuple[int, ...]
 def balanced(n: int, parts: int) -> tuple[int, ...]:
     """Returns factors of similar size whose product is n or, if n has none, a little more.
 
-    Args:
-        n: The number to factorize.
-        parts: The number of factors.
-
-    Returns:
-        The factors, the largest in the middle. Their product is the smallest number from n on
-        that has factors of at most twice their geometric mean (rounded up).
+    The largest is in the middle. Their product is the smallest number from n on that has factors of
+    at most twice their geometric mean (rounded up).
 
     Example:
         >>> balanced(768, 5), balanced(3072, 5), balanced(7, 2)
@@ -104,13 +95,7 @@ def _factors(n: int, parts: int) -> list[int] | None:
 def chain(d: int, o: int, parts: int) -> Layout:
     """Returns a layout that adds parameters: two outer cores with square matrices between them.
 
-    Args:
-        d: The number of rows.
-        o: The number of columns.
-        parts: The number of cores, at least 2.
-
-    Returns:
-        The layout at full bonds; all inner factors are 1.
+    The ``parts``, at least 2, have full bonds, and all inner factors are 1.
 
     References:
         OPF (Gao et al., ACL 2023), section 4.1: 768 x 3072 as (32, 1, ..., 24) x (64, 1, ..., 48).
@@ -125,26 +110,11 @@ def chain(d: int, o: int, parts: int) -> Layout:
     return Layout(inputs, outputs, full_bonds(inputs, outputs))
 
 
-def layout_of(d: int, o: int, parts: int, *, share: float | None = None) -> Layout:
-    """Returns a layout with factors of similar size.
-
-    Args:
-        d: The number of rows.
-        o: The number of columns.
-        parts: The number of cores.
-        share: The largest number of parameters, as a share of those of the matrix; None for full
-            bonds.
-
-    Returns:
-        The layout; see `within_share` for its bonds.
-
-    Raises:
-        InputError: Bonds of 1 already exceed the share.
-    """
+def layout_of(d: int, o: int, parts: int) -> Layout:
+    """Returns a layout of a (d, o) matrix at full bonds, with ``parts`` factors of similar size."""
     inputs, outputs = balanced(d, parts), balanced(o, parts)
     orders = [Layout(inputs, j, full_bonds(inputs, j)) for j in (outputs, outputs[::-1])]
-    full = min(orders, key=lambda layout: layout.params)
-    return full if share is None else within_share(full, d, o, share)
+    return min(orders, key=lambda layout: layout.params)
 
 
 def within_share(full: Layout, d: int, o: int, share: float) -> Layout:

@@ -55,9 +55,6 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> ContractionPlan
         layout: The shapes of the cores.
         transposed: Whether to multiply with the transposed matrix.
 
-    Returns:
-        The order.
-
     Example:
         >>> small = Layout((32, 24), (64, 48), (8,))
         >>> plan(1, small).rebuilds, plan(1, small).flops < plan(1, small).rebuild_flops
@@ -86,26 +83,21 @@ def plan(n: int, layout: Layout, *, transposed: bool = False) -> ContractionPlan
     search = opt_einsum.DynamicProgramming(minimize=f"combo-{WRITE}")
     found, _ = opt_einsum.contract_path(subscripts, *shapes, shapes=True, optimize=search)
     path = tuple(tuple(pair) for pair in found)
-    direct = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
+    multiplies, cost = _path_cost([set(source), *map(set, cores)], path, set(target), sizes)
     rebuild = rebuilding(layout)
     entries = math.prod(layout.inputs) * math.prod(layout.outputs)
     last = n * (entries + WRITE * (math.prod(layout.inputs if transposed else layout.outputs)))
     # The costs are equal if the input comes last in the path.
-    rebuilds = m > 1 and rebuild.cost + last <= direct.cost
+    rebuilds = m > 1 and rebuild.cost + last <= cost
     rebuild_flops = 2 * (rebuild.multiplies + n * entries)
     return ContractionPlan(
         subscripts,
         path,
-        rebuild_flops if rebuilds else 2 * direct.multiplies,
+        rebuild_flops if rebuilds else 2 * multiplies,
         rebuild_flops,
         rebuilds,
-        rebuild.cost + last if rebuilds else direct.cost,
+        rebuild.cost + last if rebuilds else cost,
     )
-
-
-class _Cost(NamedTuple):
-    multiplies: int
-    cost: int
 
 
 def _path_cost(
@@ -113,8 +105,8 @@ def _path_cost(
     path: Sequence[tuple[int, ...]],
     target: set[str],
     sizes: Mapping[str, int],
-) -> _Cost:
-    """Returns the cost of an order."""
+) -> tuple[int, int]:
+    """Returns the multiply-adds of an order, and its cost."""
     terms, multiplies, written = list(terms), 0, 0
     for pair in path:
         both: set[str] = set().union(*(terms.pop(i) for i in sorted(pair, reverse=True)))
@@ -122,7 +114,7 @@ def _path_cost(
         multiplies += math.prod(sizes[s] for s in both)
         written += math.prod(sizes[s] for s in left)
         terms.append(left)
-    return _Cost(multiplies, multiplies + WRITE * written)
+    return multiplies, multiplies + WRITE * written
 
 
 class Rebuilding(NamedTuple):
@@ -142,9 +134,6 @@ class Rebuilding(NamedTuple):
 @lru_cache(maxsize=4096)
 def rebuilding(layout: Layout) -> Rebuilding:
     """Returns the cheapest order for computing the matrix of a chain of cores.
-
-    Args:
-        layout: The shapes of the cores.
 
     Returns:
         The cheapest of all orders that multiply neighbors.
@@ -213,16 +202,13 @@ def _layout_of(cores: Sequence[Array]) -> Layout:
 def product(
     x: Float[Array, "n d"], cores: Sequence[Array], columns: int, *, transposed: bool = False
 ) -> Float[Array, "n o"]:
-    """Returns ``x W`` for the matrix W of a chain of cores, in the cheapest order.
+    """Returns ``x W`` in the dtype of x for a chain of cores W, in the cheapest order.
 
     Args:
         x: (n, d) the rows.
         cores: T_1 ... T_m.
         columns: The number of columns of the result, without padding.
         transposed: Whether to return ``x W^T``.
-
-    Returns:
-        The product, in the dtype of x.
     """
     layout = _layout_of(cores)
     found = plan(len(x), layout, transposed=transposed)

@@ -40,11 +40,7 @@ class Factors(NamedTuple):
 
 
 def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
-    """Returns the factors of a scaling.
-
-    Args:
-        sizes: Cluster sizes n_c.
-        scaling: See `FusedMlp`.
+    """Returns the factors of a scaling for cluster sizes n_c, see `FusedMlp`.
 
     Returns:
         ``"adam"``: outer n; ``"sgd"``: outer sqrt(n), inner and middle 1 / sqrt(n);
@@ -60,15 +56,7 @@ def factors(sizes: Float[Array, "*s c"], scaling: Scaling) -> Factors:
 
 
 def stored_rows(effective: SubMLPs, factors: Factors) -> SubMLPs:
-    """Returns the parameters that have given effective weights within given factors.
-
-    Args:
-        effective: c units with effective weights, possibly stacked.
-        factors: The factors.
-
-    Returns:
-        The rows to store, in float32 or float64.
-    """
+    """Returns the parameters, in float32 or float64, of given effective weights within factors."""
     gated = effective.gate is not None
     return effective.scaled(
         down=1 / factors.outer,

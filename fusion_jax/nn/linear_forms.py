@@ -5,8 +5,8 @@ Axis letters in shapes: d inputs, o outputs, r rank, n positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -63,9 +63,7 @@ class LinearForm(nnx.Module):
         return self._each(lambda form: form._matrix())
 
     def _each(self, make: Callable[[Any], Array]) -> Array:
-        for _ in self.stack:
-            make = jax.vmap(make)
-        return make(self)
+        return jax.vmap(make)(self) if self.stack else make(self)
 
     def _matrix(self) -> Array:
         raise NotImplementedError
@@ -96,8 +94,8 @@ class LinearForm(nnx.Module):
 
     @property
     def flops(self) -> int:
-        """Operations (two a multiply-add) of the products for one position."""
-        return 2 * sum(math.prod(v.get_value().shape[-self._axes :]) for v in self.arrays())
+        """Operations (two a multiply-add) for one position; by default of the dense product."""
+        return 2 * self.in_features * self.out_features
 
     def spec(self) -> dict[str, Any]:
         """Returns how to build this form from the plain layer, as JSON values."""
@@ -105,28 +103,10 @@ class LinearForm(nnx.Module):
 
     @classmethod
     def abstract(cls: type[FormT], linear: AnyLinear, **spec: Any) -> FormT:
-        """Returns a form with the sizes, dtype, bias and experts of a layer.
-
-        Args:
-            linear: The layer.
-            **spec: Further arguments of the constructor.
-
-        Returns:
-            The form, with shapes in place of arrays.
-        """
-
-        def make(_: Any) -> Any:
-            return cls(
-                linear.in_features,
-                linear.out_features,
-                use_bias=linear.bias is not None,
-                param_dtype=dtype_of(linear),
-                **spec,
-            )
-
-        for _ in stack_of(linear):
-            make = jax.vmap(make)
-        return nnx.eval_shape(make, jax.ShapeDtypeStruct(stack_of(linear), jnp.int32))
+        """Returns an abstract form with the sizes, dtype, bias and experts of a layer."""
+        sizes = linear.in_features, linear.out_features
+        fixed = {"use_bias": linear.bias is not None, "param_dtype": dtype_of(linear)}
+        return abstract_stack(lambda: cls(*sizes, **fixed, **spec), stack_of(linear))
 
     def load(self, arrays: Sequence[Array], bias: Float[Array, "*s o"] | None) -> None:
         """Overwrites the variables, casting to their dtypes.
@@ -140,6 +120,15 @@ class LinearForm(nnx.Module):
         if self.bias is not None:
             assert bias is not None
             self.bias.set_value(bias.astype(self.bias.get_value().dtype))
+
+    @classmethod
+    def replacing(
+        cls: type[FormT], linear: AnyLinear, arrays: Sequence[Array], **spec: Any
+    ) -> FormT:
+        """Returns a form with given arrays, and with the dtype and the bias of a layer."""
+        new = cls.abstract(linear, **spec)
+        new.load(arrays, None if linear.bias is None else linear.bias[...])
+        return new
 
     def plain(self) -> nnx.Module:
         """Returns the same function as a plain layer."""
@@ -184,6 +173,11 @@ class LowRank(LinearForm):
         """The rank r."""
         return self.first.get_value().shape[-1]
 
+    @property
+    def flops(self) -> int:
+        """Operations of both products for one position."""
+        return 2 * self.rank * (self.in_features + self.out_features)
+
     def spec(self) -> dict[str, Any]:
         """Returns the form and its rank."""
         return {**super().spec(), "rank": self.rank}
@@ -214,11 +208,6 @@ class Masked(LinearForm):
     def _matrix(self) -> Array:
         kernel = self.kernel[...]
         return jnp.where(self.mask[...], kernel, jnp.zeros((), kernel.dtype))
-
-    @property
-    def flops(self) -> int:
-        """Operations of the whole matrix: single zeros save nothing in a dense product."""
-        return 2 * self.in_features * self.out_features
 
 
 class Scored(LinearForm):
@@ -267,13 +256,14 @@ class Scored(LinearForm):
         straight = kernel.astype(scores.dtype) * (scores - lax.stop_gradient(scores))
         return kept + straight.astype(kernel.dtype)
 
-    @property
-    def flops(self) -> int:
-        """Operations of the whole matrix, as for `Masked`."""
-        return 2 * self.in_features * self.out_features
-
 
 AnyLinear = nnx.Linear | LinearForm
+
+
+def abstract_stack(make: Callable[[], Any], stack: tuple[int, ...]) -> Any:
+    """Returns what a function makes, with shapes in place of arrays, stacked for experts."""
+    made = jax.vmap(lambda _: make()) if stack else lambda _: make()
+    return nnx.eval_shape(made, jax.ShapeDtypeStruct(stack, jnp.int32))
 
 
 def matrix_of(linear: AnyLinear) -> Float[Array, "*s d o"]:
@@ -303,25 +293,17 @@ def stack_of(linear: AnyLinear) -> tuple[int, ...]:
 
 def flops_of(linear: AnyLinear) -> int:
     """Returns the operations (two a multiply-add) of a layer's products for one position."""
-    return (
-        linear.flops
-        if isinstance(linear, LinearForm)
-        else 2 * linear.in_features * linear.out_features
-    )
+    if isinstance(linear, LinearForm):
+        return linear.flops
+    return 2 * linear.in_features * linear.out_features
 
 
 def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | None) -> nnx.Linear:
     """Returns a plain layer with a given matrix and bias."""
-
-    def make(_: Any) -> nnx.Linear:
-        d, o = kernel.shape[-2:]
-        use = bias is not None
-        return nnx.Linear(d, o, use_bias=use, param_dtype=kernel.dtype, rngs=nnx.Rngs(0))
-
-    stack = kernel.shape[:-2]
-    for _ in stack:
-        make = jax.vmap(make)
-    new: Any = nnx.eval_shape(make, jax.ShapeDtypeStruct(stack, jnp.int32))
+    make = partial(
+        nnx.Linear, *kernel.shape[-2:], use_bias=bias is not None, param_dtype=kernel.dtype
+    )
+    new: Any = abstract_stack(lambda: make(rngs=nnx.Rngs(0)), kernel.shape[:-2])
     new.kernel.set_value(kernel)
     if bias is not None:
         new.bias.set_value(bias)

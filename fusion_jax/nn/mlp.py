@@ -67,7 +67,7 @@ class AnyMlp(nnx.Module):
 
     def plain(self) -> Mlp:
         """Returns the same function as a module that any framework has."""
-        raise NotImplementedError
+        return self.padded(self.width)
 
     def padded(self, width: int) -> Mlp:
         """Returns the same function with all-zero units added up to a width, in a plain module.

@@ -62,15 +62,12 @@ def sites(model: nnx.Module) -> list[Site]:
 
 
 def select_sites(found: Sequence[Site], layers: Selection) -> list[Site]:
-    r"""Returns the chosen ones of some sites.
+    r"""Returns the chosen ones of some sites, in their order.
 
     Args:
         found: The sites to choose from.
         layers: A regular expression that matches whole paths; indices (negative ones count from
             the end) or a slice; a function of a `Site`; None for all.
-
-    Returns:
-        The chosen sites, in order.
 
     Raises:
         InputError: No site is chosen, or an index is out of range; the message lists the sites.
@@ -115,14 +112,7 @@ def plain(model: Any) -> Any:
 
 
 def gradients_of(site: Site, gradients: Mapping[str, Array]) -> SubMLPs:
-    """Returns the gradients of a site's parameters, laid out as its sub-MLPs.
-
-    Args:
-        site: The site.
-        gradients: The gradients of the whole model, by path of the parameter.
-
-    Returns:
-        As many rows as the MLP has sub-MLPs.
+    """Returns a site's part of a model's gradients by path, laid out as its sub-MLPs.
 
     Raises:
         InputError: A gradient is missing or has another shape.

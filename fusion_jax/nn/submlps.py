@@ -11,7 +11,6 @@ Axis letters in shapes: p width, c clusters, d inputs, o outputs, t positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,33 +20,21 @@ from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.nn.dtypes import wide
+from ntk.activations import FUNCTIONS, canonical
+from ntk.units import HiddenUnits, MlpWeights, hidden_units
 
-_gelu_exact = partial(jax.nn.gelu, approximate=False)
-_gelu_tanh = partial(jax.nn.gelu, approximate=True)
-
+_NAMES = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
-    {
-        "gelu": _gelu_exact,
-        "gelu_new": _gelu_tanh,
-        "gelu_fast": _gelu_tanh,
-        "gelu_pytorch_tanh": _gelu_tanh,
-        "relu": jax.nn.relu,
-        "silu": jax.nn.silu,
-        "swish": jax.nn.silu,
-        "tanh": jnp.tanh,
-    }
+    {name: FUNCTIONS[canonical(name)] for name in _NAMES}
 )
 """Activations by their Hugging Face names."""
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """Returns the activation function with a Hugging Face name.
+    """Returns the activation function with a Hugging Face name, elementwise.
 
     Args:
         name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
-
-    Returns:
-        An elementwise function of arrays.
 
     Raises:
         InputError: The name is unknown.
@@ -179,47 +166,13 @@ class SubMLPs(NamedTuple):
         return self
 
 
-class Responses(NamedTuple):
-    """The values and slopes of p units at t positions.
-
-    Args:
-        hidden: (t, p) hidden values, which the output weights multiply.
-        slopes: Their derivatives, (t, p) each: by the pre-activation of a plain MLP; by the gate's
-            pre-activation and by the linear factor of a gated MLP.
-    """
-
-    hidden: Float[Array, "t p"]
-    slopes: tuple[Float[Array, "t p"], ...]
-
-
-def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> Responses:
-    """Returns the values and slopes of the units of an MLP at given inputs.
-
-    Args:
-        subs: The sub-MLPs, not stacked.
-        x: Inputs.
-        act: The activation's name.
-
-    Returns:
-        Hidden values and slopes, in float32 or float64.
+def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> HiddenUnits:
+    """Returns the values and slopes of the units of an MLP at given inputs, see `HiddenUnits`.
 
     Example:
         >>> subs = SubMLPs(up=jnp.ones((8, 3)), down=jnp.ones((8, 2)))
         >>> responses(subs, jnp.ones((5, 3)), "gelu").hidden.shape
         (5, 8)
     """
-    x = wide(x)
-
-    def linear(weights: Array, bias: Array | None) -> Array:
-        z = jnp.matmul(x, wide(weights).T, precision="highest")
-        return z if bias is None else z + wide(bias)[None]
-
-    def activated(z: Array) -> tuple[Array, Array]:
-        return jax.jvp(activation(act), (z,), (jnp.ones_like(z),))
-
-    up = linear(subs.up, subs.up_bias)
-    if subs.gate is None:
-        value, slope = activated(up)
-        return Responses(value, (slope,))
-    value, slope = activated(linear(subs.gate, subs.gate_bias))
-    return Responses(up * value, (up * slope, value))
+    weights = jax.tree.map(wide, subs)._asdict()
+    return hidden_units(MlpWeights(**weights, act=act), wide(x))

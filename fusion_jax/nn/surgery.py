@@ -45,13 +45,7 @@ def at(model: Any, path: str) -> Any:
 def replaced(model: Any, path: str, new: nnx.Module) -> Any:
     """Puts another module at a path, and at all other places that share the old module.
 
-    Args:
-        model: The model. It is changed in place, unless the path is empty.
-        path: The path.
-        new: The module to put there.
-
-    Returns:
-        The model; the new module if the path is empty.
+    Returns the model, which is changed in place; the new module if the path is empty.
     """
     if not path:
         return new

@@ -94,10 +94,6 @@ class UnevenExperts(AnyMlp):
         pairs = zip(self.groups, self.members, strict=True)
         return sum(group.flops * len(members) for group, members in pairs) // self.stack[0]
 
-    def plain(self) -> Mlp:
-        """Returns the same function as plain experts, padded to the width of the widest."""
-        return self.padded(self.width)
-
     def padded(self, width: int) -> Mlp:
         """Returns the same function as plain experts, padded with zeros to one width."""
         return jax.tree.map(

@@ -25,15 +25,12 @@ class Line(NamedTuple):
 
 
 def heatmap(matrix: np.ndarray, largest: float, title: str) -> str:
-    """Draws a matrix as squares; a larger absolute value is darker.
+    """Draws a matrix as squares in an ``<svg>`` element; a larger absolute value is darker.
 
     Args:
         matrix: (n, m) the matrix.
         largest: The absolute value that has the full color.
         title: The description of the picture.
-
-    Returns:
-        An ``<svg>`` element.
 
     Example:
         >>> heatmap(np.eye(2), 1.0, "identity").count("<path")
@@ -58,7 +55,7 @@ def heatmap(matrix: np.ndarray, largest: float, title: str) -> str:
 def line_chart(
     series: Sequence[Line], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """Draws a few lines with axes and a legend.
+    """Draws a few lines with axes and a legend in an ``<svg>`` element.
 
     Args:
         series: At most three lines.
@@ -66,9 +63,6 @@ def line_chart(
         y_label: The label of the y axis.
         log_x: Whether the x axis is logarithmic; it omits points with x <= 0.
         log_y: Whether the y axis is logarithmic; it omits points with y <= 0.
-
-    Returns:
-        An ``<svg>`` element.
 
     Example:
         >>> line_chart([Line("a", [0.0, 1.0], [2.0, 3.0])], "x", "y").count("<polyline")
@@ -96,15 +90,12 @@ def line_chart(
 def dot_chart(
     rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_label: str
 ) -> str:
-    """Draws the values of each row as dots on a common logarithmic axis.
+    """Draws the values of each row as dots on a common logarithmic axis, in an ``<svg>`` element.
 
     Args:
         rows: The name and the values of each row; values that are not positive are omitted.
         labels: The labels of the values, at most three.
         x_label: The label of the axis.
-
-    Returns:
-        An ``<svg>`` element.
 
     Example:
         >>> dot_chart([("a", [0.1, 1.0])], ["measured", "bound"], "change").count("<circle")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 import ntk
 from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.checkpoint.opening import load
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import (
     TokenBatch,
@@ -165,14 +165,10 @@ def verify_files(
         num_examples: The number of lines to use.
         seed: The seed of random choices.
 
-    Returns:
-        The result.
-
     Raises:
         InputError: A file is missing, or the models do not belong together.
     """
-    if num_examples < 2:
-        raise InputError(f"num_examples must be at least 2; got {num_examples}")
+    check_at_least(2, num_examples=num_examples)
     if text is not None and not text.is_file():
         raise InputError(f"there is no file {text}")
     content = None if text is None else text.read_text(encoding="utf-8").splitlines()
@@ -192,15 +188,7 @@ def verify_files(
 
 
 def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
-    """Loads the original of a compressed model, with the same head.
-
-    Args:
-        name: The hub id or folder of the original.
-        smaller: The compressed model.
-        key: Random key for a head that the files do not have.
-
-    Returns:
-        The original.
+    """Loads the original of a compressed model, with the same head; the key is for a new head.
 
     Raises:
         InputError: The original cannot be loaded, or is another model.

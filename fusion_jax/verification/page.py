@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_jax.report import cell
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import KERNEL_NAMES, Verification, VerifiedArtefact
 from ntk import KernelKind
@@ -39,14 +40,11 @@ th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:6
 
 
 def html_page(verified: VerifiedArtefact) -> str:
-    """Returns an HTML page on a compressed model.
+    """Returns an HTML page on a compressed model, which needs no other file.
 
     Args:
         verified: The result of `fusion_jax.verification.checks.verify_files`. If the artefact has
             a ``report.json``, it is shown as well.
-
-    Returns:
-        HTML that needs no other file.
     """
     v, artefact, original, num_params = verified
     file = artefact / "report.json"
@@ -166,7 +164,7 @@ def _report(report: dict[str, Any]) -> str:
             row["site"],
             f"{row['width_before']:,} → {row['width_after']:,}",
             f"{row['params_before']:,} → {row['params_after']:,}",
-            *(_cell(row["facts"].get(name)) for name in names),
+            *(cell(row["facts"].get(name)) for name in names),
         ]
         for row in report["rows"]
     ]
@@ -185,14 +183,6 @@ def _how(v: Verification) -> str:
         "inner products of gradients. Adam: inner products of gradients and signs of gradients. "
         f"{escape(engines)}</p>"
     )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _figure(caption: str, picture: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -78,8 +79,8 @@ PlanT = TypeVar("PlanT", bound=BlockPlan)
 class Engine(ABC, Generic[PlanT]):
     """A way to compute the kernel of a task block by block.
 
-    Args:
-        task: The kernel to compute.
+    In all methods, ``values`` are the parameters and the program's constants, and ``group`` is the
+    number of a group of parameters.
     """
 
     def __init__(self, task: KernelTask):
@@ -99,24 +100,11 @@ class Engine(ABC, Generic[PlanT]):
     def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result.
 
-        Args:
-            plan: The plan.
-            values: The parameters and the program's constants.
-            blocks: Shapes and dtypes of a block of each argument.
-
-        Returns:
-            The bytes, according to the compiler.
+        ``blocks`` are shapes and dtypes of a block of each argument; the compiler counts the bytes.
         """
 
     def prepare(self, plan: PlanT, group: int, values: Any, block: Any) -> Any:
-        """Returns what `add` needs of a block of examples; by default, the block itself.
-
-        Args:
-            plan: The plan.
-            group: The number of the group of parameters.
-            values: The parameters and the program's constants.
-            block: The arrays of the examples.
-        """
+        """Returns what `add` needs of a block of examples; by default, the block itself."""
         return values, block
 
     def steps(self, plan: PlanT, group: int) -> int:
@@ -134,13 +122,47 @@ class Engine(ABC, Generic[PlanT]):
     ) -> KernelArray:
         """Returns a total plus the part of a group of parameters in the kernel of two blocks.
 
-        Args:
-            plan: The plan.
-            group: The number of the group.
-            total: What the part is added to.
-            sides: The two blocks as `prepare` returns them; None for the second if it is the first.
-            advance: Called after every step.
+        ``sides`` are the two blocks as `prepare` returns them, None for the second if it is the
+        first; ``advance`` is called after every step.
         """
+
+
+class OneCallEngine(Engine[PlanT]):
+    """Base of engines that compute the kernel of two blocks in one call of a jitted function."""
+
+    _add: Any
+
+    @abstractmethod
+    def _arguments(self, plan: PlanT, total: Any, values: Any, first: Any, second: Any) -> tuple:
+        """Returns the arguments of the function; the second block is None if it is the first."""
+
+    def add(
+        self,
+        plan: PlanT,
+        group: int,
+        total: KernelArray,
+        sides: tuple[Any, Any],
+        advance: Callable[[], None],
+    ) -> KernelArray:
+        """Returns a total plus the kernel of two blocks."""
+        (values, first), (_, second) = sides[0], sides[1] or (None, None)
+        with self._explained():
+            total = self._add(*self._arguments(plan, total, values, first, second))
+        total = jax.block_until_ready(total)
+        advance()
+        return total
+
+    def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
+        """Returns the bytes that a plan needs beside parameters, inputs and result."""
+        second = None if self.task.same and plan.rows >= self.task.n1 else blocks[1]
+        total = self.task.block(plan.rows, plan.columns)
+        with self._explained():
+            arguments = self._arguments(plan, total, values, blocks[0], second)
+            return temporary_bytes(self._add, *arguments) + nbytes(total)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Returns a context that explains errors of the function."""
+        return nullcontext()
 
 
 def cut(n: int, max_block: int, chunk: int, shards: int) -> tuple[int, int]:

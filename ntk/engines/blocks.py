@@ -21,9 +21,6 @@ from ntk.progress import show_progress
 def caller_mesh(arrays: Any) -> Mesh | None:
     """Returns the mesh that the caller works on.
 
-    Args:
-        arrays: Pytree of arrays.
-
     Returns:
         The mesh of the first array on several devices; otherwise that of `jax.set_mesh`; None if
         there is none.
@@ -40,9 +37,6 @@ def automatic_mesh(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
     """Sets the same mesh with axes of type Auto, on which the compiler shards the results.
 
     With explicit axes, a function would have to state the sharding of each of its results.
-
-    Args:
-        mesh: The caller's mesh, or None.
 
     Yields:
         A function that puts a pytree of arrays on that mesh without moving them.
@@ -80,18 +74,10 @@ def count_shards(inputs: Sequence[Array]) -> int:
 def largest_plan(
     engine: Engine[PlanT], values: Any, inputs: tuple[Any, Any], max_block: int, limit: int
 ) -> tuple[PlanT, int]:
-    """Returns the largest plan that an engine finds for a memory limit.
+    """Returns the largest plan that an engine finds for a memory limit, and the bytes it needs.
 
-    Args:
-        engine: The engine.
-        values: The parameters and the program's constants.
-        inputs: The arrays of both arguments.
-        max_block: The largest number of examples in a block.
-        limit: The memory in bytes.
-
-    Returns:
-        The plan and the bytes that it needs. If even the smallest plan needs more than the limit,
-        that plan.
+    If even the smallest plan needs more than the limit, it is that plan. The ``inputs`` are the
+    arrays of both arguments; a block has at most ``max_block`` examples.
     """
     task = engine.task
 
@@ -122,18 +108,7 @@ def compute_blocks(
     inputs: tuple[Any, Any],
     progress: bool | None,
 ) -> KernelArray:
-    """Computes a kernel block by block.
-
-    Args:
-        engine: The engine.
-        plan: Its plan.
-        values: The parameters and the program's constants.
-        inputs: The arrays of both arguments.
-        progress: Whether to show progress, as in `ntk.progress.show_progress`.
-
-    Returns:
-        The kernel, (n, r, m, r).
-    """
+    """Computes a kernel (n, r, m, r) block by block, from the arrays of both arguments."""
     task = engine.task
     rows, columns = -(-task.n1 // plan.rows), -(-task.n2 // plan.columns)
     blocks: dict[tuple[int, int], KernelArray] = {}

@@ -122,11 +122,7 @@ class JacobianPlan(BlockPlan):
 
 
 class JacobianEngine(Engine[JacobianPlan]):
-    """Computes kernels from per-example gradients; see the module.
-
-    Args:
-        task: The kernel to compute.
-    """
+    """Computes kernels from per-example gradients; see the module."""
 
     def __init__(self, task: KernelTask):
         super().__init__(task)
@@ -190,13 +186,15 @@ class JacobianEngine(Engine[JacobianPlan]):
             seeds = max(1, min(outputs, int(budget / 2 / transient)))
         rows, chunk = cut(task.n1, largest, chunk, task.shards)
         columns, chunk = cut(task.n2, largest, chunk, task.shards)
+        # What fits into a CPU's cache; for accelerators, more.
+        cache = (8 if jax.default_backend() == "cpu" else 256) * 2**20
         return JacobianPlan(
             rows=rows,
             columns=columns,
             terms=groups,
             chunk=chunk,
             seeds=seeds,
-            piece_bytes=int(min(budget / 8, _largest_piece())),
+            piece_bytes=int(min(budget / 8, cache)),
         )
 
     def _heaviest(self, groups: tuple[tuple[Term, ...], ...]) -> int:
@@ -359,8 +357,3 @@ def _gradients(
 def _key(term: FactoredTerm) -> tuple[Any, ...]:
     """Returns a key that is the same for parameters that are multiplied with the same inputs."""
     return tuple((use.other, use.perm, use.shape[:3], use.clipped) for use in term.uses)
-
-
-def _largest_piece() -> int:
-    """Returns the bytes that fit into a CPU's cache; for accelerators, more."""
-    return (8 if jax.default_backend() == "cpu" else 256) * 2**20

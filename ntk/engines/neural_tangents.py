@@ -36,7 +36,7 @@ from jax.extend import source_info_util
 from jax.interpreters import ad
 from jaxtyping import Array
 
-from ntk.engines.base import BlockPlan, Engine, KernelTask, cut, nbytes, temporary_bytes
+from ntk.engines.base import BlockPlan, KernelTask, OneCallEngine, cut, nbytes
 from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 from ntk.errors import InputError
@@ -49,7 +49,7 @@ IMPLEMENTATIONS = {
 """The package's own numbers of its implementations."""
 
 
-class NeuralTangentsEngine(Engine[BlockPlan]):
+class NeuralTangentsEngine(OneCallEngine[BlockPlan]):
     """Computes kernels with neural-tangents; see the module.
 
     Args:
@@ -80,31 +80,8 @@ class NeuralTangentsEngine(Engine[BlockPlan]):
         rows, columns = (cut(n, largest, n, task.shards)[0] for n in (task.n1, task.n2))
         return BlockPlan(rows=rows, columns=columns)
 
-    def add(
-        self,
-        plan: BlockPlan,
-        group: int,
-        total: KernelArray,
-        sides: tuple[Any, Any],
-        advance: Callable[[], None],
-    ) -> KernelArray:
-        """Returns a total plus the kernel of two blocks."""
-        values, first = sides[0]
-        second = None if sides[1] is None else sides[1][1]
-        with self._explained():
-            total = self._add(self._number, self.task.kept, total, *values, first, second)
-        total = jax.block_until_ready(total)
-        advance()
-        return total
-
-    def memory(self, plan: BlockPlan, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Returns the bytes that a plan needs beside parameters, inputs and result."""
-        total = self.task.block(plan.rows, plan.columns)
-        alone = self.task.same and plan.rows >= self.task.n1
-        second = None if alone else blocks[1]
-        arguments = (self._number, self.task.kept, total, *values, blocks[0], second)
-        with self._explained():
-            return temporary_bytes(self._add, *arguments) + nbytes(total)
+    def _arguments(self, plan: BlockPlan, total: Any, values: Any, *blocks: Any) -> tuple:
+        return self._number, self.task.kept, total, *values, *blocks
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -258,12 +258,7 @@ class Program:
     def jitted(self, function: Callable[..., Any], static: int) -> Any:
         """Returns a jitted function of this program, the same one at every call.
 
-        Args:
-            function: Takes the program, then ``static`` hashable arguments, then pytrees of arrays.
-            static: The number of hashable arguments.
-
-        Returns:
-            The jitted function, without the argument for the program.
+        The function takes the program, then ``static`` hashable arguments, then pytrees of arrays.
         """
         if function not in self._jitted:
             self._jitted[function] = jax.jit(

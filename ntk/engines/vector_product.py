@@ -7,7 +7,7 @@ gradients at a time. This suits many outputs of a network that is cheap for its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ntk.engines.base import (
-    BlockPlan,
-    Engine,
-    KernelTask,
-    cut,
-    map_chunks,
-    nbytes,
-    temporary_bytes,
-)
+from ntk.engines.base import BlockPlan, KernelTask, OneCallEngine, cut, map_chunks, nbytes
 from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 
@@ -40,12 +32,8 @@ class VectorPlan(BlockPlan):
     seeds: int
 
 
-class VectorEngine(Engine[VectorPlan]):
-    """Computes kernels from kernel-vector products; see the module.
-
-    Args:
-        task: The kernel to compute.
-    """
+class VectorEngine(OneCallEngine[VectorPlan]):
+    """Computes kernels from kernel-vector products; see the module."""
 
     def __init__(self, task: KernelTask):
         super().__init__(task)
@@ -68,29 +56,10 @@ class VectorEngine(Engine[VectorPlan]):
             rows=rows, columns=columns, seeds=max(1, min(task.kept, int(budget / 2 / gradient)))
         )
 
-    def add(
-        self,
-        plan: VectorPlan,
-        group: int,
-        total: KernelArray,
-        sides: tuple[Any, Any],
-        advance: Callable[[], None],
-    ) -> KernelArray:
-        """Returns a total plus the kernel of two blocks."""
-        (values, first), (_, second) = sides[0], sides[1] or sides[0]
-        total = self._add(*self._static(plan), total, *values, first, second)
-        total = jax.block_until_ready(total)
-        advance()
-        return total
-
-    def _static(self, plan: VectorPlan) -> tuple[int, int, bool]:
-        return plan.seeds, self.task.kept, self.task.sign
-
-    def memory(self, plan: VectorPlan, values: Any, blocks: tuple[Any, Any]) -> int:
-        """Returns the bytes that a plan needs beside parameters, inputs and result."""
-        total = self.task.block(plan.rows, plan.columns)
-        arguments = (*self._static(plan), total, *values, *blocks)
-        return temporary_bytes(self._add, *arguments) + nbytes(total)
+    def _arguments(self, plan: VectorPlan, total: Any, values: Any, *blocks: Any) -> tuple:
+        first, second = blocks
+        static = plan.seeds, self.task.kept, self.task.sign
+        return *static, total, *values, first, first if second is None else second
 
 
 def _added(

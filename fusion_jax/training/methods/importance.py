@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fusion_jax.compression.matrices import select_matrices
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.training.engine.batches import BatchSource
@@ -213,8 +213,7 @@ def top_of_each_type(scores: Mapping[str, float], count: int) -> list[str]:
         >>> top_of_each_type({"0.up": 1.0, "1.up": 3.0, "0.down": 2.0, "1.down": 1.0}, 1)
         ['1.up', '0.down']
     """
-    if count < 1:
-        raise InputError(f"count must be at least 1; got {count}")
+    check_at_least(1, count=count)
     types: dict[str, list[str]] = {}
     for path in sorted(scores, key=lambda path: -scores[path]):
         types.setdefault(type_of(path), []).append(path)

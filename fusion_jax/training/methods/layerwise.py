@@ -124,14 +124,7 @@ def _batches(
 
 
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
-    """Returns the prefixes of the paths of a student's compressed MLPs.
-
-    Args:
-        student: The compressed model.
-        teacher: The original model.
-
-    Returns:
-        Prefixes such as ``("layers.2.mlp.", "layers.3.mlp.")``.
+    """Returns prefixes of the paths of compressed MLPs, such as ``"layers.2.mlp."``.
 
     Raises:
         InputError: The models have MLPs at different places, or no MLP differs.

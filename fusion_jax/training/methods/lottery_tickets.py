@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from fusion_jax.compression.mlps import compress
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.linear_forms import Frozen, Masked
@@ -84,8 +84,7 @@ def lottery(
         >>> round(float(ticket.up.mask[...].mean() + ticket.down.mask[...].mean()) / 2, 2)
         0.25
     """
-    if rounds < 1:
-        raise InputError(f"rounds must be at least 1; got {rounds}")
+    check_at_least(1, rounds=rounds)
     MaskPrune(keep=keep)
     ticket: Any
     ticket, _ = compress(

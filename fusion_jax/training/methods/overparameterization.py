@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from fusion_jax import mpo
 from fusion_jax.compression.matrices import LAYERS, select_matrices
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import LinearForm, check_plain, matrix_of, stack_of
@@ -70,12 +70,10 @@ def overparameterize(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
             raise InputError(f"{path} is not a linear layer")
         check_plain(layer, path)
         layout = mpo.chain(layer.in_features, layer.out_features, cores)
-        form = mpo.Mpo.abstract(layer, **layout._asdict())
         kernel = wide(matrix_of(layer))
         arrays, excess = _chain(kernel, layout, len(stack_of(layer)))
         mpo.check_bound(excess)
-        form.load(arrays, None if layer.bias is None else layer.bias[...])
-        new = replaced(new, path, form)
+        new = replaced(new, path, mpo.Mpo.replacing(layer, arrays, **layout._asdict()))
     return new
 
 
@@ -128,11 +126,9 @@ class Chains:
     """The importance measured in each round, by path; a resumed run has its own rounds only."""
 
     def __post_init__(self):
-        for name, least in (("every", 1), ("per_round", 1), ("total", 1), ("cores", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.batches is not None and self.batches < 1:
-            raise InputError(f"batches must be at least 1; got {self.batches}")
+        check_at_least(1, every=self.every, per_round=self.per_round, total=self.total)
+        check_at_least(2, cores=self.cores)
+        check_at_least(1, batches=self.batches)
 
     def replaceable(self, model: Any) -> list[str]:
         """Returns the paths of the matrices that may become chains."""
@@ -192,13 +188,3 @@ class Chains:
         names = ("every", "per_round", "total", "cores", "batches")
         given = {} if callable(self.matrices) else {"matrices": self.matrices}
         return {**{name: getattr(self, name) for name in names}, **given}
-
-
-def added_params(d: int, o: int, cores: int) -> int:
-    """Returns the number of parameters that a chain has in addition to its matrix's.
-
-    Example:
-        >>> added_params(768, 3072, 11)
-        13271040
-    """
-    return mpo.chain(d, o, cores).params - d * o

@@ -58,12 +58,10 @@ def with_scores(model: ModelT, *, matrices: Selection = LAYERS) -> ModelT:
         if isinstance(layer, nnx.Embed):
             raise InputError(f"{path} is an embedding; only linear layers have scores")
         check_plain(layer, path)
-        form = Scored.abstract(layer)
         kernel = layer.kernel[...]
         one = jnp.ones(kernel.shape[:-2], jnp.float32)
         values = [kernel, wide(jnp.zeros_like(kernel)), one, jnp.zeros_like(one)]
-        form.load(values, None if layer.bias is None else layer.bias[...])
-        new = replaced(new, path, form)
+        new = replaced(new, path, Scored.replacing(layer, values))
     return new
 
 
@@ -89,11 +87,9 @@ def with_masks(model: ModelT) -> ModelT:
     new: Any = nnx.clone(model)
     for path, form in scored_layers(model).items():
         mask, kernel = _mask(form), np.asarray(form.kernel[...])
-        masked = Masked.abstract(form)
         kept = np.where(mask, kernel, np.zeros((), kernel.dtype))
         arrays = [jnp.asarray(kept), jnp.asarray(mask)]
-        masked.load(arrays, None if form.bias is None else form.bias[...])
-        new = replaced(new, path, masked)
+        new = replaced(new, path, Masked.replacing(form, arrays))
     return new
 
 

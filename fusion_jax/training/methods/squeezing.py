@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax import mpo
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.mpo import Layout, Mpo
 from fusion_jax.nn.dtypes import wide
@@ -53,29 +53,19 @@ def lightweight(model: ModelT) -> ModelT:
         >>> type(lightweight(chains).up.cores[1]).__name__
         'Frozen'
     """
+    new: Any = nnx.clone(model)
     for path, form in chains(model).items():
         if len(form.cores) < 2:
             raise InputError(f"{path} is a chain of one core: nothing of it would train")
-    return _with_frozen(model, lambda form: (_largest(form.layout),))
+        cores = [core[...] for core in form.cores]
+        new = replaced(new, path, _rebuilt(form, form.layout, (_largest(form.layout),), cores))
+    return new
 
 
 def _largest(layout: Layout) -> int:
     sizes = [math.prod(shape) for shape in layout.shapes]
     middle = len(sizes) // 2
     return max(range(len(sizes)), key=lambda k: (sizes[k], -abs(k - middle)))
-
-
-def all_train(model: ModelT) -> ModelT:
-    """Returns the model with every core of every chain trainable again."""
-    return _with_frozen(model, lambda form: ())
-
-
-def _with_frozen(model: ModelT, frozen: Callable[[Mpo], tuple[int, ...]]) -> ModelT:
-    new: Any = nnx.clone(model)
-    for path, form in chains(model).items():
-        cores = [core[...] for core in form.cores]
-        new = replaced(new, path, _rebuilt(form, form.layout, frozen(form), cores))
-    return new
 
 
 def chains(model: nnx.Module) -> dict[str, Mpo]:
@@ -134,7 +124,8 @@ def cheapest_cut(model: nnx.Module, *, step: int = 1) -> Cut | None:
     """
     best: Cut | None = None
     for path, form in chains(model).items():
-        for bond, values in enumerate(_spectra(form)):
+        spectra = _spectra([core[...] for core in form.cores], bool(form.stack))
+        for bond, values in enumerate(map(np.asarray, spectra)):
             size = form.layout.bonds[bond] - step
             if size < 1:
                 continue
@@ -156,13 +147,8 @@ def _recompress(form: Mpo, bonds: tuple[int, ...]) -> tuple[mpo.TensorTrain, Arr
     return jax.lax.map(one, cores) if form.stack else one(cores)
 
 
-def _spectra(form: Mpo) -> list[np.ndarray]:
-    cores = [core[...] for core in form.cores]
-    return [np.asarray(values) for values in _each_spectra(cores, bool(form.stack))]
-
-
 @partial(jax.jit, static_argnames="stacked")
-def _each_spectra(cores: list[Array], stacked: bool) -> list[Array]:
+def _spectra(cores: list[Array], stacked: bool) -> list[Array]:
     return jax.lax.map(mpo.spectra_of, cores) if stacked else mpo.spectra_of(cores)
 
 
@@ -249,9 +235,7 @@ def squeeze(
     Example:
         >>> squeezed = squeeze(model, train, measure, folder="run")  # doctest: +SKIP
     """
-    for name, value in (("rounds", rounds), ("step", step)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1; got {value}")
+    check_at_least(1, rounds=rounds, step=step)
     if not tolerance > 0:
         raise InputError(f"tolerance must be above 0; got {tolerance}")
     found = chains(model)

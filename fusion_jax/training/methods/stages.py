@@ -30,9 +30,6 @@ def unpack_fit(result: object) -> tuple[Any, bool]:
     Args:
         result: A `Fit`, or a model, which counts as finished.
 
-    Returns:
-        The model, and whether training was finished.
-
     Raises:
         InputError: The result is neither.
     """

@@ -161,14 +161,11 @@ class StaticPruning:
         return ramp
 
     def kept(self, step: Array, steps: int) -> Float[Array, ""]:
-        """Returns the share of the weights that a step keeps.
+        """Returns the share of the weights that a step keeps, which falls from 1 to ``keep``.
 
         Args:
             step: The number of steps done before.
             steps: The number of steps of the run.
-
-        Returns:
-            The share, which falls from 1 to ``keep``.
         """
         return self.keep + (1 - self.keep) * _left(step, self.ramp_steps(steps))
 

@@ -100,12 +100,8 @@ class Classification:
         columns = check_head(model, self.spec, trains=True)
         encoder = TextEncoder(model, config.max_length, config.truncate)
         order, _ = jax.random.split(key)
-        batches = encoder.batches(
-            _with_columns(encoder(self.train), columns),
-            config.batch_size,
-            shapes=config.shapes,
-            seed=int(jax.random.bits(order)),
-        )
+        train = _with_columns(self.train, columns)
+        batches = encoder.training(train, config, order)
         loss = losses.regression if self.spec.labels is None else losses.classification
         loss = losses.with_routers(loss, model, config)
         dev = {name: encoder(texts) for name, texts in self.dev.items()}
@@ -186,12 +182,12 @@ def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
     return Classes(names, "single_label_classification")
 
 
-def _with_columns(examples: Examples, columns: Columns) -> Examples:
-    """Returns examples whose labels are columns of a model's logits instead of classes."""
-    labels = examples.labels
+def _with_columns(texts: Texts, columns: Columns) -> Texts:
+    """Returns texts whose labels are columns of a model's logits instead of classes."""
+    labels = texts.labels
     if labels is None or labels.dtype != np.int32:
-        return examples
-    return examples._replace(labels=columns.astype(np.int32)[labels])
+        return texts
+    return texts._replace(labels=columns.astype(np.int32)[labels])
 
 
 class TextEncoder:
@@ -224,9 +220,6 @@ class TextEncoder:
 
     def __call__(self, texts: Texts) -> Examples:
         """Tokenizes texts.
-
-        Args:
-            texts: The texts.
 
         Returns:
             The examples.
@@ -264,15 +257,18 @@ class TextEncoder:
         """Returns batches padded for the model, see `Batches`."""
         return Batches(examples, batch_size, pad_id=self.pad_id, shapes=shapes, seed=seed)
 
+    def training(self, texts: Texts, config: TrainConfig, key: Key[Array, ""]) -> Batches:
+        """Returns texts in batches, in an order that depends on the key."""
+        seed = int(jax.random.bits(key))
+        return self.batches(self(texts), config.batch_size, shapes=config.shapes, seed=seed)
+
 
 def unlabeled_batches(
     texts: Texts, model: Model, config: TrainConfig, *, key: Key[Array, ""]
 ) -> Batches:
     """Returns texts in batches, without labels, in an order that depends on the key."""
     encoder = TextEncoder(model, config.max_length, config.truncate)
-    examples = encoder(texts._replace(labels=None))
-    seed = int(jax.random.bits(key))
-    return encoder.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
+    return encoder.training(texts._replace(labels=None), config, key)
 
 
 @jax.jit

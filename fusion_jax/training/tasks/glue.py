@@ -23,7 +23,8 @@ class _Glue:
 
     folder: str
     texts: tuple[str, ...]
-    hub_texts: tuple[str, ...]
+    hub_texts: tuple[str, ...] = ()
+    """The columns on the hub, if they have other names there."""
     label: str = "label"
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...] = ("accuracy",)
@@ -36,17 +37,11 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _GLUE: Mapping[str, _Glue] = MappingProxyType(
     {
-        "sst2": _Glue(
-            folder="SST-2",
-            labels=("negative", "positive"),
-            texts=("sentence",),
-            hub_texts=("sentence",),
-        ),
+        "sst2": _Glue(folder="SST-2", labels=("negative", "positive"), texts=("sentence",)),
         "cola": _Glue(
             folder="CoLA",
             labels=("unacceptable", "acceptable"),
             texts=("sentence",),
-            hub_texts=("sentence",),
             metrics=("matthews",),
             header=("source", "label", "mark", "sentence"),
         ),
@@ -61,7 +56,6 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "stsb": _Glue(
             folder="STS-B",
             texts=_PAIR,
-            hub_texts=_PAIR,
             label="score",
             labels=None,
             metrics=("pearson", "spearman"),
@@ -70,7 +64,6 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
             folder="QQP",
             labels=("not_duplicate", "duplicate"),
             texts=("question1", "question2"),
-            hub_texts=("question1", "question2"),
             label="is_duplicate",
             metrics=("accuracy", "f1"),
             skip_broken=True,  # the distributed files hold some rows without a label
@@ -86,13 +79,10 @@ _GLUE: Mapping[str, _Glue] = MappingProxyType(
         "qnli": _Glue(
             folder="QNLI",
             texts=("question", "sentence"),
-            hub_texts=("question", "sentence"),
             labels=_ENTAILMENT,
         ),
-        "rte": _Glue(folder="RTE", texts=_PAIR, hub_texts=_PAIR, labels=_ENTAILMENT),
-        "wnli": _Glue(
-            folder="WNLI", labels=("not_entailment", "entailment"), texts=_PAIR, hub_texts=_PAIR
-        ),
+        "rte": _Glue(folder="RTE", texts=_PAIR, labels=_ENTAILMENT),
+        "wnli": _Glue(folder="WNLI", labels=("not_entailment", "entailment"), texts=_PAIR),
     }
 )
 GLUE: Mapping[str, TaskSpec] = MappingProxyType(
@@ -160,7 +150,7 @@ def _from_hub(name: str) -> Classification:
 
     def split(part: str) -> Texts:
         rows = loaded[part]
-        texts = list(zip(*(rows[column] for column in glue.hub_texts), strict=True))
+        texts = list(zip(*(rows[column] for column in glue.hub_texts or glue.texts), strict=True))
         dtype = np.float32 if spec.labels is None else np.int32
         names = [f"{name} {part}[{i}]" for i in range(len(texts))]
         return Texts(texts, np.asarray(rows["label"], dtype), names)
@@ -226,7 +216,7 @@ def texts_of(
     numbered: bool = False,
     skip_broken: bool = False,
 ) -> Texts:
-    """Returns the texts of a table, checked.
+    """Returns the texts of a table, checked, with labels unless ``label`` is None.
 
     Args:
         table: The table.
@@ -235,9 +225,6 @@ def texts_of(
         labels: The names of the classes; None for regression.
         numbered: Whether labels may also be the numbers of the classes, counted from 0.
         skip_broken: Whether to leave out rows without text or label instead of raising an error.
-
-    Returns:
-        The texts, with labels unless ``label`` is None.
 
     Raises:
         InputError: A column is missing, a text is empty, or a label is not one of ``labels``.

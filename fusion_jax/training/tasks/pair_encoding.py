@@ -140,16 +140,13 @@ class PairEncoder:
         return out["input_ids"]
 
     def sources(self, texts: Sequence[str], names: Sequence[str], room: int) -> list[TokenIds]:
-        """Returns the tokens to generate from.
+        """Returns the tokens of each source to generate from.
 
         Args:
             texts: The sources, of at most ``max_length`` tokens.
             names: Where they come from.
             room: The number of tokens to generate; a decoder-only model must have positions for
                 them after the source.
-
-        Returns:
-            The tokens of each source.
 
         Raises:
             InputError: A source is too long; names it.
@@ -191,16 +188,7 @@ class PairEncoder:
     def batches(
         self, pairs: Pairs, batch_size: int, *, shapes: int = 4, seed: int | None = None
     ) -> PairBatches:
-        """Returns batches of every source with each of its references.
-
-        Args:
-            pairs: The pairs.
-            batch_size: The number of pairs in a batch.
-            shapes: The largest number of padded lengths.
-            seed: Seed of the order; None sorts the batches by padded length.
-
-        Returns:
-            The batches, for `losses.next_token` or `losses.sequence_to_sequence`.
+        """Returns batches of every source with each of its references; see `Batches`.
 
         Raises:
             InputError: A pair is too long; names it.

@@ -85,15 +85,7 @@ def read_pairs(
 
 
 def pairs_of(path: Path, source: str = "source", target: str = "target") -> Pairs:
-    """Returns the pairs of a table, checked.
-
-    Args:
-        path: A .csv, .tsv or .jsonl file.
-        source: The column with sources.
-        target: The column with targets.
-
-    Returns:
-        The pairs, with one entry for each different source, in the order of the file.
+    """Returns the pairs of a table in a file, checked: one for each different source, in order.
 
     Raises:
         InputError: A column is missing or a text is empty; names file and line.

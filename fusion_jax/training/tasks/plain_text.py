@@ -159,14 +159,11 @@ class PlainText:
 
 
 def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> TokenIds:
-    """Returns the token ids of a text.
+    """Returns the token ids of a text, (t,) int32.
 
     Args:
         model: A model from `fusion_jax.load`, if the text is a file.
         text: Token ids, or a text file, which is tokenized without special tokens.
-
-    Returns:
-        (t,) int32.
 
     Raises:
         InputError: The file is missing or is not UTF-8.

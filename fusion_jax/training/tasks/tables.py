@@ -33,12 +33,6 @@ class Table(NamedTuple):
     def column(self, name: str) -> Sequence[Any]:
         """Returns the cells of a column.
 
-        Args:
-            name: The name of the column.
-
-        Returns:
-            One cell per row.
-
         Raises:
             InputError: The table has no such column.
         """
@@ -62,9 +56,6 @@ def read_text(path: Path) -> str:
 
     Args:
         path: A file in UTF-8, with or without a byte order mark.
-
-    Returns:
-        The text.
 
     Raises:
         InputError: The file is missing or is not UTF-8; names the line.
@@ -96,9 +87,6 @@ def read(path: Path, header: Sequence[str] | None = None, *, skip_broken: bool =
         header: The names of the columns of a tsv file without a header.
         skip_broken: Whether to leave out rows with too many or too few cells instead of raising an
             error.
-
-    Returns:
-        The table.
 
     Raises:
         InputError: The file is missing, is not UTF-8, has no rows, two columns have the same name,
