@@ -79,8 +79,9 @@ def finetune(
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
         trained = {} if classes is None else classes._asdict()
-        model = nnx.clone(model)
-        model.provenance = dataclasses.replace(provenance, new_head=False, **trained)
+        student: Any = nnx.clone(model)
+        student.provenance = dataclasses.replace(provenance, new_head=False, **trained)
+        model = student
     _, dropout = jax.random.split(key)
     if folder is not None:
         about = {**recipe.about, **_facts(model, data)}

@@ -1,0 +1,83 @@
+"""What a config.json may say, against transformers where torch is installed."""
+
+import numpy as np
+import pytest
+
+import fusion_jax as fj
+from fusion_jax.models.llama import LlamaConfig
+from fusion_jax.models.rope import Rope
+from tests import tiny
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Changes of a tiny configuration that transformers reads in its own way.
+CONFIGS = {
+    "mistral-types": ("mistral", {"layer_types": [FULL, SLIDING, FULL], "head_dim": 4}),
+    "scaling-first": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0},
+    ),
+    "original-outside": (
+        "llama",
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 32},
+         "original_max_position_embeddings": 16},
+    ),
+    "yarn-without-factor": (
+        "qwen3",
+        {"rope_parameters": {**YARN, "factor": None, "original_max_position_embeddings": 16}},
+    ),
+}  # fmt: skip
+
+
+def written(name, folder):
+    family, changes = CONFIGS[name]
+    config = {**tiny.CONFIGS[family], **changes}
+    return tiny.write_folder(folder, config, tiny.weights(family, "causal-lm"))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers(name, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = written(name, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tiny.batch(CONFIGS[name][0])["input_ids"][:1]
+    ids = np.tile(ids, (1, 4))
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids).long()).logits.numpy()
+    got = np.asarray(fj.load(folder, head="causal-lm")(ids).logits)
+    np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+def test_windows_follow_the_types_of_layers():
+    config = {**tiny.CONFIGS["mistral"], "layer_types": [FULL, SLIDING, FULL]}
+    assert LlamaConfig.from_json(config).sliding_windows == (None, 4, None)
+    assert LlamaConfig.from_json(tiny.CONFIGS["mistral"]).sliding_windows == (4, 4, 4)
+    mixtral = {**tiny.CONFIGS["mixtral"], "sliding_window": 4, "layer_types": [FULL] * 3}
+    assert LlamaConfig.from_json(mixtral).sliding_windows == (4, 4, 4)
+    for types in ([FULL], [FULL, SLIDING, "other"]):
+        with pytest.raises(fj.InputError, match="layer_types must be sliding_attention or full"):
+            LlamaConfig.from_json({**config, "layer_types": types})
+
+
+def test_precedence_of_rope_settings():
+    both = {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_parameters": YARN}
+    assert Rope.from_json({**both, "rope_theta": 5.0}) == Rope(
+        rope_type="linear", factor=3.0, rope_theta=5.0
+    )
+    outside = {"rope_parameters": {**YARN, "original_max_position_embeddings": 8}}
+    outside["original_max_position_embeddings"] = 16
+    assert Rope.from_json(outside).original_max_position_embeddings == 16
+    absent = {"rope_parameters": {**YARN, "factor": None, "original_max_position_embeddings": 16}}
+    assert Rope.from_json({**absent, "max_position_embeddings": 64}).factor == 4.0
+    for name in ("linear", "llama3"):
+        with pytest.raises(fj.InputError, match=f"rope_type {name} needs a factor"):
+            Rope.from_json({"rope_parameters": {"rope_type": name, "factor": None}})
+
+
+def test_routers_of_another_dtype_are_refused(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model", "switch", "seq2seq-lm", router_dtype="bfloat16")
+    with pytest.raises(fj.InputError, match="a router_dtype other than float32 is not implemented"):
+        fj.load(folder)
