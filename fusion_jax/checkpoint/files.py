@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,44 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
         raise InputError(f"no such folder: {text}")
     from huggingface_hub import snapshot_download
 
-    patterns = [CONFIG, FUSION, INDEX, WEIGHTS, "model-*.safetensors", *TOKENIZER]
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+        # The index first: it says which of the files with weights belong to the model.
+        patterns = [CONFIG, FUSION, INDEX, *TOKENIZER]
+        folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+        index = folder / INDEX
+        shards = sorted(set(shard_names(index).values())) if index.is_file() else [WEIGHTS]
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns + shards))
+    except InputError:
+        raise
     except Exception as error:  # the hub's client lets many kinds of errors through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{text} is not a local folder, and it could not be downloaded from the hub: {reason}"
         ) from error
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        InputError: The text is not valid JSON, an object has the same name twice, or a text holds
+            half a surrogate pair, which cannot be written or tokenized.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise InputError(f"not valid JSON ({reason})") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the name {max(names, key=names.count)!r} occurs twice in an object")
+    return dict(pairs)
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
@@ -96,72 +126,40 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        fields = json.loads(text)
+        fields = parse_json(text)
     except FileNotFoundError:
         raise InputError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return text, fields
 
 
-class TensorFiles:
-    """The tensors in the safetensors files of a folder, read one at a time.
+def shard_names(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor, by ``model.safetensors.index.json``.
 
     Args:
-        folder: A folder with ``model.safetensors``, or with an index and its shards.
+        index: The file.
+
+    Returns:
+        The names of files in the same folder, by the names of tensors.
 
     Raises:
-        InputError: There are no weights, a shard is missing, or a file is truncated or corrupt.
+        InputError: The file does not map tensors to files in its folder.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
-        for file in self._files():
-            try:
-                handle = safetensors.safe_open(folder / file, framework="np")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{folder / file} is truncated or corrupt ({error}); download it again"
-                ) from None
-            for name in handle.keys():
-                view = handle.get_slice(name)
-                self._shapes[name] = tuple(view.get_shape())
-                self._dtypes[name] = view.get_dtype()
-                self._open[name] = handle
-
-    def _files(self) -> list[str]:
-        if (self.folder / WEIGHTS).is_file():
-            return [WEIGHTS]
-        if not (self.folder / INDEX).is_file():
-            pickled = any(self.folder.glob("pytorch_model*.bin"))
-            hint = "; its weights are pickled: convert them to safetensors" if pickled else ""
-            raise InputError(f"{self.folder} has no {WEIGHTS}{hint}")
-        _, index = read_json(self.folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
-        missing = [f for f in files if not (self.folder / f).is_file()]
-        if missing or not files:
-            absent = ", ".join(missing) or f"weight_map in {INDEX}"
-            raise InputError(f"{self.folder} lacks {absent}")
-        return files
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        return self._shapes
-
-    @property
-    def float_dtypes(self) -> set[str]:
-        """The floating-point dtypes of the tensors, as safetensors calls them."""
-        return set(self._dtypes.values()) & {"F64", "F32", "F16", "BF16"}
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor."""
-        return self._open[name].get_tensor(name)
+    _, fields = read_json(index)
+    places = fields.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index} has no weight_map from tensors to files")
+    for name, file in places.items():
+        plain = isinstance(file, str) and file == Path(file).name and not set(file) & set("\\\0")
+        if not plain or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: {str(file)[:100]!r}, the file of {name}, is not the name of a "
+                "safetensors file in the same folder"
+            )
+    return places
 
 
 def check_new_folder(path: str | os.PathLike[str], *, in_place: bool = False) -> Path:

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import numpy as np
 from flax import nnx
 
-from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.reading import Checkpoint
+from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.errors import InputError
 from fusion_jax.nn.surgery import path_name
 
@@ -48,7 +48,7 @@ class BaseModel:
         return np.asarray(self._opened.value(found, variable))
 
 
-class MaskFiles(files.TensorFiles):
+class MaskFiles(TensorFiles):
     """The tensors of a model that was saved as masks, each as `fusion_jax.save` would write it.
 
     Args:

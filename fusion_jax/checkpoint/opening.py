@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
+from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.errors import InputError, check_at_least, nearest
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Head, Provenance, class_names
@@ -151,7 +152,7 @@ def open_checkpoint(
     elif base is not None:
         raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
-        tensors = files.TensorFiles(folder)
+        tensors = TensorFiles(folder)
     opened = Checkpoint(family, config, provenance, tensors, dtype, artefact).untied()
     config = opened.config
     if label_words is None:

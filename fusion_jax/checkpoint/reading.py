@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
@@ -66,7 +69,7 @@ class Checkpoint:
     family: Family
     config: Any
     provenance: Provenance
-    tensors: files.TensorFiles
+    tensors: TensorFiles
     dtype: Any
     artefact: dict[str, Any] | None
     new_head: bool = False
@@ -168,13 +171,23 @@ class Checkpoint:
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise InputError(f"dtype must be a floating-point type; got {dtype}")
             return dtype
-        stored = self.tensors.float_dtypes
-        if not stored:
+        stored = self._stored_dtype()
+        return jnp.float32 if stored == jnp.float64 and not x64 else stored
+
+    def _stored_dtype(self) -> Any:
+        """Returns the dtype that ``config.json`` states, or else that of most of the weights."""
+        fields = json.loads(self.provenance.config)
+        stated = fields.get("dtype") or fields.get("torch_dtype")
+        known = {str(jnp.dtype(dtype)): jnp.dtype(dtype) for dtype in _DTYPES.values()}
+        if stated in known:
+            return known[stated]
+        sizes: Counter[str] = Counter()
+        for name, size in self.tensors.float_sizes().items():
+            if not self._rules.ignores(name):
+                sizes[self.tensors.dtypes[name]] += size
+        if not sizes:
             raise InputError(f"{self.tensors.folder} has no floating-point weights")
-        if not x64:
-            stored = stored - {"F64"} or {"F32"}
-        with jax.numpy_dtype_promotion("standard"):
-            return jnp.result_type(*(_DTYPES[name] for name in stored))
+        return jnp.dtype(_DTYPES[sizes.most_common(1)[0][0]])
 
     def read(self, key: Key[Array, ""] | None = None) -> Model:
         """Reads the weights into the model.
@@ -257,6 +270,9 @@ class Checkpoint:
             problems.append(f"missing{hint}: {', '.join(names)}")
         if extra:
             problems.append(f"not part of the model: {', '.join(sorted(extra))}")
+        types = [f"{n} is {self.tensors.dtypes[n]}" for n in self._other_types(found, flat)]
+        if types:
+            problems.append(f"not of a floating-point type that can be read: {', '.join(types)}")
         if wrong:
             heads_only = all(p[0] in ("head", "lm_head") for p in misfits)
             hint = " (new_head=True, or --new-head, replaces the head)" if heads_only else ""
@@ -266,6 +282,16 @@ class Checkpoint:
             where = self.tensors.folder
             raise InputError("\n  ".join([f"{where} does not fit {kind}:", *problems]))
         return new
+
+    def _other_types(
+        self,
+        found: Mapping[VariablePath, FoundTensors],
+        flat: Mapping[VariablePath, nnx.Variable],
+    ) -> list[str]:
+        """Returns the tensors that do not have a floating-point type, though the variable does."""
+        floats = [p for p in found if jnp.issubdtype(flat[p].get_value().dtype, jnp.floating)]
+        names = [name for path in floats for name in found[path].names]
+        return [n for n in names if self.tensors.dtypes.get(n, "F32") not in FLOATS]
 
     def _without_other_heads(self, names: Sequence[str]) -> list[str]:
         """Returns the names that do not belong to a head of another task; logs these heads."""

@@ -61,7 +61,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RmsNorm(nnx.RMSNorm):
-    """Root-mean-square normalization, in float32 or wider; returned in the dtype of the input."""
+    """Root-mean-square normalization, in float32 or wider; returned in the dtype of the scale."""
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
         """Normalises the last axis."""
@@ -69,7 +69,8 @@ class RmsNorm(nnx.RMSNorm):
         mean = jnp.square(y).mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))
         assert self.scale is not None
-        return self.scale[...].reshape((1,) * (y.ndim - 1) + (-1,)) * y.astype(x.dtype)
+        scale = self.scale[...]
+        return scale.reshape((1,) * (y.ndim - 1) + (-1,)) * y.astype(scale.dtype)
 
 
 def attention(

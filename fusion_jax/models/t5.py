@@ -36,6 +36,7 @@ from fusion_jax.models.layers import (
 )
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
+from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import activation
 
@@ -194,7 +195,9 @@ class Layer(nnx.Module):
                 **common,
             )
         else:
-            self.mlp = mlp(rngs=rngs)
+            # In float16 their sums would overflow.
+            precise = {"param_dtype": jnp.float32} if param_dtype == jnp.float16 else {}
+            self.mlp = mlp(rngs=rngs, **precise)
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
@@ -210,16 +213,17 @@ class Layer(nnx.Module):
         keys = split_key(key, 6)
         y = self.attention_norm(x)
         own = cache.extended(*self.attention.keys_values(y))
-        x = x + self.dropout(self.attention(y, own, visible, bias, keys[0]), keys[1])
+        y = self.attention(y, own, visible, bias, keys[0])
+        x = x + self.dropout(y, keys[1]).astype(x.dtype)
         if source is not None:
             y = self.cross(self.cross_norm(x), *source, None, keys[2])
-            x = x + self.dropout(y, keys[3])
+            x = x + self.dropout(y, keys[3]).astype(x.dtype)
         y, router = self.mlp_norm(x), None
         if isinstance(self.mlp, Moe):
             y, router = self.mlp(y, keys[4])
         else:
-            y = self.mlp(y)
-        return x + self.dropout(y, keys[5]), router
+            y = self.mlp(y.astype(self.mlp.dtype))
+        return x + self.dropout(y, keys[5]).astype(x.dtype), router
 
 
 class Stack(nnx.Module):
@@ -270,6 +274,8 @@ class Stack(nnx.Module):
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
         bias = self.bias(seen.slots, seen.real.shape[1])
         x = self.dropout(x, embed_key)
+        if x.dtype == jnp.float16:  # in which the sums over layers would overflow
+            x = wide(x)
         states, routers = [x], []
         for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
             x, router = layer(x, seen.visible, bias, cache, source, layer_key)

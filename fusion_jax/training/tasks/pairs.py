@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from fusion_jax.checkpoint.files import parse_json
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.training.tasks import tables
 from fusion_jax.training.tasks.generation import TextPairs
@@ -149,7 +150,7 @@ def _webnlg(folder: Path) -> TextPairs:
 def _webnlg_part(path: Path) -> Pairs:
     """Returns the entries of a file, with their categories as groups."""
     try:
-        entries = tables.parse_json(tables.read_text(path))["entries"]
+        entries = parse_json(tables.read_text(path))["entries"]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (KeyError, TypeError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fusion_jax.checkpoint.files import parse_json
 from fusion_jax.errors import InputError, nearest
 
 Rows = Iterator[tuple[int, Any]]
@@ -122,30 +122,6 @@ def read(path: Path, header: Sequence[str] | None = None, *, skip_broken: bool =
         return Table(path, {n: [row.get(n) for _, row in numbered] for n in names}, lines)
     cells = zip(*(row for _, row in numbered), strict=True)
     return Table(path, dict(zip(header, cells, strict=True)), lines)
-
-
-def parse_json(text: str) -> Any:
-    """Returns the value of a JSON text.
-
-    Raises:
-        InputError: The text is not valid JSON, an object has the same name twice, or a text holds
-            half a surrogate pair, which no tokenizer can read.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else str(error)[:200]
-        raise InputError(f"not valid JSON ({reason})") from None
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the name {max(names, key=names.count)!r} occurs twice in an object")
-    return dict(pairs)
 
 
 def _tsv(path: Path, text: str) -> Rows:

@@ -1,0 +1,174 @@
+"""Files with weights: their dtypes, and indexes with shards."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import fusion_jax as fj
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.nn.linear_forms import params_dtype
+from tests import tiny
+
+
+def half(tensors, dtype=np.float16):
+    return {name: x.astype(dtype) for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", (2,)),
+        ("gpt2", "transformer.h.0.attn.masked_bias", ()),
+        ("llama", "model.norm.weight", (16,)),
+    ],
+)
+def test_one_tensor_of_another_dtype_does_not_change_the_models(family, name, shape, tmp_path):
+    tensors = half(tiny.weights(family, "causal-lm"))
+    tensors[name] = np.ones(shape, np.float32)
+    folder = tiny.write_folder(tmp_path / "model", tiny.CONFIGS[family], tensors)
+    assert params_dtype(fj.load(folder)) == jnp.float16
+
+
+def test_the_dtype_of_the_config_counts(tmp_path):
+    tensors = tiny.weights("bert", None)
+    for stated in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}):
+        folder = tiny.write_folder(tmp_path / next(iter(stated)), {**tiny.BERT, **stated}, tensors)
+        assert params_dtype(fj.load(folder)) == jnp.bfloat16
+        assert params_dtype(fj.load(folder, dtype="float16")) == jnp.float16
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64, np.uint8])
+def test_tensors_that_are_not_floats_are_refused(dtype, tmp_path):
+    tensors = tiny.weights("bert", None)
+    name = "encoder.layer.1.intermediate.dense.weight"
+    tensors[name] = tensors[name].astype(dtype)
+    folder = tiny.write_folder(tmp_path / "model", tiny.BERT, tensors)
+    with pytest.raises(fj.InputError, match=rf"not of a floating-point type.*: {name} is [IBCU]"):
+        fj.load(folder)
+
+
+def test_eight_bit_floats_are_refused(tmp_path):
+    tensors = tiny.weights("bert", None)
+    name = "encoder.layer.1.intermediate.dense.weight"
+    shape = tensors.pop(name).shape
+    tiny.write_folder(tmp_path / "model", tiny.BERT, tensors)
+    file = tmp_path / "model" / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    body = raw[8 + size :]
+    end = len(body) + int(np.prod(shape))
+    header[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [len(body), end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body + bytes(int(np.prod(shape))))
+    with pytest.raises(fj.InputError, match=rf"{name} is F8_E4M3"):
+        fj.load(tmp_path / "model")
+
+
+def sharded(folder, split, weight_map=None, family="bert"):
+    """A checkpoint whose tensors are in files by ``split``: name of the file -> tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny.CONFIGS[family]))
+    for file, tensors in split.items():
+        safetensors.numpy.save_file(tensors, folder / file)
+    found = {name: file for file, tensors in split.items() for name in tensors}
+    index = {"weight_map": {**found, **(weight_map or {})}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def halves():
+    tensors = tiny.weights("bert", None)
+    names = sorted(tensors)
+    return tensors, *({n: tensors[n] for n in part} for part in (names[::2], names[1::2]))
+
+
+def test_the_index_says_which_of_two_shards_counts(halves, tmp_path):
+    tensors, one, two = halves
+    name = next(iter(one))
+    want = fj.load(tiny.write_folder(tmp_path / "whole", tiny.BERT, tensors))
+    two[name] = one[name] + 1
+    places = {name: "weights-a.safetensors"}
+    split = {"weights-a.safetensors": one, "weights-b.safetensors": two}
+    assert bit_equal(fj.load(sharded(tmp_path / "model", split, places)), want)
+    places = {name: "weights-b.safetensors"}
+    assert not bit_equal(fj.load(sharded(tmp_path / "other", split, places)), want)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("../secret.safetensors", "is not the name of a safetensors file in the same folder"),
+        ("/etc/secret.safetensors", "is not the name of a safetensors file in the same folder"),
+        ("a/b.safetensors", "is not the name of a safetensors file in the same folder"),
+        (3, "is not the name of a safetensors file in the same folder"),
+        ("config.json", "is not the name of a safetensors file in the same folder"),
+        ("b.safetensors", "b.safetensors lacks embeddings.LayerNorm.bias, against"),
+        ("c.safetensors", "lacks c.safetensors"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(place, message, halves, tmp_path):
+    _, one, two = halves
+    split = {"a.safetensors": one, "b.safetensors": two}
+    folder = sharded(tmp_path / "model", split, {"embeddings.LayerNorm.bias": place})
+    with pytest.raises(fj.InputError, match=message):
+        fj.load(folder)
+
+
+def test_shards_are_downloaded_by_the_index(halves, tmp_path, monkeypatch):
+    _, one, two = halves
+    folder = sharded(tmp_path / "hub", {"a.safetensors": one, "b.safetensors": two})
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append(set(allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fj.load("someone/model")
+    assert asked[1] - asked[0] == {"a.safetensors", "b.safetensors"}
+
+
+def test_t5_is_finite_in_float16(tmp_path):
+    """As in transformers, MLPs and the sums over layers are in float32."""
+    config, tensors = tiny.CONFIGS["t5"], tiny.weights("t5", "seq2seq-lm")
+    tensors = {n: x * (400 if ".wo." in n or ".wi." in n else 1) for n, x in tensors.items()}
+    folder = tiny.write_folder(tmp_path / "model", config, tensors)
+    batch = tiny.batch("t5")
+    want = np.asarray(fj.load(folder, head="seq2seq-lm")(**batch).last_hidden_state)
+    model = fj.load(folder, head="seq2seq-lm", dtype="float16")
+    out = model(**batch)
+    assert (
+        max(
+            np.abs(np.asarray(s)).max()
+            for s in model(**batch, output_hidden_states=True).encoder.hidden_states
+        )
+        > 7e4
+    )  # the largest number of float16 is 65,504
+    assert out.last_hidden_state.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(out.last_hidden_state, np.float32), want, atol=0.05)
+    again = fj.load(fj.save(model, tmp_path / "artefact"))
+    assert bit_equal(model, again)
+
+
+@pytest.mark.torch
+def test_t5_in_float16_equals_transformers(tmp_path):
+    import torch
+    import transformers
+
+    tensors = tiny.weights("t5", "seq2seq-lm")
+    tensors = half({n: x * (100 if ".wo." in n or ".wi." in n else 1) for n, x in tensors.items()})
+    folder = tiny.write_folder(tmp_path / "m", {**tiny.CONFIGS["t5"], "dtype": "float16"}, tensors)
+    cls = transformers.T5ForConditionalGeneration
+    theirs = cls.from_pretrained(folder, dtype=torch.float16).eval()
+    batch = {k: v[:1] for k, v in tiny.batch("t5").items()}
+    with torch.no_grad():
+        want = (
+            theirs(**{k: torch.tensor(v).long() for k, v in batch.items()}).logits.float().numpy()
+        )
+    got = np.asarray(fj.load(folder, head="seq2seq-lm")(**batch).logits, np.float32)
+    np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
