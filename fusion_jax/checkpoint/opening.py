@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
 from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.checkpoint.tensor_files import TensorFiles
-from fusion_jax.errors import InputError, check_at_least, nearest
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
@@ -96,8 +98,11 @@ def open_checkpoint(
     dtype: Any = None,
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    within: frozenset[Path] = frozenset(),
 ) -> Checkpoint:
     """Opens a model's files without reading the weights; the arguments are those of `load`.
+
+    The folder must not be one of ``within``, whose masks need it.
 
     Returns:
         The opened checkpoint, whose ``abstract`` is the model with shapes in place of arrays.
@@ -106,17 +111,22 @@ def open_checkpoint(
         InputError: As for `load`, except for errors that only the weights show.
     """
     folder = files.find_folder(name, revision)
+    if folder.resolve() in within:
+        raise InputError(f"{folder} holds masks whose base is itself")
     text, fields = files.read_json(folder / files.CONFIG)
-    fields = {**fields, **_generation_fields(folder)}
-    artefact = _read_artefact(folder)
+    fields = {**fields, **generation_fields(folder)}
+    artefact = read_artefact(folder)
     if artefact is not None:
-        head = artefact["head"] if head is None else head
-        if num_labels is None and head == artefact["head"]:
+        head = artefact.get("head") if head is None else head
+        if num_labels is None and head == artefact.get("head"):
             num_labels = artefact.get("num_labels")
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        close = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.85)
+        typo = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(
-            f"{folder} has model_type {model_type!r}{nearest(str(model_type), FAMILIES)}"
+            f"{folder}: model_type {str(model_type)[:100]!r} is not supported{typo}; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
     family.check_head(head)
@@ -134,6 +144,9 @@ def open_checkpoint(
         config = family.config(fields)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
+    except _WRONG_VALUES as error:
+        where, kind = folder / files.CONFIG, type(error).__name__
+        raise InputError(f"{where} has a field of a wrong type: {kind}: {error}") from error
     provenance = Provenance(os.fspath(name), str(folder.absolute()), text, head)
     if artefact is not None:
         history = tuple(json.dumps(step) for step in artefact["history"])
@@ -146,13 +159,19 @@ def open_checkpoint(
     if named and head == "classification":
         provenance = _with_classes(provenance, fields, artefact, config.num_labels)
     if artefact is not None and "masks" in artefact:
-        tensors = _open_masks(folder, artefact, base)
+        tensors = _open_masks(folder, artefact, base, within | {folder.resolve()})
         if base is not None:
             provenance = replace(provenance, base=base_reference(base)["name"])
     elif base is not None:
         raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
         tensors = TensorFiles(folder)
+    for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+        if getattr(config, field, 0) > len(tensors.shapes):
+            raise InputError(
+                f"{folder}: {field} is {getattr(config, field)}, but the files have only "
+                f"{len(tensors.shapes)} tensors"
+            )
     opened = Checkpoint(family, config, provenance, tensors, dtype, artefact).untied()
     config = opened.config
     if label_words is None:
@@ -165,12 +184,16 @@ def open_checkpoint(
     return opened
 
 
+_WRONG_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
 def open_base(
     reference: Mapping[str, Any],
     head: Head | None,
     num_labels: int | None,
     label_ids: Sequence[int] | None,
     dtype: str,
+    within: frozenset[Path] = frozenset(),
 ) -> BaseModel:
     """Opens the base model with this ``name`` and ``revision``, with the head of a masked model."""
     opened = open_checkpoint(
@@ -180,75 +203,9 @@ def open_base(
         label_words=label_ids,
         dtype=dtype,
         revision=reference["revision"],
+        within=within,
     )
     return BaseModel(opened)
-
-
-def _read_artefact(folder: Path) -> dict[str, Any] | None:
-    """Returns the fields of ``fusion.json``, or None if the folder has no such file."""
-    if not (folder / files.FUSION).is_file():
-        return None
-    _, artefact = files.read_json(folder / files.FUSION)
-    if artefact.get("format", files.FORMAT + 1) > files.FORMAT:
-        raise InputError(
-            f"{folder} was written by a newer version of fusion-jax; update fusion-jax to read it"
-        )
-    return artefact
-
-
-def _generation_fields(folder: Path) -> dict[str, Any]:
-    """Returns what ``generation_config.json`` says instead of ``config.json``."""
-    if not (folder / files.GENERATION).is_file():
-        return {}
-    _, given = files.read_json(folder / files.GENERATION)
-    names = ("eos_token_id", "decoder_start_token_id")
-    return {name: given[name] for name in names if given.get(name) is not None}
-
-
-def ignored_generation_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the fields of ``generation_config.json`` that change texts, but are not applied.
-
-    Args:
-        folder: The folder of a model.
-
-    Returns:
-        The fields by name; empty if there are none, or no such file.
-    """
-    path = Path(folder) / files.GENERATION
-    if not path.is_file():
-        return {}
-    _, given = files.read_json(path)
-    sampling = _SAMPLING_FIELDS if given.get("do_sample") else set()
-    return {
-        name: value
-        for name, value in given.items()
-        if name in _TEXT_FIELDS | sampling and value not in (None, 0, 1, False, [], {})
-    }
-
-
-_SAMPLING_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
-_TEXT_FIELDS = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "diversity_penalty",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "guidance_scale",
-    "length_penalty",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "penalty_alpha",
-    "repetition_penalty",
-    "sequence_bias",
-    "suppress_tokens",
-}
-"""The fields of ``generation_config.json`` that change texts, without those of sampling."""
 
 
 def _with_classes(
@@ -272,14 +229,17 @@ def _with_classes(
 
 
 def _open_masks(
-    folder: Path, artefact: Mapping[str, Any], base: str | os.PathLike[str] | None
+    folder: Path,
+    artefact: Mapping[str, Any],
+    base: str | os.PathLike[str] | None,
+    within: frozenset[Path],
 ) -> MaskFiles:
     """Opens an artefact of masks, and its base: the one it refers to, or another."""
     reference = artefact["masks"]["base"] if base is None else base_reference(base)
     name = reference["name"]
-    given = [artefact[field] for field in ("head", "num_labels", "label_ids", "dtype")]
+    given = [artefact.get(field) for field in ("head", "num_labels", "label_ids", "dtype")]
     try:
-        base_model = open_base(reference, *given)
+        base_model = open_base(reference, *given, within=within)  # type: ignore[arg-type]
     except InputError as error:
         raise InputError(
             f"{folder} holds masks for the model {name}, which cannot be read ({error}); if the "

@@ -134,7 +134,13 @@ class Checkpoint:
     def abstract(self) -> Model:
         """The model with shapes in place of arrays."""
         optional = {part: self.has(part) for part in self.family.optional}
-        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
+        try:
+            model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            where = self.tensors.folder / files.CONFIG
+            raise InputError(f"{where} describes a model that cannot be ({error})") from error
         if self.artefact is not None:
             for site in sites(model):
                 with self._reading(f"site {site.path}"):
@@ -156,7 +162,7 @@ class Checkpoint:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"{self.tensors.folder / files.FUSION}: cannot read {what} ({error})"
             ) from None
@@ -165,7 +171,10 @@ class Checkpoint:
         x64 = jax.config.read("jax_enable_x64")
         asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
         if asked is not None:
-            dtype = jnp.dtype(asked)
+            try:
+                dtype = jnp.dtype(asked)
+            except TypeError:
+                raise InputError(f"dtype {str(asked)[:100]!r} is not known; try float32") from None
             if dtype == jnp.float64 and not x64:
                 raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
             if not jnp.issubdtype(dtype, jnp.floating):

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import jax
 from tyro.conf import Positional, arg
 
-from fusion_jax.checkpoint.opening import ignored_generation_fields, load, open_checkpoint
+from fusion_jax.checkpoint.descriptions import ignored_generation_fields
+from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding

@@ -17,6 +17,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.training.engine.locks import LOCK
 from fusion_jax.training.engine.preemption import Terminated
 from fusion_jax.training.engine.run_folder import BEST, CHECKPOINTS, LAST, METRICS
+from fusion_jax.training.tasks.metrics import METRICS as KNOWN_METRICS
 from ntk.tables import table
 
 P = ParamSpec("P")
@@ -81,7 +82,23 @@ def read_run(name: str) -> RunRecord | None:
     model = best_model(folder)
     if model is None:
         raise InputError(f"{folder} has no model yet; resume the run to its end")
-    return RunRecord(fields["task"], str(model), fields.get("max_length"))
+    task, length = fields.get("task"), fields.get("max_length")
+    if not isinstance(task, dict) or not isinstance(length, int | None) or not _is_task(task):
+        raise InputError(f"{folder / RUN} does not describe a run of this program")
+    return RunRecord(task, str(model), length)
+
+
+def _is_task(task: Mapping[str, Any]) -> bool:
+    """Returns whether JSON values describe a task, as its ``to_json`` does."""
+    kind, labels = task.get("kind", "labels"), task.get("labels")
+    if kind == "text":
+        return isinstance(task.get("context"), int)
+    if kind != "labels":
+        return kind == "pairs"
+    named = [task.get("name"), *(labels or [])] if isinstance(labels, list | None) else [None]
+    metrics = task.get("metrics")
+    known = isinstance(metrics, list) and bool(metrics) and all(m in KNOWN_METRICS for m in metrics)
+    return known and all(isinstance(name, str) for name in named)
 
 
 def best_model(folder: Path) -> Path | None:

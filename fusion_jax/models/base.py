@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, TypeVar, get_args
+from functools import lru_cache
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
@@ -134,16 +136,56 @@ class DecoderOutput(NamedTuple):
 ConfigT = TypeVar("ConfigT")
 
 
+MOST_LAYERS = 10_000
+
+
 def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
-    Values in ``given`` take precedence.
+    Values in ``given`` take precedence. Numbers whose default is positive must be positive.
+
+    Raises:
+        InputError: A field has a wrong type or is out of its range.
     """
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     read = {name: x for name, x in config.items() if name in known and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
-    return cls(**{**read, **given})
+    read |= given
+    hints = _hints(cls)
+    for name, value in read.items():
+        if not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise InputError(f"{name} must be of type {kind}; got {str(value)[:100]!r}")
+        if hints[name] is int and isinstance(value, int):
+            default = known[name].default
+            sparse = name.startswith("num_sparse")  # none of the layers may have experts
+            least = int(isinstance(default, int) and default > 0 and not sparse)
+            most = MOST_LAYERS if "layer" in name else 2**31 - 1
+            if not least <= value <= most:
+                raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
+    return cls(**read)
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a JSON value is of the type of a field."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in arguments
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) < 2.0**127
+    return isinstance(value, hint)
 
 
 def tied_head(config: Any, name: str, path: str) -> dict[str, str]:

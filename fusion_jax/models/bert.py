@@ -22,6 +22,7 @@ from fusion_jax.models.base import (
     tied_head,
 )
 from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
+from fusion_jax.models.provenance import class_names
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.mlp import Mlp
@@ -63,7 +64,8 @@ class BertConfig:
             raise InputError("only encoders are implemented, not is_decoder or add_cross_attention")
         roberta = config["model_type"] == "roberta"
         defaults: dict[str, Any] = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
-        if "id2label" in config:
+        if config.get("id2label") is not None:
+            class_names(config)  # raises if it is not a JSON object
             defaults["num_labels"] = len(config["id2label"])
         if config.get("label_ids"):
             config = {**config, "num_labels": len(config["label_ids"])}

@@ -51,6 +51,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+_EXPERTS = {"num_experts", "num_experts_per_tok"}
+_QWEN_EXPERTS = _EXPERTS | {
+    "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob"
+}  # fmt: skip
+# The fields that only some types have; transformers ignores them in the configs of other types.
+_FIELDS: dict[str, set[str]] = {
+    "llama": {"attention_bias", "mlp_bias"},
+    "mistral": set(),
+    "qwen2": set(),
+    "qwen3": {"attention_bias"},
+    "mixtral": _EXPERTS | {"num_local_experts", "router_jitter_noise"},
+    "qwen2_moe": _QWEN_EXPERTS | {"qkv_bias", "shared_expert_intermediate_size"},
+    "qwen3_moe": _QWEN_EXPERTS | {"attention_bias"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """The fields of a Llama-like ``config.json`` that the model uses, with Llama's defaults.
@@ -92,6 +108,8 @@ class LlamaConfig:
     def from_json(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         model_type = config["model_type"]
+        foreign = set().union(*_FIELDS.values()) - _FIELDS[model_type]
+        config = {name: value for name, value in config.items() if name not in foreign}
         config = {**_DEFAULTS[model_type], **config}
         result = config_from_fields(cls, config, rope=Rope.from_json(config))
         activation(result.hidden_act)
@@ -110,6 +128,8 @@ class LlamaConfig:
             changes |= {"qkv_bias": bool(config.get("qkv_bias", True)), "out_bias": False}
         changes["sparse"] = _sparse(config, result.num_hidden_layers, changes["num_experts"])
         result = replace(result, **changes)
+        if result.head_dim < 1 or result.head_dim % 2:
+            raise InputError(f"head_dim must be even and above 0; got {result.head_dim}")
         if heads % result.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {heads} is not a multiple of "
