@@ -1,5 +1,6 @@
 """Loading, saving and exporting: every way in which files can be wrong."""
 
+import contextlib
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from fusion_jax.checkpoint import files
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.bert import Bert, BertConfig
 from fusion_jax.models.registry import FAMILIES
+from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.nn.surgery import path_name
 from tests import tiny
 
@@ -57,7 +59,7 @@ def test_no_config(folder):
 
 def test_broken_config(folder):
     (folder / "config.json").write_text("{")
-    fails(folder, "config.json is not valid JSON")
+    fails(folder, "config.json cannot be read: not valid JSON")
     (folder / "config.json").write_text("[]")
     fails(folder, "does not hold a JSON object")
 
@@ -343,6 +345,46 @@ def test_newer_or_damaged_artefact(folder, tmp_path):
     fails(artefact, "missing: pooler.bias")
 
 
+def test_templates_and_pooling_come_along(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "source")
+    files = {
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "modules.json": "[]",
+        "sentence_bert_config.json": "{}",
+        "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+        "generation_config.json": '{"temperature": 0.6}',
+    }
+    for name, text in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (source / "1_Pooling" / "run.py").write_text("")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 8}}))
+    artefact = fj.save(fj.load(source), tmp_path / "artefact")
+    exported = fj.export_hf(fj.load(artefact), tmp_path / "hf")
+    for name, text in files.items():
+        assert (artefact / name).read_text() == (exported / name).read_text() == text
+    assert not (exported / "1_Pooling" / "run.py").exists()
+    assert (exported / "1_Pooling").stat().st_mode & 0o777 == exported.stat().st_mode & 0o777
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+    head = fj.load(source, head="classification", key=jax.random.key(0))
+    assert not (fj.export_hf(head, tmp_path / "head") / "modules.json").exists()
+
+
+def test_code_in_a_folder_is_never_run(folder, tmp_path, monkeypatch):
+    """Not even if someone would type y."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    ran = tmp_path / "ran"
+    fields = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (source / "tokenizer_config.json").write_text(json.dumps(fields))
+    (source / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with contextlib.suppress(fj.InputError):
+        load_tokenizer(str(source))
+    assert not ran.exists()
+
+
 def test_tokenizer_files_come_along(folder, tmp_path):
     (folder / "vocab.txt").write_text("[PAD]\n")
     (folder / "notes.txt").write_text("not a tokenizer file")
@@ -418,7 +460,7 @@ import os, signal, sys
 import fusion_jax as fj
 from fusion_jax.checkpoint import files
 model = fj.load(sys.argv[1])
-files.copy_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files.copy_companions = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 fj.save(model, sys.argv[2])
 """
 

@@ -176,3 +176,63 @@ def test_names_of_a_config():
         with pytest.raises(fj.InputError, match="id2label is not a JSON object with the keys"):
             class_names({"id2label": wrong})
     assert GLUE["mnli"].labels == ("entailment", "neutral", "contradiction")
+
+
+def test_a_new_head_is_made_only_when_asked_for(tmp_path, capsys):
+    folder, out = str(tiny.checkpoint(tmp_path / "body")), str(tmp_path / "out")
+    command = ["compress", "prune", folder, out, "--width", "12", "--head", "masked-lm"]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "the files have no masked-lm head" in said and "--new-head" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--new-head"]) == 0
+    assert "The head is new: its weights are random until it is trained." in capsys.readouterr().out
+    model = fj.load(out)
+    assert model.provenance.new_head
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["new_head"]
+    with pytest.raises(fj.InputError, match="new_head needs head= and key="):
+        fj.load(folder, new_head=True)
+
+
+def test_a_head_of_another_size_is_replaced(tmp_path):
+    folder = head(tmp_path / "model", "a", "b", "c")
+    with pytest.raises(
+        fj.InputError, match=r"of another shape \(new_head=True, or --new-head, rep"
+    ):
+        fj.load(folder, head="classification", num_labels=2)
+    options = {"head": "classification", "num_labels": 2, "new_head": True}
+    model = fj.load(folder, key=KEY, **options)
+    old = fj.load(folder, head="classification")
+    assert model.config.num_labels == 2
+    assert model.head.out.kernel.shape == (32, 2)
+    assert model.provenance.labels is None
+    # Only the head is new: the pooler and the layers are those of the files.
+    np.testing.assert_array_equal(model.pooler.kernel[...], old.pooler.kernel[...])
+    same = fj.load(folder, key=KEY, head="classification", new_head=True)
+    assert (same.head.out.kernel[...] != old.head.out.kernel[...]).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("bert", "qa_outputs.weight"),
+        ("bert", "classifier.weight"),
+        ("llama", "score.weight"),
+        ("llama", "qa_outputs.bias"),
+        ("gpt2", "score.weight"),
+        ("t5", "classifier.dense.weight"),
+    ],
+)
+def test_heads_of_other_tasks_are_left_out_and_named(family, name, tmp_path, caplog):
+    tensors = {**tiny.weights(family, None), name: np.ones((2, 16), np.float32)}
+    folder = tiny.write_folder(tmp_path / "model", tiny.CONFIGS[family], tensors)
+    fj.load(folder)
+    assert f"the head {name.partition('.')[0]} is left out" in caplog.text
+
+
+def test_a_language_model_head_that_is_left_out_is_named(tmp_path, caplog):
+    fj.load(tiny.checkpoint(tmp_path / "untied", "llama", "causal-lm"))
+    assert "the head lm_head is left out" in caplog.text
+    caplog.clear()
+    fj.load(tiny.checkpoint(tmp_path / "with", "llama", "causal-lm"), head="causal-lm")
+    assert not caplog.text

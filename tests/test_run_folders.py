@@ -242,7 +242,9 @@ def test_a_finished_command_is_extended_by_an_option(command, tmp_path, capsys):
 
 
 def test_sigterm_leaves_nothing_of_an_output(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "copy_tokenizer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        files, "copy_companions", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
     before = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "new" / "out"
     assert main(["compress", command[1], str(out), "fusion", "--width", "12"]) == 143
@@ -259,7 +261,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     def killed(save):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as with kill -9
-            patch.setattr(files, "copy_tokenizer", lambda *_: 1 / 0)
+            patch.setattr(files, "copy_companions", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 save()
 

@@ -43,9 +43,15 @@ TOKENIZER = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
     GENERATION,
 )
 """Files that are copied beside the weights, so that a result keeps its tokenizer."""
+TEMPLATES = "additional_chat_templates"
+MODULES = "modules.json"
+SENTENCES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+"""Files of a sentence encoder; `MODULES` lists the folders of what follows the model."""
 
 
 def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -74,7 +80,8 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
 
     try:
         # The index first: it says which of the files with weights belong to the model.
-        patterns = [CONFIG, FUSION, INDEX, *TOKENIZER]
+        patterns = [CONFIG, FUSION, INDEX, *TOKENIZER, f"{TEMPLATES}/*.jinja", *SENTENCES]
+        patterns += [f"[0-9]_*/{file}" for file in (CONFIG, WEIGHTS)]
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
         index = folder / INDEX
         shards = sorted(set(shard_names(index).values())) if index.is_file() else [WEIGHTS]
@@ -281,8 +288,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         # the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)
+        for file in temporary.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
         temporary.chmod(0o777 & ~mask)
         _sync(temporary)
@@ -408,8 +415,20 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies those files of `TOKENIZER` that the source has."""
-    for name in TOKENIZER:
+def copy_companions(source: Path, target: Path, *, sentences: bool) -> None:
+    """Copies the files that belong to a model besides its weights and configuration.
+
+    Args:
+        source: The folder of the model.
+        target: The new folder.
+        sentences: Whether to copy what makes a sentence encoder of the model, such as pooling.
+    """
+    names = [*TOKENIZER, *(SENTENCES if sentences else ())]
+    names += [f"{TEMPLATES}/{path.name}" for path in (source / TEMPLATES).glob("*.jinja")]
+    if sentences and (source / MODULES).is_file():
+        folders = [path.name for path in source.glob("[0-9]_*") if path.is_dir()]
+        names += [f"{folder}/{file}" for folder in folders for file in (CONFIG, WEIGHTS)]
+    for name in names:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)

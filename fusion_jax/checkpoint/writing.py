@@ -96,7 +96,8 @@ def write_artefact(
         _write_json(new / files.FUSION, fields)
         if report is not None:
             _write_json(new / "report.json", report.to_json())
-        files.copy_tokenizer(Path(provenance.folder), new)
+        sentences = provenance.head is None
+        files.copy_companions(Path(provenance.folder), new, sentences=sentences)
     return Path(folder)
 
 
@@ -160,12 +161,13 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         fields["tie_word_embeddings"] = config.tie_word_embeddings
     if provenance.head == "classification":
         fields |= _class_fields(provenance, config.num_labels)
-    fields.pop("torch_dtype", None)
+    for stale in ("torch_dtype", "quantization_config"):  # of the weights before
+        fields.pop(stale, None)
     fields["dtype"] = dtype_name(plain)
     with files.new_folder(folder) as new:
         files.write_tensors(new, _exported(plain, family.rules(config, head)))
         _write_json(new / files.CONFIG, fields)
-        files.copy_tokenizer(Path(provenance.folder), new)
+        files.copy_companions(Path(provenance.folder), new, sentences=head is None)
     return Path(folder)
 
 
