@@ -14,11 +14,13 @@ from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_folder
 from fusion_jax.cli.options import DataOptions, Devices, File, Flat, Hidden, ModelName, Settings
 from fusion_jax.cli.run_folders import RESUME, history_table, resumable, run_recorder
+from fusion_jax.errors import InputError
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.finetuning import finetune as finetune_model
 from fusion_jax.training.methods.layerwise import tune as tune_model
 from fusion_jax.training.tasks import tables
+from fusion_jax.training.tasks.classification import Classification
 from fusion_jax.training.tasks.glue import texts_of
 
 
@@ -27,6 +29,7 @@ def finetune(
     model: Positional[ModelName],
     out: Annotated[Path, arg(metavar="RUN")],
     config: Settings = TrainConfig(),  # noqa: B008 - frozen
+    new_head: bool = False,
     seed: int = 0,
     data: Flat[DataOptions] = DataOptions(),  # noqa: B008 - frozen
     devices: Flat[Devices] = Devices(),  # noqa: B008 - frozen
@@ -42,6 +45,7 @@ def finetune(
         model: Hub id, Hugging Face folder, or artefact.
         out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
         config: Settings of training.
+        new_head: Replace the classification head of the model, such as one for other classes.
         seed: Seed of the head, the dropout and the order of the examples.
         data: The task and its data.
         devices: How the devices are used.
@@ -49,7 +53,10 @@ def finetune(
     devices.join()
     loaded = data.read()
     key = jax.random.key(seed)
-    before = loaded.load(model, key=key)
+    if new_head and not isinstance(loaded, Classification):
+        raise InputError("--new-head is for tasks with labels; leave it out")
+    head = {"new_head": True} if new_head else {}
+    before = loaded.load(model, key=key, **head)
     fields = {"model": model, "seed": seed, "task": loaded.to_json()}
     recipe = Recipe(on_step=run_recorder(out, {**fields, "max_length": config.max_length}))
     with devices.used():

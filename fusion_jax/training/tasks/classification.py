@@ -124,10 +124,10 @@ class Classification:
         """Returns the training texts in batches, without labels."""
         return unlabeled_batches(self.train, model, config, key=key)
 
-    def load(self, name: str, *, key: Key[Array, ""]) -> Model:
+    def load(self, name: str, *, key: Key[Array, ""], new_head: bool = False) -> Model:
         """Loads a model with a head for the task, see `fusion_jax.load`."""
-        num_labels = self.spec.num_labels
-        return checkpoint.load(name, head="classification", num_labels=num_labels, key=key)
+        head = {"head": "classification", "num_labels": self.spec.num_labels}
+        return checkpoint.load(name, **head, key=key, new_head=new_head)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a description of the task as JSON values by name."""
