@@ -12,7 +12,7 @@ Fine-Tuning, section 3). These dynamics are predicted for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -71,7 +71,7 @@ class Comparison:
     spectral: float
     alignment: float
     symmetric: bool
-    spectra: Float[np.ndarray, "2 n"]
+    spectra: Float[np.ndarray, "2 n"] = field(repr=False)
     effective_ranks: tuple[float, float]
     training: TrainingPrediction | None
 

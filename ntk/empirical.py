@@ -27,6 +27,7 @@ from ntk.engines.jacobian import JacobianEngine
 from ntk.engines.structure import Program
 from ntk.engines.vector_product import VectorEngine
 from ntk.errors import InputError, check_at_least, check_choice
+from ntk.functions import check_function
 from ntk.kinds import KernelKind
 
 EngineName = Literal["auto", "jacobian", "vector-product", "neural-tangents"]
@@ -39,7 +40,7 @@ DEFAULT_MEMORY = 4 * 2**30
 def kernel(
     f: Callable[[Any, Any], Any],
     params: Any,
-    x1: Any,
+    x1: Any = None,
     x2: Any = None,
     *,
     kind: KernelKind = "sgd",
@@ -95,6 +96,7 @@ def kernel(
         >>> float(kernel(f, params, jnp.ones((4, 3)), trace_axes=-1)[0, 0])
         8.0
     """
+    check_function(f)
     check_choice("kind", kind, KernelKind)
     check_choice("engine", engine, EngineName)
     if implementation is not None:
@@ -210,7 +212,7 @@ def _output_shape(out: Any, n: int) -> tuple[int, ...]:
     if out.shape[:1] != (n,) or 0 in out.shape:
         raise InputError(
             f"f must return an array with the examples on its first axis; for {n} examples it "
-            f"returns shape {out.shape}"
+            f"returns shape {out.shape}. One example alone is x[None]"
         )
     return out.shape
 

@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from ntk.errors import InputError, nearest
@@ -50,8 +51,9 @@ def functional(
         dotted path to array.
 
     Raises:
-        InputError: No parameter is chosen, or ``wrt`` is not a valid regular expression; in ``f``,
-            the model does not return the named output.
+        InputError: No parameter is chosen, ``wrt`` is not a valid regular expression, or the model
+            is a Linen module; in ``f``, the model does not return the named output, or it changes
+            its own state, as in training mode.
 
     Example:
         >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -66,8 +68,19 @@ def functional(
         flat = list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
         chosen = nnx.filterlib.PathIn(*(flat[i][0] for i in _choose(wrt, flat)))
         graph, params, rest = nnx.split(model, chosen, ...)
-        return lambda params, x: get_output(_call(nnx.merge(graph, params, rest), x)), params
 
+        def of_module(params: Any, x: Any) -> Any:
+            try:
+                return get_output(_call(nnx.merge(graph, params, rest), x))
+            except TraceContextError:
+                raise InputError(
+                    "the model changes its own state while it runs, as dropout and batch "
+                    "normalization do in training mode; call model.eval() before ntk.functional"
+                ) from None
+
+        return of_module, params
+
+    check_function(model)
     if params is None:
         raise InputError("a plain function needs params; only an nnx.Module holds its own")
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -81,6 +94,20 @@ def functional(
         return get_output(_call(model, x, tree.unflatten(merged)))
 
     return f, counted
+
+
+def check_function(f: Any) -> None:
+    """Raises `InputError` if a module is given where a function of parameters is needed."""
+    if isinstance(f, nnx.Module):
+        raise InputError(
+            "a module is not a function of its parameters; make one: "
+            "f, params = ntk.functional(model), then ntk.kernel(f, params, x)"
+        )
+    if any(cls.__module__.startswith("flax.linen") for cls in type(f).__mro__):
+        raise InputError(
+            "a Linen module does not hold its parameters; give its function and its variables: "
+            "f, params = ntk.functional(module.apply, variables)"
+        )
 
 
 def token(position: int, of: str | None = None) -> Callable[[Any], Array]:

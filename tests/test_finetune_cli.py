@@ -55,7 +55,8 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     assert main([*arguments, "--text", "sentence"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     labels = [text.split("\t")[1] for text in Path(data, "dev.tsv").read_text().splitlines()[1:]]
-    right = [row["label"] == label for row, label in zip(rows, labels, strict=True)]
+    names = {"0": "negative", "1": "positive"}
+    right = [row["label"] == names[label] for row, label in zip(rows, labels, strict=True)]
     assert f"{sum(right) / 16:.4f}" == value
     assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-9 for row in rows)
 

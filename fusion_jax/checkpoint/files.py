@@ -91,7 +91,7 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
     except Exception as error:  # the hub's client lets many kinds of errors through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{text} is not a local folder, and it could not be downloaded from the hub: {reason}"
+            f"no such folder: {text}; as a model of the hub it cannot be downloaded: {reason}"
         ) from error
 
 

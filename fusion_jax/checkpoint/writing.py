@@ -211,7 +211,10 @@ def provenance_of(model: nnx.Module) -> Provenance:
     """Returns where a model came from; raises `InputError` if it did not come from `load`."""
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
-        raise InputError("only models that came from fusion_jax.load can be saved or exported")
+        raise InputError(
+            "only models that came from fusion_jax.load can be saved or exported; for another "
+            "module, orbax.checkpoint can save nnx.state(module)"
+        )
     return provenance
 
 

@@ -65,6 +65,13 @@ def checked(
     gradients: Mapping[str, Array] | None,
 ) -> Checked:
     """Checks the arguments of `compress`, without any long work."""
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")
+    if not sites(model):
+        raise InputError(
+            f"{type(model).__name__} has no MLP that can be compressed: build its MLPs of "
+            "fusion_jax.Mlp, GatedMlp or experts, or load a model with fusion_jax.load"
+        )
     chosen, methods = _chosen(sites(model), method, layers)
     key = checked_key(key)
     if budget is not None and isinstance(method, Mapping):

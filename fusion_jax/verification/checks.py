@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Verification:
     """
 
     num_texts: int
-    kernels: dict[ntk.KernelKind, Float[np.ndarray, "2 n n"]]
+    kernels: dict[ntk.KernelKind, Float[np.ndarray, "2 n n"]] = field(repr=False)
     comparisons: dict[ntk.KernelKind, Comparison]
     certificates: dict[str, Certificate]
     engine_differences: dict[str, float] | None
@@ -177,6 +177,8 @@ def verify_files(
         raise InputError(f"{text} has fewer than two lines of text")
     key = jax.random.key(seed)
     smaller = load(compressed, dtype=jnp.float32)
+    if not smaller.provenance.history:
+        raise InputError(f"nothing in {compressed} is compressed; give an artefact of compress")
     name = smaller.provenance.name if original is None else original
     larger = load_original(name, smaller, key=key)
     tokenizer = load_tokenizer(smaller.provenance.folder)

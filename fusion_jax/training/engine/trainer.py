@@ -65,7 +65,7 @@ class Fit:
         data: Fingerprints of the data, by name; empty without a folder.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     step: int
     finished: bool
     history: list[dict[str, Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Ticket:
         finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     rounds: int
     finished: bool
 

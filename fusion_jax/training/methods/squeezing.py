@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,7 +183,7 @@ class Squeezed:
         finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     loss: float
     first_loss: float
     cuts: list[tuple[Cut, float]]
