@@ -83,5 +83,5 @@ def test_the_method(copy):
 @pytest.mark.full
 def test_the_architecture(copy):
     followed(copy, ARCHITECTURE)
-    out = run(copy, "tests/test_models.py", "-k", "electra")
+    out = run(copy, "tests/test_models.py", "-k", "data2vec")
     assert int(re.search(r"(\d+) passed", out)[1]) >= 4

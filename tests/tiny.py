@@ -31,6 +31,20 @@ BERT = {
 }
 ROBERTA = {**BERT, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
 ROBERTA["layer_norm_eps"] = 1e-5
+MPNET = {**ROBERTA, "model_type": "mpnet", "num_attention_heads": 2}
+del MPNET["type_vocab_size"]
+DISTILBERT = {
+    "model_type": "distilbert",
+    "vocab_size": 99,
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "id2label": BERT["id2label"],
+    "label2id": BERT["label2id"],
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 61,
@@ -89,6 +103,11 @@ T5 = {
 CONFIGS = {
     "bert": BERT,
     "roberta": ROBERTA,
+    "xlm-roberta": {**ROBERTA, "model_type": "xlm-roberta", "pad_token_id": 3},
+    "camembert": {**ROBERTA, "model_type": "camembert"},
+    "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
+    "distilbert": DISTILBERT,
+    "mpnet": MPNET,
     "gpt2": GPT2,
     "gpt2-exact": {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
     "llama": LLAMA,
@@ -127,10 +146,12 @@ def _cases(*heads):
 
 
 GENERATIVE = _cases("causal-lm", "seq2seq-lm")
+# RoBERTa under other names.
+ROBERTAS = ("xlm-roberta", "camembert")
 ENCODERS = [
     (name, head)
     for name, head in _cases(None, "classification", "masked-lm")
-    if name not in dict(GENERATIVE)
+    if name not in dict(GENERATIVE) and (name not in ROBERTAS or head == "classification")
 ]
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
@@ -174,7 +195,7 @@ def batch(family):
     if "d_kv" in config:
         target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
         return {**result, "decoder_input_ids": target}
-    if encoder:
+    if encoder and "type_vocab_size" in config:
         types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
         return {**result, "token_type_ids": types.astype(np.int32)}
     return result

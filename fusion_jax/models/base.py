@@ -85,7 +85,7 @@ def max_positions(model: Model) -> int | None:
     if isinstance(model, Generative):
         return model.max_length
     # RoBERTa's position ids start after the id of padding.
-    roberta = getattr(model.config, "is_roberta", False)
+    roberta = getattr(model.config, "shifted_positions", False)
     return model.config.max_position_embeddings - (model.config.pad_token_id + 1 if roberta else 0)
 
 
@@ -151,7 +151,6 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
     read = {name: x for name, x in config.items() if name in known and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
-    read |= given
     hints = _hints(cls)
     for name, value in read.items():
         if not _fits(value, hints[name]):
@@ -164,7 +163,7 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
             most = MOST_LAYERS if "layer" in name else 2**31 - 1
             if not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
-    return cls(**read)
+    return cls(**{**read, **given})
 
 
 @lru_cache

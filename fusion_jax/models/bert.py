@@ -1,8 +1,11 @@
-"""BERT and RoBERTa encoders, with classification and masked-language-model heads."""
+"""Encoders with classification and masked-language-model heads: BERT, RoBERTa, and their blocks.
+
+ELECTRA, DistilBERT and MPNet are the same blocks, see their files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +24,15 @@ from fusion_jax.models.base import (
     config_from_fields,
     tied_head,
 )
-from fusion_jax.models.layers import ArrayLike, Dropout, LayerNorm, attention, split_key, token_mask
+from fusion_jax.models.layers import (
+    ArrayLike,
+    Dropout,
+    LayerNorm,
+    attention,
+    relative_bias,
+    split_key,
+    token_mask,
+)
 from fusion_jax.models.provenance import class_names
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
@@ -31,7 +42,10 @@ from fusion_jax.nn.submlps import activation
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The fields of a BERT or RoBERTa ``config.json`` that the model uses, with its defaults."""
+    """The fields of a BERT ``config.json`` that the model uses, with its defaults.
+
+    Some fields are not in the file, but say what a family of encoders has of its own.
+    """
 
     model_type: str
     vocab_size: int = 30522
@@ -54,25 +68,40 @@ class BertConfig:
     """The token ids of label words, for a classification head that is a `LabelWordHead`."""
     label_transform: bool = True
     """Whether a head of label words has the layers of the masked-language-model head."""
+    embedding_size: int = 0
+    """The size of the embeddings, if a matrix maps them to ``hidden_size``; 0 if none does."""
+    shifted_positions: bool = False
+    """Whether positions count from ``pad_token_id + 1``, without padding, as in RoBERTa."""
+    relative_buckets: int = 0
+    """The number of ranges of distances that attention has a bias for; 0 for none."""
+    pooled: bool = True
+    """Whether there is a pooler, or can be."""
+    head_act: str = ""
+    """The activation of the first of the two layers of a classification head; "" for one layer."""
+    lm_act: str = ""
+    """The activation of the masked-language-model head; "" for that of the MLPs."""
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> BertConfig:
-        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
-        if config.get("position_embedding_type", "absolute") != "absolute":
+    def from_json(cls, config: Mapping[str, Any], **own: Any) -> BertConfig:
+        """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant.
+
+        The values in ``own`` are those of the family, which the file does not have.
+        """
+        if (config.get("position_embedding_type") or "absolute") != "absolute":
             raise InputError("only absolute position embeddings are implemented")
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise InputError("only encoders are implemented, not is_decoder or add_cross_attention")
-        roberta = config["model_type"] == "roberta"
-        defaults: dict[str, Any] = {"pad_token_id": 1, "vocab_size": 50265} if roberta else {}
         if config.get("id2label") is not None:
             class_names(config)  # raises if it is not a JSON object
-            defaults["num_labels"] = len(config["id2label"])
+            config = {"num_labels": len(config["id2label"]), **config}
         if config.get("label_ids"):
             config = {**config, "num_labels": len(config["label_ids"])}
-        result = config_from_fields(cls, {**defaults, **config})
+        result = config_from_fields(cls, config, **own)
         if any(not 0 <= i < result.vocab_size for i in result.label_ids or ()):
             raise InputError(f"label_ids are not all below vocab_size {result.vocab_size}")
-        activation(result.hidden_act)
+        for name in (result.hidden_act, result.head_act, result.lm_act):
+            if name:
+                activation(name)
         if result.hidden_size % result.num_attention_heads:
             raise InputError(
                 f"hidden_size {result.hidden_size} is not a multiple of "
@@ -80,10 +109,11 @@ class BertConfig:
             )
         return result
 
-    @property
-    def is_roberta(self) -> bool:
-        """Whether the positions and heads are those of RoBERTa."""
-        return self.model_type == "roberta"
+
+def _roberta(config: Mapping[str, Any]) -> BertConfig:
+    defaults = {"pad_token_id": 1, "vocab_size": 50265}
+    own = {"shifted_positions": True, "head_act": "tanh", "lm_act": "gelu"}
+    return BertConfig.from_json({**defaults, **config}, **own)
 
 
 class _LayerFactory:
@@ -94,7 +124,7 @@ class _LayerFactory:
         common = {"param_dtype": param_dtype, "rngs": rngs}
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.embed = partial(nnx.Embed, embedding_init=init, **common)
-        self.norm = partial(LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, **common)
+        self.norm = partial(LayerNorm, epsilon=config.layer_norm_eps, **common)
         self.mlp = partial(Mlp, act=config.hidden_act, kernel_init=init, **common)
         self.param_dtype = param_dtype
 
@@ -104,15 +134,19 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, make: _LayerFactory):
         self.config = config
-        self.word = make.embed(config.vocab_size, config.hidden_size)
-        self.position = make.embed(config.max_position_embeddings, config.hidden_size)
-        self.token_type = make.embed(config.type_vocab_size, config.hidden_size)
-        self.norm = make.norm()
+        size = config.embedding_size or config.hidden_size
+        self.word = make.embed(config.vocab_size, size)
+        self.position = make.embed(config.max_position_embeddings, size)
+        types = config.type_vocab_size
+        self.token_type = make.embed(types, size) if types else None
+        self.norm = make.norm(size)
+        narrow = size != config.hidden_size
+        self.project = make.linear(size, config.hidden_size) if narrow else None
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def positions(self, input_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
         """Returns position ids: 0, 1, ...; in RoBERTa from pad_token_id + 1, without padding."""
-        if self.config.is_roberta:
+        if self.config.shifted_positions:
             real = (input_ids != self.config.pad_token_id).astype(input_ids.dtype)
             return jnp.cumsum(real, axis=1, dtype=input_ids.dtype) * real + self.config.pad_token_id
         return jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None], input_ids.shape)
@@ -125,12 +159,14 @@ class Embeddings(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Returns the input of the first layer."""
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
         if position_ids is None:
             position_ids = self.positions(input_ids)
-        x = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
-        return self.dropout(self.norm(x), key)
+        x = self.word(input_ids) + self.position(position_ids)
+        if self.token_type is not None:
+            types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type(types)
+        x = self.dropout(self.norm(x), key)
+        return x if self.project is None else self.project(x)
 
 
 class SelfAttention(nnx.Module):
@@ -149,6 +185,7 @@ class SelfAttention(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         visible: Shaped[Array, "b 1 1 t"],
+        bias: Float[Array, "1 h t t"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
@@ -157,7 +194,8 @@ class SelfAttention(nnx.Module):
             linear(x).reshape(b, t, self.heads, d // self.heads)
             for linear in (self.query, self.key, self.value)
         )
-        return self.out(attention(q, k, v, visible, self.dropout, key).reshape(b, t, d))
+        y = attention(q, k, v, visible, self.dropout, key, bias=bias)
+        return self.out(y.reshape(b, t, d))
 
 
 class Layer(nnx.Module):
@@ -165,29 +203,33 @@ class Layer(nnx.Module):
 
     def __init__(self, config: BertConfig, make: _LayerFactory):
         self.attention = SelfAttention(config, make)
-        self.attention_norm = make.norm()
+        self.attention_norm = make.norm(config.hidden_size)
         self.mlp = make.mlp(config.hidden_size, config.intermediate_size)
-        self.mlp_norm = make.norm()
+        self.mlp_norm = make.norm(config.hidden_size)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Shaped[Array, "b 1 1 t"],
+        bias: Float[Array, "1 h t t"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Returns the hidden states after the layer."""
         keys = split_key(key, 3)
-        x = self.attention_norm(x + self.dropout(self.attention(x, visible, keys[0]), keys[1]))
+        x = self.attention_norm(
+            x + self.dropout(self.attention(x, visible, bias, keys[0]), keys[1])
+        )
         return self.mlp_norm(x + self.dropout(self.mlp(x), keys[2]))
 
 
 class ClassificationHead(nnx.Module):
-    """Logits at the first position: one linear layer after BERT's pooler, two in RoBERTa."""
+    """Logits at the first position: one linear layer after BERT's pooler, otherwise two."""
 
     def __init__(self, config: BertConfig, make: _LayerFactory):
         d = config.hidden_size
-        self.dense = make.linear(d, d) if config.is_roberta else None
+        self.act = config.head_act
+        self.dense = make.linear(d, d) if self.act else None
         self.out = make.linear(d, config.num_labels)
         rate = config.classifier_dropout
         self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
@@ -195,11 +237,11 @@ class ClassificationHead(nnx.Module):
     def __call__(
         self, pooled: Float[Array, "b d"], key: Key[Array, ""] | None
     ) -> Float[Array, "b classes"]:
-        """Returns the logits of pooled states (BERT) or of first hidden states (RoBERTa)."""
+        """Returns the logits of pooled states (BERT) or of first hidden states."""
         keys = split_key(key, 2)
         x = self.dropout(pooled, keys[0])
         if self.dense is not None:
-            x = self.dropout(jnp.tanh(self.dense(x)), keys[1])
+            x = self.dropout(activation(self.act)(self.dense(x)), keys[1])
         return self.out(x)
 
 
@@ -207,18 +249,19 @@ class MaskedLmHead(nnx.Module):
     """Logits over the vocabulary; the word embeddings are the output weights where tied."""
 
     def __init__(self, config: BertConfig, make: _LayerFactory):
-        self.act = "gelu" if config.is_roberta else config.hidden_act
-        self.dense = make.linear(config.hidden_size, config.hidden_size)
-        self.norm = make.norm()
+        size = config.embedding_size or config.hidden_size
+        self.act = config.lm_act or config.hidden_act
+        self.dense = make.linear(config.hidden_size, size)
+        self.norm = make.norm(size)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, make.param_dtype))
         tied = config.tie_word_embeddings
-        self.decoder = None if tied else make.embed(config.vocab_size, config.hidden_size)
+        self.decoder = None if tied else make.embed(config.vocab_size, size)
 
     def words(self, word: AnyEmbed) -> AnyEmbed:
         """Returns the output weights: the word embeddings, unless the head has its own."""
         return word if self.decoder is None else self.decoder
 
-    def transformed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    def transformed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n e"]:
         """Returns the vectors that are multiplied with the word embeddings."""
         return self.norm(activation(self.act)(self.dense(x)))
 
@@ -263,7 +306,7 @@ class BareLabelWordHead(nnx.Module):
 
 
 class Bert(Model):
-    """A BERT or RoBERTa encoder.
+    """An encoder such as BERT and RoBERTa.
 
     Args:
         pooler: Whether there is a pooler, in a model without a head; heads that need one have one.
@@ -289,11 +332,13 @@ class Bert(Model):
         self.config = config
         self.embeddings = Embeddings(config, make)
         self.layers = nnx.List([Layer(config, make) for _ in range(config.num_hidden_layers)])
+        buckets = config.relative_buckets
+        self.relative = make.embed(buckets, config.num_attention_heads) if buckets else None
         words = head == "classification" and config.label_ids is not None
-        if words or head == "masked-lm":
+        if words or head == "masked-lm" or not config.pooled:
             pooler = False
         elif head == "classification":
-            pooler = not config.is_roberta
+            pooler = not config.head_act
         self.pooler = make.linear(config.hidden_size, config.hidden_size) if pooler else None
         by_words = LabelWordHead if config.label_transform else BareLabelWordHead
         heads: dict[Head, Any] = {
@@ -334,11 +379,16 @@ class Bert(Model):
         if position_ids is None:
             check_positions(self, input_ids.shape[1])
         visible = token_mask(input_ids, attention_mask)[:, None, None, :]
+        bias = None
+        if self.relative is not None:
+            length, buckets = input_ids.shape[1], self.config.relative_buckets
+            options = {"far": MAX_DISTANCE, "buckets": buckets}
+            bias = relative_bias(self.relative, jnp.arange(length), length, **options)
         *keys, embed_key, head_key = split_key(key, len(self.layers) + 2)
         x = self.embeddings(input_ids, token_type_ids, position_ids, embed_key)
         states = [x]
         for layer, layer_key in zip(self.layers, keys, strict=True):
-            x = layer(x, visible, layer_key)
+            x = layer(x, visible, bias, layer_key)
             states.append(x)
         pooled = None if self.pooler is None else jnp.tanh(self.pooler(x[:, 0]))
         logits = None
@@ -349,11 +399,16 @@ class Bert(Model):
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
 
 
-ENCODER_RULES = (
+MAX_DISTANCE = 128
+"""The distance from which on all distances have the same bias, in attention with such biases."""
+EMBEDDING_RULES = (
     KeyRule("embeddings.word", "embeddings.word_embeddings", EMBED),
     KeyRule("embeddings.position", "embeddings.position_embeddings", EMBED),
     KeyRule("embeddings.token_type", "embeddings.token_type_embeddings", EMBED),
     KeyRule("embeddings.norm", "embeddings.LayerNorm", NORM),
+)
+ENCODER_RULES = (
+    *EMBEDDING_RULES,
     KeyRule("layers.{l}.attention.query", "encoder.layer.{l}.attention.self.query", LINEAR),
     KeyRule("layers.{l}.attention.key", "encoder.layer.{l}.attention.self.key", LINEAR),
     KeyRule("layers.{l}.attention.value", "encoder.layer.{l}.attention.self.value", LINEAR),
@@ -364,79 +419,139 @@ ENCODER_RULES = (
     KeyRule("layers.{l}.mlp_norm", "encoder.layer.{l}.output.LayerNorm", NORM),
     KeyRule("pooler", "pooler.dense", LINEAR),
 )
-_BIAS = {"": Leaf(("",))}
-_head_rule = partial(KeyRule, in_base=False)
-_HEADS: dict[str, dict[Head, tuple[KeyRule, ...]]] = {
-    "bert": {
-        "classification": (_head_rule("head.out", "classifier", LINEAR),),
-        "masked-lm": (
-            _head_rule("head.dense", "cls.predictions.transform.dense", LINEAR),
-            _head_rule("head.norm", "cls.predictions.transform.LayerNorm", NORM),
-            _head_rule("head.bias", "cls.predictions.bias", _BIAS),
-            _head_rule("head.decoder", "cls.predictions.decoder", EMBED),
-        ),
-    },
-    "roberta": {
-        "classification": (
-            _head_rule("head.dense", "classifier.dense", LINEAR),
-            _head_rule("head.out", "classifier.out_proj", LINEAR),
-        ),
-        "masked-lm": (
-            _head_rule("head.dense", "lm_head.dense", LINEAR),
-            _head_rule("head.norm", "lm_head.layer_norm", NORM),
-            _head_rule("head.bias", "lm_head.bias", _BIAS),
-            _head_rule("head.decoder", "lm_head.decoder", EMBED),
-        ),
-    },
-}
-# Tensors that the model does not need: buffers, tied copies, a pooler that the head does not use,
-# the next-sentence head of the original BERT, and heads that were not asked for.
+BIAS = {"": Leaf(("",))}
+head_rule = partial(KeyRule, in_base=False)
+TWO_LAYERS = (
+    head_rule("head.dense", "classifier.dense", LINEAR),
+    head_rule("head.out", "classifier.out_proj", LINEAR),
+)
+# Tensors that a model may not need: buffers, a pooler that the head does not use, the heads of
+# pre-training, and heads that were not asked for.
 _IGNORED = (
     r"(.+\.)?embeddings\.(position_ids|token_type_ids)",
-    r"(bert\.|roberta\.)?pooler\.dense\.(weight|bias)",
-    r"cls\.seq_relationship\.(weight|bias)",
-    r"cls\.predictions\.(decoder\.weight|decoder\.bias|bias)",
-    r"lm_head\.(decoder\.weight|decoder\.bias|bias)",
+    r"(.+\.)?pooler\.dense\.(weight|bias)",
+    r"(cls|lm_head|generator_.+|discriminator_.+|vocab_.+|pre_classifier)\..+",
 )
-_IGNORED_HEADS: dict[Head, tuple[str, ...]] = {"masked-lm": (r"cls\..+", r"lm_head\..+")}
 
 
-def _rules(config: BertConfig, head: Head | None) -> KeyRules:
-    model_type = config.model_type
-    others = [p for name, patterns in _IGNORED_HEADS.items() if name != head for p in patterns]
+def encoder_rules(
+    config: BertConfig,
+    head: Head | None,
+    *,
+    prefix: str,
+    layers: Sequence[KeyRule],
+    classification: Sequence[KeyRule],
+    masked_lm: Sequence[KeyRule],
+    decoder: str,
+    decoder_bias: bool = False,
+) -> KeyRules:
+    """Returns the key rules of an encoder.
+
+    Args:
+        config: The configuration.
+        head: The head.
+        prefix: What precedes the names of the base model in a checkpoint with a head.
+        layers: The rules of the base model.
+        classification: The rules of the classification head.
+        masked_lm: The rules of the masked-language-model head, without its output weights.
+        decoder: The name of the layer with the output weights.
+        decoder_bias: Whether this layer has a copy of the bias.
+    """
     if head == "classification" and config.label_ids is not None:
         head = "masked-lm"
-    decoder = "lm_head.decoder" if config.is_roberta else "cls.predictions.decoder"
     twins, copies = {}, {}
     if head == "masked-lm":
         twins = tied_head(config, f"{decoder}.weight", "embeddings.word.embedding")
-        twins[f"{decoder}.bias"] = "head.bias"
-        if not config.tie_word_embeddings:
+        if decoder_bias:
+            twins[f"{decoder}.bias"] = "head.bias"
+        if decoder_bias and not config.tie_word_embeddings:
             copies = {"head.bias": (f"{decoder}.bias",)}
+    own: dict[Head | None, Sequence[KeyRule]] = {
+        "classification": classification,
+        "masked-lm": (*masked_lm, head_rule("head.decoder", decoder, EMBED)),
+    }
     return KeyRules(
-        rules=ENCODER_RULES if head is None else (*ENCODER_RULES, *_HEADS[model_type][head]),
-        prefix=f"{model_type}.",
+        rules=(*layers, *own.get(head, ())),
+        prefix=prefix,
         write_prefix=head is not None,
-        ignored=(*_IGNORED, *others),
+        ignored=_ignored(head),
         twins=twins,
-        decisive=(f"{decoder}.bias",),
+        decisive=(f"{decoder}.bias",) if decoder_bias else (),
         copies=copies,
     )
 
 
-def _family(name: str) -> Family:
+def _ignored(head: Head | None) -> Sequence[str]:
+    if head != "masked-lm":
+        return _IGNORED
+    copies = r"(cls\.predictions|lm_head)\.(decoder\.weight|decoder\.bias|bias)"
+    others = r"cls\.seq_relationship\.(weight|bias)|discriminator_.+|generator_lm_head\.weight"
+    return (*_IGNORED[:2], copies, others, r"vocab_projector\.weight|pre_classifier\..+")
+
+
+def _bert_rules(config: BertConfig, head: Head | None) -> KeyRules:
+    return encoder_rules(
+        config,
+        head,
+        prefix="bert.",
+        layers=ENCODER_RULES,
+        classification=(head_rule("head.out", "classifier", LINEAR),),
+        masked_lm=(
+            head_rule("head.dense", "cls.predictions.transform.dense", LINEAR),
+            head_rule("head.norm", "cls.predictions.transform.LayerNorm", NORM),
+            head_rule("head.bias", "cls.predictions.bias", BIAS),
+        ),
+        decoder="cls.predictions.decoder",
+        decoder_bias=True,
+    )
+
+
+ROBERTA_LM = (
+    head_rule("head.dense", "lm_head.dense", LINEAR),
+    head_rule("head.norm", "lm_head.layer_norm", NORM),
+    head_rule("head.bias", "lm_head.bias", BIAS),
+)
+
+
+def _roberta_rules(config: BertConfig, head: Head | None) -> KeyRules:
+    return encoder_rules(
+        config,
+        head,
+        prefix="roberta.",
+        layers=ENCODER_RULES,
+        classification=TWO_LAYERS,
+        masked_lm=ROBERTA_LM,
+        decoder="lm_head.decoder",
+        decoder_bias=True,
+    )
+
+
+def encoder_family(
+    name: str,
+    config: Callable[[Mapping[str, Any]], BertConfig],
+    rules: Callable[[BertConfig, Head | None], KeyRules],
+    *,
+    width_field: str = "intermediate_size",
+    pooler: bool = True,
+) -> Family:
+    """Returns the family of encoders whose classes in `transformers` begin with ``name``."""
     return Family(
-        config=BertConfig.from_json,
+        config=config,
         model=Bert,
-        rules=_rules,
+        rules=rules,
         architectures={
             None: f"{name}Model",
             "classification": f"{name}ForSequenceClassification",
             "masked-lm": f"{name}ForMaskedLM",
         },
-        width_field="intermediate_size",
-        optional=("pooler",),
+        width_field=width_field,
+        optional=("pooler",) if pooler else (),
     )
 
 
-FAMILIES = {"bert": _family("Bert"), "roberta": _family("Roberta")}
+FAMILIES = {
+    "bert": encoder_family("Bert", BertConfig.from_json, _bert_rules),
+    "roberta": encoder_family("Roberta", _roberta, _roberta_rules),
+    "xlm-roberta": encoder_family("XLMRoberta", _roberta, _roberta_rules),
+    "camembert": encoder_family("Camembert", _roberta, _roberta_rules),
+}

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.dtypes import wide
 
 ArrayLike = Array | np.ndarray
@@ -111,6 +112,53 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = dropout(weights, dropout_key)
     return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
+
+
+def distance_buckets(far: int, count: int, *, causal: bool = False) -> np.ndarray:
+    """Returns the bucket of each distance, from 0 (causal) or -far to far.
+
+    Half of the buckets are for single distances, half for ranges of growing size; without
+    ``causal``, both halves are there once for each direction. Rounded in float32, as T5 was
+    trained.
+
+    References:
+        T5 (arXiv 1910.10683), section 2.1.
+    """
+    count = count if causal else count // 2
+    exact = count // 2
+    distance = np.arange(far + 1, dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        logs = np.log(distance / np.float32(exact)) / np.float32(np.log(far / exact))
+    large = exact + np.maximum(logs * np.float32(count - exact), 0).astype(np.int32)
+    back = np.where(distance < exact, distance, np.minimum(large, count - 1)).astype(np.int32)
+    return back if causal else np.concatenate([count + back[:0:-1], back])
+
+
+def relative_bias(
+    embed: AnyEmbed,
+    slots: Int[Array, " t"],
+    count: int,
+    *,
+    far: int,
+    buckets: int,
+    causal: bool = False,
+) -> Float[Array, "1 h t s"]:
+    """Returns the bias of the scores of each head, which depends on relative positions.
+
+    Distances are counted in slots, including padding.
+
+    Args:
+        embed: The bias of each bucket and head.
+        slots: (t,) the slots of the tokens that attend.
+        count: The number s of slots that they attend to.
+        far: The distance from which on all have the same bias.
+        buckets: The number of buckets.
+        causal: Whether tokens attend to those before them alone.
+    """
+    distance = slots[:, None] - jnp.arange(count)[None]
+    table = jnp.asarray(distance_buckets(far, buckets, causal=causal))
+    least = 0 if causal else -far
+    return embed(table[jnp.clip(distance, least, far) - least]).transpose(2, 0, 1)[None]
 
 
 class Cache(NamedTuple):

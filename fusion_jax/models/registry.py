@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from fusion_jax.models import bert, gpt2, llama, t5
+from fusion_jax.models import bert, distilbert, electra, gpt2, llama, mpnet, t5
 from fusion_jax.models.base import Family as Family
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
+    **distilbert.FAMILIES,
+    **electra.FAMILIES,
     **gpt2.FAMILIES,
     **llama.FAMILIES,
+    **mpnet.FAMILIES,
     **t5.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
@@ -30,6 +29,7 @@ from fusion_jax.models.layers import (
     RmsNorm,
     Window,
     attention,
+    relative_bias,
     split_key,
     token_mask,
     window,
@@ -252,11 +252,10 @@ class Stack(nnx.Module):
         Returns:
             The bias. Distances are counted in slots, including padding.
         """
-        far = self.config.relative_attention_max_distance
-        distance = slots[:, None] - jnp.arange(count)[None]
-        table = jnp.asarray(_buckets(self.config, self.decoder))
-        near = jnp.clip(distance, 0 if self.decoder else -far, far)
-        return self.relative(table[near + (0 if self.decoder else far)]).transpose(2, 0, 1)[None]
+        config = self.config
+        far, buckets = config.relative_attention_max_distance, config.relative_attention_num_buckets
+        options = {"far": far, "buckets": buckets, "causal": self.decoder}
+        return relative_bias(self.relative, slots, count, **options)
 
     def __call__(
         self,
@@ -289,25 +288,6 @@ class Stack(nnx.Module):
             router_logits=tuple(routers),
             cache=cache.result(seen),
         )
-
-
-def _buckets(config: T5Config, decoder: bool) -> np.ndarray:
-    """Returns the bucket of each distance, from 0 (decoder) or -max (encoder) to max.
-
-    Half of the buckets are for single distances, half for ranges of growing size; an encoder has
-    both halves once for each direction. Rounded in float32, as T5 was trained.
-    """
-    far, count = config.relative_attention_max_distance, config.relative_attention_num_buckets
-    count = count if decoder else count // 2
-    exact = count // 2
-    distance = np.arange(far + 1, dtype=np.float32)
-    with np.errstate(divide="ignore"):
-        logs = np.log(distance / np.float32(exact)) / np.float32(np.log(far / exact))
-    large = exact + np.maximum(logs * np.float32(count - exact), 0).astype(np.int32)
-    back = np.where(distance < exact, distance, np.minimum(large, count - 1)).astype(np.int32)
-    if decoder:
-        return back
-    return np.concatenate([count + back[:0:-1], back])
 
 
 class T5Cache(NamedTuple):
