@@ -54,19 +54,23 @@ class NeuralTangentsEngine(Engine[BlockPlan]):
 
     Args:
         task: The kernel to compute.
-        implementation: A key of `IMPLEMENTATIONS`.
+        implementation: A key of `IMPLEMENTATIONS`; None for structured derivatives, or for the
+            contraction of Jacobians if the function has branches, see `add`.
 
     Raises:
         InputError: The kernel is Adam's, or the package is not installed.
     """
 
-    def __init__(self, task: KernelTask, implementation: str):
+    def __init__(self, task: KernelTask, implementation: str | None = None):
         if task.sign:
             raise InputError(
                 "engine 'neural-tangents' does not have the Adam kernel; use 'jacobian' or "
                 "'vector-product'"
             )
         super().__init__(task)
+        if implementation is None:
+            branches = task.program.branches
+            implementation = "jacobian-contraction" if branches else "structured-derivatives"
         self._implementation = implementation
         self._number = IMPLEMENTATIONS[implementation]
         load_neural_tangents()
@@ -88,14 +92,29 @@ class NeuralTangentsEngine(Engine[BlockPlan]):
         sides: tuple[Any, Any],
         advance: Callable[[], None],
     ) -> KernelArray:
-        """Returns a total plus the kernel of two blocks."""
+        """Returns a total plus the kernel of two blocks.
+
+        Raises:
+            InputError: Structured derivatives met an infinite value or slope in a branch that is
+                not taken. They multiply derivatives, where the others select.
+        """
         values, first = sides[0]
         second = None if sides[1] is None else sides[1][1]
         with self._explained():
             total = self._add(self._number, self.task.kept, total, *values, first, second)
         total = jax.block_until_ready(total)
+        if self._structured and self.task.program.branches and not jnp.isfinite(total).all():
+            raise InputError(
+                "neural-tangents' structured-derivatives computes every branch of lax.cond and "
+                "lax.switch, and its result is not finite; use implementation="
+                "'jacobian-contraction', which leaves out branches that are not taken"
+            )
         advance()
         return total
+
+    @property
+    def _structured(self) -> bool:
+        return self._implementation == "structured-derivatives"
 
     def memory(self, plan: BlockPlan, values: Any, blocks: tuple[Any, Any]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result."""
@@ -130,10 +149,13 @@ def _added(
     second: Sequence[Array] | None,
 ) -> KernelArray:
     """Returns a total plus the kernel of two blocks of examples."""
+    # Structured derivatives would take a gate for the use of a parameter, and be wrong or slow.
+    gates = number != IMPLEMENTATIONS["structured-derivatives"]
 
     def batch(leaves: Sequence[Array], examples: Sequence[Array]) -> Array:
         def one(example: Sequence[Array]) -> Array:
-            return program(leaves, constants, example)[0].reshape(kept, -1)
+            out, _ = program(leaves, constants, example, gates=gates)
+            return out.reshape(kept, -1)
 
         # The package asks for one example at a time, and a vmap would hide structure from it.
         if examples[0].shape[0] == 1:
