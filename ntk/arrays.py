@@ -18,6 +18,20 @@ def inner_products(a: Float[Array, "n k"], b: Float[Array, "m k"]) -> Float[Arra
     return jnp.matmul(a, b.T, precision="highest")
 
 
+def row_norms(x: Float[Array, "*n k"]) -> Float[Array, "*n"]:
+    """Returns Euclidean norms along the last axis; squares neither overflow nor underflow."""
+    largest = jnp.abs(x).max(-1, keepdims=True, initial=0)
+    largest = jnp.where(largest > 0, largest, 1)
+    return largest[..., 0] * jnp.sqrt(jnp.square(x / largest).sum(-1))
+
+
+def host_norms(x: np.ndarray, axis: int | None = None) -> Any:
+    """Returns Euclidean norms along an axis, or of all numbers, as `row_norms` does."""
+    largest = np.abs(x).max(axis=axis, keepdims=True, initial=0)
+    largest = np.where(largest > 0, largest, 1)
+    return np.squeeze(largest, axis) * np.sqrt(np.square(x / largest).sum(axis))
+
+
 def host_float64(x: Any) -> np.ndarray:
     """Returns an array, of any dtype, as float64 on the host."""
     return np.asarray(x).astype(np.float64)

@@ -72,7 +72,8 @@ def kernel(
             ``"neural-tangents"`` is that package, for ``"sgd"`` only; ``"auto"`` takes the one of
             the first two that needs fewer operations.
         implementation: An implementation of neural-tangents: ``"structured-derivatives"`` (the
-            default), ``"jacobian-contraction"`` or ``"ntk-vector-products"``.
+            default), ``"jacobian-contraction"`` (the default for a function with `jax.lax.cond` or
+            `jax.lax.switch`) or ``"ntk-vector-products"``.
         block_size: The largest number of examples in a block.
         memory_limit: The largest number of bytes, on each device, beside parameters, inputs and the
             kernel itself. The limit holds for the memory that the compiler reports. With None,
@@ -245,7 +246,7 @@ def _engines(
         # Imported here, since importing that package takes seconds.
         from ntk.engines.neural_tangents import NeuralTangentsEngine
 
-        return [NeuralTangentsEngine(task, implementation or "structured-derivatives")]
+        return [NeuralTangentsEngine(task, implementation)]
     jacobian = JacobianEngine(task)
     vector = VectorEngine(task)
     if engine == "jacobian" or (engine == "auto" and narrow):

@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ntk.arrays import inner_products, require_finite
+from ntk.arrays import inner_products, require_finite, row_norms
 from ntk.errors import InputError
 from ntk.kinds import KernelKind, second_transform
 from ntk.units import HiddenUnits, hidden_units
@@ -85,11 +85,15 @@ def _traced(mlp: MlpWeights, x: Array, z: Array | None, kind: KernelKind) -> Arr
     second = second_transform(kind)
     left, right = _both_units(mlp, x, z)
     z = x if z is None else z
-    weight = (mlp.down * second(mlp.down)).sum(1)[None]
+    # Norms, whose squares may underflow, are multiplied with each factor.
+    if kind == "adam":
+        size, size2 = jnp.abs(mlp.down).sum(1)[None], 1
+    else:
+        size = size2 = row_norms(mlp.down)[None]
     hidden = inner_products(left.hidden, second(right.hidden))
     total = mlp.down.shape[1] * (hidden + int(mlp.out_bias))
     for (_, bias), c, c2 in zip(mlp.maps, left.slopes, right.slopes, strict=True):
-        slopes = inner_products(c * weight, second(c2))
+        slopes = inner_products(c * size, second(c2) * size2)
         total = total + input_products(x, z, bias, kind) * slopes
     return total
 

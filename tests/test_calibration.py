@@ -14,7 +14,13 @@ from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression import allocation
 from fusion_jax.methods.geometry import points
-from fusion_jax.methods.least_squares import RIDGE_OF_FACTORS, matched, refitted
+from fusion_jax.methods.least_squares import (
+    FACTOR_RANGE,
+    RIDGE_OF_FACTORS,
+    _bounded_ridge,
+    matched,
+    refitted,
+)
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.tokens import TokenBatch
 from fusion_jax.nn.fused import Factors
@@ -152,6 +158,105 @@ def test_second_factors_for_adam_are_the_best_at_their_pairs(kind, x64):
         best = start + np.linalg.lstsq(rows, right, rcond=None)[0]
         assert (best > 0.02 * start).all()
         np.testing.assert_allclose(inner, best, rtol=1e-8)
+
+
+def rarely_active(kind=fj.Mlp, bias=-3.5, act="gelu", seed=0):
+    """64 units that few inputs activate."""
+    mlp = kind(8, 64, 8, act=act, rngs=nnx.Rngs(seed))
+    (mlp.gate if kind is fj.GatedMlp else mlp.up).bias.set_value(jnp.full(64, bias))
+    return mlp
+
+
+def fused_with_and_without(mlp, x, scaling):
+    """The fused MLP with matched factors, the one with standard factors, and the ratios."""
+    fused = [
+        fj.compress(
+            mlp,
+            fj.Fusion(width=12, scaling=scaling, match=match),
+            key=KEY,
+            calibration={"": x},
+        )[0]
+        for match in (True, False)
+    ]
+    pairs = zip(*(m.factors() for m in fused), strict=True)
+    used = 3 if isinstance(mlp, fj.GatedMlp) else 2  # a plain MLP has no middle
+    return *fused, np.stack([a / b for a, b in pairs])[:used]
+
+
+def after_a_step(module, x):
+    """How much a first step of Adam at a rate of 1e-3 changes the outputs, relative to them."""
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    above = jax.random.normal(KEY, (len(x), 8))
+
+    def loss(params):
+        return (nnx.merge(graph, params, rest)(x) * above).sum()
+
+    gradients = jax.grad(loss)(params)
+    moved = jax.tree.map(lambda p, g: p - 1e-3 * jnp.sign(g), params, gradients)
+    return relative(module(x), nnx.merge(graph, moved, rest)(x))
+
+
+@scalings
+def test_factors_stay_near_the_standard_ones(scaling):
+    mlp, x = rarely_active(), jax.random.normal(jax.random.key(0), (64, 8))
+    new = jax.random.normal(jax.random.key(99), (64, 8))
+    fitted, plain, ratios = fused_with_and_without(mlp, x, scaling)
+    assert ratios.max() == pytest.approx(FACTOR_RANGE, rel=1e-5) or scaling == "adam"
+    assert (np.abs(np.log(ratios)) <= np.log(FACTOR_RANGE) + 1e-5).all()
+    assert after_a_step(fitted, new) < 1.3 * after_a_step(plain, new)
+
+
+@kinds
+@scalings
+@pytest.mark.full(quick=2)
+def test_two_positions_hardly_move_factors(kind, scaling):
+    mlp, x = rarely_active(kind, bias=-0.5), jax.random.normal(jax.random.key(3), (2, 8))
+    new = jax.random.normal(jax.random.key(99), (64, 8))
+    fitted, plain, ratios = fused_with_and_without(mlp, x, scaling)
+    # Three pairs of positions, for 12 factors.
+    assert (np.abs(np.log(ratios)) <= np.log(FACTOR_RANGE) * 3 / (4 * 12) + 1e-5).all()
+    assert not (ratios == 1).all()
+    want = traced_kernel(mlp_weights(mlp), new, kind=scaling)
+    errors = [
+        relative(want, traced_kernel(mlp_weights(m), new, kind=scaling)) for m in (fitted, plain)
+    ]
+    assert errors[0] < 1.1 * errors[1]
+
+
+@scalings
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_units_dead_on_the_text_keep_their_standard_factors(act, scaling):
+    mlp = rarely_active(act=act, bias=0.0)
+    dead = jnp.arange(64) % 2 == 0
+    mlp.up.bias.set_value(jnp.where(dead, -12.0, 0.0))
+    x = jax.random.normal(KEY, (128, 8))
+    fitted, _, ratios = fused_with_and_without(mlp, x, scaling)
+    labels = np.asarray(fitted.labels[...])
+    alive = np.zeros(12, bool)
+    alive[labels[~np.asarray(dead)]] = True
+    assert not alive.all()
+    assert (ratios[:, ~alive] == 1).all()
+    assert (ratios[:, alive] != 1).any()
+
+
+def test_bounded_regression(x64):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        a, y = rng.normal(size=(40, 6)), rng.normal(size=40)
+        start = rng.uniform(1, 2, 6)
+        level = RIDGE_OF_FACTORS * np.trace(a.T @ a) / 6
+        rows = np.concatenate([a, np.sqrt(level) * np.eye(6)])
+        right = np.concatenate([y, np.sqrt(level) * start])
+        args = jnp.asarray(a.T @ a), jnp.asarray(a.T @ (y - a @ start)), jnp.asarray(start)
+        low, high = np.full(6, -0.05), np.full(6, 0.1)
+        high[2] = low[2]
+        free = _bounded_ridge(*args, jnp.full(6, -9.0), jnp.full(6, 9.0))
+        np.testing.assert_allclose(free, np.linalg.lstsq(rows, right, rcond=None)[0], rtol=1e-9)
+        got = np.asarray(_bounded_ridge(*args, jnp.asarray(low), jnp.asarray(high)))
+        assert ((low <= got) & (got <= high)).all()
+        inside = (low < got) & (got < high)
+        # What is inside is the best, given the others.
+        np.testing.assert_allclose((rows.T @ (rows @ got - right))[inside], 0, atol=1e-9)
 
 
 @kinds

@@ -288,6 +288,98 @@ def test_points_of_weight_zero_do_not_count(key, init, refine):
     np.testing.assert_allclose(r.inertia, inertia(x, r.labels, w), rtol=1e-5)
 
 
+@pytest.mark.parametrize("weight", [1e37, 1e-37])
+def test_equal_weights_of_any_size_change_nothing(weight, key):
+    x = 100 * cloud()
+    a, b = kmeans(x, K, key=key), kmeans(x, K, key=key, weights=jnp.full(N, weight))
+    assert (a.labels == b.labels).all()
+    np.testing.assert_allclose(a.centroids, b.centroids, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(a.inertia_fraction, b.inertia_fraction, rtol=1e-5)
+
+
+def partitions(n, k):
+    """All labels of n points with at most k clusters, up to the numbers of the clusters."""
+    if n == 0:
+        yield ()
+        return
+    for rest in partitions(n - 1, k):
+        yield from ((*rest, c) for c in range(min(k, max(rest, default=-1) + 2)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_of_different_sizes(seed, key):
+    rng = np.random.RandomState(seed)
+    x = rng.standard_normal((7, 2)).astype(np.float32) * [1, 100, 1e-3, 1][seed]
+    if seed == 3:  # only points of small weight differ
+        x[:4] = x[0]
+    heavy = np.arange(7) < 4 if seed == 3 else rng.rand(7) < 0.5
+    w = (np.where(heavy, 1e30, 1e-10) * rng.uniform(0.5, 1, 7)).astype(np.float32)
+    r = kmeans(x, 3, key=key, weights=w)
+    labels = np.asarray(r.labels)
+    best = min(inertia(x, c, w) for c in map(np.array, partitions(7, 3)) if c.max() == 2)
+    np.testing.assert_allclose(inertia(x, labels, w), best, rtol=1e-4)
+    np.testing.assert_allclose(float(r.inertia), best, rtol=1e-4)
+    wide = x.astype(np.float64), w.astype(np.float64)
+    for c in range(3):
+        mean = np.average(wide[0][labels == c], axis=0, weights=wide[1][labels == c])
+        np.testing.assert_allclose(r.centroids[c], mean, rtol=1e-4)
+
+
+def far_apart(kind):
+    """Points in float32 whose small distances inner products do not hold."""
+    x = np.random.RandomState(1).standard_normal((N, D))
+    if kind == "outlier":
+        x[17] += 1e6
+    else:
+        x += 1000.0 * (np.arange(N) % 3)[:, None]
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "init", "refine"),
+    [("outlier", "ward", "hartigan"), ("groups", "ward", "hartigan"), ("outlier", None, "lloyd")],
+)
+def test_small_distances_beside_large_ones(kind, init, refine, key):
+    x = far_apart(kind)
+    init = x[:K] + np.float32(0.1) if init is None else init
+    r = kmeans(x, K, key=key, init=init, refine=refine)
+    with jax.enable_x64(True):
+        exact = jnp.asarray(init, jnp.float64) if refine == "lloyd" else init
+        want = kmeans(x.astype(np.float64), K, key=key, init=exact, refine=refine)
+    assert (np.asarray(r.labels) == np.asarray(want.labels)).all()
+    np.testing.assert_allclose(r.inertia, want.inertia, rtol=1e-5)
+    np.testing.assert_allclose(r.centroids, want.centroids, rtol=1e-6, atol=1e-5)
+    assert r.converged
+
+
+def test_what_float32_cannot_tell_under_jit_is_not_converged(key):
+    cluster = jax.jit(lambda x: kmeans(x, K, key=key))
+    assert not cluster(jnp.asarray(far_apart("outlier"))).converged
+    assert cluster(cloud()).converged
+
+
+@pytest.mark.full
+def test_small_distances_of_many_points(key, monkeypatch):
+    x = far_apart("outlier")
+    options = {"key": key, "init": "k-means++", "refine": "lloyd"}
+    want = kmeans(x, K, **options)
+    monkeypatch.setattr(engine, "GRAM_BYTES", 1000)
+    monkeypatch.setattr(point_space, "_BLOCK_BYTES", 50 * K * D * 4)
+    got = kmeans(x, K, **options)
+    np.testing.assert_allclose(got.inertia, want.inertia, rtol=1e-5)
+
+
+def test_numpy_arrays_and_lists_are_points(key):
+    x, w = np.asarray(cloud()), np.random.RandomState(0).uniform(0.5, 2, N)
+    want = kmeans(jnp.asarray(x), K, key=key, weights=jnp.asarray(w, jnp.float32), init=x[:K])
+    for convert in (np.asarray, np.ndarray.tolist, np.float64):
+        got = kmeans(convert(x), K, key=key, weights=convert(w), init=convert(x[:K]))
+        assert all((a == b).all() for a, b in zip(got, want, strict=True))
+    whole = np.arange(N * D).reshape(N, D) % 17
+    got, want = (kmeans(a, K, key=key) for a in (whole, jnp.asarray(whole, jnp.float32)))
+    assert (got.labels == want.labels).all()
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_order_of_points_changes_nothing(init, key):
     x = cloud()
@@ -351,6 +443,13 @@ def test_float64_stays(x64, key):
         ({"weights": jnp.ones(95)}, r"weights must have shape \(96,\)"),
         ({"weights": -jnp.ones(96)}, "not negative"),
         ({"weights": jnp.zeros(96)}, "at least k = 5 of them positive"),
+        ({"weights": [1e-50] * 96}, "weights hold 1e-50, which float32 cannot; scale them, or use"),
+        ({"weights": "heavy"}, "weights must be an array of real numbers"),
+        ({"init": np.full((5, 6), np.inf)}, "init holds NaN or infinite values"),
+        ({"points": [[1.0, 2.0], [3.0]]}, "points must be an array of real numbers, or lists of"),
+        ({"points": jnp.zeros((96, 2), complex)}, "points must be real numbers; got complex64"),
+        ({"points": np.full((96, 2), 1e300)}, r"points hold 1e\+300, which float32 cannot"),
+        ({"points": [1.0, 2.0]}, r"points must be \(n, d\) and not empty; got shape \(2,\)"),
     ],
 )
 def test_bad_input(arguments, message, key):

@@ -219,7 +219,6 @@ def test_the_change_of_outputs_and_of_sgd_kernels_is_of_second_order():
         assert float(bound(sites[0]) / bound(sites[1])) == pytest.approx(4, rel=0.1)
 
 
-@pytest.mark.full(quick=2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 def test_balls_hold_the_units(shape):
@@ -251,6 +250,75 @@ def test_the_wide_copy_is_no_larger_than_what_the_original_says(shape):
         bounds = wide_norms(site.original, x, offsets, size, power=power)
         for feature, bound in zip([at.hidden, *(c * size for c in at.slopes)], bounds, strict=True):
             assert bool((jnp.linalg.norm(feature, ord=power, axis=1) <= bound).all())
+
+
+def exact_kernel(mlp, x, kind):
+    """A traced kernel in long doubles, whose exponents reach 1e4932; outer is the only factor."""
+    wide = lambda a: np.asarray(a).astype(np.longdouble)  # noqa: E731
+    x, v = wide(x), wide(mlp.down)
+    z = x @ wide(mlp.up).T + (0 if mlp.up_bias is None else wide(mlp.up_bias))
+    h, c = (np.tanh(z), 1 - np.tanh(z) ** 2) if mlp.act == "tanh" else (np.maximum(z, 0), z > 0)
+    outer = 1 if mlp.outer is None else wide(mlp.outer)
+    h, c = h * outer, c * outer
+    second = np.sign if kind == "adam" else lambda a: a
+    inner = x @ second(x).T + (mlp.up_bias is not None)
+    slopes = (c * (v * second(v)).sum(1)) @ second(c).T
+    return v.shape[1] * (h @ second(h).T + int(mlp.out_bias)) + inner * slopes
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).maxexp < 16000, reason="no long doubles here")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "x", "w", "v"),
+    [
+        (jnp.float32, {"act": "tanh", "bias": False}, 1e-20, 1e20, 1.0),
+        (jnp.float32, {"act": "relu", "bias": False}, 1e-12, 1e-12, 1e-12),
+        (jnp.float32, {"act": "relu", "bias": False}, 1e15, 1e-15, 1e-25),
+        (jnp.float64, {"act": "tanh", "bias": False}, 1e-160, 1e160, 1.0),
+        (jnp.float64, {"act": "relu", "bias": False}, 1e-160, 1e-160, 1e-160),
+        (jnp.float64, {"act": "tanh"}, 1e-160, 1e160, 1e-160),
+    ],
+)
+def test_bounds_hold_where_squares_under_or_overflow(dtype, shape, x, w, v, kind):
+    with jax.enable_x64(dtype == jnp.float64):
+        both = make(3, scaling="adam", dtype=dtype, **shape)
+        rows = {"up": w, "down": v, "up_bias": 1.0, "outer": 1.0}
+
+        def scaled(mlp):
+            parts = {k: getattr(mlp, k) for k in rows}
+            sizes = {k: a for k, a in parts.items() if a is not None}
+            wide = {k: np.asarray(a, np.float64) * rows[k] for k, a in sizes.items()}
+            cast = {k: jnp.asarray(a, dtype) for k, a in wide.items()}
+            return MlpWeights(**cast, act=mlp.act, out_bias=mlp.out_bias)
+
+        both = Pair(scaled(both.original), scaled(both.fused), both.labels)
+        at = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)) * x, dtype)
+        change = exact_kernel(both.original, at, kind) - exact_kernel(both.fused, at, kind)
+        for grade in ("a priori", "data", "measured"):
+            found = kernel_change(both, at, kind=kind, grade=grade)
+            wrong = np.abs(np.asarray(found.mid).astype(np.longdouble) - change)
+            assert (wrong <= np.asarray(found.radius).astype(np.longdouble)).all(), grade
+        radius = float(np.sqrt(np.square(np.asarray(at).astype(np.longdouble)).sum(1)).max())
+        assert uniform_bound(both, radius * (1 + 1e-6), kind=kind) >= np.abs(change).max()
+        if shape == {"act": "tanh", "bias": False}:  # all features are of ordinary size
+            assert float(found.bound.max()) <= 2 * np.abs(change).max()
+
+
+def test_a_uniform_bound_with_output_weights_of_zero():
+    both = make(0, dtype=jnp.float32)
+    none = lambda mlp: replace(mlp, down=jnp.zeros_like(mlp.down))  # noqa: E731
+    both = Pair(none(both.original), none(both.fused), both.labels)
+    for kind in ("sgd", "adam"):
+        bound = uniform_bound(both, 2.0, kind=kind)
+        change = kernel_change(both, inputs(0, 6, 3, 0.5, jnp.float32), kind=kind, grade="measured")
+        assert np.abs(change.mid).max() <= bound < np.inf
+
+
+def test_features_that_overflow_are_an_error():
+    both = make(0, act="relu", dtype=jnp.float32)
+    for grade in ("a priori", "data", "measured"):
+        with pytest.raises(InputError, match="or overflow"):
+            kernel_change(both, inputs(0, 4, 3, 1e38, jnp.float32), grade=grade)
 
 
 def good():

@@ -174,6 +174,47 @@ def test_gradients_stay_factors_in_branches(engine, key, x64):
     assert relative(ntk.kernel(f, w, x, engine=engine), contracted(j, j)) < 1e-12
 
 
+def branches_with_poles():
+    """Branches that are not taken divide by zero, before and after products with parameters.
+
+    One predicate is a constant, one depends on a parameter, and one on the example.
+    """
+    k = jax.random.split(jax.random.key(5), 3)
+    params = {"w": jax.random.normal(k[0], (6, 4)), "zero": jnp.zeros(2)}
+    constant = jnp.int32(1)
+
+    def f(p, x):
+        w, zero = p["w"], p["zero"][0]
+        branches = [lambda h: h / zero, lambda h: jnp.tanh(h), lambda h: jnp.log(zero) * h]
+        x = jax.lax.switch(constant, branches, x)
+
+        def inner(h):  # the inputs of the first product are infinite
+            return jax.lax.cond(zero > 0, lambda h: (h / zero) @ w, lambda h: h @ w, h)
+
+        poles = lambda h: jnp.log(0 * inner(h)) + jnp.sqrt(zero)  # noqa: E731
+        return jax.lax.cond(x.sum() > 1e9, poles, lambda h: inner(jnp.sin(h)), x)
+
+    return f, params, jax.random.normal(k[1], (3, 6))
+
+
+@pytest.mark.parametrize("engine", ["jacobian", "vector-product", "neural-tangents"])
+def test_branches_that_are_not_taken_have_no_gradients(engine, x64):
+    f, params, x = branches_with_poles()
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float64), (params, x))
+    one = jax.vmap(lambda x: jax.jacrev(lambda p: f(p, x[None])[0])(params))(x)
+    j = np.concatenate([np.asarray(a).reshape(3, 4, -1) for a in jax.tree.leaves(one)], -1)
+    assert np.isfinite(j).all()
+    for kind in ("sgd",) if engine == "neural-tangents" else ("sgd", "adam"):
+        got = ntk.kernel(f, params, x, kind=kind, engine=engine)
+        assert relative(got, contracted(j, j, kind)) < 1e-12
+    if engine == "jacobian":
+        made, *_ = task(f, params, x)
+        assert any(isinstance(term, FactoredTerm) for term in JacobianEngine(made).terms)
+    if engine == "neural-tangents":
+        with pytest.raises(ntk.InputError, match="computes every branch"):
+            ntk.kernel(f, params, x, engine=engine, implementation="structured-derivatives")
+
+
 def test_parameter_that_does_not_matter():
     np.testing.assert_array_equal(ntk.kernel(lambda p, x: x, W, X), np.zeros((4, 4, 2, 2)))
 

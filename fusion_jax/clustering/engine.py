@@ -3,10 +3,15 @@
 Points are centered and scaled. All work is then done on their Gram matrix (`clustering.gram`) if it
 fits into `GRAM_BYTES`, else on blocks of points (`clustering.points`). Besides a copy of the
 points, Gram space takes three matrices of n^2 numbers: 113 MB for 3,072 points, 1.5 GB for 11,008.
+
+Distances from inner products are off by about `eps` times the squares of the points. Where the
+clusters found are not far above that, because a few points or groups are far from the others, all
+is computed again from differences of coordinates. This is slower and has no such error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,11 +21,17 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.clustering import gram as gram_space
 from fusion_jax.clustering import points as point_space
-from fusion_jax.clustering.labels import Refinement, draw_distinct, indices, plus_plus
+from fusion_jax.clustering.labels import (
+    Refinement,
+    draw_distinct,
+    indices,
+    plus_plus,
+    sum_by_label,
+)
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
@@ -30,6 +41,10 @@ Refine = Literal["auto", "hartigan", "lloyd"]
 
 GRAM_BYTES = 4 * 2**30
 """The largest Gram matrix that is made: 32,768 points in float32."""
+
+_NOISE = 400
+"""Below this times `eps`, a share of inertia inside clusters is too near to the errors of distances
+from inner products: they may be some percent of it."""
 
 
 class KMeansResult(NamedTuple):
@@ -44,7 +59,8 @@ class KMeansResult(NamedTuple):
             where the scale of the points makes `inertia` overflow.
         iterations: Lloyd iterations of the best start.
         moves: Moves of single points after them.
-        converged: Whether nothing was left to improve at the end.
+        converged: Whether nothing was left to improve at the end. Under `jax.jit` and `jax.vmap`
+            also False where points are so far apart that the precision does not tell.
     """
 
     labels: Int[Array, "*s n"]
@@ -59,12 +75,12 @@ class KMeansResult(NamedTuple):
 
 @on_auto_axes
 def kmeans(
-    points: Shaped[Array, "n d"],
+    points: Shaped[ArrayLike, "n d"] | Sequence[Any],
     k: int,
     *,
     key: Key[Array, ""],
-    weights: Float[Array, " w"] | None = None,
-    init: Init | Float[Array, "k d"] = "auto",
+    weights: Shaped[ArrayLike, " w"] | Sequence[Any] | None = None,
+    init: Init | Shaped[ArrayLike, "k d"] | Sequence[Any] = "auto",
     refine: Refine = "auto",
     n_init: int = 1,
     max_iters: int = 300,
@@ -78,10 +94,12 @@ def kmeans(
     then computed on all its devices.
 
     Args:
-        points: (n, d), finite; computed in float64 if they have that dtype, else in float32.
+        points: (n, d), finite, an array of JAX or NumPy or nested lists; computed in float64 if
+            they have that dtype, which takes ``jax_enable_x64``, else in float32.
         k: The number of clusters, 1 to n.
         key: Random key of the starts.
-        weights: (n,) non-negative weights, at least k of them positive; None for all 1.
+        weights: (n,) non-negative weights, at least k of them positive; None for all 1. Where the
+            clusters are sought, a weight below ``eps^2`` of the largest counts as that.
         init: ``"ward"`` (Ward's agglomeration: the best start, and independent of the key),
             ``"k-means++"`` (greedy, with as many trials as scikit-learn), ``"random"`` (points), or
             (k, d) centroids. ``"auto"`` is ``"ward"`` where the Gram matrix fits into
@@ -106,6 +124,9 @@ def kmeans(
         >>> result.labels.tolist(), result.sizes.tolist(), bool(result.converged)
         ([0, 0, 1, 1], [2.0, 2.0], True)
     """
+    points = _numbers("points", points)
+    weights = None if weights is None else _numbers("weights", weights)
+    init = init if isinstance(init, str) else _numbers("init", init)
     _check(points, k, weights, init, refine, n_init, max_iters, tol)
     fits = points.shape[0] ** 2 * jnp.dtype(wide_dtype(points)).itemsize <= GRAM_BYTES
     centroids = None if isinstance(init, str) else init
@@ -122,11 +143,44 @@ def kmeans(
         )
     if start in ("ward", "centroids"):
         n_init = 1
-    options = _Options(k, start, refine, n_init, fits)
+    options = _Options(k, start, refine, n_init, fits, exact=False)
     if weights is None:
         weights = jnp.ones(points.shape[0], wide_dtype(points))
-    mesh = _mesh_of(points)
-    return _kmeans(points, weights, centroids, key, max_iters, tol, options=options, mesh=mesh)
+    run = partial(_kmeans, points, weights, centroids, key, max_iters, tol, mesh=_mesh_of(points))
+    result = run(options=options)
+    fraction = result.inertia_fraction
+    if isinstance(fraction, Tracer) or not bool(_unclear(fraction)):
+        return result
+    return run(options=options._replace(exact=True))
+
+
+def _unclear(inertia_fraction: Array) -> Array:
+    """Returns whether distances from inner products may be too inexact for a result."""
+    least = _NOISE * jnp.finfo(inertia_fraction.dtype).eps
+    return (inertia_fraction > 0) & (inertia_fraction < least)
+
+
+def _numbers(name: str, value: Any) -> Array:
+    """Returns an argument as an array of JAX; numbers may be lost to its dtype only by rounding."""
+    if isinstance(value, Array):
+        return value
+    try:
+        given = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        given = np.asarray(None)
+    real = any(jnp.issubdtype(given.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    if not real:
+        raise InputError(f"{name} must be an array of real numbers, or lists of one length of them")
+    given = given if jnp.issubdtype(given.dtype, jnp.floating) else given.astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = jnp.asarray(given)
+    lost = (np.isfinite(given) & ~np.isfinite(array)) | ((given > 0) & (np.asarray(array) == 0))
+    if lost.any():
+        raise InputError(
+            f"{name} hold {given[lost][0]:.3g}, which {array.dtype} cannot; "
+            "scale them, or use float64 (jax_enable_x64)"
+        )
+    return array
 
 
 def _check(
@@ -141,6 +195,10 @@ def _check(
 ) -> None:
     if points.ndim != 2 or 0 in points.shape:
         raise InputError(f"points must be (n, d) and not empty; got shape {points.shape}")
+    if not jnp.issubdtype(points.dtype, jnp.floating) and not jnp.issubdtype(
+        points.dtype, jnp.integer
+    ):
+        raise InputError(f"points must be real numbers; got {points.dtype}")
     n = points.shape[0]
     if not 1 <= k <= n:
         raise InputError(f"k must be 1 to the number of points, {n}; got {k}")
@@ -148,6 +206,8 @@ def _check(
         raise InputError(f"unknown init {init!r}{nearest(init, get_args(Init))}")
     if not isinstance(init, str) and init.shape != (k, points.shape[1]):
         raise InputError(f"init must have shape {(k, points.shape[1])}; got {init.shape}")
+    if not isinstance(init, str | Tracer) and not bool(jnp.isfinite(init).all()):
+        raise InputError("init holds NaN or infinite values")
     if refine not in get_args(Refine):
         raise InputError(f"unknown refine {refine!r}{nearest(refine, get_args(Refine))}")
     if n_init < 1 or max_iters < 1 or tol < 0:
@@ -163,7 +223,8 @@ def _check(
         raise InputError(f"weights must have shape ({n},); got {weights.shape}")
     if not isinstance(weights, Tracer):
         w = np.asarray(weights)
-        if not np.isfinite(w).all() or (w < 0).any() or (w > 0).sum() < k:
+        least = jnp.finfo(wide_dtype(points)).tiny  # smaller numbers are zeros on most devices
+        if not np.isfinite(w).all() or (w < 0).any() or (w >= least).sum() < k:
             raise InputError(
                 f"weights must be finite, not negative, and at least k = {k} of them positive"
             )
@@ -184,6 +245,7 @@ class _Options(NamedTuple):
     refine: str
     n_init: int
     gram: bool
+    exact: bool
 
 
 @partial(jax.jit, static_argnames=("options", "mesh"))
@@ -199,42 +261,55 @@ def _kmeans(
     mesh: Mesh | None,
 ) -> KMeansResult:
     k = options.k
-    points = wide(points)
+    points, scale = _scaled(wide(points))
     order = _canonical_order(points)
     points = points[order]
     weights = weights.astype(points.dtype)[order]
-    # From here on, points and weights are scaled to at most 1: squares neither overflow nor vanish.
-    unit, shift, scale = _normalized(points, weights)
+    # From here on, points and weights are scaled to about 1: squares neither overflow nor vanish.
     unit_weights = weights / weights.max()
+    least = jnp.finfo(points.dtype).eps ** 2
+    unit_weights = jnp.where(weights > 0, jnp.maximum(unit_weights, least), 0)
+    # Differences need no centering, which would round small ones.
+    place = (lambda x: x) if options.exact else _normalizer(points, unit_weights)
+    unit = place(points)
+    nearest = point_space.nearest_by_differences if options.exact else point_space.nearest
     if options.gram:
-        x = jnp.matmul(unit, unit.T, precision="highest")
+        if options.exact:
+            x = -point_space.differences(unit, unit) / 2
+        else:
+            x = jnp.matmul(unit, unit.T, precision="highest")
         if mesh is not None:
             # The loops read one row after another: cheaper on each device than across them.
             x = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-        space: Any = gram_space
+        lloyd: Any = gram_space.lloyd
+        distances_from: Any = gram_space.distances_from
     else:
-        x, space = unit, point_space
+        x, lloyd = unit, partial(point_space.lloyd, nearest=nearest)
+        by_differences = point_space.differences_from
+        distances_from = by_differences if options.exact else point_space.distances_from
 
     def start(key: Array) -> Array:
         if options.start == "ward":
-            return gram_space.ward_start(x, unit_weights, k)
+            return gram_space.ward_start(x, unit_weights, k, distances=options.exact)
         if options.start == "k-means++":
-            return plus_plus(partial(space.distances_from, x), unit_weights, k, key)
+            return plus_plus(partial(distances_from, x), unit_weights, k, key)
         if options.start == "random":
             chosen = unit[draw_distinct(unit_weights, k, key)]
         else:
             assert centroids is not None
-            chosen = (centroids.astype(unit.dtype) - shift[None]) / scale
-        return point_space.nearest(unit, chosen)[0]
+            chosen = place(centroids.astype(unit.dtype) / scale)
+        return nearest(unit, chosen)[0]
 
     def from_start(key: Array) -> tuple[Refinement, Array]:
         labels, moves = start(key), jnp.int32(0)
         refined = None
         if options.start != "ward" or options.refine == "lloyd":
-            refined = space.lloyd(x, unit_weights, labels, k, max_iters, tol)
+            refined = lloyd(x, unit_weights, labels, k, max_iters, tol)
             labels = refined.labels
         if options.refine == "hartigan":
-            moved = gram_space.hartigan(x, unit_weights, labels, k, max_iters)
+            moved = gram_space.hartigan(
+                x, unit_weights, labels, k, max_iters, distances=options.exact
+            )
             iterations = jnp.int32(0) if refined is None else refined.steps
             moves, refined = moved.steps, moved._replace(steps=iterations)
         assert refined is not None
@@ -251,26 +326,54 @@ def _kmeans(
         lambda labels: jnp.where(
             unit_weights > 0,
             labels,
-            point_space.nearest(unit, point_space.means(unit, unit_weights, labels, k)[0])[0],
+            nearest(unit, point_space.means(unit, unit_weights, labels, k)[0])[0],
         ),
         refined.labels[best],
     )
     labels = _numbered_by_first(labels, order, k)
 
-    # Computed from the points: small distances cancel in the Gram matrix.
-    inertia = point_space.objective(unit, unit_weights, labels, k)
-    total = point_space.objective(unit, unit_weights, jnp.zeros_like(labels), 1)
-    centroids, sizes = point_space.means(points, weights, labels, k)
+    centroids, sizes, squares = _measured(points, weights, labels, k)
+    _, _, squares_of_one = _measured(points, weights, jnp.zeros_like(labels), 1)
+    inertia, total = ((weights / weights.max() * s).sum() for s in (squares, squares_of_one))
+    fraction = jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0)
+    converged = refined.converged[best]
     return KMeansResult(
         labels=jnp.zeros_like(labels).at[order].set(labels),
-        centroids=centroids,
+        centroids=centroids * scale,
         sizes=sizes,
-        inertia=inertia * weights.max() * scale * scale,
-        inertia_fraction=jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0),
+        inertia=(squares * scale * weights * scale).sum(),
+        inertia_fraction=fraction,
         iterations=refined.steps[best],
         moves=moves[best],
-        converged=refined.converged[best],
+        converged=converged if options.exact else converged & ~_unclear(fraction),
     )
+
+
+def _measured(x: Array, weights: Array, labels: Array, k: int) -> tuple[Array, Array, Array]:
+    """Returns centroids, sums of weights, and the squared distances from points to centroids.
+
+    Coordinates are taken from a member of each cluster, so that near points far from the origin
+    lose nothing. Weights are taken relative to the largest of a cluster, so that no sum overflows
+    or vanishes.
+    """
+    origin = x[jax.ops.segment_min(indices(len(x)), labels, k)]
+    largest = jax.ops.segment_max(weights, labels, k)
+    share = weights / largest[labels]
+    mass = sum_by_label(share, labels, k)
+    x = x - origin[labels]
+    mean = sum_by_label(x * share[:, None], labels, k) / mass[:, None]
+    return origin + mean, mass * largest, jnp.square(x - mean[labels]).sum(1)
+
+
+def _scaled(x: Array) -> tuple[Array, Array]:
+    """Returns points divided by a power of two, which rounds nothing, and that power.
+
+    The largest coordinate is then 1 to 2.
+    """
+    _, exponent = jnp.frexp(jnp.abs(x).max())
+    limits = jnp.finfo(x.dtype)
+    scale = jnp.ldexp(jnp.ones((), x.dtype), (exponent - 1).clip(limits.minexp, limits.maxexp - 1))
+    return x / scale, scale
 
 
 def _canonical_order(x: Array) -> Array:
@@ -280,19 +383,17 @@ def _canonical_order(x: Array) -> Array:
     return jnp.argsort((x * line[None]).sum(1)).astype(jnp.int32)
 
 
-def _normalized(x: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Returns centered points of largest coordinate 1, and the shift and scale taken out."""
+def _normalizer(x: Array, w: Array) -> Callable[[Array], Array]:
+    """Returns a function that centers and scales points, x to a largest coordinate of 1."""
 
     def divisor(x: Array) -> Array:
         largest = jnp.abs(x).max()
         return jnp.where(largest > 0, largest, 1)
 
     first = divisor(x)
-    x = x / first
-    mean = (w / w.sum()) @ x
-    x = x - mean[None]
-    second = divisor(x)
-    return x / second, mean * first, first * second
+    mean = (w / w.sum()) @ (x / first)
+    second = divisor(x / first - mean[None])
+    return lambda x: (x / first - mean[None]) / second
 
 
 def _numbered_by_first(labels: Array, order: Array, k: int) -> Array:

@@ -2,7 +2,9 @@
 
 With G = X X^T and weights w, a cluster c is described by S_c = sum_{i in c} w_i G_i (a row of n
 numbers), its mass m_c = sum w_i and Q_c = sum_{j in c} w_j S_cj; then |x_j - mean_c|^2 = G_jj - 2
-S_cj / m_c + Q_c / m_c^2. Every step costs n^2 operations or less, whatever the dimension of the
+S_cj / m_c + Q_c / m_c^2. These formulas do not change if numbers a_i + a_j are added to G_ij, so
+that minus half the squared distances may stand for G (``distances=True``), which keeps small
+distances beside large ones. Every step costs n^2 operations or less, whatever the dimension of the
 points. All functions are pure, and run under ``jit`` and ``vmap``; weights are positive or zero,
 and scaled to at most 1.
 
@@ -76,7 +78,7 @@ def distances_from(gram: Gram, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
     return jnp.where(d > 32 * jnp.finfo(gram.dtype).eps * norms, d, 0)
 
 
-def ward_start(gram: Gram, weights: Weights, k: int) -> ClusterLabels:
+def ward_start(gram: Gram, weights: Weights, k: int, *, distances: bool = False) -> ClusterLabels:
     """Returns the labels of Ward's agglomeration, cut at k clusters.
 
     A nearest-neighbor chain: each link leads to the cluster that is cheapest to merge with, until
@@ -88,6 +90,7 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> ClusterLabels:
     """
     n = gram.shape[0]
     points = indices(n)
+    least_square = -jnp.inf if distances else 0.0  # rounding must not make a square negative
 
     def step(_: Array, s: _Chain) -> _Chain:
         # The row of the last step is written before any row is read, so that S is not copied.
@@ -129,7 +132,7 @@ def ward_start(gram: Gram, weights: Weights, k: int) -> ClusterLabels:
             row=jnp.where(merge, row + other, row),
             at=jnp.where(merge, a, last),
             mass=jnp.where(merge & is_a, merged, s.mass),
-            square=jnp.where(merge & is_a, jnp.maximum(joint, 0), s.square),
+            square=jnp.where(merge & is_a, jnp.maximum(joint, least_square), s.square),
             alive=s.alive & ~(merge & is_b),
             labels=jnp.where(merge & (s.labels == b), a, s.labels),
             chain=chain.at[next_link].set(best, mode="drop"),
@@ -220,7 +223,13 @@ def lloyd(
 
 
 def hartigan(
-    gram: Gram, weights: Weights, labels: ClusterLabels, k: int, max_rounds: Int[Array, ""]
+    gram: Gram,
+    weights: Weights,
+    labels: ClusterLabels,
+    k: int,
+    max_rounds: Int[Array, ""],
+    *,
+    distances: bool = False,
 ) -> Refinement:
     """Moves single points, as Hartigan and Wong do, until no move lowers the objective.
 
@@ -235,6 +244,7 @@ def hartigan(
         labels: The labels to start from; no cluster is empty.
         k: The number of clusters.
         max_rounds: The largest number of rounds.
+        distances: Whether ``gram`` is minus half the squared distances.
 
     Returns:
         The refined labels.
@@ -248,8 +258,13 @@ def hartigan(
     block = min(_BLOCK, n)
     points, clusters = indices(n), indices(k)
     square = jnp.diagonal(gram)
-    # Gains below the rounding error do not count: they would move points forever.
-    floor = 16 * jnp.finfo(gram.dtype).eps * square * weights
+
+    def error(square: Array, product: Array) -> Array:
+        """Returns the rounding error of a distance, given a product with a mean.
+
+        Gains below it do not count: they would move points forever.
+        """
+        return 16 * jnp.finfo(gram.dtype).eps * (-2 * product if distances else square)
 
     def removal(mass: Array, w: Array, distance: Array) -> Array:
         """Returns the gain of leaving a cluster; a cluster's last point may not leave."""
@@ -257,18 +272,22 @@ def hartigan(
         alone = left <= 1e-6 * w
         return jnp.where(alone, -jnp.inf, mass * w / jnp.where(alone, 1, left) * distance)
 
-    def gains(labels: Array, s: Statistics) -> Array:
+    def gains(labels: Array, s: Statistics) -> tuple[Array, Array]:
         own_mass = s.mass[labels]
         own = s.sums[labels, points] / own_mass
         leave = removal(own_mass, weights, square - 2 * own + s.inner[labels] / own_mass**2)
-        distances = (s.inner / s.mass**2)[:, None] - s.sums * (2 / s.mass)[:, None] + square[None]
-        cost = distances * (s.mass[:, None] / (s.mass[:, None] + weights[None])) * weights[None]
+        to_means = (s.inner / s.mass**2)[:, None] - s.sums * (2 / s.mass)[:, None] + square[None]
+        if distances:
+            to_means += error(square[None], s.sums / s.mass[:, None])
+        cost = to_means * (s.mass[:, None] / (s.mass[:, None] + weights[None])) * weights[None]
         join = jnp.where(clusters[:, None] == labels[None], jnp.inf, cost).min(0)
-        return leave - join - floor
+        floor = error(square, own) * weights
+        return leave - join - floor, floor
 
     def round_(state: tuple) -> tuple:
         labels, s, rounds, moves, _ = state
-        ranked, chosen = lax.top_k(gains(labels, s), block)
+        gain, floor = gains(labels, s)
+        ranked, chosen = lax.top_k(gain, block)
         chosen = chosen.astype(jnp.int32)
         rows = weights[chosen][:, None] * gram[chosen]
         among = rows[:, chosen]
@@ -282,7 +301,8 @@ def hartigan(
             change = jnp.where(now != start, among[:, t], 0)
             column = sums[t] + jnp.zeros(k, sums.dtype).at[now].add(change).at[start].add(-change)
             distance = g[t] - 2 * column / mass + inner / mass**2
-            cost = jnp.where(clusters == a, jnp.inf, mass * w[t] / (mass + w[t]) * distance)
+            most = distance + error(g[t], column / mass) if distances else distance
+            cost = jnp.where(clusters == a, jnp.inf, mass * w[t] / (mass + w[t]) * most)
             join, b = first_min(cost)
             better = removal(mass[a], w[t], distance[a]) - join > least_gain[t]
             step = better.astype(mass.dtype) * (

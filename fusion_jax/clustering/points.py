@@ -53,6 +53,28 @@ def nearest(x: Points, centroids: Centroids) -> tuple[ClusterLabels, Float[Array
     return by_blocks(block, x, max(1, _BLOCK_BYTES // (k * x.dtype.itemsize)))
 
 
+def differences(a: Float[Array, "k d"], b: Points) -> Float[Array, "k n"]:
+    """Returns squared distances from differences of coordinates: slow, and never canceling."""
+    return jnp.square(a[:, None] - b[None]).sum(-1)
+
+
+def nearest_by_differences(
+    x: Points, centroids: Centroids
+) -> tuple[ClusterLabels, Float[Array, " n"]]:
+    """Returns what `nearest` returns, from differences of coordinates."""
+
+    def block(rows: Array) -> tuple[Array, Array]:
+        least, label = first_min(differences(centroids, rows))
+        return label, least
+
+    return by_blocks(block, x, max(1, _BLOCK_BYTES // (centroids.size * x.dtype.itemsize)))
+
+
+def differences_from(x: Points, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
+    """Returns what `distances_from` returns, from differences of coordinates."""
+    return differences(x[chosen], x)
+
+
 def distances_from(x: Points, chosen: Int[Array, " c"]) -> Float[Array, "c n"]:
     """Returns squared distances from some of the points to all; exactly 0 for duplicates."""
     square = jnp.square(x).sum(1)
@@ -82,6 +104,8 @@ def lloyd(
     k: int,
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],
+    *,
+    nearest: Callable[[Points, Centroids], tuple[Array, Array]] = nearest,
 ) -> Refinement:
     """Runs Lloyd's iterations over blocks of points; for the arguments see `lloyd_iterations`."""
 

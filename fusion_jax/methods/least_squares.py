@@ -30,8 +30,15 @@ KERNEL_POSITIONS = 2048
 PAIRED_POSITIONS = 128
 """The number of positions whose pairs, one by one, the second factors for Adam are fitted at."""
 RIDGE_OF_FACTORS = 1e-2
-FACTOR_FLOOR = 1e-2
-"""The smallest fitted coefficient, relative to its start, so that no kernel term vanishes."""
+FACTOR_RANGE = 8.0
+"""Fitted factors are at most this many times larger or smaller than the standard ones. Stored
+weights are divided by them and do not train with them: a step of Adam changes what a unit does by
+as many times more or less."""
+PAIRS_PER_FACTOR = 4
+"""A factor has the whole range if there are so many pairs of positions per factor."""
+DEAD = 1e-5
+"""A unit that does less than this share of what the most active unit does on the text counts as
+dead there: nothing is known of it."""
 
 _product = partial(jnp.matmul, precision="highest")
 
@@ -94,12 +101,56 @@ def refitted(
 
 def _ridge(gram: Array, right: Array, ridge: Any) -> Array:
     """Returns ``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
-    size = gram.shape[0]
-    level = ridge * jnp.trace(gram) / size
-    level = jnp.where(level > 0, level, 1)
-    return jax.scipy.linalg.solve(
-        gram + level * jnp.eye(size, dtype=gram.dtype), right, assume_a="pos"
-    )
+    return _solved(gram, right, _level(gram, ridge))
+
+
+def _level(gram: Array, ridge: Any) -> Array:
+    level = ridge * jnp.trace(gram) / gram.shape[0]
+    return jnp.where(level > 0, level, 1)
+
+
+def _solved(gram: Array, right: Array, level: Array) -> Array:
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return jax.scipy.linalg.solve(gram + level * identity, right, assume_a="pos")
+
+
+def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Array) -> Array:
+    """Returns the coefficients of a ridge regression that shrinks to a start, within bounds.
+
+    What comes out beyond a bound is fixed there, and the others are fitted again.
+
+    Args:
+        gram: (c, c).
+        right: The products of the terms with what the start leaves, (c,).
+        start: (c,).
+        low: (c,) smallest coefficients.
+        high: (c,) largest coefficients.
+
+    Returns:
+        (c,).
+    """
+    level = _level(gram, RIDGE_OF_FACTORS)
+
+    def fitted(fixed: Array, x: Array) -> Array:
+        known = jnp.where(fixed, x - start, 0)
+        free = ~fixed[:, None] & ~fixed[None]
+        left = jnp.where(fixed, 0, right - _product(gram, known))
+        return jnp.where(
+            fixed, x, start + _solved(jnp.where(free, gram, 0), left[:, None], level)[:, 0]
+        )
+
+    def outside(x: Array) -> Array:
+        return (x < low) | (x > high) | ~jnp.isfinite(x)
+
+    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        fixed, x, round_ = state
+        fixed = fixed | outside(x)
+        return fixed, fitted(fixed, jnp.clip(x, low, high)), round_ + 1
+
+    fixed, inside = low == high, jnp.clip(start, low, high)
+    state = fixed, fitted(fixed, inside), jnp.int32(0)
+    x = lax.while_loop(lambda s: outside(s[1]).any() & (s[2] < 8), again, state)[1]
+    return jnp.clip(jnp.where(jnp.isfinite(x), x, inside), low, high)
 
 
 @partial(jax.jit, static_argnames=("act", "scaling"))
@@ -129,7 +180,10 @@ def matched(
     MLP has a second term for each of its two slopes.
 
     All solutions are shrunk towards the coefficients that keep a cluster's mean square, for Adam
-    its mean absolute value, and are kept positive.
+    its mean absolute value. They stay within `FACTOR_RANGE` of the standard factors, and nearer to
+    them where a unit is active at few positions; a unit that is dead on the text keeps its standard
+    factors exactly. The bounds are part of the fit: where some factors are at them, the others are
+    the best beside these.
 
     Args:
         effective: The c units left, with the sizes of clusters in their output weights.
@@ -143,34 +197,47 @@ def matched(
     Returns:
         The factors.
     """
+    standard = factors(sizes, scaling)
     if scaling == "folded":
-        return factors(sizes, scaling)
+        return standard
     sample = calibration.head(KERNEL_POSITIONS)
     root = sample.root_weights()[:, None]
     old, new = responses(subs, sample.inputs, act), responses(effective, sample.inputs, act)
     size, new_size = (jnp.linalg.norm(wide(m.down), axis=1)[None] for m in (subs, effective))
 
-    def positive(x: Array) -> Array:
-        # A cluster without members, or one that is zero on this text, keeps the factor 1.
-        return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
+    power = 1 if scaling == "adam" else 2
 
-    def fitted(a: Array, b: Array, start: Array) -> Array:
+    def bounds(factor: Array, b: Array, positions: int) -> tuple[Array, Array]:
+        """Returns the smallest and largest coefficients, given the activity of each unit."""
+        use = jnp.square(root) * jnp.abs(b)
+        total = use.sum(0)
+        dead = total <= DEAD * total.max()
+        # The number of positions that a unit is active at, if it were equally active at each.
+        use = use[:positions] / jnp.where(dead, 1, total)[None]
+        count = jnp.square(use.sum(0)) / jnp.maximum(jnp.square(use).sum(0), jnp.finfo(use).tiny)
+        pairs = count * (count + 1) / 2
+        trust = jnp.where(dead, 0, jnp.minimum(1, pairs / (PAIRS_PER_FACTOR * b.shape[1])))
+        most = FACTOR_RANGE ** (power * trust)
+        return factor**power / most, factor**power * most
+
+    def fitted(a: Array, b: Array, start: Array, factor: Array) -> Array:
         """Returns the coefficients of b's kernels; for Adam, the second factors are signs."""
+        low, high = bounds(factor, b, len(b))
         a, b, signs_a, signs_b = (root * x for x in (a, b, jnp.sign(a), jnp.sign(b)))
         seconds = (signs_a, signs_b) if scaling == "adam" else (a, b)
         gram = _product(b.T, b) * _product(seconds[1].T, seconds[1])
         cross = _product(a.T, b) * _product(seconds[0].T, seconds[1])
-        change = _ridge(gram, (cross.sum(0) - gram @ start)[:, None], RIDGE_OF_FACTORS)[:, 0]
-        return jnp.maximum(start + change, FACTOR_FLOOR * start)
+        return _bounded_ridge(gram, cross.sum(0) - gram @ start, start, low, high)
 
-    def kept(a: Array, b: Array, power: int) -> Array:
+    def kept(a: Array, b: Array) -> Array:
         """Returns the coefficients that keep the mean of a power over each cluster."""
         total = sum_by_label((root**2 * jnp.abs(a) ** power).sum(0), labels, sizes.shape[0])
         mean = (root**2 * jnp.abs(b) ** power).sum(0)
         return total / jnp.where(mean > 0, mean, 1)
 
-    def paired(s: Array, z: Array, bias: Array | None, start: Array) -> Array:
+    def paired(s: Array, z: Array, bias: Array | None, start: Array, factor: Array) -> Array:
         """Returns the coefficients of the Adam kernel's second term, given the slopes."""
+        low, high = bounds(factor, z * new_size, PAIRED_POSITIONS)
         x, r, s, z = (u[:PAIRED_POSITIONS] for u in (wide(sample.inputs), root, s, z))
         above = jax.random.normal(jax.random.key(0), (x.shape[0], subs.down.shape[1]), r.dtype)
         a, b = (
@@ -189,19 +256,18 @@ def matched(
 
         zero = jnp.zeros_like(start)
         (gram, right), _ = lax.scan(add, (zero[None] * zero[:, None], zero), (a, b, weights))
-        change = _ridge(gram, right[:, None], RIDGE_OF_FACTORS)[:, 0]
-        return jnp.maximum(start + change, FACTOR_FLOOR * start)
+        return _bounded_ridge(gram, right, start, low, high)
 
-    outer = fitted(old.hidden, new.hidden, sizes)
+    outer = fitted(old.hidden, new.hidden, standard.outer**power, standard.outer)
     inner = []
     biases = [subs.up_bias] if subs.gate is None else [subs.gate_bias, subs.up_bias]
-    for s, z, bias in zip(old.slopes, new.slopes, biases, strict=True):
-        start = kept(s * size, z * new_size, 1 if scaling == "adam" else 2)
+    around = (standard.inner, standard.middle)
+    for s, z, bias, factor in zip(old.slopes, new.slopes, biases, around, strict=False):
+        start = kept(s * size, z * new_size)
         if scaling == "adam":
-            inner.append(paired(s, z, bias, start))
+            inner.append(paired(s, z, bias, start, factor))
         else:
-            inner.append(fitted(s * size, z * new_size, start))
+            inner.append(fitted(s * size, z * new_size, start, factor))
     if scaling == "sgd":
         outer, *inner = (jnp.sqrt(x) for x in (outer, *inner))
-    outer, *inner = (positive(x) for x in (outer, *inner))
     return Factors(outer, inner[0], inner[1] if len(inner) > 1 else jnp.ones_like(inner[0]))

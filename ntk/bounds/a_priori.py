@@ -72,7 +72,7 @@ from jaxtyping import Float
 
 from ntk.activations import ceiling, curvature, jerk, relu_gap, secant, slope, slope_spread
 from ntk.bounds.balls import OUTWARD
-from ntk.bounds.norms import MapNorms, Numbers, OutputNorms, WeightNorms
+from ntk.bounds.norms import TINY, MapNorms, Numbers, OutputNorms, WeightNorms, times
 from ntk.kinds import KernelKind
 
 
@@ -85,6 +85,11 @@ class FeatureBounds(NamedTuple):
     within: Numbers
 
 
+# Bounds may become infinite. NaN, from infinity times zero, is no better than that.
+_unwarned = np.errstate(over="ignore", invalid="ignore")
+
+
+@_unwarned
 def product_bound(a: FeatureBounds, b: FeatureBounds) -> Float[np.ndarray, "n m"]:
     """Returns (3) for all pairs of inputs."""
 
@@ -94,7 +99,7 @@ def product_bound(a: FeatureBounds, b: FeatureBounds) -> Float[np.ndarray, "n m"
 
     change = np.outer(a.change, total(b)) + np.outer(total(a), b.change)
     either = np.outer(a.unit, b.unit) + np.outer(a.fused, b.fused)
-    return OUTWARD * np.minimum(change / 2 + np.outer(a.within, b.within), either)
+    return OUTWARD * np.fmin(change / 2 + np.outer(a.within, b.within), either) + 8 * TINY
 
 
 def input_lengths(norms: WeightNorms, x: Numbers) -> list[np.ndarray]:
@@ -117,17 +122,23 @@ def hidden_bounds(
     m, r = norms.maps[0], input_lengths(norms, x)[0]
     if len(norms.maps) == 1:
         most = ceiling(norms.act) * np.sqrt(norms.width)
-        known = np.minimum(secant(norms.act) * m.op * r, most) if unit is None else unit
-        move = l1 * m.delta_op * r
-        change = _times(l2 / 2, m.kappa * m.delta_op * r * r) + l1 * m.offset * r
-        fused = np.minimum(secant(norms.act) * m.wide_op * r, most)
-        fused = np.minimum(fused, known + relu_gap(norms.act) * np.sqrt(norms.width) + m.offset * r)
+        known = np.minimum(times(secant(norms.act), m.op, r), most) if unit is None else unit
+        move = times(l1, m.delta_op, r)
+        offset = times(m.offset, r)
+        change = times(l2 / 2, times(m.kappa, r), times(m.delta_op, r)) + l1 * offset
+        fused = np.minimum(times(secant(norms.act), m.wide_op, r), most)
+        fused = np.minimum(fused, known + relu_gap(norms.act) * np.sqrt(norms.width) + offset)
     else:
         up, q = norms.maps[1], input_lengths(norms, x)[1]
         inner = secant(norms.act) * r
-        known = _gated(m.row * inner, m.op * inner, up.row * q, up.op * q) if unit is None else unit
-        fused = _gated(m.wide_row * inner, m.wide_op * inner, up.wide_row * q, up.wide_op * q)
-        move = m.row * inner * up.delta_op * q + up.wide_row * q * l1 * m.delta_op * r
+        known = unit
+        if known is None:
+            row, op = times(m.row, inner), times(m.op, inner)
+            known = _gated(row, op, times(up.row, q), times(up.op, q))
+        row, op = times(m.wide_row, inner), times(m.wide_op, inner)
+        fused = _gated(row, op, times(up.wide_row, q), times(up.wide_op, q))
+        move = times(times(m.row, inner), times(up.delta_op, q))
+        move = move + times(times(up.wide_row, q), l1, times(m.delta_op, r))
         change = move
     change = np.minimum(change, move)
     fused = np.minimum(fused, known + change)
@@ -137,7 +148,7 @@ def hidden_bounds(
 
 def _gated(row: np.ndarray, op: np.ndarray, row2: np.ndarray, op2: np.ndarray) -> np.ndarray:
     """Returns a bound on the norm of products a_i b_i from largest entries and norms of a and b."""
-    return np.minimum(row * op2, op * row2)
+    return np.minimum(times(row, op2), times(op, row2))
 
 
 def slope_bounds(
@@ -164,20 +175,22 @@ def slope_bounds(
 
     def move(factor: float, m: MapNorms, r: np.ndarray) -> np.ndarray:
         """Returns a bound on |diag(factor |delta_i . x^|) V|."""
-        by_row = _times(factor, m.delta_row * r * out.unit)
-        return np.minimum(by_row, _times(factor, m.weighted * r)) if frobenius else by_row
+        by_row = times(factor, times(m.delta_row, r), out.unit)
+        return np.minimum(by_row, times(factor, m.weighted, r)) if frobenius else by_row
 
     def bounds(i: int, most: Numbers, most_fused: Numbers, moved: Numbers) -> FeatureBounds:
-        known = most * out.unit if units is None else units[i]
-        change = moved + most_fused * out.offset
+        known = times(most, out.unit) if units is None else units[i]
+        change = moved + times(most_fused, out.offset)
         if frobenius and len(norms.maps) == 1:
-            between = _times(l3 / 2, m.kappa * m.delta_op * r * r) + _times(l2, m.offset * r)
-            each = np.minimum(_times(l2, m.delta_op * r), spread * np.sqrt(norms.width))
-            second = norms.largest_mean * between + norms.kappa * each + l1 * out.offset
+            between = times(l3 / 2, times(m.kappa, r), times(m.delta_op, r))
+            between = between + times(l2, m.offset, r)
+            each = np.minimum(times(l2, m.delta_op, r), spread * np.sqrt(norms.width))
+            second = times(norms.largest_mean, between) + times(norms.kappa, each)
+            second = second + l1 * out.offset
             change = np.minimum(change, second)
-        fused = np.minimum(most_fused * out.fused, known + change)
+        fused = np.minimum(times(most_fused, out.fused), known + change)
         fused = fused if wide is None else np.minimum(fused, wide[i])
-        within = np.minimum(most_fused * out.within + moved, known)
+        within = np.minimum(times(most_fused, out.within) + moved, known)
         return FeatureBounds(known, fused, np.minimum(change, known + fused), within)
 
     steep = np.minimum(move(l2, m, r), spread * out.unit)
@@ -185,10 +198,10 @@ def slope_bounds(
         flat = np.full_like(r, l1)
         return [bounds(0, flat, flat, steep)]
     up, q = norms.maps[1], input_lengths(norms, x)[1]
-    gate_move = move(l1, up, q) + up.wide_row * q * steep
+    gate_move = move(l1, up, q) + times(up.wide_row, q, steep)
     return [
-        bounds(0, l1 * up.row * q, l1 * up.wide_row * q, gate_move),
-        bounds(1, secant(act) * m.row * r, secant(act) * m.wide_row * r, move(l1, m, r)),
+        bounds(0, times(l1, up.row, q), times(l1, up.wide_row, q), gate_move),
+        bounds(1, times(secant(act), m.row, r), times(secant(act), m.wide_row, r), move(l1, m, r)),
     ]
 
 
@@ -215,52 +228,65 @@ def absolute_bounds(
     hidden = hidden_bounds(norms, x)
     fused = hidden.fused * root
     if len(norms.maps) == 1:
-        moved = root * norms.maps[0].offset * input_lengths(norms, x)[0]
+        moved = times(root, norms.maps[0].offset, input_lengths(norms, x)[0])
         gap = relu_gap(norms.act) * norms.width + moved
         fused = np.minimum(fused, units[0] + gap)
     result = [hidden._replace(unit=units[0], fused=fused)]
     steepest = [slope(norms.act) * np.ones_like(x)]
     if len(norms.maps) == 2:
         r, q = input_lengths(norms, x)
-        linear = norms.maps[1].wide_row * q
-        steepest = [steepest[0] * linear, secant(norms.act) * norms.maps[0].wide_row * r]
+        linear = times(norms.maps[1].wide_row, q)
+        steepest = [steepest[0] * linear, times(secant(norms.act), norms.maps[0].wide_row, r)]
     zero = np.zeros_like(x)
     slopes = zip(units[1:], steepest, strict=True)
-    result += [FeatureBounds(u, c * out, zero, zero) for u, c in slopes]
+    result += [FeatureBounds(u, times(c, out), zero, zero) for u, c in slopes]
     if wide is not None:
         pairs = zip(result, wide, strict=True)
         result = [s._replace(fused=np.minimum(s.fused, most)) for s, most in pairs]
     return result
 
 
+@_unwarned
 def output_bound(norms: WeightNorms, hidden: FeatureBounds) -> np.ndarray:
     """Returns (6) at n inputs."""
     out = norms.spectral
-    parts = out.fused * hidden.change + out.within * hidden.within + out.offset * hidden.unit
-    return OUTWARD * np.minimum(parts, out.unit * hidden.unit + out.fused * hidden.fused)
+    parts = times(out.fused, hidden.change) + times(out.within, hidden.within)
+    parts = parts + times(out.offset, hidden.unit)
+    sizes = times(out.unit, hidden.unit) + times(out.fused, hidden.fused)
+    return OUTWARD * np.minimum(parts, sizes)
 
 
+@_unwarned
 def traced_kernel_bound(norms: WeightNorms, radius: float, kind: KernelKind) -> float:
     """Returns a bound on the change of the traced kernel if |x| and |z| are at most a radius."""
+    bound = _traced_kernel_bound(norms, radius, kind)
+    return float("inf") if np.isnan(bound) else bound
+
+
+def _traced_kernel_bound(norms: WeightNorms, radius: float, kind: KernelKind) -> float:
     x = np.array([radius])
     outputs, inputs = norms.outputs, norms.inputs
     off = norms.mismatch[kind]
     if kind == "sgd":
         sizes = [hidden_bounds(norms, x), *slope_bounds(norms, x)]
-        scalars = [outputs, *(radius**2 + m.biased for m in norms.maps)]
-        bounds = [product_bound(s, s)[0, 0] + off[t] * (s.fused**2)[0] for t, s in enumerate(sizes)]
-    else:
-        root = np.sqrt(norms.width)
-        hidden = hidden_bounds(norms, x).unit * root
-        slopes = [s.unit for s in slope_bounds(norms, x)]
-        scalars = [outputs, *(np.sqrt(inputs) * radius + m.biased for m in norms.maps)]
-        # |c_i| is at most the bound on |diag(c) V| over |V|, whichever norm it is in.
-        units = [hidden, *(s / norms.frobenius.unit * norms.absolute[0] for s in slopes)]
-        sizes = absolute_bounds(norms, x, units, norms.absolute[1])
-        bounds = [(s.unit + (1 + off[t]) * s.fused)[0] for t, s in enumerate(sizes)]
-    return float(OUTWARD * sum(c * b for c, b in zip(scalars, bounds, strict=True)))
-
-
-def _times(factor: float, x: np.ndarray) -> np.ndarray:
-    """Returns a product in which an infinite constant times exactly zero is zero."""
-    return np.where(x == 0, 0.0, factor * np.where(x == 0, 1.0, x))
+        # Each feature times the root of its scalar: neither may underflow alone.
+        roots = [np.sqrt(outputs), *input_lengths(norms, x)]
+        sizes = [
+            FeatureBounds(*(times(a, root) for a in s))
+            for s, root in zip(sizes, roots, strict=True)
+        ]
+        bounds = [
+            product_bound(s, s)[0, 0] + times(off[t], s.fused, s.fused)[0]
+            for t, s in enumerate(sizes)
+        ]
+        return float(OUTWARD * sum(bounds))
+    root = np.sqrt(norms.width)
+    hidden = hidden_bounds(norms, x).unit * root
+    slopes = [s.unit for s in slope_bounds(norms, x)]
+    scalars = [outputs, *(np.sqrt(inputs) * radius + m.biased for m in norms.maps)]
+    # |c_i| is at most the bound on |diag(c) V| over |V|, whichever norm it is in.
+    size = norms.frobenius.unit
+    units = [hidden, *(s / size * norms.absolute[0] if size else np.zeros_like(s) for s in slopes)]
+    sizes = absolute_bounds(norms, x, units, norms.absolute[1])
+    bounds = [(s.unit + (1 + off[t]) * s.fused)[0] for t, s in enumerate(sizes)]
+    return float(OUTWARD * sum(times(c, b) for c, b in zip(scalars, bounds, strict=True)))

@@ -7,6 +7,11 @@ absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section
 roundoff u. Here `gamma` is k times the machine epsilon 2 u, which leaves a factor of two for the
 few operations around each product. Activations are assumed to be computed to within
 64 eps (1 + |z|); the tests measure at most 20, for the slope of the tanh form of GELU in float64.
+
+A result below the smallest normal number, `tiny`, may be computed as zero, and so may an operand.
+Each operation adds `tiny` to its error for that, times what the operand is multiplied with. Only a
+product with a true zero has no error. Norms are scaled before they are squared. What overflows is
+infinite or NaN in the end, which is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Shaped
 
 from ntk.activations import FUNCTIONS, canonical, curvature, slope, slope_zero
+from ntk.arrays import row_norms
 from ntk.units import MlpWeights, linear_values
 
 EVALUATION = 64.0
@@ -56,7 +63,7 @@ class Ball(NamedTuple):
         error = a * other.error + b * self.error + self.error * other.error + eps * a * b
         return Ball(
             self.value * other.value,
-            error,
+            jnp.where(self.zero() | other.zero(), 0, error + 8 * tiny(a.dtype)),
             self.sign * other.sign,
             self.doubtful | other.doubtful,
             self.lost | other.lost,
@@ -66,14 +73,19 @@ class Ball(NamedTuple):
         """Returns the products with positive factors of relative error at most ``rounding``."""
         if rounding is None:
             rounding = gamma(8, factor.dtype)
-        error = factor * (self.error + rounding * (jnp.abs(self.value) + self.error))
-        return self._replace(value=factor * self.value, error=error)
+        most = jnp.abs(self.value) + self.error
+        error = factor * (self.error + rounding * most) + 4 * tiny(factor.dtype) * (1 + most)
+        return self._replace(value=factor * self.value, error=jnp.where(self.zero(), 0, error))
+
+    def zero(self) -> Array:
+        """Returns where the exact number is zero."""
+        return (self.value == 0) & (self.error == 0)
 
     def signs(self) -> tuple[Ball, Array]:
         """Returns the signs as numbers, and bounds on the errors of signs of computed numbers."""
         zero = jnp.zeros_like(self.doubtful)
-        tiny = jnp.abs(self.value) < 2**10 * jnp.finfo(self.value.dtype).tiny
-        lost = self.doubtful | self.lost | (tiny & (self.sign != 0))
+        small = jnp.abs(self.value) < 2**10 * tiny(self.value.dtype)
+        lost = self.doubtful | self.lost | (small & (self.sign != 0))
         error = 2 * self.doubtful.astype(self.sign.dtype)
         return Ball(self.sign, error, self.sign, zero, zero), 2 * lost.astype(error.dtype)
 
@@ -95,22 +107,35 @@ def gamma(terms: int, dtype: Any) -> float:
     return terms * float(jnp.finfo(dtype).eps)
 
 
-def row_norms(x: Float[Array, "*n k"]) -> Float[Array, "*n"]:
-    """Returns Euclidean norms along the last axis."""
-    return jnp.sqrt(jnp.square(x).sum(-1))
+def tiny(dtype: Any) -> float:
+    """Returns the smallest normal number of a dtype.
+
+    Example:
+        >>> tiny(jnp.float32) == 2**-126
+        True
+    """
+    return float(jnp.finfo(dtype).tiny)
+
+
+def _holds_number(x: Shaped[Array, "n k"]) -> Bool[Array, " n"]:
+    """Returns which rows are not all zeros; subnormal numbers, which may compare as zero, count."""
+    bits = lax.bitcast_convert_type(x, jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32)
+    return (bits << 1 != 0).any(-1)  # without the sign
 
 
 def ball_products(x: Float[Array, "n k"], rows: Float[Array, "p k"], bias: Array | None) -> Ball:
     """Returns inner products of exact vectors, plus a bias for each column.
 
-    The error is gamma |x^| |row^|, by Cauchy-Schwarz, where a bias makes x^ = (x, 1).
+    The error is gamma (|x| |row| + |bias|), by Cauchy-Schwarz.
     """
     value = linear_values(rows, bias, x)
-    size = row_norms(rows)
-    length = row_norms(x)
+    size, length = row_norms(rows)[None], row_norms(x)[:, None]
+    lost = (x.shape[1] + 8) * tiny(x.dtype) * (1 + size + length)
+    error = gamma(x.shape[1] + 4, x.dtype) * length * size + lost
+    error = jnp.where(_holds_number(x)[:, None] & _holds_number(rows)[None], error, 0)
     if bias is not None:
-        size, length = jnp.hypot(size, bias), jnp.hypot(length, 1.0)
-    error = gamma(x.shape[1] + 4, x.dtype) * length[:, None] * size[None]
+        more = gamma(x.shape[1] + 4, x.dtype) * jnp.abs(bias) + 8 * tiny(x.dtype)
+        error = error + jnp.where(_holds_number(bias[:, None]), more, 0)[None]
     return Ball(value, error, jnp.sign(value), _near(value, error), jnp.zeros_like(value, bool))
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, get_args
 
-import numpy as np
 from jaxtyping import Array, Float
 
-from ntk.arrays import host_float64, inner_products
+from ntk.arrays import host_float64, host_norms, inner_products
 from ntk.bounds.changes import Grade, kernel_change
 from ntk.bounds.norms import weight_norms
 from ntk.bounds.outputs import output_change
@@ -79,6 +78,7 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from ntk.mlp import MlpWeights
         >>> rng = np.random.default_rng(0)
         >>> up, down, x = (jnp.asarray(rng.normal(size=(4, 3))) for _ in range(3))
@@ -106,7 +106,7 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
 
 
 def _line(quantity: str, original: Array, changes: list[Array]) -> CertificateLine:
-    size, *rest = (float(np.linalg.norm(host_float64(a))) for a in (original, *changes))
+    size, *rest = (float(host_norms(host_float64(a))) for a in (original, *changes))
     if size == 0:
         raise InputError(f"the {quantity} of the original MLP is zero at these inputs")
     prior, data, measured = (a / size for a in rest)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntk.arrays import host_float64, require_finite
+from ntk.arrays import host_float64, host_norms, require_finite, row_norms
 from ntk.bounds import a_priori
-from ntk.bounds.balls import OUTWARD, Enclosure, gamma, row_norms
+from ntk.bounds.balls import OUTWARD, Enclosure, gamma, tiny
 from ntk.bounds.enclosure import (
     Directions,
     SplitFeature,
@@ -67,7 +67,7 @@ class Change:
     @property
     def frobenius(self) -> float:
         """A bound on the Frobenius norm of the change."""
-        return OUTWARD * float(np.linalg.norm(host_float64(self.bound)))
+        return OUTWARD * float(host_norms(host_float64(self.bound)))
 
     @property
     def spectral(self) -> float:
@@ -230,17 +230,18 @@ def _weighted(terms: list[Enclosure], scalars: list[Enclosure], pair: Pair) -> E
     The error of a scalar is counted twice: for the kernels, and for this sum.
     """
     dtype = terms[0].mid.dtype
-    one = int(pair.original.out_bias) * gamma(16, dtype)
+    one, least = int(pair.original.out_bias) * gamma(16, dtype), tiny(dtype)
     mid, radius = jnp.zeros_like(terms[0].mid), one * jnp.abs(scalars[0].mid)
     for term, c in zip(terms, scalars, strict=True):
         mid = mid + c.mid * term.mid
         size = jnp.abs(c.mid) + 2 * c.radius
-        radius = radius + size * term.radius + 2 * c.radius * jnp.abs(term.mid)
+        radius = radius + size * (term.radius + least) + 2 * c.radius * jnp.abs(term.mid)
     # Norms are sums of p squares; the sums of terms are rounded as well.
     radius = radius * (1 + gamma(4 * pair.original.width + 64, dtype))
-    return Enclosure(mid, radius + gamma(8, dtype) * jnp.abs(mid))
+    return Enclosure(mid, radius + gamma(8, dtype) * jnp.abs(mid) + 16 * least)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _a_priori(
     pair: Pair, left: Inputs, right: Inputs, kind: KernelKind, norms: WeightNorms
 ) -> Enclosure:
@@ -257,7 +258,7 @@ def _a_priori(
             bound = a_priori.product_bound(a, b) + mismatch[t] * np.outer(a.fused, b.fused)
         else:
             bound = np.outer(a.unit + (1 + mismatch[t]) * a.fused, np.ones(mids.shape[1]))
-        terms.append(Enclosure(mids, jnp.asarray(bound, dtype)))
+        terms.append(Enclosure(mids, _at_most(bound, dtype)))
     return _weighted(terms, kernel_scalars(pair, left, right, kind), pair)
 
 
@@ -265,12 +266,12 @@ def _feature_bounds(
     pair: Pair, norms: WeightNorms, inputs: Inputs, kind: KernelKind
 ) -> list[a_priori.FeatureBounds]:
     """Returns bounds for each term: on Euclidean norms for SGD, on absolute sums for Adam."""
-    x, dtype = host_float64(row_norms(inputs.x)), inputs.x.dtype
+    x, dtype = host_norms(host_float64(inputs.x), axis=1), inputs.x.dtype
     out, sizes = None, wide_output_sizes(pair, kind)
     if inputs.g is not None:
         out, sizes = upstream_norms(pair, inputs.g)
-    offsets = tuple(jnp.asarray(m.offset * OUTWARD, dtype) for m in norms.maps)
-    at_most = jnp.asarray(sizes * OUTWARD, dtype)
+    offsets = tuple(_at_most(np.asarray(m.offset), dtype) for m in norms.maps)
+    at_most = _at_most(sizes, dtype)
     wide = wide_norms(pair.original, inputs.x, offsets, at_most, power=2 if kind == "sgd" else 1)
     wide = [host_float64(w) for w in wide]
     units = [host_float64(u) for u in _feature_sizes(pair.original, inputs, kind)]
@@ -283,13 +284,22 @@ def _feature_bounds(
     ]
 
 
+def _at_most(x: np.ndarray, dtype: Any) -> Array:
+    """Returns upper bounds in a narrower dtype, which would round down or to zero."""
+    with np.errstate(over="ignore"):  # infinite bounds are an error where they are used
+        return jnp.asarray(x * OUTWARD + 2 * tiny(dtype), dtype)
+
+
 @partial(jax.jit, static_argnames="kind")
 def _feature_sizes(mlp: MlpWeights, inputs: Inputs, kind: KernelKind) -> list[Array]:
     """Returns norms or absolute sums of the original's features, plus their errors."""
     balls = feature_balls(mlp, inputs, kind)
     if kind == "adam":
-        return [(jnp.abs(b.value) + b.error).sum(1) for b in balls]
-    return [row_norms(b.value) + row_norms(b.error) for b in balls]
+        sizes = [(jnp.abs(b.value) + b.error).sum(1) for b in balls]
+    else:
+        sizes = [row_norms(b.value) + row_norms(b.error) for b in balls]
+    dtype = inputs.x.dtype
+    return [s * (1 + gamma(mlp.width + 8, dtype)) + mlp.width * tiny(dtype) for s in sizes]
 
 
 def uniform_bound(pair: Pair | WeightNorms, radius: float, *, kind: KernelKind = "sgd") -> float:

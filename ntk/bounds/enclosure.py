@@ -38,8 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ntk.arrays import inner_products
-from ntk.bounds.balls import Enclosure, gamma, row_norms
+from ntk.arrays import host_norms, inner_products, require_finite, row_norms
+from ntk.bounds.balls import Enclosure, gamma, tiny
 from ntk.bounds.features import Feature
 
 
@@ -85,6 +85,8 @@ def split_feature(
     eps = jnp.finfo(phi.dtype).eps
     size = row_norms(phi)
     rounding = gamma(phi.shape[1] + 8, phi.dtype) * size
+    lost = 8 * phi.shape[1] * tiny(phi.dtype)  # of sums, quotients and these norms
+    rounding = rounding + lost
     error = feature.unit_error + feature.fused_error + rounding + 2 * eps * row_norms(fused)
     return SplitFeature(
         UncertainVectors(between - fused, error),
@@ -108,13 +110,16 @@ def principal_directions(
 
     Returns:
         Directions for ``change`` and ``total``, and for ``within``.
+
+    Raises:
+        InputError: A feature is not finite.
     """
 
     def principal(parts: list[Array]) -> Directions:
         some = []
         for part in parts:
-            a = np.asarray(part[:: max(1, part.shape[0] // rows)], np.float64)
-            size = np.linalg.norm(a)
+            a = np.asarray(require_finite(part)[:: max(1, part.shape[0] // rows)], np.float64)
+            size = host_norms(a)
             # All parts have the same weight: a bound is a product of the rests of two parts.
             some.append(a / size if size > 0 else a)
         stack = np.concatenate(some)
@@ -144,9 +149,12 @@ def _enclose(left: UncertainVectors, right: UncertainVectors, directions: Direct
         for s, t in ((left, a), (right, b))
     ]
     size, size2 = row_norms(left.vector), row_norms(right.vector)
+    # What is lost below `tiny` in m k products, for each side.
+    lost = 8 * m * (k + 1) * tiny(basis.dtype)
     slack = (4 * math.sqrt(k) + 8) * gamma(m + k + 8, basis.dtype) + 4 * directions.defect
     noise = jnp.outer(left.error, size2 + right.error) + jnp.outer(size, right.error)
     radius = jnp.outer(rest[0], rest[1]) + noise + slack * jnp.outer(size, size2)
+    radius = radius + lost * (1 + size[:, None] + size2[None])
     return Enclosure(inner_products(a, b), radius)
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.bounds.balls import Ball, Enclosure, ball_products, ball_units, gamma, row_norms
+from ntk.arrays import row_norms
+from ntk.bounds.balls import Ball, Enclosure, ball_products, ball_units, gamma, tiny
 from ntk.bounds.pairs import Inputs, Pair
 from ntk.kinds import KernelKind, second_transform
 from ntk.mlp import input_products
@@ -83,8 +84,12 @@ def kernel_scalars(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) ->
     shape = (left.x.shape[0], right.x.shape[0])
 
     def dot(a: Array, b: Array, bias: Array | None) -> Enclosure:
-        size = jnp.outer(row_norms(a) + 1, row_norms(second(b)) + 1)
-        return Enclosure(input_products(a, b, bias, kind), gamma(a.shape[1] + 4, dtype) * size)
+        # With a bias, a sum of products and 1.
+        one = 0 if bias is None else 1
+        length, length2 = row_norms(a) + one, row_norms(second(b)) + one
+        lost = (a.shape[1] + 8) * tiny(dtype) * (1 + length[:, None] + length2[None])
+        error = gamma(a.shape[1] + 4, dtype) * jnp.outer(length, length2) + lost
+        return Enclosure(input_products(a, b, bias, kind), error)
 
     if left.g is None or right.g is None:
         outputs = pair.original.down.shape[1]
@@ -106,11 +111,14 @@ def measured_error(left: Feature, right: Feature) -> Float[Array, "n m"]:
     ):
         size, size2 = row_norms(a), row_norms(b)
         rounding = gamma(a.shape[1] + 16, a.dtype)
+        lost = 4 * (a.shape[1] + 16) * tiny(a.dtype)
         total = total + jnp.outer(ea, size2 + eb) + jnp.outer(size, eb + rounding * size2)
+        total = total + lost * (1 + size[:, None] + size2[None])
     return total
 
 
 def magnitude(left: Feature, right: Feature) -> Float[Array, "n m"]:
     """Returns bounds on ``|phi . psi|`` plus ``|F . Psi|``."""
     total = jnp.outer(row_norms(left.unit), row_norms(right.unit))
-    return total + jnp.outer(row_norms(left.fused), row_norms(right.fused))
+    total = total + jnp.outer(row_norms(left.fused), row_norms(right.fused))
+    return total + 4 * tiny(total.dtype)

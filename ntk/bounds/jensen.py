@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ntk.activations import FUNCTIONS, canonical, relu_gap, slope, steepness
-from ntk.bounds.balls import EVALUATION, ball_products, gamma, row_norms
+from ntk.arrays import row_norms
+from ntk.bounds.balls import EVALUATION, ball_products, gamma, tiny
 from ntk.units import MlpWeights
 
 
@@ -51,40 +52,50 @@ def wide_norms(
         power: 2 for Euclidean norms, 1 for sums of absolute values.
     """
     act, q = original.act, power
+    least = tiny(x.dtype)
     values = []
     for (rows, bias), offset in zip(original.maps, offsets, strict=True):
         z = ball_products(x, rows, bias)
         length = row_norms(x) if bias is None else jnp.hypot(row_norms(x), 1.0)
-        values.append((z.value, z.error + (offset * length)[:, None]))
+        values.append((z.value, z.error + (offset * length)[:, None] + least))
     (z, shift), *linear = values
-    weight = sizes**q
-    one = jnp.ones_like(weight)
-    steep = _steep(act, z + shift)
-    hidden, through = (_hidden(act, z, shift, r, q) for r in (one, weight))
+    steep = jnp.sqrt(_steep(act, z + shift))
+    root = jnp.sqrt(sizes)
+    hidden, through = (_hidden(act, z, shift, s, q) for s in (jnp.ones_like(sizes), sizes))
     if not linear:
-        slopes = (weight * steep).sum(1)
-        if q == 1:
-            slopes = jnp.sqrt(weight.sum(1) * slopes)
-        found = [hidden, jnp.minimum(slopes, slope(act) ** q * weight.sum(1))]
+        # For sums of absolute values, by Cauchy-Schwarz.
+        slopes = _norm(sizes * steep, 2) if q == 2 else _norm(root, 2) * _norm(root * steep, 2)
+        found = [hidden, jnp.minimum(slopes, slope(act) * _norm(sizes, q))]
     else:
         y = jnp.abs(linear[0][0]) + linear[0][1]
-        quartic = _hidden(act, z, shift, one, 2 * q)
-        slopes = jnp.sqrt((weight * y ** (2 * q)).sum(1) * (weight * steep**q).sum(1))
-        slopes = jnp.minimum(slopes, slope(act) ** q * (weight * y**q).sum(1))
-        found = [jnp.sqrt((y ** (2 * q)).sum(1) * quartic), slopes, through]
-    outward = 1 + gamma(4 * z.shape[1] + 64, x.dtype)
-    return [outward * a ** (1 / q) for a in found]
+        quartic = _hidden(act, z, shift, jnp.ones_like(sizes), 2 * q)
+        slopes = _norm(root * y, 2 * q) * _norm(root * steep, 2 * q)
+        slopes = jnp.minimum(slopes, slope(act) * _norm(sizes * y, q))
+        found = [_norm(y, 2 * q) * quartic, slopes, through]
+    width = z.shape[1]
+    outward = 1 + gamma(4 * width + 64, x.dtype)
+    return [outward * a + 8 * width * least for a in found]
 
 
-def _hidden(act: str, z: Array, shift: Array, weight: Array, q: int) -> Array:
-    """Returns a bound on the sum of weights times |s|^q."""
+def _norm(x: Array, q: int) -> Array:
+    """Returns the root of the sum of |x|^q over units, scaled so that no power underflows.
+
+    A product that was rounded to zero counts as the smallest normal number.
+    """
+    x = jnp.abs(x) + tiny(x.dtype)
+    largest = x.max(1, keepdims=True)
+    share = jnp.where(x == largest, 1, x / largest)  # both may be infinite
+    return largest[:, 0] * (share**q).sum(1) ** (1 / q)
+
+
+def _hidden(act: str, z: Array, shift: Array, size: Array, q: int) -> Array:
+    """Returns a bound on the root of the sum of (size |s|)^q."""
     most = jnp.maximum(z + shift, 0)
     if q > 1:
         evaluation = EVALUATION * jnp.finfo(z.dtype).eps * (1 + most)
         most = jnp.minimum(most, FUNCTIONS[canonical(act)](most) + evaluation)
     bounds = jnp.maximum(relu_gap(act), most), jnp.abs(z) + shift
-    sums = [(weight * a**q).sum(1) for a in bounds]
-    return jnp.minimum(*sums)
+    return jnp.minimum(*(_norm(size * a, q) for a in bounds))
 
 
 def _steep(act: str, z: Array) -> Array:

@@ -18,18 +18,32 @@ with outer = sqrt n and inner = middle = 1 / sqrt n for SGD, with outer = n alon
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from ntk.arrays import host_float64
+from ntk.arrays import host_float64, host_norms
 from ntk.bounds.pairs import Pair, check_pair
 from ntk.kinds import KernelKind
 from ntk.units import MlpWeights
 
 Numbers = Float[np.ndarray, "*n"]
+
+TINY = float(np.finfo(np.float64).tiny)
+
+
+@np.errstate(over="ignore")
+def times(*factors: Any) -> Any:
+    """Returns a product of bounds that is zero if a factor is, also beside infinite ones.
+
+    Only then: a product that underflows is at most the smallest normal number.
+    """
+    zero = reduce(np.logical_or, (np.asarray(a) == 0 for a in factors))
+    factors = tuple(np.where(zero, 1.0, a) for a in factors)
+    return np.where(zero, 0.0, reduce(lambda a, b: np.maximum(a * b, TINY), factors))[()]
 
 
 class MapNorms(NamedTuple):
@@ -117,22 +131,22 @@ def weight_norms(pair: Pair) -> WeightNorms:
     mean = partial(_means, labels=labels, sizes=sizes)
     v, v_wide = host_float64(original.down), _wide_rows(pair, "down")[labels]
     v_mean = mean(v)
-    v_norm = np.linalg.norm(v, axis=1)
+    v_norm = host_norms(v, axis=1)
 
     def of_map(name: str) -> MapNorms:
         rows, wide = _rows(original, name), _wide_rows(pair, name)[labels]
         delta = rows - wide
-        square = np.square(delta).sum(1)
+        size, largest = host_norms(delta, axis=1), v_norm.max() or 1.0
         return MapNorms(
             op=_spectral(rows),
-            row=float(np.linalg.norm(rows, axis=1).max()),
+            row=float(host_norms(rows, axis=1).max()),
             wide_op=_spectral(wide),
-            wide_row=float(np.linalg.norm(wide, axis=1).max()),
+            wide_row=float(host_norms(wide, axis=1).max()),
             delta_op=_spectral(delta),
-            delta_row=float(np.sqrt(square.max())),
-            kappa=float(np.sqrt(mean(square[:, None]).max())),
-            offset=float(np.linalg.norm(mean(delta)[labels])),
-            weighted=_spectral(v_norm[:, None] * delta),
+            delta_row=float(size.max()),
+            kappa=_root_mean_square(size, mean),
+            offset=float(host_norms(mean(delta)[labels])),
+            weighted=times(largest, _spectral((v_norm / largest)[:, None] * delta)),
             biased=int(getattr(original, f"{name}_bias") is not None),
         )
 
@@ -143,11 +157,11 @@ def weight_norms(pair: Pair) -> WeightNorms:
         width=original.width,
         outputs=original.down.shape[1],
         maps=tuple(of_map(name) for name in (["up"] if original.gate is None else ["gate", "up"])),
-        frobenius=OutputNorms(*(float(np.linalg.norm(a)) for a in parts)),
+        frobenius=OutputNorms(*(float(host_norms(a)) for a in parts)),
         spectral=OutputNorms(*(_spectral(a) for a in parts)),
         absolute=(float(np.abs(v).sum()), float(np.abs(v_wide).sum())),
-        largest_mean=float(np.linalg.norm(v_mean, axis=1).max()),
-        kappa=float(np.sqrt(mean(np.square(parts[2]).sum(1)[:, None]).max())),
+        largest_mean=float(host_norms(v_mean, axis=1).max()),
+        kappa=_root_mean_square(host_norms(parts[2], axis=1), mean),
         mismatch=_mismatch(pair),
     )
 
@@ -167,13 +181,14 @@ def upstream_norms(pair: Pair, g: object) -> tuple[OutputNorms, np.ndarray]:
     wide = (_wide_rows(pair, "down") @ vectors.T)[labels]
     mean = _means(products, labels, _sizes(pair))[labels]
     parts = products, wide, products - mean, mean - wide
-    return OutputNorms(*(np.linalg.norm(a, axis=0) for a in parts)), np.abs(wide).T
+    # Products may underflow.
+    return OutputNorms(*(host_norms(a, axis=0) + len(a) * TINY for a in parts)), np.abs(wide).T
 
 
 def wide_output_sizes(pair: Pair, kind: KernelKind) -> np.ndarray:
     """Returns the size of each output row of the wide copy, |v| for SGD, |v|_1 for Adam, (1, p)."""
     v = _wide_rows(pair, "down")[np.asarray(pair.labels)]
-    return np.linalg.norm(v, ord=1 if kind == "adam" else 2, axis=1)[None]
+    return (np.abs(v).sum(1) if kind == "adam" else host_norms(v, axis=1))[None]
 
 
 def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -216,7 +231,15 @@ def _mismatch(pair: Pair) -> dict[str, list[float]]:
     return {kind: [float(np.abs(1 - w).max()) for w in terms] for kind, terms in weights.items()}
 
 
+def _root_mean_square(sizes: np.ndarray, mean: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Returns the root of the largest mean of squares over a cluster."""
+    largest = sizes.max() or 1.0
+    return float(largest * np.sqrt(mean(np.square(sizes / largest)[:, None]).max()))
+
+
 def _spectral(a: np.ndarray) -> float:
     """Returns a spectral norm, rounded up: eigvalsh and the product are backward stable."""
+    largest = np.abs(a).max() or 1.0
+    a = a / largest
     gram = a.T @ a if a.shape[0] > a.shape[1] else a @ a.T
-    return float(np.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0) + 1e-12 * np.trace(gram)))
+    return times(largest, np.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0) + 1e-12 * np.trace(gram)))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.arrays import host_float64, inner_products, require_finite
+from ntk.arrays import host_float64, host_norms, inner_products, require_finite, row_norms
 from ntk.bounds import a_priori
-from ntk.bounds.balls import gamma, row_norms
+from ntk.bounds.balls import gamma, tiny
 from ntk.bounds.changes import Grade
 from ntk.bounds.enclosure import split_feature
 from ntk.bounds.features import kernel_features
@@ -43,7 +43,8 @@ def output_change(
     if grade == "measured":
         return require_finite(moved)
     norms = weight_norms(pair) if norms is None else norms
-    hidden = a_priori.hidden_bounds(norms, host_float64(row_norms(inputs.x)), host_float64(unit))
+    lengths = host_norms(host_float64(inputs.x), axis=1)
+    hidden = a_priori.hidden_bounds(norms, lengths, host_float64(unit))
     if grade == "data":
         hidden = hidden._replace(change=host_float64(change), within=host_float64(within))
     bounds = a_priori.output_bound(norms, hidden)
@@ -68,8 +69,9 @@ def _outputs(pair: Pair, inputs: Inputs) -> tuple[Array, ...]:
         (feature.fused, feature.fused_error, pair.fused.down),
     ):
         outputs.append(inner_products(h, v.T))
-        size = jnp.linalg.norm(v)
-        noise = noise + (error + gamma(v.shape[0] + 16, v.dtype) * row_norms(h)) * size
+        size, length = row_norms(v.ravel()), row_norms(h)
+        noise = noise + (error + gamma(v.shape[0] + 16, v.dtype) * length) * size
+        noise = noise + 4 * v.size * tiny(v.dtype) * (1 + size + length)
     change, within = (row_norms(p.vector) + p.error for p in (parts.change, parts.within))
     unit = row_norms(feature.unit) + feature.unit_error
     return row_norms(outputs[0] - outputs[1]), change, within, unit, 2 * noise

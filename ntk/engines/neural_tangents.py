@@ -54,19 +54,23 @@ class NeuralTangentsEngine(OneCallEngine[BlockPlan]):
 
     Args:
         task: The kernel to compute.
-        implementation: A key of `IMPLEMENTATIONS`.
+        implementation: A key of `IMPLEMENTATIONS`; None for structured derivatives, or for the
+            contraction of Jacobians if the function has branches, see `add`.
 
     Raises:
         InputError: The kernel is Adam's, or the package is not installed.
     """
 
-    def __init__(self, task: KernelTask, implementation: str):
+    def __init__(self, task: KernelTask, implementation: str | None = None):
         if task.sign:
             raise InputError(
                 "engine 'neural-tangents' does not have the Adam kernel; use 'jacobian' or "
                 "'vector-product'"
             )
         super().__init__(task)
+        if implementation is None:
+            branches = task.program.branches
+            implementation = "jacobian-contraction" if branches else "structured-derivatives"
         self._implementation = implementation
         self._number = IMPLEMENTATIONS[implementation]
         load_neural_tangents()
@@ -82,6 +86,23 @@ class NeuralTangentsEngine(OneCallEngine[BlockPlan]):
 
     def _arguments(self, plan: BlockPlan, total: Any, values: Any, *blocks: Any) -> tuple:
         return self._number, self.task.kept, total, *values, *blocks
+
+    def add(self, plan: BlockPlan, group: int, total: KernelArray, *rest: Any) -> KernelArray:
+        """Returns a total plus the kernel of two blocks.
+
+        Raises:
+            InputError: Structured derivatives met an infinite value or slope in a branch that is
+                not taken. They multiply derivatives, where the others select.
+        """
+        total = super().add(plan, group, total, *rest)
+        structured = self._implementation == "structured-derivatives"
+        if structured and self.task.program.branches and not jnp.isfinite(total).all():
+            raise InputError(
+                "neural-tangents' structured-derivatives computes every branch of lax.cond and "
+                "lax.switch, and its result is not finite; use implementation="
+                "'jacobian-contraction', which leaves out branches that are not taken"
+            )
+        return total
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -107,10 +128,13 @@ def _added(
     second: Sequence[Array] | None,
 ) -> KernelArray:
     """Returns a total plus the kernel of two blocks of examples."""
+    # Structured derivatives would take a gate for the use of a parameter, and be wrong or slow.
+    gates = number != IMPLEMENTATIONS["structured-derivatives"]
 
     def batch(leaves: Sequence[Array], examples: Sequence[Array]) -> Array:
         def one(example: Sequence[Array]) -> Array:
-            return program(leaves, constants, example)[0].reshape(kept, -1)
+            out, _ = program(leaves, constants, example, gates=gates)
+            return out.reshape(kept, -1)
 
         # The package asks for one example at a time, and a vmap would hide structure from it.
         if examples[0].shape[0] == 1:

@@ -34,11 +34,19 @@ _LAYOUTS = {"transpose", "reshape", "squeeze", "convert_element_type", "copy", "
 
 
 class Operation(NamedTuple):
-    """One primitive operation on numbered values."""
+    """One primitive operation on numbered values.
+
+    Args:
+        eqn: The operation; None for a gate at the entry of a branch, see `_gate`.
+        ins: The numbers of its arguments.
+        outs: The numbers of its results.
+        taken: For an operation in a branch, the number of whether the branch is taken.
+    """
 
     eqn: Any
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    taken: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,13 @@ class Program:
         self._count += 1
         return self._count - 1
 
-    def _inline(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[int]) -> list[int]:
+    def _inline(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        arguments: Sequence[int],
+        taken: int | None = None,
+    ) -> list[int]:
         numbers: dict[Any, int] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = self._new()
@@ -157,34 +171,54 @@ class Program:
             elif eqn.primitive.name in _CALLS:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 outs = self._inline(
-                    getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins
+                    getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, taken
                 )
             elif eqn.primitive.name == "cond":
-                outs = self._select(eqn, ins)
+                outs = self._select(eqn, ins, taken)
             else:
                 outs = [self._new() for _ in eqn.outvars]
-                self.operations.append(Operation(eqn, ins, tuple(outs)))
+                self.operations.append(Operation(eqn, ins, tuple(outs), taken))
             numbers.update(zip(eqn.outvars, outs, strict=True))
         return [number(atom) for atom in jaxpr.outvars]
 
-    def _select(self, eqn: Any, ins: Sequence[int]) -> list[int]:
-        """Inlines all branches and a choice of one, as a batch of examples would run them."""
+    def _select(self, eqn: Any, ins: Sequence[int], taken: int | None) -> list[int]:
+        """Inlines all branches and a choice of one, as a batch of examples would run them.
+
+        A branch that is not taken may compute infinite values and slopes. The choice drops the
+        values, and gates drop the gradients.
+        """
         index, *operands = ins
-        branches = [
-            self._inline(branch.jaxpr, branch.consts, operands) for branch in eqn.params["branches"]
-        ]
+        branches = []
+        for number, branch in enumerate(eqn.params["branches"]):
+            (now,) = self._traced(
+                partial(_is_taken, number),
+                [eqn.invars[0].aval] if taken is None else [eqn.invars[0].aval, _BOOL],
+                [index] if taken is None else [index, taken],
+            )
+            gated = []
+            for operand, var in zip(operands, eqn.invars[1:], strict=True):
+                if jnp.issubdtype(var.aval.dtype, jnp.inexact):
+                    gated.append(self._new())
+                    self.operations.append(Operation(None, (now, operand), (gated[-1],)))
+                else:
+                    gated.append(operand)
+            branches.append(self._inline(branch.jaxpr, branch.consts, gated, now))
         outs = []
         for var, *cases in zip(eqn.outvars, *branches, strict=True):
             avals = [eqn.invars[0].aval, *(var.aval for _ in cases)]
-            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-            outs += self._inline(jax.make_jaxpr(lax.select_n)(*shapes).jaxpr, (), [index, *cases])
+            outs += self._traced(lax.select_n, avals, [index, *cases])
         return outs
+
+    def _traced(self, function: Any, avals: Sequence[Any], ins: Sequence[int]) -> list[int]:
+        """Adds the operations of a function of numbered values."""
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        return self._inline(jax.make_jaxpr(function)(*shapes).jaxpr, (), ins)
 
     def _drop_dead(self) -> None:
         live, kept = {self._out}, []
         for op in reversed(self.operations):
             if live.intersection(op.outs):
-                live.update(op.ins)
+                live.update(op.ins if op.taken is None else (*op.ins, op.taken))
                 kept.append(op)
         self.operations = kept[::-1]
 
@@ -202,6 +236,9 @@ class Program:
                 continue
             touched.update(laid_out[op.ins[slot]][0] for slot in slots)
             leaf, chain = laid_out[op.ins[slots[0]]]
+            if op.eqn is None:
+                laid_out[op.outs[0]] = leaf, chain
+                continue
             name = op.eqn.primitive.name
             if name in _LAYOUTS and jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.floating):
                 steps = (name, op.eqn.outvars[0].aval.shape, str(op.eqn.params))
@@ -228,6 +265,7 @@ class Program:
         constants: Sequence[Array],
         example: Sequence[Array],
         taps: Mapping[int, Array] | None = None,
+        gates: bool = True,
     ) -> tuple[Num[Array, " o"], dict[int, Array]]:
         """Runs the program.
 
@@ -236,6 +274,8 @@ class Program:
             constants: `constants`, possibly traced.
             example: The arrays of one example.
             taps: By the number of an operation, a value to add to its result.
+            gates: Whether branches that are not taken get gradients of zero, whatever they compute.
+                Forward derivatives do not need it: the choice of a branch drops the others'.
 
         Returns:
             The output; and for every operation with a tap, the operand beside the parameter.
@@ -247,11 +287,16 @@ class Program:
         values.update(zip(self._constant_ids, constants, strict=True))
         values.update(zip(self._example_ids, example, strict=True))
         operands = {}
+        gate = _gate if gates else lambda _, x: x
         for index, op in enumerate(self.operations):
-            results = _run(op.eqn, [values[i] for i in op.ins])
+            args = [values[i] for i in op.ins]
+            results = [gate(*args)] if op.eqn is None else _run(op.eqn, args)
             if index in taps:
-                operands[index] = values[others[index]]
-                results = [results[0] + taps[index]]
+                operand, result = values[others[index]], results[0] + taps[index]
+                if op.taken is not None:
+                    taken = values[op.taken]
+                    operand, result = _where(taken, operand), _gate(taken, result)
+                operands[index], results = operand, [result]
             values.update(zip(op.outs, results, strict=True))
         return values[self._out], operands
 
@@ -266,6 +311,11 @@ class Program:
             )
         return self._jitted[function]
 
+    @property
+    def branches(self) -> bool:
+        """Whether branches were inlined, all of which are computed."""
+        return any(op.eqn is None for op in self.operations)
+
     def tap(self, use: ParameterUse) -> Array:
         """Returns the zero to add to a product."""
         aval = self.operations[use.op].eqn.outvars[0].aval
@@ -273,12 +323,43 @@ class Program:
 
     def flops(self) -> int:
         """Returns the operations of the matrix products for one example, two per multiply-add."""
-        return sum(_flops(op.eqn) for op in self.operations)
+        return sum(_flops(op.eqn) for op in self.operations if op.eqn is not None)
 
     def bytes(self) -> int:
         """Returns the bytes of all intermediate values for one example."""
-        avals = [var.aval for op in self.operations for var in op.eqn.outvars]
+        eqns = [op.eqn for op in self.operations if op.eqn is not None]
+        avals = [var.aval for eqn in eqns for var in eqn.outvars]
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in avals if hasattr(a, "shape"))
+
+
+_BOOL = jax.ShapeDtypeStruct((), jnp.bool_)
+
+
+def _is_taken(branch: int, index: Array, outer: Array | None = None) -> Array:
+    """Returns whether a branch is taken, and the branch around it, if there is one."""
+    taken = index.astype(jnp.int32) == branch
+    return taken if outer is None else taken & outer
+
+
+def _where(taken: Array, x: Array) -> Array:
+    """Returns x if a branch is taken, else zeros."""
+    return lax.select(jnp.broadcast_to(taken, x.shape), x, jnp.zeros_like(x))
+
+
+@jax.custom_jvp
+def _gate(taken: Array, x: Array) -> Array:
+    """Returns x, with zero derivatives unless a branch is taken.
+
+    Without it, a gradient of zero times an infinite slope would be NaN. The value itself is not
+    selected, so that a parameter is not copied for each example.
+    """
+    return x
+
+
+@_gate.defjvp
+def _gate_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (taken, x), (_, tangent) = primals, tangents
+    return x, _where(taken, tangent)
 
 
 def _run(eqn: Any, args: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,7 +78,8 @@ def _added(
     summed = program.outputs // kept
 
     def batch(leaves: Any) -> Float[Array, "n o"]:
-        return jax.vmap(lambda example: program(leaves, constants, example)[0])(first)
+        one = partial(program, leaves, constants, gates=False)
+        return jax.vmap(lambda example: one(example)[0])(first)
 
     _, along = jax.linearize(batch, leaves)
 
