@@ -7,6 +7,7 @@ points, Gram space takes three matrices of n^2 numbers: 113 MB for 3,072 points,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,6 +25,7 @@ from fusion_jax.clustering.labels import Refinement, draw_distinct, indices, plu
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
+from fusion_jax.programs import few_programs
 
 Init = Literal["auto", "ward", "k-means++", "random"]
 Refine = Literal["auto", "hartigan", "lloyd"]
@@ -125,8 +127,12 @@ def kmeans(
     options = _Options(k, start, refine, n_init, fits)
     if weights is None:
         weights = jnp.ones(points.shape[0], wide_dtype(points))
-    mesh = _mesh_of(points)
-    return _kmeans(points, weights, centroids, key, max_iters, tol, options=options, mesh=mesh)
+    # Under a caller's jit, a program of our own would only keep what was traced for every k.
+    run: Callable[..., KMeansResult] = partial(_kmeans, options, None)
+    if not isinstance(points, Tracer):
+        run = _program(options, _mesh_of(points))
+    limits = jnp.int32(max_iters), jnp.asarray(tol, wide_dtype(points))
+    return run(points, weights, centroids, key, *limits)
 
 
 def _check(
@@ -186,17 +192,21 @@ class _Options(NamedTuple):
     gram: bool
 
 
-@partial(jax.jit, static_argnames=("options", "mesh"))
+@few_programs
+def _program(options: _Options, mesh: Mesh | None) -> Callable[..., KMeansResult]:
+    """Returns the compiled k-means for some options."""
+    return jax.jit(partial(_kmeans, options, mesh))
+
+
 def _kmeans(
+    options: _Options,
+    mesh: Mesh | None,
     points: Array,
     weights: Array,
     centroids: Array | None,
     key: Array,
     max_iters: Array,
     tol: Array,
-    *,
-    options: _Options,
-    mesh: Mesh | None,
 ) -> KMeansResult:
     k = options.k
     points = wide(points)
@@ -266,7 +276,8 @@ def _kmeans(
         centroids=centroids,
         sizes=sizes,
         inertia=inertia * weights.max() * scale * scale,
-        inertia_fraction=jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0),
+        # Times 0, so that points with NaN, which cannot be refused under jit, give NaN.
+        inertia_fraction=jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0 * total),
         iterations=refined.steps[best],
         moves=moves[best],
         converged=refined.converged[best],
