@@ -1,7 +1,10 @@
 """compress: choice of sites, guarantees, reports, and the conformance of every method."""
 
 import functools
+import gc
 import json
+import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from fusion_jax.compression import mlps
 from fusion_jax.compression.batching import Problems, batch_size, working_bytes
 from fusion_jax.methods.registry import METHODS, method_from_json
 from fusion_jax.nn.site import select_sites
+from fusion_jax.programs import KEPT, RENEWED, few_programs
 from tests import tiny
 from tests.helpers import OPTIONS, inputs, make, method, methods, unchecked
 
@@ -435,3 +439,44 @@ def test_keys_of_the_old_kind_and_none(key):
     assert len(select_sites(fj.sites(nnx.List([mlp, mlp])), np.int64(0))) == 1
     with pytest.raises(fj.InputError, match="no MLP True"):
         select_sites(fj.sites(mlp), True)
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="memory maps are counted on Linux")
+@pytest.mark.parametrize("method", [fj.Prune, fj.Fusion])
+@pytest.mark.full(quick=1)
+def test_programs_of_many_widths_do_not_stay(method, key):
+    """A process has 65,530 memory maps; each width took hundreds, and XLA crashed at the end."""
+    mlp = make(fj.Mlp, width=32)
+    counts = []
+    for width in range(2, 2 + KEPT + 8):
+        fj.compress(mlp, method(width=width), key=key)
+        gc.collect()
+        counts.append(MAPS.read_bytes().count(b"\n"))
+    assert counts[-1] - counts[-8] < 7 * 10
+    assert counts[KEPT] - counts[0] > 7 * 10  # they are counted
+
+
+def test_programs_are_kept_and_let_go(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+    times = few_programs(lambda factor: jax.jit(lambda x: factor * x))
+    first = weakref.ref(times(0))
+    assert times(0) is first() and times(0)(3) == 0
+    for factor in range(1, KEPT + 1):
+        times(factor)
+    gc.collect()
+    assert first() is None
+    for factor in range(RENEWED):
+        times(factor + 99)
+    assert len(cleared) in (1, 2)
+
+
+def test_a_result_that_is_not_finite_is_refused(key):
+    """Weights that are finite, whose squares are not."""
+    mlp = make(fj.Mlp, width=24)
+    seen = jnp.full((9, 5), 1e38)
+    with pytest.raises(fj.InputError, match=r"the model: the result holds NaN or infinite numbers"):
+        fj.compress(mlp, fj.Fusion(width=12), key=key, calibration={"": seen})

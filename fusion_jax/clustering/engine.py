@@ -35,6 +35,7 @@ from fusion_jax.clustering.labels import (
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
+from fusion_jax.programs import few_programs
 
 Init = Literal["auto", "ward", "k-means++", "random"]
 Refine = Literal["auto", "hartigan", "lloyd"]
@@ -146,12 +147,19 @@ def kmeans(
     options = _Options(k, start, refine, n_init, fits, exact=False)
     if weights is None:
         weights = jnp.ones(points.shape[0], wide_dtype(points))
-    run = partial(_kmeans, points, weights, centroids, key, max_iters, tol, mesh=_mesh_of(points))
-    result = run(options=options)
+    limits = jnp.int32(max_iters), jnp.asarray(tol, wide_dtype(points))
+
+    def run(options: _Options) -> KMeansResult:
+        # Under a caller's jit, a program of our own would only keep what was traced for every k.
+        traced = isinstance(points, Tracer)
+        solve = partial(_kmeans, options, None) if traced else _program(options, _mesh_of(points))
+        return solve(points, weights, centroids, key, *limits)
+
+    result = run(options)
     fraction = result.inertia_fraction
     if isinstance(fraction, Tracer) or not bool(_unclear(fraction)):
         return result
-    return run(options=options._replace(exact=True))
+    return run(options._replace(exact=True))
 
 
 def _unclear(inertia_fraction: Array) -> Array:
@@ -248,17 +256,21 @@ class _Options(NamedTuple):
     exact: bool
 
 
-@partial(jax.jit, static_argnames=("options", "mesh"))
+@few_programs
+def _program(options: _Options, mesh: Mesh | None) -> Callable[..., KMeansResult]:
+    """Returns the compiled k-means for some options."""
+    return jax.jit(partial(_kmeans, options, mesh))
+
+
 def _kmeans(
+    options: _Options,
+    mesh: Mesh | None,
     points: Array,
     weights: Array,
     centroids: Array | None,
     key: Array,
     max_iters: Array,
     tol: Array,
-    *,
-    options: _Options,
-    mesh: Mesh | None,
 ) -> KMeansResult:
     k = options.k
     points, scale = _scaled(wide(points))
@@ -335,7 +347,8 @@ def _kmeans(
     centroids, sizes, squares = _measured(points, weights, labels, k)
     _, _, squares_of_one = _measured(points, weights, jnp.zeros_like(labels), 1)
     inertia, total = ((weights / weights.max() * s).sum() for s in (squares, squares_of_one))
-    fraction = jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0)
+    # Times 0, so that points with NaN, which cannot be refused under jit, give NaN.
+    fraction = jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0 * total)
     converged = refined.converged[best]
     return KMeansResult(
         labels=jnp.zeros_like(labels).at[order].set(labels),

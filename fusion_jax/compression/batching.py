@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from fusion_jax.calibration.data import POSITIONS, Calibration
 from fusion_jax.clustering.engine import GRAM_BYTES
+from fusion_jax.compression.checks import all_finite
+from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide_dtype
 from fusion_jax.nn.submlps import SubMLPs
+from fusion_jax.programs import few_programs
 
 TreeT = TypeVar("TreeT")
 
@@ -41,11 +45,25 @@ class Problems(NamedTuple):
 
 
 def solve_stacked(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Returns the solutions of stacked problems, stacked in the same way; one call solves all."""
+    """Returns the solutions of stacked problems, stacked in the same way; one call solves all.
+
+    Raises:
+        InputError: A solution holds NaN or infinite numbers.
+    """
     stack = problems.keys.shape
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
-    solutions = _solve_along_one_axis(method, act, flat)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
+    if not stack:
+        solutions, finite = _program(method, act)(problems)
+    else:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), problems)
+        solutions, finite = _solve_along_one_axis(method, act, flat)
+        if len(stack) > 1:
+            solutions = jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), solutions)
+    if not np.asarray(finite).all():
+        raise InputError(
+            "the result holds NaN or infinite numbers: the weights, or the inputs of the "
+            "calibration, are too large for their dtype"
+        )
+    return solutions
 
 
 def unstacked(tree: TreeT, count: int) -> Iterator[TreeT]:
@@ -99,8 +117,14 @@ def working_memory() -> int:
     return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
 
 
-def _solve_along_one_axis(method: Method, act: str | None, problems: Problems) -> Solution:
-    """Solves problems stacked along one axis; each device of a mesh solves those that it holds."""
+def _solve_along_one_axis(
+    method: Method, act: str | None, problems: Problems
+) -> tuple[Solution, Any]:
+    """Solves problems stacked along one axis; each device of a mesh solves those that it holds.
+
+    Returns:
+        The solutions, and whether each is finite.
+    """
     sharding = problems.subs.up.sharding
     count = problems.keys.shape[0]
     if isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
@@ -108,15 +132,14 @@ def _solve_along_one_axis(method: Method, act: str | None, problems: Problems) -
         problems = jax.device_put(problems, NamedSharding(sharding.mesh, spec))
         count = problems.keys.sharding.shard_shape(problems.keys.shape)[0]
         batch = _batch(method, problems, count)
-        return _solve_on_mesh(method, act, batch, sharding.mesh, spec, problems)
+        return _program_for_all(method, act, batch, sharding.mesh, spec)(problems)
     if jax.default_backend() != "cpu":
-        return _solve_batch(method, act, _batch(method, problems, count), problems)
-    # On a CPU a batch gains nothing and takes as long as its slowest problem. Outside of one large
-    # program, the smaller programs of a method are compiled once for several methods.
-    each = unstacked(problems, count)
-    return jax.tree.map(
-        lambda *x: jnp.stack(x), *[_solve_one(method, act, problem) for problem in each]
-    )
+        return _program_for_all(method, act, _batch(method, problems, count))(problems)
+    # On a CPU a batch gains nothing and takes as long as its slowest problem. Stacked by numpy,
+    # since JAX would compile that for every width.
+    solve = _program(method, act)
+    each = [solve(problem) for problem in unstacked(problems, count)]
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *each)
 
 
 def _batch(method: Method, problems: Problems, count: int) -> int | None:
@@ -125,30 +148,36 @@ def _batch(method: Method, problems: Problems, count: int) -> int | None:
     return batch_size(count, working_bytes(method, problems), working_memory())
 
 
-def _solve_one(method: Method, act: str | None, problem: Problems) -> Solution:
+@few_programs
+def _program(method: Method, act: str | None) -> Callable[[Problems], tuple[Solution, Array]]:
+    """Returns the compiled function from one problem to its solution, and whether it is finite."""
+    return jax.jit(partial(_solve_one, method, act))
+
+
+@few_programs
+def _program_for_all(
+    method: Method,
+    act: str | None,
+    batch: int | None,
+    mesh: Mesh | AbstractMesh | None = None,
+    spec: PartitionSpec | None = None,
+) -> Callable[[Problems], tuple[Solution, Array]]:
+    """Returns `_program` for problems along one axis, some of them side by side."""
+
+    def solve(problems: Problems) -> tuple[Solution, Array]:
+        return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
+
+    if mesh is None:
+        return jax.jit(solve)
+    return jax.jit(
+        jax.shard_map(solve, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
+    )
+
+
+def _solve_one(method: Method, act: str | None, problem: Problems) -> tuple[Solution, Array]:
     subs, key, calibration, gradients = problem
     more: dict[str, Any] = {"gradients": gradients} if method.takes_gradients else {}
     if method.takes_calibration:
         more |= {"act": act, "calibration": calibration}
-    return method.solve(subs, key=key, **more)
-
-
-@partial(jax.jit, static_argnames=("method", "act", "batch"))
-def _solve_batch(
-    method: Method, act: str | None, batch: int | None, problems: Problems
-) -> Solution:
-    return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
-
-
-@partial(jax.jit, static_argnames=("method", "act", "batch", "mesh", "spec"))
-def _solve_on_mesh(
-    method: Method,
-    act: str | None,
-    batch: int | None,
-    mesh: Mesh | AbstractMesh,
-    spec: PartitionSpec,
-    problems: Problems,
-) -> Solution:
-    local = partial(_solve_batch, method, act, batch)
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
-    return mapped(problems)
+    solution = method.solve(subs, key=key, **more)
+    return solution, all_finite(solution)

@@ -82,7 +82,7 @@ def checked(
     calibrated = any(m.takes_calibration for m in methods.values())
     graded = any(m.takes_gradients for m in methods.values())
     for site in chosen:
-        with _naming(site):
+        with naming(site):
             own = methods[site.path]
             _check_module(own, site.mlp)
             subs = jax.eval_shape(site.mlp.sub_mlps)
@@ -155,7 +155,7 @@ def _check_values(chosen: list[Site], gradients: Mapping[str, Array] | None) -> 
     if gradients is None:
         return
     for site in chosen:
-        with _naming(site):
+        with naming(site):
             if not all_finite(gradients_of(site, gradients)):
                 raise InputError("NaN or infinite gradients")
 
@@ -177,12 +177,13 @@ def _check_needs_no_text(chosen: list[Site], methods: Mapping[str, Method]) -> N
 
 
 @contextmanager
-def _naming(site: Site) -> Iterator[None]:
-    """Puts the site's path in front of an `InputError` from inside the block."""
+def naming(*found: Site) -> Iterator[None]:
+    """Puts the paths of sites in front of an `InputError` from inside the block."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{site.path or 'the model'}: {error}") from None
+        paths = ", ".join(site.path or "the model" for site in found)
+        raise InputError(f"{paths}: {error}") from None
 
 
 def checked_key(key: object) -> Key[Array, ""]:
@@ -199,4 +200,4 @@ def checked_key(key: object) -> Key[Array, ""]:
 def all_finite(tree: object) -> Bool[Array, ""]:
     """Returns whether all floating-point numbers of a tree are finite."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.array(True)]).all()

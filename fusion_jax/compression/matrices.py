@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from fusion_jax.nn.linear_forms import (
 )
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import find_modules, replaced
+from fusion_jax.programs import few_programs
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, num_params, size_of
 from ntk.selection import Selection, select
@@ -156,15 +158,17 @@ def compress_matrices(
 def _factor(method: Factored, layer: AnyLinear | nnx.Embed) -> Solution:
     weights = layer.embedding[...] if isinstance(layer, nnx.Embed) else matrix_of(layer)
     stack = () if isinstance(layer, nnx.Embed) else stack_of(layer)
-    return _factor_all(method, weights, len(stack))
+    return _program(method, len(stack))(weights)
 
 
-@partial(jax.jit, static_argnames=("method", "stacked"))
-def _factor_all(method: Factored, weights: Float[Array, "*s d o"], stacked: int) -> Solution:
+@few_programs
+def _program(method: Factored, stacked: int) -> Callable[[Float[Array, "*s d o"]], Solution]:
+    """Returns the compiled `Factored.factor` of a method, for one matrix or a stack."""
+
     def one(matrix: Array) -> Solution:
         return method.factor({"": wide(matrix)})
 
-    return jax.lax.map(one, weights) if stacked else one(weights)
+    return jax.jit(partial(jax.lax.map, one) if stacked else one)
 
 
 def _formed(method: Factored, layer: AnyLinear | nnx.Embed, solution: Solution) -> LinearForm:

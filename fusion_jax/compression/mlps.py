@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.compression.batching import Problems, solve_stacked, unstacked, working_memory
-from fusion_jax.compression.checks import Checked, all_finite, checked, checked_key
+from fusion_jax.compression.checks import Checked, all_finite, checked, checked_key, naming
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method, Solution, check_method
@@ -100,7 +100,8 @@ def _solved(job: Checked, progress: bool | None) -> tuple[Any, list[SiteReport]]
             job.calibrator.capture()
         for batch in _sites_by_call(job):
             start = time.perf_counter()
-            made = _solved_sites(job, batch)
+            with naming(*batch):
+                made = _solved_sites(job, batch)
             for site, (new, facts) in zip(batch, made, strict=True):
                 smaller = replaced(smaller, site.path, new)
                 if job.calibrator is not None:
