@@ -203,6 +203,7 @@ def command(tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
+@pytest.mark.full(quick=1)
 def test_signals_before_and_in_the_steps_of_a_command(
     number, code, command, tmp_path, monkeypatch, capsys
 ):
@@ -231,6 +232,7 @@ def test_signals_before_and_in_the_steps_of_a_command(
     assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.full
 def test_a_finished_command_is_extended_by_an_option(command, tmp_path, capsys):
     command = [*command, "--out", str(tmp_path), "--schedule", "constant"]
     assert main(command) == 0
