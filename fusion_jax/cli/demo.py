@@ -136,11 +136,14 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     exported = export_hf(smaller, out / "huggingface")
     print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
     print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
-    few = jax.tree.map(lambda x: x[:12], batch)
+    count = 12
+    few = jax.tree.map(lambda x: x[:count], batch)
     kernels = verify(model, smaller, few, key=jax.random.key(0), positions=32, cross_check=False)
     page = out / "report.html"
     sizes = num_params(model), num_params(smaller)
-    write_text(page, html_page(VerifiedArtefact(kernels, artefact, name, sizes)))
+    history = smaller.provenance.history
+    result = VerifiedArtefact(kernels, artefact, name, sizes, tuple(texts[:count]), history, report)
+    write_text(page, html_page(result))
     print(f"Kernels   {page}  (a page with pictures: fusion-jax report {artefact})")
     print(f"Done in {time.perf_counter() - start:.0f} s")
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 import ntk
 from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.checkpoint.files import read_json
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
@@ -28,7 +29,7 @@ from fusion_jax.models.tokens import (
 )
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
-from fusion_jax.report import num_params
+from fusion_jax.report import Report, num_params
 from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
 from ntk.tables import table
@@ -38,6 +39,8 @@ TOLERANCE = 1e-4
 """The largest difference of engines in float32, relative to the largest entry of a kernel."""
 KERNEL_NAMES: dict[ntk.KernelKind, str] = {"sgd": "SGD", "adam": "Adam"}
 """The kinds of kernels that are compared, and their names in text."""
+LOOSE = 1.0
+"""Relative bounds above this are loose: an MLP that is gone has changed by as much."""
 _CROSS_CHECK_TEXTS = 3
 
 
@@ -73,6 +76,19 @@ class Verification:
         return found + [
             f"engine {name} differs by {x:.1e}" for name, x in differences if not x <= TOLERANCE
         ]
+
+    def loose_bounds(self) -> str | None:
+        """Returns a sentence on the bounds that say little, or None if there are none."""
+        lines = [line for c in self.certificates.values() for line in c.lines]
+        loose = [line for line in lines if min(line.a_priori, line.data) > LOOSE]
+        if not loose:
+            return None
+        changed = sum(line.measured > LOOSE for line in loose)
+        also = f" (in {changed} cases, the change itself is above 100 %)" if changed else ""
+        return (
+            f"{len(loose)} of {len(lines)} certified bounds are loose: above 100 %, which is the "
+            f"change of an MLP that is gone{also}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the results as JSON values."""
@@ -111,6 +127,8 @@ class Verification:
             parts.append(
                 f"MLPs at their inputs in the original, with certified bounds\n\n{table(rows)}"
             )
+            loose = self.loose_bounds()
+            parts += [] if loose is None else [f"{loose}."]
         if self.engine_differences is None:
             parts.append("Engines were not compared: neural-tangents is not installed.")
         else:
@@ -145,12 +163,18 @@ class VerifiedArtefact(NamedTuple):
         artefact: The folder of the compressed model.
         original: The hub id or folder of the original.
         num_params: The numbers of parameters of the original and of the compressed model.
+        texts: The texts, in the order of the kernels' rows.
+        history: What was done to the compressed model, as in its provenance.
+        report: The report of the compression, if the artefact has one.
     """
 
     verification: Verification
     artefact: Path
     original: str
     num_params: tuple[int, int]
+    texts: tuple[str, ...]
+    history: tuple[str, ...]
+    report: Report | None
 
 
 def verify_files(
@@ -172,19 +196,33 @@ def verify_files(
     if text is not None and not text.is_file():
         raise InputError(f"there is no file {text}")
     content = None if text is None else text.read_text(encoding="utf-8").splitlines()
-    examples = [x for x in (sentences() if content is None else content) if x.strip()]
-    if len(examples) < 2:
+    lines = [x for x in (sentences() if content is None else content) if x.strip()]
+    if len(lines) < 2:
         raise InputError(f"{text} has fewer than two lines of text")
+    texts = tuple(lines[:num_examples])
+    report = _saved_report(Path(compressed))
     key = jax.random.key(seed)
     smaller = load(compressed, dtype=jnp.float32)
     name = smaller.provenance.name if original is None else original
     larger = load_original(name, smaller, key=key)
     tokenizer = load_tokenizer(smaller.provenance.folder)
-    batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
+    batch = tokenize(tokenizer, texts, length_for(smaller))
     check_tokens(smaller, batch.input_ids, tokenizer=tokenizer)
     result = verify(larger, smaller, batch, key=key)
     sizes = num_params(larger), num_params(smaller)
-    return VerifiedArtefact(result, Path(compressed), name, sizes)
+    history = smaller.provenance.history
+    return VerifiedArtefact(result, Path(compressed), name, sizes, texts, history, report)
+
+
+def _saved_report(artefact: Path) -> Report | None:
+    """Returns the report in an artefact, or None if it has none."""
+    file = artefact / "report.json"
+    if not file.is_file():
+        return None
+    try:
+        return Report.from_json(read_json(file)[1])
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
