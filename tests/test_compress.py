@@ -361,10 +361,10 @@ def test_report_tells_what_changed(model, key):
 
 def test_progress_in_plain_lines(model, key, capsys):
     fj.compress(model, fj.Fusion(width=12), key=key, progress=True)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
-        f"Compressing: {i + 1}/3 {path}" for i, path in enumerate(PATHS)
-    ]
+    first, *between, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Compressing: 0/3 compiling (")
+    assert last.startswith(f"Compressing: 3/3 {PATHS[-1]} (")
+    assert len(between) <= 2  # of sites that take seconds
     fj.compress(model, fj.Fusion(width=12), key=key)
     assert capsys.readouterr().err == ""
 

@@ -1,5 +1,7 @@
 """Verification of a compressed model's kernels, and the page on it."""
 
+import contextlib
+import io
 import json
 import pkgutil
 import re
@@ -17,6 +19,7 @@ import fusion_jax as fj
 from fusion_jax import methods
 from fusion_jax.cli.main import main
 from fusion_jax.models.tokens import TokenBatch
+from fusion_jax.progress import progress_shown
 from fusion_jax.report import EXPLANATIONS, Report
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import VerifiedArtefact, load_original, verify
@@ -40,8 +43,37 @@ def artefact(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(artefact):
-    return verified(artefact)
+def found_and_said(artefact):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), progress_shown(True):
+        return verified(artefact), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def found(found_and_said):
+    return found_and_said[0]
+
+
+def test_each_stage_is_announced_before_it_begins(found_and_said):
+    said = found_and_said[1]
+    stages = re.findall(r"^Verifying: (\d)/8 (.*) \(", said, re.M)
+    assert [(int(n), re.sub(r" \(.*", "", what)) for n, what in stages] == list(
+        enumerate(
+            [
+                "outputs of the original",
+                "SGD kernel of the original model",
+                "SGD kernel of the compressed model",
+                "Adam kernel of the original model",
+                "Adam kernel of the compressed model",
+                "comparison of the engines",
+                "inputs of the MLPs",
+                "bounds of layers.0.mlp",
+                "done",
+            ]
+        )
+    )
+    assert re.search(r"\nKernel: 0/\d+ compiling", said)
+    assert said.startswith("Loading ")
 
 
 def verified(artefact):

@@ -25,6 +25,7 @@ from fusion_jax.methods.fusion import Fusion
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
+from fusion_jax.progress import show_stage
 from fusion_jax.report import num_params
 from fusion_jax.verification.checks import VerifiedArtefact, verify
 from fusion_jax.verification.page import html_page
@@ -121,7 +122,8 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     )
     print(f"{report}\n")
 
-    hidden, output, cosine = measure_change(model, smaller, batch)
+    with show_stage("Measuring the change on the sentences"):
+        hidden, output, cosine = measure_change(model, smaller, batch)
     rows = [["layer", "hidden states", "MLP output, same input"]]
     for i, (site, error) in enumerate(zip(sites(model), hidden, strict=True)):
         rows.append([str(i), f"{error:.3f}", f"{output[site.path]:.3f}"])

@@ -18,6 +18,7 @@ from fusion_jax.cli import (
     verifying,
 )
 from fusion_jax.errors import InputError
+from fusion_jax.progress import progress_shown
 from fusion_jax.training.engine.preemption import Terminated, raise_on_sigterm
 
 COMMANDS = {
@@ -48,18 +49,19 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fusion-jax {__version__}")
         return 0
     try:
-        status = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="fusion-jax",
-            description="Make a pre-trained language model smaller in one shot. The option "
-            "--version prints the version.",
-            args=args,
-            config=(
-                tyro.conf.CascadeSubcommandArgs,
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.OmitSubcommandPrefixes,
-            ),
-        )
+        with progress_shown(True):
+            status = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="fusion-jax",
+                description="Make a pre-trained language model smaller in one shot. The option "
+                "--version prints the version.",
+                args=args,
+                config=(
+                    tyro.conf.CascadeSubcommandArgs,
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                ),
+            )
     except SystemExit as stop:  # from tyro: help or wrong usage
         return int(stop.code or 0)
     except (InputError, OSError, FloatingPointError) as error:

@@ -122,7 +122,7 @@ def compress_matrices(
         raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
     new: Any = nnx.clone(model)
     rows = []
-    with show_progress("Factorizing", len(picked), progress) as advance:
+    with show_progress("Factorizing", len(picked), progress, first="compiling") as advance:
         for path, layer in picked.items():
             start = time.perf_counter()
             solution = jax.block_until_ready(_factor(method, layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from fusion_jax.models.tokens import (
 )
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
+from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, num_params
 from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
@@ -286,26 +288,35 @@ def verify(
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
-    kernels, comparisons = {}, {}
-    start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
-    # Made once, so that both kinds share the compiled gradients.
-    functions = [ntk.functional(model) for model in models]
-    for kind in KERNEL_NAMES:
-        both = [
-            np.asarray(ntk.kernel(f, params, batch, kind=kind, progress=progress))
-            for f, params in functions
-        ]
-        kernels[kind] = np.stack(both)
-        comparisons[kind] = compare(*both, targets=targets, outputs=start)
-    differences = _engine_differences(models[1], batch, pairs[-1][1].path) if cross_check else {}
-    seen = jax.jit(mlp_inputs)(original, *batch)
-    real = np.asarray(batch.attention_mask)
-    chosen = np.linspace(0, real.sum() - 1, min(positions, int(real.sum()))).astype(int)
-    certificates = {
-        a.path: certify(pair(a.mlp, b.mlp), jnp.asarray(np.asarray(seen[a.path])[real][chosen]))
-        for a, b in pairs
-        if hasattr(b.mlp, "labels") and a.path in seen
-    }
+    kernels, comparisons, certificates = {}, {}, {}
+    fused = [(a, b) for a, b in pairs if hasattr(b.mlp, "labels")]
+    steps = 1 + 2 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
+    with show_progress("Verifying", steps, progress, first="outputs of the original") as advance:
+        begin = partial(advance, begins=True)
+        start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
+        # Made once, so that both kinds share the compiled gradients.
+        functions = [ntk.functional(model) for model in models]
+        for kind, title in KERNEL_NAMES.items():
+            both = []
+            for (f, params), name in zip(functions, ("original", "compressed"), strict=True):
+                begin(f"{title} kernel of the {name} model")
+                both.append(np.asarray(ntk.kernel(f, params, batch, kind=kind)))
+            kernels[kind] = np.stack(both)
+            comparisons[kind] = compare(*both, targets=targets, outputs=start)
+        differences = {}
+        if cross_check:
+            begin("comparison of the engines")
+            differences = _engine_differences(models[1], batch, pairs[-1][1].path)
+        begin("inputs of the MLPs")
+        seen = jax.jit(mlp_inputs)(original, *batch)
+        real = np.asarray(batch.attention_mask)
+        chosen = np.linspace(0, real.sum() - 1, min(positions, int(real.sum()))).astype(int)
+        for a, b in fused:
+            begin(f"bounds of {a.path}")
+            if a.path in seen:
+                x = jnp.asarray(np.asarray(seen[a.path])[real][chosen])
+                certificates[a.path] = certify(pair(a.mlp, b.mlp), x)
+        advance("done")
     return Verification(
         num_texts=n,
         kernels=kernels,
