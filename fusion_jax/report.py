@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from fusion_jax.errors import InputError
 from fusion_jax.nn.mlp import AnyMlp
 from ntk.tables import table
+
+EXPLANATIONS = {
+    "inertia": "the share of the differences among hidden units (their sum of squares about the "
+    "mean) that is lost when each becomes its cluster's centroid, as the clustering measures it: "
+    "on the calibration text if there is one. 0 is nothing, 1 everything",
+    "raw_inertia": "the same share, of the weights themselves",
+    "singletons": "clusters of a single hidden unit, which lose nothing",
+    "largest": "the number of hidden units in the largest cluster",
+    "steps": "how often the clustering was improved, by a round of k-means or by moving one unit",
+    "converged": "whether nothing was left to improve at the end",
+    "error": "the change of the matrices, relative to their own size (Frobenius norms)",
+    "kept": "the share of the weights that are not zero",
+    "bound": "the largest error that the singular values that were cut off allow",
+    "entropy": "the largest entanglement entropy of a bond, in nats: how much a chain of small "
+    "tensors has to carry",
+    "excess": "by how much an error is above its bound; more than rounding would be a fault",
+    "start": "the squared distance (MMD) of the chosen units from all units at the start",
+    "end": "the same distance after optimizing",
+    "kept_importance": "the share of the scores of all hidden units that the kept ones have",
+}
+"""What the facts of the methods mean, by name."""
+
+_WRONG_VALUES = (
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+)
 
 
 class Size(NamedTuple):
@@ -127,6 +158,30 @@ class Report:
             "before": self.before._asdict(),
             "after": self.after._asdict(),
         }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Report:
+        """Returns the report with these JSON values, as `to_json` gives them.
+
+        Raises:
+            InputError: The values are not those of a report.
+        """
+        try:
+            report = cls(
+                method={**fields["method"]},
+                calibration=fields.get("calibration"),
+                new_head=bool(fields.get("new_head", False)),
+                rows=tuple(SiteReport(**row) for row in fields["rows"]),
+                before=Size(**fields["before"]),
+                after=Size(**fields["after"]),
+            )
+            # Every value has to be of the type that its form in a table takes.
+            widths = [cell(w) for row in report.rows for w in (row.width_before, row.width_after)]
+            assert widths and str(report)
+        except _WRONG_VALUES as error:
+            kind = type(error).__name__
+            raise InputError(f"this is not the report of a compression ({kind})") from None
+        return report
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for row in self.rows for name in row.facts))

@@ -29,6 +29,7 @@ from ntk.engines.vector_product import VectorEngine
 from ntk.errors import InputError, check_at_least, check_choice
 from ntk.functions import check_function
 from ntk.kinds import KernelKind
+from ntk.progress import show_stage
 
 EngineName = Literal["auto", "jacobian", "vector-product", "neural-tangents"]
 Implementation = Literal["structured-derivatives", "jacobian-contraction", "ntk-vector-products"]
@@ -108,7 +109,8 @@ def kernel(
     leaves = _parameters(params)
     arrays = [_inputs("x1", x1), *([] if x2 is None else [_inputs("x2", x2)])]
     _check_pair(x1, x2, arrays)
-    traced = _traced(f, params, leaves, x1, arrays[0], trace_axes)
+    with show_stage("Kernel: tracing the function", progress):
+        traced = _traced(f, params, leaves, x1, arrays[0], trace_axes)
 
     mesh = caller_mesh((leaves, arrays))
     with automatic_mesh(mesh) as on_mesh:
@@ -129,7 +131,8 @@ def kernel(
         )
         max_block = max(n1, n2) if block_size is None else block_size
         engines = _engines(engine, implementation, task)
-        chosen, plan = _first_that_fits(engines, values, inputs, max_block, memory_limit)
+        with show_stage("Kernel: choosing an engine and its blocks", progress):
+            chosen, plan = _first_that_fits(engines, values, inputs, max_block, memory_limit)
         total = compute_blocks(chosen, plan, values, inputs, progress).transpose(0, 2, 1, 3)
         total = total.reshape(n1, n2, *traced.kept, *traced.kept)
     return put_on_mesh(total, mesh)

@@ -18,8 +18,8 @@ from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression import mlps
 from fusion_jax.compression.batching import Problems, batch_size, working_bytes
 from fusion_jax.methods.registry import METHODS, method_from_json
+from fusion_jax.nn.programs import KEPT, RENEWED, few_programs
 from fusion_jax.nn.site import select_sites
-from fusion_jax.programs import KEPT, RENEWED, few_programs
 from tests import tiny
 from tests.helpers import OPTIONS, inputs, make, method, methods, unchecked
 
@@ -365,10 +365,10 @@ def test_report_tells_what_changed(model, key):
 
 def test_progress_in_plain_lines(model, key, capsys):
     fj.compress(model, fj.Fusion(width=12), key=key, progress=True)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
-        f"Compressing: {i + 1}/3 {path}" for i, path in enumerate(PATHS)
-    ]
+    first, *between, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Compressing: 0/3 compiling (")
+    assert last.startswith(f"Compressing: 3/3 {PATHS[-1]} (")
+    assert len(between) <= 2  # of sites that take seconds
     fj.compress(model, fj.Fusion(width=12), key=key)
     assert capsys.readouterr().err == ""
 
@@ -447,8 +447,9 @@ MAPS = Path("/proc/self/maps")
 @pytest.mark.skipif(not MAPS.exists(), reason="memory maps are counted on Linux")
 @pytest.mark.parametrize("method", [fj.Prune, fj.Fusion])
 @pytest.mark.full(quick=1)
-def test_programs_of_many_widths_do_not_stay(method, key):
+def test_programs_of_many_widths_do_not_stay(method, key, monkeypatch):
     """A process has 65,530 memory maps; each width took hundreds, and XLA crashed at the end."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # lets go of everything now and then
     mlp = make(fj.Mlp, width=32)
     counts = []
     for width in range(2, 2 + KEPT + 8):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,8 @@ def test_compress_tune_finetune_evaluate_predict(places, tmp_path, capsys):
     assert main(["finetune", tuned, "--out", run, *task, *OPTIONS]) == 0
     said = capsys.readouterr()
     assert "Training: 4/4 loss" in said.err
+    assert re.search(r"Tokenizing \d+ texts \.\.\.", said.err)
+    assert "Training: 4/4 evaluating" in said.err and "Evaluating: 0/" in said.err
     assert "accuracy" in said.out
     assert main(["finetune", tuned, "--out", run, *task, *OPTIONS]) == 0  # nothing left to do
     capsys.readouterr()

@@ -23,7 +23,7 @@ def modules(package):
 def test_root_of_the_library():
     root = Path(fusion_jax.__file__).parent
     files = {path.stem for path in root.glob("*.py")}
-    assert files == {"__init__", "errors", "meshes", "programs", "progress", "report"}
+    assert files == {"__init__", "errors", "meshes", "progress", "report"}
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

@@ -1,7 +1,11 @@
 """Verification of a compressed model's kernels, and the page on it."""
 
+import contextlib
+import io
 import json
+import pkgutil
 import re
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -12,8 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusion_jax as fj
+from fusion_jax import methods
 from fusion_jax.cli.main import main
 from fusion_jax.models.tokens import TokenBatch
+from fusion_jax.progress import progress_shown
+from fusion_jax.report import EXPLANATIONS, Report
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import VerifiedArtefact, load_original, verify
 from fusion_jax.verification.page import html_page
@@ -36,8 +43,37 @@ def artefact(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(artefact):
-    return verified(artefact)
+def found_and_said(artefact):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), progress_shown(True):
+        return verified(artefact), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def found(found_and_said):
+    return found_and_said[0]
+
+
+def test_each_stage_is_announced_before_it_begins(found_and_said):
+    said = found_and_said[1]
+    stages = re.findall(r"^Verifying: (\d)/8 (.*) \(", said, re.M)
+    assert [(int(n), re.sub(r" \(.*", "", what)) for n, what in stages] == list(
+        enumerate(
+            [
+                "outputs of the original",
+                "SGD kernel of the original model",
+                "SGD kernel of the compressed model",
+                "Adam kernel of the original model",
+                "Adam kernel of the compressed model",
+                "comparison of the engines",
+                "inputs of the MLPs",
+                "bounds of layers.0.mlp",
+                "done",
+            ]
+        )
+    )
+    assert re.search(r"\nKernel: 0/\d+ compiling", said)
+    assert said.startswith("Loading ")
 
 
 def verified(artefact):
@@ -87,16 +123,128 @@ def test_a_violated_bound_and_a_wrong_engine_are_failures(found):
         assert len(changed.failures()) == 2
 
 
-def test_the_page_is_whole(found, artefact):
-    html = html_page(VerifiedArtefact(found, artefact, "<model> & more", (100, 80)))
-    assert "&lt;model&gt; &amp; more" in html
-    assert "every certified bound holds" in html
+def page_of(found, artefact, **changed):
+    history = fj.load(artefact).provenance.history
+    fields = (found, artefact, "hub/<model> & more", (100, 80), ("a <b>", "c", "d"), history, None)
+    return html_page(VerifiedArtefact(*fields)._replace(**changed))
+
+
+@pytest.fixture(scope="module")
+def report(artefact):
+    return Report.from_json(json.loads((artefact / "report.json").read_text()))
+
+
+def test_the_page_is_whole(found, artefact, report):
+    html = page_of(found, artefact, report=report)
+    title = "hub/&lt;model&gt; &amp; more, compressed by fusion (width 12)"
+    assert f"<title>{title}</title>" in html
+    assert "<li>a &lt;b&gt;</li><li>c</li>" in html
     assert "layers.0.mlp" in html
     assert "change of the SGD kernel; the scaling 'adam' keeps the other kernel" in html
     assert html.index("<h2>Adam kernel") < html.index("<h2>SGD kernel")
+    for name in report.rows[0].facts:
+        assert f"<dt>{name}</dt>" in html
     assert "http" not in html
     for part in html.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
+
+
+def test_the_page_tells_rows_of_the_adam_kernel_from_columns(found, artefact):
+    sections = page_of(found, artefact).split("<h2>")
+    (adam,) = (s for s in sections if s.startswith("Adam kernel"))
+    assert adam.count(">text, its gradient</text>") == 3
+    assert adam.count(">text, the sign of its gradient</text>") == 3
+    assert "sign of the gradient at the text of the column" in adam
+    first, second = found.kernels["adam"]
+    change = charts.heatmap(
+        second - first,
+        float(np.abs(second - first).max()),
+        ("text, its gradient", "text, the sign of its gradient"),
+        "compressed minus original, colors of its own",
+    )
+    assert change in adam
+    # <g(x), sign g(z)>: each diagonal entry is the largest of its row's gradient.
+    assert (np.diagonal(first)[:, None] >= np.abs(first) * (1 - 1e-5)).all()
+
+
+def test_signs_and_numbers_of_a_heatmap():
+    both = charts.heatmap(np.array([[2.0, -1.0], [0.0, 0.5]]), 2.0, ("r", "c"), "k")
+    paths = re.findall(r'<path d="(M\S+ \d)\S*" fill="var\(--(c\d)\)" fill-opacity="(\S+)"', both)
+    assert paths == [("M1 0", "c1", "0.500"), ("M1 1", "c0", "0.250"), ("M0 0", "c0", "1.000")]
+    numbers = re.findall(r">([^<>]+)</text>", both)
+    assert numbers == ["1", "2", "1", "2", "r", "c", "2", "1", "0", "-1", "-2"]
+    positive = charts.heatmap(np.array([[2.0, 1.0]]), 2.0, ("r", "c"), "k")
+    assert re.findall(r">([^<>]+)</text>", positive)[-3:] == ["2", "1", "0"]
+    assert "--c1" not in positive
+
+
+def test_bounds_above_100_percent_are_loose_on_the_page_and_in_the_table(found, artefact):
+    certificate = found.certificates["layers.0.mlp"]
+    values = {"measured": 0.1, "data": 0.2, "a_priori": 0.3}
+    tight = tuple(line._replace(**values) for line in certificate.lines)
+    loose = (tight[0]._replace(data=1.5, a_priori=7.0), *tight[1:])
+
+    def having(lines):
+        return replace(found, certificates={"layers.0.mlp": replace(certificate, lines=lines)})
+
+    html = page_of(having(tight), artefact)
+    assert '<p class="good">✓ Every certified bound holds, and none is above 100 %.' in html
+    assert having(tight).loose_bounds() is None
+    html = page_of(having(loose), artefact)
+    assert "✓ Every" not in html
+    assert '<p class="warn">No certified bound is violated, but 1 of 3 certified bounds' in html
+    assert html.count('fill="var(--card)" stroke="var(--c1)"') == 1  # hollow
+    assert "1 of 3 certified bounds are loose" in str(having(loose))
+    changed = (loose[0]._replace(measured=1.4), *loose[1:])
+    assert "in 1 cases, the change itself" in str(having(changed))
+
+
+def test_the_page_fits_small_and_dark_screens(found, artefact, report):
+    html = page_of(found, artefact, report=report)
+    # A column that is at least so wide, whatever the screen, makes a horizontal scroll bar.
+    assert re.findall(r"minmax\((?!min\(100%)", html) == []
+    assert re.findall(r"min-width:(\w+)", html) == ["0"]
+    assert "nowrap" not in html and "overflow-x" not in html
+    assert "darker" not in html.lower() and "stronger color" in html
+    for name in set(re.findall(r"var\((--\w+)\)", html)):
+        assert len(re.findall(rf"[{{;\n]{name}:", html)) == 2, name  # for light and dark
+
+
+def test_a_page_on_matrices_and_on_methods_by_site(found, artefact, report):
+    row = replace(report.rows[0], width_before=None, width_after=None, facts={"error": 0.5})
+    html = page_of(found, artefact, report=replace(report, rows=(row,)))
+    assert "<th>width</th>" not in html and "<dt>error</dt>" in html
+    methods = {f"layers.{i}.mlp": {**report.method, "width": 8 + i} for i in range(2)}
+    steps = (json.dumps({"compress": methods}), json.dumps({"static pruning": {}}))
+    html = page_of(found, artefact, report=replace(report, method=methods), history=steps)
+    assert "compressed by fusion, sizes by site, then static pruning</title>" in html
+    assert "layers.1.mlp: method fusion, width 9" in html
+
+
+def test_every_fact_of_a_method_is_explained():
+    modules = [getattr(methods, m.name) for m in pkgutil.iter_modules(methods.__path__, "")]
+    facts = {c for m in modules for n, c in vars(m).items() if n.endswith("Facts")}
+    assert len(facts) >= 5
+    assert {name for c in facts for name in c._fields} == set(EXPLANATIONS)
+
+
+def test_a_damaged_report_is_one_sentence_before_the_work(artefact, tmp_path, capsys):
+    text = (artefact / "report.json").read_text()
+    assert Report.from_json(json.loads(text)).to_json() == json.loads(text)
+    copy = tmp_path / "copy"
+    shutil.copytree(artefact, copy)
+    for damage in (
+        ("{", ""),
+        ('"rows": [', '"rows": 3, "x": ['),
+        ('"width_before": 48', '"width_before": "48"'),
+        ('"method": {', '"method": [], "x": {'),
+    ):
+        assert damage[0] in text
+        (copy / "report.json").write_text(text.replace(*damage, 1))
+        assert main(["report", str(copy), "--out", str(tmp_path / "page.html")]) == 1
+        error = capsys.readouterr().err
+        assert "report.json" in error and error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
 
 
 @given(
@@ -107,9 +255,8 @@ def test_the_page_is_whole(found, artefact):
 def test_charts_of_any_values_are_numbers(values, log_x, log_y):
     line = charts.Line("a", np.arange(len(values)), values)
     chart = charts.line_chart([line], "x", "y", log_x=log_x, log_y=log_y)
-    chart += charts.dot_chart([("a", values)], ["b"], "x") + charts.heatmap(
-        np.array([values]), 1.0, "k"
-    )
+    chart += charts.dot_chart([("a", values)], ["b"], "x", limit=1.0)
+    chart += charts.heatmap(np.array([values]), 1.0, ("r", "c"), "k")
     assert "nan" not in chart
     assert "inf" not in chart
 

@@ -25,6 +25,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import Site, select_sites, sites
+from fusion_jax.progress import show_progress
 from ntk.selection import Selection
 
 MAX_POSITIONS = 16384
@@ -115,10 +116,11 @@ class Calibrator:
         kind = "random tokens" if source == "random" else "text"
         self.description = f"{self._sample.count:,} positions of {kind}"
 
-    def capture(self) -> Calibrator:
+    def capture(self, progress: bool | None = None) -> Calibrator:
         """Runs the model on the text, which `of` needs; returns itself."""
         if self.on_text:
-            self._inputs, self._use = self._sample.inputs(nnx.split(self._model), self._paths)
+            split = nnx.split(self._model)
+            self._inputs, self._use = self._sample.inputs(split, self._paths, progress)
         if self.sequential:
             # Compressed sites are padded back to their width, so that one program serves all.
             self._model = nnx.clone(self._model)
@@ -202,7 +204,7 @@ class _TextSample:
         return sum(len(slots) for _, _, slots in self._parts.get(side, self._parts[""]))
 
     def inputs(
-        self, split: tuple[Any, Any], paths: tuple[str, ...]
+        self, split: tuple[Any, Any], paths: tuple[str, ...], progress: bool | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns the inputs of sites at these positions, (t, d), or (e, t, d) for experts.
 
@@ -212,17 +214,20 @@ class _TextSample:
         result: dict[str, np.ndarray] = {}
         routed: dict[str, list[list[np.ndarray]]] = {}
         experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
-        for i, batch in enumerate(self._batches):
-            for path, x in _run(*split, batch, paths).items():
-                side = "decoder" if path.startswith("decoder.") else ""
-                mask, flat, slots = self._parts.get(side, self._parts[""])[i]
-                if path in experts:
-                    routed.setdefault(path, []).append(_by_expert(x, mask))
-                    continue
-                x = np.asarray(x).reshape(-1, x.shape[-1])[flat]
-                if path not in result:
-                    result[path] = np.empty((self._count(side), x.shape[-1]), x.dtype)
-                result[path][slots] = x
+        count = len(self._batches)
+        with show_progress("Calibrating", count, progress, first="compiling") as advance:
+            for i, batch in enumerate(self._batches):
+                for path, x in _run(*split, batch, paths).items():
+                    side = "decoder" if path.startswith("decoder.") else ""
+                    mask, flat, slots = self._parts.get(side, self._parts[""])[i]
+                    if path in experts:
+                        routed.setdefault(path, []).append(_by_expert(x, mask))
+                        continue
+                    x = np.asarray(x).reshape(-1, x.shape[-1])[flat]
+                    if path not in result:
+                        result[path] = np.empty((self._count(side), x.shape[-1]), x.dtype)
+                    result[path][slots] = x
+                advance("batches of text")
         use: dict[str, np.ndarray] = {}
         for path, parts in routed.items():
             each = [np.concatenate(rows) for rows in zip(*parts, strict=True)]

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from fusion_jax.errors import InputError
+from fusion_jax.progress import show_stage
 
 try:
     import fcntl
@@ -283,7 +284,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove_leftovers(target)
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_name(target), dir=target.parent))
         claim = _claim(temporary)
-        yield temporary
+        with show_stage(f"Writing {path}"):
+            yield temporary
         # Only the user can read temporary folders and the files that safetensors writes: give them
         # the usual permissions.
         mask = os.umask(0)

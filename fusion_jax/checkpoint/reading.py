@@ -28,6 +28,7 @@ from fusion_jax.models.rules import KeyRules, TensorLocation
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
+from fusion_jax.progress import show_progress
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
@@ -212,9 +213,11 @@ class Checkpoint:
         found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
         new = self._check(flat, found, key)
         initial = {} if key is None or not new else self._initial(new, key)
-        for path, variable in flat.items():
-            value = initial[path] if path in initial else self.value(found[path], variable)
-            flat[path] = variable.replace(value)
+        with show_progress(f"Loading {self.tensors.folder}", len(flat)) as advance:
+            for path, variable in flat.items():
+                value = initial[path] if path in initial else self.value(found[path], variable)
+                flat[path] = variable.replace(value)
+                advance(path_name(path))
         model = nnx.merge(graph, nnx.from_flat_state(flat))
         if initial:
             model.provenance = replace(

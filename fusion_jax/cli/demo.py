@@ -25,6 +25,7 @@ from fusion_jax.methods.fusion import Fusion
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
+from fusion_jax.progress import show_stage
 from fusion_jax.report import num_params
 from fusion_jax.verification.checks import VerifiedArtefact, verify
 from fusion_jax.verification.page import html_page
@@ -121,7 +122,8 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     )
     print(f"{report}\n")
 
-    hidden, output, cosine = measure_change(model, smaller, batch)
+    with show_stage("Measuring the change on the sentences"):
+        hidden, output, cosine = measure_change(model, smaller, batch)
     rows = [["layer", "hidden states", "MLP output, same input"]]
     for i, (site, error) in enumerate(zip(sites(model), hidden, strict=True)):
         rows.append([str(i), f"{error:.3f}", f"{output[site.path]:.3f}"])
@@ -136,11 +138,14 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     exported = export_hf(smaller, out / "huggingface")
     print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
     print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
-    few = jax.tree.map(lambda x: x[:12], batch)
+    count = 12
+    few = jax.tree.map(lambda x: x[:count], batch)
     kernels = verify(model, smaller, few, key=jax.random.key(0), positions=32, cross_check=False)
     page = out / "report.html"
     sizes = num_params(model), num_params(smaller)
-    write_text(page, html_page(VerifiedArtefact(kernels, artefact, name, sizes)))
+    history = smaller.provenance.history
+    result = VerifiedArtefact(kernels, artefact, name, sizes, tuple(texts[:count]), history, report)
+    write_text(page, html_page(result))
     print(f"Kernels   {page}  (a page with pictures: fusion-jax report {artefact})")
     print(f"Done in {time.perf_counter() - start:.0f} s")
 

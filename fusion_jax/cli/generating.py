@@ -14,6 +14,7 @@ from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
 from fusion_jax.models.tokens import check_tokens, continuation, load_tokenizer, tokenize_prompts
+from fusion_jax.progress import show_stage
 
 
 def generate(
@@ -57,15 +58,17 @@ def generate(
     check_tokens(loaded, batch.input_ids, tokenizer=tokenizer)
     for name, value in ignored_generation_fields(folder).items():
         print(f"generation_config.json: {name} {value} is not applied", file=sys.stderr)
-    ids = decoding.generate(
-        loaded,
-        *batch,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling if drawn else None,
-        beams=search,
-        pad=tokenizer.pad_token_id or 0,
-        key=jax.random.key(seed),
-    )
+    with show_stage("Generating, after compiling"):
+        ids = decoding.generate(
+            loaded,
+            *batch,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling if drawn else None,
+            beams=search,
+            pad=tokenizer.pad_token_id or 0,
+            key=jax.random.key(seed),
+        )
+        jax.block_until_ready(ids)
     if not loaded.reads_prompts:
         texts = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
     else:

@@ -27,7 +27,8 @@ from fusion_jax.cli import (
 )
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.registry import METHODS
-from fusion_jax.training.engine.preemption import raise_on_sigterm
+from fusion_jax.progress import progress_shown
+from fusion_jax.training.engine.preemption import Terminated, raise_on_sigterm
 
 COMMANDS = {
     **demo.COMMANDS,
@@ -49,15 +50,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 if a command cannot do what was asked for or a check failed,
-        2 for wrong usage, 130 if interrupted, 141 if nobody reads the output any more.
+        2 for wrong usage, 130 if interrupted, 141 if nobody reads the output any more, 143 if
+        terminated; a run that can be resumed ends with 0 if terminated.
     """
     args = list(sys.argv[1:] if args is None else args)
     if args == ["--version"]:
         print(f"fusion-jax {__version__}")
         return 0
     try:
-        command = _parse(args)
-        status = command() if callable(command) else command
+        with progress_shown(True):
+            command = _parse(args)
+            status = command() if callable(command) else command
         sys.stdout.flush()
     except (InputError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):
@@ -69,6 +72,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     return status or 0
 
 

@@ -35,7 +35,7 @@ from fusion_jax.clustering.labels import (
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
-from fusion_jax.programs import few_programs
+from fusion_jax.nn.programs import few_programs
 
 Init = Literal["auto", "ward", "k-means++", "random"]
 Refine = Literal["auto", "hartigan", "lloyd"]

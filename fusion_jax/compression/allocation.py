@@ -101,10 +101,12 @@ def allocate(
             f"round_to {unit}; got {total_width}"
         )
     text_key, fit_key, up_key = jax.random.split(key, 3)
-    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key).capture()
+    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key)
+    source.capture(progress)
     tried = [_tried_widths(width, unit) for width in originals]
     curves = []
-    with show_progress("Allocating", sum(map(len, tried)), progress) as advance:
+    total = sum(map(len, tried))
+    with show_progress("Allocating", total, progress, first="compiling") as advance:
         for site, widths in zip(chosen, tried, strict=True):
             fitted, held_out = _held_out_split(source.of(site), site.path)
             points = [(site.mlp.width, 0.0)]

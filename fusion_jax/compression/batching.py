@@ -19,8 +19,8 @@ from fusion_jax.compression.checks import all_finite
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide_dtype
+from fusion_jax.nn.programs import few_programs
 from fusion_jax.nn.submlps import SubMLPs
-from fusion_jax.programs import few_programs
 
 TreeT = TypeVar("TreeT")
 

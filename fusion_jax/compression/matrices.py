@@ -28,9 +28,9 @@ from fusion_jax.nn.linear_forms import (
     matrix_of,
     stack_of,
 )
+from fusion_jax.nn.programs import few_programs
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import find_modules, replaced
-from fusion_jax.programs import few_programs
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, num_params, size_of
 from ntk.selection import Selection, select
@@ -124,7 +124,7 @@ def compress_matrices(
         raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
     new: Any = nnx.clone(model)
     rows = []
-    with show_progress("Factorizing", len(picked), progress) as advance:
+    with show_progress("Factorizing", len(picked), progress, first="compiling") as advance:
         for path, layer in picked.items():
             start = time.perf_counter()
             solution = jax.block_until_ready(_factor(method, layer))

@@ -95,7 +95,8 @@ def _solved(job: Checked, progress: bool | None) -> tuple[Any, list[SiteReport]]
     """Returns the smaller model, and the report of each site."""
     smaller: Any = nnx.clone(job.model)
     rows = []
-    with show_progress("Compressing", len(job.chosen), progress) as advance:
+    count = len(job.chosen)
+    with show_progress("Compressing", count, progress, first="compiling") as advance:
         if job.calibrator is not None:
             job.calibrator.capture()
         for batch in _sites_by_call(job):

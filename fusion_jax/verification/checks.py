@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 import ntk
 from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.checkpoint.files import read_json
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
@@ -28,7 +30,8 @@ from fusion_jax.models.tokens import (
 )
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
-from fusion_jax.report import num_params
+from fusion_jax.progress import show_progress
+from fusion_jax.report import Report, num_params
 from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
 from ntk.tables import table
@@ -38,6 +41,8 @@ TOLERANCE = 1e-4
 """The largest difference of engines in float32, relative to the largest entry of a kernel."""
 KERNEL_NAMES: dict[ntk.KernelKind, str] = {"sgd": "SGD", "adam": "Adam"}
 """The kinds of kernels that are compared, and their names in text."""
+LOOSE = 1.0
+"""Relative bounds above this are loose: an MLP that is gone has changed by as much."""
 _CROSS_CHECK_TEXTS = 3
 
 
@@ -73,6 +78,19 @@ class Verification:
         return found + [
             f"engine {name} differs by {x:.1e}" for name, x in differences if not x <= TOLERANCE
         ]
+
+    def loose_bounds(self) -> str | None:
+        """Returns a sentence on the bounds that say little, or None if there are none."""
+        lines = [line for c in self.certificates.values() for line in c.lines]
+        loose = [line for line in lines if min(line.a_priori, line.data) > LOOSE]
+        if not loose:
+            return None
+        changed = sum(line.measured > LOOSE for line in loose)
+        also = f" (in {changed} cases, the change itself is above 100 %)" if changed else ""
+        return (
+            f"{len(loose)} of {len(lines)} certified bounds are loose: above 100 %, which is the "
+            f"change of an MLP that is gone{also}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the results as JSON values."""
@@ -111,6 +129,8 @@ class Verification:
             parts.append(
                 f"MLPs at their inputs in the original, with certified bounds\n\n{table(rows)}"
             )
+            loose = self.loose_bounds()
+            parts += [] if loose is None else [f"{loose}."]
         if self.engine_differences is None:
             parts.append("Engines were not compared: neural-tangents is not installed.")
         else:
@@ -145,12 +165,18 @@ class VerifiedArtefact(NamedTuple):
         artefact: The folder of the compressed model.
         original: The hub id or folder of the original.
         num_params: The numbers of parameters of the original and of the compressed model.
+        texts: The texts, in the order of the kernels' rows.
+        history: What was done to the compressed model, as in its provenance.
+        report: The report of the compression, if the artefact has one.
     """
 
     verification: Verification
     artefact: Path
     original: str
     num_params: tuple[int, int]
+    texts: tuple[str, ...]
+    history: tuple[str, ...]
+    report: Report | None
 
 
 def verify_files(
@@ -172,9 +198,11 @@ def verify_files(
     if text is not None and not text.is_file():
         raise InputError(f"there is no file {text}")
     content = None if text is None else text.read_text(encoding="utf-8").splitlines()
-    examples = [x for x in (sentences() if content is None else content) if x.strip()]
-    if len(examples) < 2:
+    lines = [x for x in (sentences() if content is None else content) if x.strip()]
+    if len(lines) < 2:
         raise InputError(f"{text} has fewer than two lines of text")
+    texts = tuple(lines[:num_examples])
+    report = _saved_report(Path(compressed))
     key = jax.random.key(seed)
     smaller = load(compressed, dtype=jnp.float32)
     if not smaller.provenance.history:
@@ -182,11 +210,23 @@ def verify_files(
     name = smaller.provenance.name if original is None else original
     larger = load_original(name, smaller, key=key)
     tokenizer = load_tokenizer(smaller.provenance.folder)
-    batch = tokenize(tokenizer, examples[:num_examples], length_for(smaller))
+    batch = tokenize(tokenizer, texts, length_for(smaller))
     check_tokens(smaller, batch.input_ids, tokenizer=tokenizer)
     result = verify(larger, smaller, batch, key=key)
     sizes = num_params(larger), num_params(smaller)
-    return VerifiedArtefact(result, Path(compressed), name, sizes)
+    history = smaller.provenance.history
+    return VerifiedArtefact(result, Path(compressed), name, sizes, texts, history, report)
+
+
+def _saved_report(artefact: Path) -> Report | None:
+    """Returns the report in an artefact, or None if it has none."""
+    file = artefact / "report.json"
+    if not file.is_file():
+        return None
+    try:
+        return Report.from_json(read_json(file)[1])
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
@@ -250,26 +290,35 @@ def verify(
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
-    kernels, comparisons = {}, {}
-    start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
-    # Made once, so that both kinds share the compiled gradients.
-    functions = [ntk.functional(model) for model in models]
-    for kind in KERNEL_NAMES:
-        both = [
-            np.asarray(ntk.kernel(f, params, batch, kind=kind, progress=progress))
-            for f, params in functions
-        ]
-        kernels[kind] = np.stack(both)
-        comparisons[kind] = compare(*both, targets=targets, outputs=start)
-    differences = _engine_differences(models[1], batch, pairs[-1][1].path) if cross_check else {}
-    seen = jax.jit(mlp_inputs)(original, *batch)
-    real = np.asarray(batch.attention_mask)
-    chosen = np.linspace(0, real.sum() - 1, min(positions, int(real.sum()))).astype(int)
-    certificates = {
-        a.path: certify(pair(a.mlp, b.mlp), jnp.asarray(np.asarray(seen[a.path])[real][chosen]))
-        for a, b in pairs
-        if hasattr(b.mlp, "labels") and a.path in seen
-    }
+    kernels, comparisons, certificates = {}, {}, {}
+    fused = [(a, b) for a, b in pairs if hasattr(b.mlp, "labels")]
+    steps = 1 + 2 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
+    with show_progress("Verifying", steps, progress, first="outputs of the original") as advance:
+        begin = partial(advance, begins=True)
+        start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
+        # Made once, so that both kinds share the compiled gradients.
+        functions = [ntk.functional(model) for model in models]
+        for kind, title in KERNEL_NAMES.items():
+            both = []
+            for (f, params), name in zip(functions, ("original", "compressed"), strict=True):
+                begin(f"{title} kernel of the {name} model")
+                both.append(np.asarray(ntk.kernel(f, params, batch, kind=kind)))
+            kernels[kind] = np.stack(both)
+            comparisons[kind] = compare(*both, targets=targets, outputs=start)
+        differences = {}
+        if cross_check:
+            begin("comparison of the engines")
+            differences = _engine_differences(models[1], batch, pairs[-1][1].path)
+        begin("inputs of the MLPs")
+        seen = jax.jit(mlp_inputs)(original, *batch)
+        real = np.asarray(batch.attention_mask)
+        chosen = np.linspace(0, real.sum() - 1, min(positions, int(real.sum()))).astype(int)
+        for a, b in fused:
+            begin(f"bounds of {a.path}")
+            if a.path in seen:
+                x = jnp.asarray(np.asarray(seen[a.path])[real][chosen])
+                certificates[a.path] = certify(pair(a.mlp, b.mlp), x)
+        advance("done")
     return Verification(
         num_texts=n,
         kernels=kernels,

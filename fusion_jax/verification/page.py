@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusion_jax.report import cell
+from fusion_jax.report import EXPLANATIONS, Report, cell
 from fusion_jax.verification import charts
-from fusion_jax.verification.checks import KERNEL_NAMES, Verification, VerifiedArtefact
+from fusion_jax.verification.checks import KERNEL_NAMES, LOOSE, Verification, VerifiedArtefact
 from ntk import KernelKind
 from ntk.bounds.certificates import Certificate
 
 _STYLE = """
-:root{--paper:#fbfbf9;--card:#fff;--ink:#1d2433;--soft:#5d6675;--faint:#cfd4dc;--c0:#2456a6;
---c1:#d9822b;--c2:#7a8794;--good:#1b7f4b;--bad:#b3261e}
+:root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1d2433;--soft:#5d6675;
+--faint:#cfd4dc;--c0:#2456a6;--c1:#c8650f;--c2:#7a8794;--good:#1b7f4b;--warn:#8a5a00;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{--paper:#14171d;--card:#1c2129;--ink:#e8ebf0;
---soft:#9aa4b2;--faint:#39414d;--c0:#7eb0ff;--c1:#ffb066;--c2:#98a4b3;--good:#63d297;--bad:#ff8a80}}
+--soft:#9aa4b2;--faint:#39414d;--c0:#7eb0ff;--c1:#ffb066;--c2:#98a4b3;--good:#63d297;
+--warn:#ffcf70;--bad:#ff8a80}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1060px;padding:32px 20px 64px;background:var(--paper);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;margin:0}h2{font-size:1.15rem;margin:40px 0 4px}p{margin:4px 0 12px}
-.soft,figcaption{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}
-.row{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(220px,1fr))}
-.two{grid-template-columns:repeat(auto-fit,minmax(380px,1fr))}
+body{margin:0 auto;max-width:1060px;padding:32px 16px 64px;background:var(--paper);
+color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.25;margin:0 0 8px}h2{font-size:1.15rem;margin:40px 0 4px}
+p{margin:4px 0 12px}ol{margin:8px 0;padding-left:2.4em}
+.soft,figcaption,dl{color:var(--soft)}.good{color:var(--good)}.warn{color:var(--warn)}
+.bad{color:var(--bad)}
+.row{display:grid;gap:16px;margin-bottom:16px;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.facts{grid-template-columns:repeat(auto-fit,minmax(min(100%,180px),1fr))}
 figure,.fact{margin:0;background:var(--card);border:1px solid var(--faint);border-radius:10px;
-padding:14px}
-figcaption{font-size:.85rem;margin-bottom:8px}.fact b{display:block;font-size:1.5rem}
-.fact span{font-size:.85rem;color:var(--soft)}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--ink)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;width:100%}
-th,td{padding:5px 10px;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}
+padding:12px;min-width:0}
+figcaption{font-size:.85rem;margin-bottom:8px}.fact b{display:block;font-size:1.2rem}
+.fact span,dl{font-size:.85rem}.fact span{color:var(--soft)}
+svg{display:block;width:100%;max-width:440px;height:auto;margin:0 auto}svg text{fill:var(--ink)}
+table{border-collapse:collapse;font-size:.85rem;width:100%}
+th,td{padding:5px 8px;border-bottom:1px solid var(--faint);text-align:right}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+dt{float:left;font-weight:600;margin-right:.5em}dd{margin:0 0 4px}
+@media (max-width:760px){tr:first-child{display:none}tr,td{display:block}
+tr{border-bottom:2px solid var(--faint)}td{border:0;display:flex;justify-content:space-between;
+padding:2px 0}td:first-child{font-weight:600}td::before{content:attr(data-name);
+color:var(--soft);font-weight:400;margin-right:1em}}
 """
 
 
@@ -43,40 +53,61 @@ def html_page(verified: VerifiedArtefact) -> str:
     """Returns an HTML page on a compressed model, which needs no other file.
 
     Args:
-        verified: The result of `fusion_jax.verification.checks.verify_files`. If the artefact has
-            a ``report.json``, it is shown as well.
+        verified: The result of `fusion_jax.verification.checks.verify_files`.
     """
-    v, artefact, original, num_params = verified
-    file = artefact / "report.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    scaling = None if report is None else report["method"].get("scaling")
+    v, report = verified.verification, verified.report
+    scaling = None if report is None else report.method.get("scaling")
     kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # first the optimizer of the method
     sections = [
-        _facts(v, num_params, kinds, scaling),
+        _facts(v, verified.num_params, kinds, scaling),
         *(_kernels(v, kind) for kind in kinds),
         "" if report is None else _report(report),
         _sites(v.certificates),
         _how(v),
+        _texts(verified.texts),
     ]
-    title = f"{artefact.name}: what compressing changed"
+    # The last folder of a path is often called "model"; with the one above, a hub id stays whole.
+    model = "/".join(Path(verified.original).parts[-2:])
+    title = f"{model}, {_done(verified.history)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1>"
-        f'<p class="soft">Original: {escape(Path(original).name or original)}. Neural tangent '
-        f"kernels predict how a model fine-tunes; these are exact, on {v.num_texts} texts.</p>"
+        f"<h1>{escape(title).replace('/', '/<wbr>')}</h1>"
+        f'<p class="soft">What changed, in the artefact {escape(verified.artefact.name)}. Neural '
+        "tangent kernels predict how a model fine-tunes; these are exact, on the "
+        f'<a href="#texts">{v.num_texts} texts</a> below.</p>'
         f"{''.join(sections)}</body></html>\n"
     )
+
+
+def _done(history: Iterable[str]) -> str:
+    """Returns in a few words what was done to a model."""
+    names = []
+    for text in history:
+        step = json.loads(text)
+        step = step if isinstance(step, dict) and step else {"a step that is not known": None}
+        what, details = next(iter(step.items()))
+        if what == "compress" and isinstance(details, dict):
+            what = _method_name(details)
+        names.append(what)
+    return f"compressed by {', then '.join(names)}" if names else "compressed"
+
+
+def _method_name(method: Mapping[str, Any]) -> str:
+    """Returns the name and size of a method, or of each if sites have methods of their own."""
+    if "method" not in method:
+        names = {str(own.get("method")) for own in method.values() if isinstance(own, dict)}
+        return f"{' and '.join(sorted(names))}, sizes by site"
+    sizes = [f"{k} {method[k]}" for k in ("width", "keep", "rank", "bond") if k in method]
+    return f"{method['method']} ({', '.join(sizes)})" if sizes else str(method["method"])
 
 
 def _facts(
     v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind], scaling: str | None
 ) -> str:
     before, after = num_params
-    facts = [
-        (f"{before / 1e6:.1f} M → {after / 1e6:.1f} M", f"parameters, {after / before - 1:+.0%}")
-    ]
+    facts = [(f"{_count(before)} → {_count(after)}", f"parameters, {after / before - 1:+.0%}")]
     for kind in kinds:
         c = v.comparisons[kind]
         other = scaling in kinds and kind != scaling
@@ -86,26 +117,43 @@ def _facts(
             (f"{c.alignment:.3f}", f"alignment of the {KERNEL_NAMES[kind]} kernels (1 is equal)")
         )
     cards = "".join(f'<div class="fact"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
-    failures = v.failures()
-    if failures:
-        verdict = f'<p class="bad">{escape("; ".join(failures))}.</p>'
-    else:
-        checks = ["every certified bound holds"] if v.certificates else []
-        checks += ["all engines agree"] if v.engine_differences else []
-        verdict = f'<p class="good">✓ {escape(" and ".join(checks))}</p>' if checks else ""
-    return f'<h2>At a glance</h2>{verdict}<div class="row">{cards}</div>'
+    verdicts = [("bad", f"{failure}.") for failure in v.failures()]
+    if not verdicts:
+        loose = v.loose_bounds()
+        if loose is not None:
+            verdicts.append(("warn", f"No certified bound is violated, but {loose}."))
+        elif v.certificates:
+            verdicts.append(("good", "✓ Every certified bound holds, and none is above 100 %."))
+        if v.engine_differences:
+            verdicts.append(("good", "✓ All engines agree."))
+    lines = "".join(f'<p class="{kind}">{escape(text)}</p>' for kind, text in verdicts)
+    return f'<h2>At a glance</h2>{lines}<div class="row facts">{cards}</div>'
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f}\u00a0M" if number >= 1e5 else f"{number:,}"
 
 
 def _kernels(v: Verification, kind: KernelKind) -> str:
     first, second = v.kernels[kind]
     comparison = v.comparisons[kind]
     largest = float(max(np.abs(first).max(), np.abs(second).max()))
+    change = second - first
+    apart = float(np.abs(change).max())
+    axes = ("text", "text")
+    meaning = "Each square is the inner product of the gradients at two texts."
+    if kind == "adam":
+        axes = ("text, its gradient", "text, the sign of its gradient")
+        meaning = (
+            "Each square is the inner product of the gradient at the text of the row and the sign "
+            "of the gradient at the text of the column. So the kernel is not symmetric."
+        )
     pictures = [
-        (first, "original"),
-        (second, "compressed"),
-        (first - second, "difference, same colors"),
+        ("original", first, largest),
+        ("compressed, colors as for the original", second, largest),
+        ("compressed minus original, colors of its own", change, apart),
     ]
-    maps = "".join(_figure(text, charts.heatmap(k, largest, text)) for k, text in pictures)
+    maps = "".join(_figure(text, charts.heatmap(k, top, axes, text)) for text, k, top in pictures)
     ranks = np.arange(1, len(first) + 1)
     spectra = [
         charts.Line(name, ranks, values)
@@ -129,9 +177,9 @@ def _kernels(v: Verification, kind: KernelKind) -> str:
             charts.line_chart(losses, "learning rate times steps", "loss, relative", log_x=flow),
         )
     return (
-        f"<h2>{KERNEL_NAMES[kind]} kernel</h2>"
-        '<p class="soft">One square for each pair of texts; darker means larger.</p>'
-        f'<div class="row">{maps}</div><p></p><div class="row two">{plots}</div>'
+        f'<h2>{KERNEL_NAMES[kind]} kernel</h2><p class="soft">{meaning} A stronger color means a '
+        "larger value: blue above zero, orange below; the bars have the numbers.</p>"
+        f'<div class="row">{maps}</div><div class="row">{plots}</div>'
     )
 
 
@@ -146,30 +194,49 @@ def _sites(certificates: dict[str, Certificate]) -> str:
             (site, (c.lines[i].measured, c.lines[i].data, c.lines[i].a_priori))
             for site, c in certificates.items()
         ]
-        figures.append(_figure(name.capitalize().replace("Sgd", "SGD"),
-                               charts.dot_chart(rows, labels, "relative change")))  # fmt: skip
+        chart = charts.dot_chart(rows, labels, "relative change (1 is 100 %)", limit=LOOSE)
+        figures.append(_figure(name.capitalize().replace("Sgd", "SGD"), chart))
     return (
         "<h2>Each MLP, with certified bounds</h2>"
         '<p class="soft">Relative change at the inputs that the MLP has in the original, and upper '
         "bounds: from norms of the weights alone (a priori), or from a sketch of each input (data)."
-        f'</p><div class="row two">{"".join(figures)}</div>'
+        " Shaded and hollow: bounds above 100 %, which are loose, as an MLP that is gone has "
+        f'changed by 100 %.</p><div class="row">{"".join(figures)}</div>'
     )
 
 
-def _report(report: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(name for row in report["rows"] for name in row["facts"]))
-    head = ["site", "width", "parameters", *names]
+def _report(report: Report) -> str:
+    names = list(dict.fromkeys(name for row in report.rows for name in row.facts))
+    widths = any(row.width_before is not None for row in report.rows)
+    head = ["site", *["width"] * widths, "parameters", *names]
     rows = [
         [
-            row["site"],
-            f"{row['width_before']:,} → {row['width_after']:,}",
-            f"{row['params_before']:,} → {row['params_after']:,}",
-            *(cell(row["facts"].get(name)) for name in names),
+            row.site,
+            *[f"{cell(row.width_before)} → {cell(row.width_after)}"] * widths,
+            f"{row.params_before:,} → {row.params_after:,}",
+            *(cell(row.facts.get(name)) for name in names),
         ]
-        for row in report["rows"]
+        for row in report.rows
     ]
-    method = ", ".join(f"{name} {value}" for name, value in report["method"].items())
-    return f'<h2>What was done</h2><p class="soft">{escape(method)}</p>{_table([head, *rows])}'
+    methods = report.method
+    if "method" in methods:
+        methods = {"": methods}
+    done = [f"{site}: {_fields(fields)}".removeprefix(": ") for site, fields in methods.items()]
+    done += [] if report.calibration is None else [f"calibration: {report.calibration}"]
+    done += ["the head is new and not trained"] if report.new_head else []
+    lines = "".join(f'<p class="soft">{escape(text)}</p>' for text in done)
+    terms = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(EXPLANATIONS[name])}.</dd>"
+        for name in names
+        if name in EXPLANATIONS
+    )
+    return f"<h2>What was done</h2>{lines}{_table([head, *rows])}<dl>{terms}</dl>"
+
+
+def _fields(method: Any) -> str:
+    if not isinstance(method, dict):
+        return str(method)
+    return ", ".join(f"{name} {value}" for name, value in method.items())
 
 
 def _how(v: Verification) -> str:
@@ -179,10 +246,14 @@ def _how(v: Verification) -> str:
         engines = f"Largest relative difference of other engines: {found or 'not measured'}."
     return (
         '<h2>How</h2><p class="soft">The kernels are those of a scalar, the softmax probability of '
-        "class 0 (from a random head, if the model has none), with respect to all parameters. SGD: "
-        "inner products of gradients. Adam: inner products of gradients and signs of gradients. "
+        "class 0 (from a random head, if the model has none), with respect to all parameters. "
         f"{escape(engines)}</p>"
     )
+
+
+def _texts(texts: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f'<h2 id="texts">Texts</h2><ol class="soft">{items}</ol>'
 
 
 def _figure(caption: str, picture: str) -> str:
@@ -190,8 +261,14 @@ def _figure(caption: str, picture: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    """Returns a table; on narrow screens each cell is a line with the name of its column."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join(
+        f"<tr>{''.join(_cell(*pair) for pair in zip(rows[0], row, strict=True))}</tr>"
+        for row in rows[1:]
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
 
-    body = "".join(line(row, "td") for row in rows[1:])
-    return f'<div class="scroll"><table>{line(rows[0], "th")}{body}</table></div>'
+
+def _cell(name: str, text: str) -> str:
+    return f'<td data-name="{escape(name)}">{escape(text)}</td>'

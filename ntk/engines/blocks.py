@@ -114,7 +114,7 @@ def compute_blocks(
     blocks: dict[tuple[int, int], KernelArray] = {}
     order = list(_snake(rows, columns, task.symmetric))
     total = sum(engine.steps(plan, group) for group in range(plan.groups)) * len(order)
-    with show_progress("Kernel", total, progress) as advance:
+    with show_progress("Kernel", total, progress, first="compiling") as advance:
         for group in range(plan.groups):
             first = second = None
             at = (-1, -1)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.progress import show_progress
+from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import (
@@ -133,17 +133,17 @@ def fit(
         raise InputError("best_from of a recipe is for runs with a folder that save artefacts")
     folder = None if folder is None else Path(folder)
     run = _Run(model, batches, loss, config, key, evaluate, lowest, recipe)
-    settings = {} if folder is None else run.settings(model, key)
+    shown = progress if jax.process_index() == 0 else False
+    with show_stage("Comparing the run with its folder", False if folder is None else shown):
+        settings = {} if folder is None else run.settings(model, key)
     with (
         run.step.placement.active(),
         catch_stops(interrupts=folder is not None) as stop,
         RunFolder(folder, config, settings) as kept,
     ):
         run.resume(model, kept)
-        shown = progress if jax.process_index() == 0 else False
-        with show_progress("Training", run.steps, shown) as advance:
-            if run.done:
-                advance("resumed", run.done)
+        begins = "resumed" if run.done else ""
+        with show_progress("Training", run.steps, shown, done=run.done, first=begins) as advance:
             run.train(stop, advance)
         result = Fit(
             model=run.step.model(run.state),
@@ -268,14 +268,16 @@ class _Run:
 
     def _take_step(self) -> None:
         batch = self.batches(self.done)
+        compiles = self.monitor.is_new(batch)
         self.state, numbers = self.step(self.state, batch, self.done)
-        self.monitor.add(numbers, batch)
+        self.monitor.add(numbers, batch, compiles=compiles)
         self.done += 1
         if self.recipe.on_step is not None:
             self.state = self.recipe.on_step(self.done, self.state) or self.state
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
+        self.monitor.announce("evaluating")
         results = self.evaluate(self.step.compute_model(self.state))
         history = self.kept.history
         history.append({"step": self.done, **results})
@@ -290,9 +292,10 @@ class _Run:
         if self.done % growing.every == 0:
             self.state = growing.grow(self.state, self.done)
             self.step = growing.compiled
-            self.monitor.restart()
+            self.monitor.restart(compiled=False)
 
     def _write_checkpoint(self) -> None:
+        self.monitor.announce("writing a checkpoint")
         changes = [] if self.growing is None else self.growing.changes
         self.kept.write_checkpoint(self.done, self.state, changes)
         self._saved_at = time.monotonic()
@@ -305,16 +308,40 @@ class _Monitor:
         self._kept, self._batches, self._advance = run.kept, run.batches, advance
         self._rate, self._flushed = schedule(run.config, run.steps), run.done
         self._numbers: list[dict[str, Array]] = []
-        self.restart()
+        self.restart(compiled=False)
 
-    def restart(self) -> None:
-        """Restarts the clock for tokens per second."""
-        self._tokens, self._start = 0, time.perf_counter()
+    def announce(self, what: str) -> None:
+        """Says what begins."""
+        self._advance(what, 0, begins=True)
 
-    def add(self, numbers: dict[str, Array], batch: Mapping[str, np.ndarray]) -> None:
-        """Remembers the numbers of a step."""
+    def restart(self, *, compiled: bool = True) -> None:
+        """Restarts the clock for tokens per second; without ``compiled``, steps compile again."""
+        self._tokens, self._seconds, self._start = 0, 0.0, time.perf_counter()
+        if not compiled:
+            self._shapes: set[Any] = set()
+
+    def is_new(self, batch: Mapping[str, np.ndarray]) -> bool:
+        """Returns whether a step on this batch compiles first; stops the clock if it does."""
+        shapes = tuple((name, np.shape(batch[name])) for name in sorted(batch))
+        if shapes in self._shapes:
+            return False
+        self._shapes.add(shapes)
+        jax.block_until_ready(self._numbers)
+        self._seconds += time.perf_counter() - self._start
+        widest = max((np.shape(x) for x in batch.values()), key=math.prod)
+        self.announce(f"compiling for batches of {' x '.join(map(str, widest))}")
+        return True
+
+    def add(
+        self, numbers: dict[str, Array], batch: Mapping[str, np.ndarray], *, compiles: bool
+    ) -> None:
+        """Remembers the numbers of a step, and its tokens unless it compiled."""
         self._numbers.append(numbers)
-        self._tokens += _count_tokens(batch)
+        if compiles:
+            jax.block_until_ready(numbers)
+            self._start = time.perf_counter()
+        else:
+            self._tokens += _count_tokens(batch)
 
     def flush(self, done: int) -> None:
         """Writes and checks the numbers of the steps since the last flush.
@@ -330,11 +357,13 @@ class _Monitor:
                 self._fail(self._flushed + i, row)
         mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         rate = np.asarray(self._rate(done - 1)).item()
-        speed = self._tokens / (time.perf_counter() - self._start)
-        self._kept.metrics.write(
-            done, **mean, learning_rate=rate, tokens_per_second=round(speed, 1)
-        )
-        text = f"loss {mean['loss']:.4f}, learning rate {rate:.2e}, {speed:,.0f} tokens/s"
+        text = f"loss {mean['loss']:.4f}, learning rate {rate:.2e}"
+        speed = {}
+        if self._tokens:  # of steps that did not compile
+            seconds = self._seconds + time.perf_counter() - self._start
+            speed = {"tokens_per_second": round(self._tokens / seconds, 1)}
+            text += f", {speed['tokens_per_second']:,.0f} tokens/s"
+        self._kept.metrics.write(done, **mean, learning_rate=rate, **speed)
         self._advance(text, done - self._flushed)
         self._flushed = done
         self._numbers.clear()

@@ -17,6 +17,7 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, max_positions
 from fusion_jax.models.provenance import Provenance, class_order
 from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
+from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
 from fusion_jax.training.engine.config import TrainConfig
@@ -230,13 +231,14 @@ class TextEncoder:
         first = [each[0] for each in texts.texts]
         pairs = texts.texts and len(texts.texts[0]) > 1
         second = [each[1] for each in texts.texts] if pairs else None
-        out = self.tokenizer(
-            first,
-            second,
-            truncation=self.truncate,
-            max_length=self.max_length if self.truncate else None,
-            verbose=False,
-        )
+        with show_stage(f"Tokenizing {len(first):,} texts"):
+            out = self.tokenizer(
+                first,
+                second,
+                truncation=self.truncate,
+                max_length=self.max_length if self.truncate else None,
+                verbose=False,
+            )
         tokens = [np.asarray(ids, np.int32) for ids in out["input_ids"]]
         for ids, name in zip(tokens, texts.names, strict=True):
             if len(ids) > self.max_length:
@@ -283,12 +285,14 @@ def _logits(
     placement = Placement()
     placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
-    with placement.active():
-        found: dict[int, Any] = {}
-        for step in range(len(batches)):
+    found: dict[int, Any] = {}
+    count = len(batches)
+    with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
+        for step in range(count):
             out = _forward(model, placement.batch(batches(step)))
             out = placement.gathered({"logits": out})["logits"]
             found |= zip(batches.rows(step).tolist(), np.asarray(out, np.float32), strict=False)
+            advance("batches")
     logits = np.stack([found[i] for i in range(len(found))])
     for name, row in zip(examples.names, logits, strict=True):
         check_finite(row, f"{name}: the logits")

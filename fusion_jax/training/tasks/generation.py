@@ -109,11 +109,14 @@ def _total(model: Model, batch: Any, loss: losses.Loss) -> losses.Total:
 def _nats(model: Any, batches: PairBatches, loss: losses.Loss) -> dict[str, float]:
     placement = Placement()
     placement.check_batch(batches.batch_size)
-    with placement.active():
-        totals = [
-            placement.gathered(_total(model, placement.batch(batches(step)), loss)._asdict())
-            for step in range(len(batches))
-        ]
+    totals: list[Any] = []
+    count = len(batches)
+    with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
+        for step in range(count):
+            total = _total(model, placement.batch(batches(step)), loss)._asdict()
+            totals.append(placement.gathered(total))
+            jax.block_until_ready(totals[-2:-1])  # one batch is computed while the next is made
+            advance("batches")
     read = jax.device_get(totals)
     nats = sum(float(t["total"]) for t in read) / sum(float(t["count"]) for t in read)
     check_finite(nats, "the log-probabilities of the references")
@@ -203,7 +206,7 @@ def generate_texts(
         Examples(tokens, None, None, names), batch_size, pad_id=encoder.pad_id, shapes=shapes
     )
     texts = {}
-    with show_progress("Generating", len(batches), progress) as advance:
+    with show_progress("Generating", len(batches), progress, first="compiling") as advance:
         for step in range(len(batches)):
             batch = batches(step)
             ids, mask = batch["input_ids"], batch["attention_mask"]

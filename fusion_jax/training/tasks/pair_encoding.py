@@ -10,6 +10,7 @@ import numpy as np
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Generative, Model
 from fusion_jax.models.tokens import check_tokens, load_tokenizer
+from fusion_jax.progress import show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples, TokenIds, round_up
 
@@ -135,7 +136,9 @@ class PairEncoder:
     def _ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         if not texts:
             return []
-        out = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
+        # None: as the work around it.
+        with show_stage(f"Tokenizing {len(texts):,} texts", None if len(texts) > 1 else False):
+            out = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
         check_tokens(self.model, out["input_ids"], tokenizer=self.tokenizer)
         return out["input_ids"]
 

@@ -16,6 +16,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
+from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import TokenIds
 from fusion_jax.training.engine.config import TrainConfig
@@ -172,7 +173,8 @@ def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> Token
         check_tokens(model, [text])
         return np.asarray(text, np.int32)
     tokenizer = load_tokenizer(model.provenance.folder)
-    out = tokenizer(tables.read_text(Path(text)), add_special_tokens=False, verbose=False)
+    with show_stage(f"Tokenizing {text}"):
+        out = tokenizer(tables.read_text(Path(text)), add_special_tokens=False, verbose=False)
     check_tokens(model, [out["input_ids"]], names=[os.fspath(text)], tokenizer=tokenizer)
     return np.array(out["input_ids"], np.int32)
 
@@ -205,7 +207,12 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
     """
     check_context(model, context)
     windows = Windows(ids, context, batch_size)
-    totals = [_total(model, windows(step)) for step in range(len(windows))]
+    totals: list[Any] = []
+    with show_progress("Evaluating", len(windows), first="compiling") as advance:
+        for step in range(len(windows)):
+            totals.append(_total(model, windows(step)))
+            jax.block_until_ready(totals[-2:-1])  # one batch is computed while the next is made
+            advance("batches")
     total, count = np.asarray(jax.device_get(totals), np.float64).sum(axis=0).tolist()
     check_finite(total, "the log-probabilities of the text")
     return total / count

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from fusion_jax.checkpoint.files import parse_json
 from fusion_jax.errors import InputError, nearest
+from fusion_jax.progress import show_stage
 
 Rows = Iterator[tuple[int, Any]]
 """The rows of a file, each with the line in which it starts."""
@@ -62,7 +63,8 @@ def read_text(path: Path) -> str:
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    raw = path.read_bytes()
+    with show_stage(f"Reading {path}"):
+        raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
