@@ -173,6 +173,10 @@ def test_signs_and_numbers_of_a_heatmap():
     assert paths == [("M1 0", "c1", "0.500"), ("M1 1", "c0", "0.250"), ("M0 0", "c0", "1.000")]
     numbers = re.findall(r">([^<>]+)</text>", both)
     assert numbers == ["1", "2", "1", "2", "r", "c", "2", "1", "0", "-1", "-2"]
+    # Room for eight characters beside the bar.
+    tiny_values = charts.heatmap(np.array([[1.95e-7, -3.9e-7]]), 3.9e-7, ("r", "c"), "k")
+    at = [float(x) for x in re.findall(r'<text x="(\S+)" y="\S+">-1.95e-7<', tiny_values)]
+    assert at and at[0] + 8 * 6.2 <= 340
     positive = charts.heatmap(np.array([[2.0, 1.0]]), 2.0, ("r", "c"), "k")
     assert re.findall(r">([^<>]+)</text>", positive)[-3:] == ["2", "1", "0"]
     assert "--c1" not in positive

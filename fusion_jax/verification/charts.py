@@ -43,7 +43,7 @@ def heatmap(matrix: np.ndarray, largest: float, labels: tuple[str, str], title: 
         1
     """
     n, m = matrix.shape
-    left, right, side = 38, 62, _WIDTH - 38 - 62
+    left, right, side = 38, 78, _WIDTH - 38 - 78
     share = matrix / largest if largest > 0 else np.zeros(matrix.shape)
     levels = np.rint(_LEVELS * share.clip(-1, 1)).astype(int)
     size = side / max(n, m)
