@@ -751,7 +751,7 @@ def test_command_line(places, tmp_path, capsys):
         (["--task", "sst2"], "give either --task and --data, or --train-file"),
         (["TASK"], "label word 'terrible' is not one token"),
         (["TASK", "--words", "w1", "w2", "--train-head"], "give either --words"),
-        (["TASK", "--words", "w1"], "1 words for 2 classes: 0, 1"),
+        (["TASK", "--words", "w1"], "1 words for 2 classes: negative, positive"),
         (["--train-file", "FILE", "--text", "sentence"], "no label words; give --words, one for "),
         (["TASK", "--words", "w1", "w2", "--max-steps", "1"], "but the run has 1"),
     ],

@@ -152,6 +152,8 @@ def _sliding_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None
         return (None,) * layers
     if model_type.startswith("qwen") and not config.get("use_sliding_window"):
         return (None,) * layers
+    if not isinstance(size, int):
+        raise InputError(f"sliding_window must be an integer; got {str(size)[:100]!r}")
     first = config.get("max_window_layers", 28)
     sliding = {
         "qwen2": [i >= first for i in range(layers)],
