@@ -42,7 +42,7 @@ def measure(case: str) -> dict[str, Any]:
     if case.startswith("minilm"):
         model, method, layers = fj.load(find_model()), fj.Fusion(width=384), slice(-4, None)
     else:
-        config = BertConfig(model_type="roberta", vocab_size=50265, max_position_embeddings=514)
+        config = BertConfig.roberta(vocab_size=50265, max_position_embeddings=514)
         graph, state = jax.jit(lambda: nnx.split(Bert(config, rngs=nnx.Rngs(0))))()
         model = nnx.merge(graph, state)
         method, layers = fj.Fusion(width=768), slice(-8, None)

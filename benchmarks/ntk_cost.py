@@ -118,8 +118,7 @@ def encoder(base: bool, quick: bool, path: str | None) -> dict[str, Any]:
         model = fusion_jax.load(path, head="classification")
     else:
         large = base and not quick
-        config = BertConfig(
-            model_type="roberta",
+        config = BertConfig.roberta(
             pad_token_id=1,
             vocab_size=50265 if large else 1000,
             hidden_size=768 if large else 64 if quick else 128,

@@ -49,9 +49,7 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     from fusion_jax.report import num_params
     from fusion_jax.training import Batches, Examples, Recipe, fit, losses
 
-    config = BertConfig(
-        model_type="roberta", vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1
-    )
+    config = BertConfig.roberta(vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1)
     graph, state = jax.jit(
         lambda: nnx.split(Bert(config, head="classification", rngs=nnx.Rngs(0)))
     )()

@@ -70,8 +70,7 @@ def module(dtype):
 
 def classifier(dtype):
     """A small encoder with attention, norms, look-ups and a head."""
-    config = BertConfig(
-        model_type="roberta",
+    config = BertConfig.roberta(
         vocab_size=19,
         hidden_size=8,
         num_attention_heads=2,

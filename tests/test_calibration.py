@@ -196,6 +196,7 @@ def after_a_step(module, x):
     return relative(module(x), nnx.merge(graph, moved, rest)(x))
 
 
+@pytest.mark.full(quick=1)
 @scalings
 def test_factors_stay_near_the_standard_ones(scaling):
     mlp, x = rarely_active(), jax.random.normal(jax.random.key(0), (64, 8))
@@ -206,9 +207,9 @@ def test_factors_stay_near_the_standard_ones(scaling):
     assert after_a_step(fitted, new) < 1.3 * after_a_step(plain, new)
 
 
+@pytest.mark.full(quick=1)
 @kinds
 @scalings
-@pytest.mark.full(quick=2)
 def test_two_positions_hardly_move_factors(kind, scaling):
     mlp, x = rarely_active(kind, bias=-0.5), jax.random.normal(jax.random.key(3), (2, 8))
     new = jax.random.normal(jax.random.key(99), (64, 8))
@@ -223,6 +224,7 @@ def test_two_positions_hardly_move_factors(kind, scaling):
     assert errors[0] < 1.1 * errors[1]
 
 
+@pytest.mark.full(quick=2)
 @scalings
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_units_dead_on_the_text_keep_their_standard_factors(act, scaling):

@@ -75,7 +75,7 @@ def test_export_gives_the_same_outputs(name, compressed, tmp_path):
     np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
 
 
-@pytest.mark.full(quick=2)
+@pytest.mark.full(quick=1)
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
 def test_stack_equals_loop(name, kind, key):
@@ -444,11 +444,13 @@ def test_keys_of_the_old_kind_and_none(key):
 MAPS = Path("/proc/self/maps")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not MAPS.exists(), reason="memory maps are counted on Linux")
 @pytest.mark.parametrize("method", [fj.Prune, fj.Fusion])
-@pytest.mark.full(quick=1)
 def test_programs_of_many_widths_do_not_stay(method, key, monkeypatch):
     """A process has 65,530 memory maps; each width took hundreds, and XLA crashed at the end."""
+    jax.clear_caches()
+    gc.collect()
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # lets go of everything now and then
     mlp = make(fj.Mlp, width=32)
     counts = []

@@ -102,7 +102,7 @@ def artefact(tmp_path_factory):
     return fj.save(smaller, folder / "artefact", report=report)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.full)])
 def test_fusion_json(count, artefact, tmp_path):
     folder = shutil.copytree(artefact, tmp_path / "artefact")
     fields = json.loads((folder / "fusion.json").read_text())
@@ -174,10 +174,10 @@ def test_masks_that_are_their_own_base(artefact, tmp_path):
         fj.load(folder)
 
 
-@pytest.mark.parametrize("model_type", ["camembert", "bart", "mamba", "deberta-v2", None, 3, ["a"]])
+@pytest.mark.parametrize("model_type", ["deberta", "bart", "mamba", "deberta-v2", None, 3, ["a"]])
 def test_types_that_are_not_supported(model_type, tmp_path):
     folder = tiny.checkpoint(tmp_path / "model", model_type=model_type)
-    with pytest.raises(fj.InputError, match=r"is not supported; supported: bert, .*switch_t") as e:
+    with pytest.raises(fj.InputError, match=r"is not supported; supported: bert, .*t5") as e:
         fj.load(folder)
     assert "did you mean" not in str(e.value)
 

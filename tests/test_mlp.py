@@ -68,9 +68,9 @@ def test_rows_of_the_paper():
     assert subs.rows().tolist() == [[1, 2, 3, 4, 5]]
 
 
+@pytest.mark.full(quick=2)
 @kinds
 @scalings
-@pytest.mark.full(quick=3)
 def test_function_is_the_wide_copys(kind, scaling):
     fused, x = fuse(make(kind), 7, scaling), inputs()
     np.testing.assert_allclose(fused(x), fused.wide_copy()(x), atol=1e-5)
@@ -98,7 +98,7 @@ def test_centroids_do_not_depend_on_scaling(kind, scaling):
     assert fused.sizes[...].tolist() == np.bincount(labels, minlength=7).tolist()
 
 
-@pytest.mark.full(quick=3)
+@pytest.mark.full(quick=1)
 @kinds
 @scalings
 def test_full_width_is_the_same_mlp(kind, scaling):
@@ -181,7 +181,7 @@ def test_padding_with_zero_units_changes_nothing(kind, scaling, width):
     np.testing.assert_allclose(padded(x), fused.plain()(x), atol=1e-6)
 
 
-@pytest.mark.full(quick=3)
+@pytest.mark.full(quick=1)
 @kinds
 @scalings
 def test_bfloat16_keeps_its_dtype(kind, scaling):

@@ -149,10 +149,10 @@ def test_output_bounds_hold(shape, seed, scale, **how):
         assert bool((measured <= output_change(site, x, grade=grade) + slack).all())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=named)
 @settings(many, max_examples=10)
 @drawn
-@pytest.mark.full(quick=1)
 def test_bounds_hold_in_float32(shape, seed, scale, **how):
     site = make(seed, **shape, **how, dtype=jnp.float32)
     x = inputs(seed, N, 3, scale, jnp.float32)
@@ -181,6 +181,7 @@ def test_a_bound_of_an_unchanged_mlp_is_rounding():
         assert uniform_bound(site, 5.0) < 1e-6 * size
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_more_directions_are_tighter_and_end_in_the_measurement():
     site = make(0, act="gelu", p=40, c=10, d=6, o=4, scaling="sgd")
@@ -191,6 +192,7 @@ def test_more_directions_are_tighter_and_end_in_the_measurement():
     assert bounds[-1] == pytest.approx(measured.frobenius, rel=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_sketch_fits_other_inputs():
     site = make(0, act="gelu", p=40, c=10, d=6, o=4, scaling="sgd")
@@ -202,6 +204,7 @@ def test_a_sketch_fits_other_inputs():
     assert change.frobenius < kernel_change(site, x[280:], directions=0).frobenius
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_the_change_of_outputs_and_of_sgd_kernels_is_of_second_order():
     """Halving the distance of rows from their centroids divides the bounds by four."""
@@ -266,6 +269,7 @@ def exact_kernel(mlp, x, kind):
     return v.shape[1] * (h @ second(h).T + int(mlp.out_bias)) + inner * slopes
 
 
+@pytest.mark.full(quick=4)
 @pytest.mark.skipif(np.finfo(np.longdouble).maxexp < 16000, reason="no long doubles here")
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize(
@@ -365,6 +369,7 @@ def test_input_that_cannot_be_used(call, message):
         call(good(), jnp.ones((2, 3)))
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("scaling", ["sgd", "adam", "folded"])
 def test_a_certificate_says_what_changed(scaling):

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
 IMPLEMENTATIONS = ["structured-derivatives", "jacobian-contraction", "ntk-vector-products"]
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["mlp", "module", "bert", "zoo"])
-@pytest.mark.full(quick=4)
 def test_equals_brute_force(name, implementation, x64):
     f, params, (x1, x2), (j1, j2) = reference(name)
     for other, axes in ((None, ()), (x2, (-1,))) if name != "bert" else ((x2, ()),):

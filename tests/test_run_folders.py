@@ -200,10 +200,10 @@ def command(tmp_path_factory):
     return ["finetune", str(model), "--task", "sst2", "--data", str(data), *options.split()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
-@pytest.mark.full(quick=1)
 def test_signals_before_and_in_the_steps_of_a_command(
     number, code, command, tmp_path, monkeypatch, capsys
 ):
@@ -445,8 +445,8 @@ def stopped(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("damage", [truncate, Path.unlink, flip, lambda path: path.write_text("")])
-@pytest.mark.full(quick=2)
 def test_a_damaged_checkpoint_is_never_used(damage, stopped, whole, tmp_path, capsys):
     """Whatever file is damaged: the run ends with the right bits."""
     said = 0

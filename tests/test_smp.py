@@ -216,6 +216,7 @@ def test_a_run_ends_as_it_should(model, whole):
     assert bit_equal(result.model, fj.load(folder / "best"))
 
 
+@pytest.mark.full
 def test_stopping_and_resuming_changes_no_bit(model, data, key, whole, tmp_path):
     result, folder = whole
 

@@ -98,6 +98,7 @@ def test_experts_that_are_used_more_are_wider(compressed):
     assert json.loads(json.dumps(report.to_json())) == report.to_json()
 
 
+@pytest.mark.full
 def test_each_expert_is_what_fusing_it_alone_gives(mixtral, compressed):
     smaller, key = compressed[0], jax.random.key(0)
     seen = fj.calibrate(mixtral, [tiny.batch("mixtral")], key=jax.random.fold_in(key, 2**31 - 1))

@@ -182,6 +182,7 @@ def test_signs_and_numbers_of_a_heatmap():
     assert "--c1" not in positive
 
 
+@pytest.mark.full
 def test_bounds_above_100_percent_are_loose_on_the_page_and_in_the_table(found, artefact):
     certificate = found.certificates["layers.0.mlp"]
     values = {"measured": 0.1, "data": 0.2, "a_priori": 0.3}

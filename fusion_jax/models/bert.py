@@ -109,11 +109,16 @@ class BertConfig:
             )
         return result
 
+    @classmethod
+    def roberta(cls, **fields: Any) -> BertConfig:
+        """Returns the configuration of a RoBERTa with these fields of a ``config.json``."""
+        defaults = {"model_type": "roberta", "pad_token_id": 1, "vocab_size": 50265}
+        own = {"shifted_positions": True, "head_act": "tanh", "lm_act": "gelu"}
+        return cls.from_json({**defaults, **fields}, **own)
+
 
 def _roberta(config: Mapping[str, Any]) -> BertConfig:
-    defaults = {"pad_token_id": 1, "vocab_size": 50265}
-    own = {"shifted_positions": True, "head_act": "tanh", "lm_act": "gelu"}
-    return BertConfig.from_json({**defaults, **config}, **own)
+    return BertConfig.roberta(**config)
 
 
 class _LayerFactory:
