@@ -10,22 +10,24 @@ from fusion_jax.checkpoint.files import FORMAT, FUSION, GENERATION, read_json
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Head
 
-_ARTEFACT_FIELDS: dict[str, tuple[Any, bool]] = {
-    "base": (str, True),
-    "head": (str, False),
-    "num_labels": (int, False),
-    "label_ids": (list, False),
-    "labels": (list, False),
-    "problem_type": (str, False),
-    "new_head": (bool, False),
-    "untied": (list, False),
-    "dtype": (str, True),
-    "sites": (dict, True),
-    "forms": (dict, False),
-    "history": (list, True),
-    "masks": (dict, False),
+_ARTEFACT_FIELDS: dict[str, tuple[Any, str]] = {
+    "base": (str, "required"),
+    "head": (str, "nullable"),
+    "num_labels": (int, "nullable"),
+    "label_ids": (list, "nullable"),
+    "labels": (list, "nullable"),
+    "problem_type": (str, "nullable"),
+    "new_head": (bool, "optional"),
+    "untied": (list, "optional"),
+    "dtype": (str, "required"),
+    "sites": (dict, "required"),
+    "forms": (dict, "optional"),
+    "history": (list, "required"),
+    "masks": (dict, "optional"),
 }
-"""The type of each field of ``fusion.json``, and whether it must be there."""
+"""The type of each field of ``fusion.json``; nullable fields may also be missing."""
+_ITEMS = {"label_ids": int, "labels": str, "untied": str, "history": dict}
+"""The type of the items of lists."""
 
 
 def read_artefact(folder: Path) -> dict[str, Any] | None:
@@ -40,9 +42,12 @@ def read_artefact(folder: Path) -> dict[str, Any] | None:
         raise InputError(
             f"{folder} was written by a newer version of fusion-jax; update fusion-jax to read it"
         )
-    for field, (kind, required) in _ARTEFACT_FIELDS.items():
+    for field, (kind, need) in _ARTEFACT_FIELDS.items():
         value = artefact.get(field)
-        if not isinstance(value, kind) and (required or value is not None):
+        absent = field not in artefact if need == "optional" else value is None
+        items = value if isinstance(value, list) else []
+        wrong = any(not isinstance(item, _ITEMS.get(field, object)) for item in items)
+        if wrong or not (isinstance(value, kind) or (absent and need != "required")):
             raise InputError(f"{folder / FUSION}: {field} is missing or of a wrong type")
     if artefact.get("head") not in (None, *get_args(Head)):
         raise InputError(f"{folder / FUSION}: unknown head {artefact['head'][:100]!r}")

@@ -148,8 +148,8 @@ class Checkpoint:
                     module = _module(site.mlp, self.artefact["sites"][site.path])
                 model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
-                fields = dict(spec)
                 with self._reading(f"form {path}"):
+                    fields = dict(spec)
                     form = LINEAR_FORMS[fields.pop("form")].abstract(at(model, path), **fields)
                 model = replaced(model, path, form)
         model.provenance = self.provenance
@@ -172,10 +172,10 @@ class Checkpoint:
         x64 = jax.config.read("jax_enable_x64")
         asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
         if asked is not None:
-            try:
-                dtype = jnp.dtype(asked)
-            except TypeError:
-                raise InputError(f"dtype {str(asked)[:100]!r} is not known; try float32") from None
+            names = [str(jnp.dtype(known)) for known in _DTYPES.values()]
+            if isinstance(asked, str) and asked not in names:
+                raise InputError(f"dtype must be a floating-point type; got {asked[:100]}")
+            dtype = jnp.dtype(asked)
             if dtype == jnp.float64 and not x64:
                 raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True)")
             if not jnp.issubdtype(dtype, jnp.floating):

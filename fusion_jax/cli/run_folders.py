@@ -119,7 +119,14 @@ def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None
     path = out / RUN
     if path.exists():
         _, old = read_json(path)
-        different = [n for n in fields if old.get(n) != json.loads(json.dumps(fields[n]))]
+        now = json.loads(json.dumps(fields))
+        task = old.get("task")
+        if isinstance(task, dict) and _only_numbered(task.get("labels")):
+            # Runs of 0.1.0 have numbers where GLUE's classes have names now.
+            labels = now["task"].get("labels") or []
+            same = len(labels) == len(task["labels"]) and {**task, "labels": labels} == now["task"]
+            old = {**old, "task": now["task"]} if same else old
+        different = [n for n in now if old.get(n) != now[n]]
         if different:
             raise InputError(
                 f"{out} holds a run with another {' and '.join(different)}; choose another folder"
@@ -132,6 +139,10 @@ def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None
             write_text(path, json.dumps(fields, indent=2) + "\n")
 
     return write
+
+
+def _only_numbered(labels: Any) -> bool:
+    return isinstance(labels, list) and labels == [str(i) for i in range(len(labels))]
 
 
 def _has_no_step(out: Path) -> bool:
