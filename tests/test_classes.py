@@ -138,13 +138,14 @@ def test_a_teacher_in_another_order(data, tmp_path):
         losses.distilled(third, losses.classification)(model, batch, None)
 
 
-def test_what_is_trained_is_exported(tmp_path):
+def test_what_is_trained_is_exported(tmp_path, caplog):
     """Fields of config.json that the training made wrong are written anew."""
     old = {"problem_type": "multi_label_classification", "num_labels": 2}
     model = fj.load(head(tmp_path / "m", "negative", "positive", **old), head="classification")
     assert model.provenance.problem_type == "multi_label_classification"
     task = read_task(table(tmp_path, [("w1 w2", "spam"), ("w3", "ham")]))
     trained = fj.finetune(model, task, CONFIG, key=KEY).model
+    assert "the head's classes negative, positive become ham, spam" in caplog.text
     artefact = fj.save(trained, tmp_path / "artefact")
     for each in (trained, fj.load(artefact)):
         folder = fj.export_hf(each, tmp_path / f"hf-{each is trained}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.sharding import Placement
 from fusion_jax.training.tasks.base import Classes, Prepared
 from fusion_jax.training.tasks.metrics import METRICS
+
+_log = logging.getLogger("fusion_jax")
 
 Columns = Int[np.ndarray, " classes"]
 """The column of a model's logits for each class of a task."""
@@ -171,7 +174,10 @@ def check_head(model: Model, spec: TaskSpec, *, trains: bool = False) -> Columns
             f"the classes of the model's head ({', '.join(names)}) are not those of {spec.name} "
             f"({', '.join(spec.labels)})"
         )
-    return plain if order is None else np.array(order)
+    if order is None:
+        _log.warning("the head's classes %s become %s", ", ".join(names), ", ".join(spec.labels))
+        return plain
+    return np.array(order)
 
 
 def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
