@@ -55,7 +55,7 @@ def test_options_may_stand_before_the_method(folder, tmp_path):
 @pytest.mark.full
 def test_compress_with_a_new_head(folder, tmp_path):
     out = str(tmp_path / "out")
-    options = ["--head", "classification", "--num-labels", "5", "--dtype", "bfloat16"]
+    options = ["--head", "classification", "--num-labels", "5", "--dtype", "bfloat16", "--new-head"]
     assert main(["compress", folder, out, "fusion", "--width", "0.5", *options]) == 0
     model = fj.load(out)
     assert (model.config.num_labels, model.head.out.kernel.dtype.name) == (5, "bfloat16")

@@ -117,7 +117,7 @@ def test_texts_are_cut_off_as_they_were_in_training(places, tmp_path, capsys):
         out = tmp_path / f"{len(length)}.jsonl"
         assert main(["predict", run, *files, "--out", str(out), "--truncate", *length]) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()]
-        found[len(length)] = [row["probabilities"]["1"] for row in rows]
+        found[len(length)] = [row["probabilities"]["positive"] for row in rows]
     logits = want.astype(np.float64)
     share = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
     np.testing.assert_allclose(found[0], share, rtol=1e-5)

@@ -23,6 +23,7 @@ from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.models.base import Model
+from fusion_jax.models.layers import ArrayLike
 from fusion_jax.models.tokens import TokenBatch, load_tokenizer, sentences, tokenize
 from fusion_jax.nn.site import sites
 from fusion_jax.progress import show_stage
@@ -50,7 +51,7 @@ def find_model() -> str:
 
 def measure_change(
     original: Model, smaller: Model, batch: TokenBatch
-) -> tuple[list[Array], dict[str, Array], Float[Array, " b"]]:
+) -> tuple[list[ArrayLike], dict[str, ArrayLike], Float[ArrayLike, " b"]]:
     """Compares two encoders on the same texts, without padding.
 
     Returns:

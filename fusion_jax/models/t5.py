@@ -181,6 +181,8 @@ class Layer(nnx.Module):
             self.cross_norm = norm()
             self.cross = Attention(config, **common)
         self.mlp_norm = norm()
+        # MLPs are in float32, as their sums would overflow in float16.
+        self.precise = param_dtype == jnp.float16 and not sparse
         if sparse:
             self.mlp: Mlp | Moe = Moe(
                 mlp,
@@ -195,9 +197,7 @@ class Layer(nnx.Module):
                 **common,
             )
         else:
-            # In float16 their sums would overflow.
-            precise = {"param_dtype": jnp.float32} if param_dtype == jnp.float16 else {}
-            self.mlp = mlp(rngs=rngs, **precise)
+            self.mlp = mlp(rngs=rngs, **({"param_dtype": jnp.float32} if self.precise else {}))
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
@@ -222,7 +222,7 @@ class Layer(nnx.Module):
         if isinstance(self.mlp, Moe):
             y, router = self.mlp(y, keys[4])
         else:
-            y = self.mlp(y.astype(self.mlp.dtype))
+            y = self.mlp(wide(y) if self.precise else y)
         return x + self.dropout(y, keys[5]).astype(x.dtype), router
 
 
