@@ -174,11 +174,20 @@ def test_errors(arguments, message, places, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# Ctrl-C is ignored in what a shell starts in the background.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fusion_jax.cli.main import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.full
 def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
     """kill -9, SIGTERM and Ctrl-C at arbitrary moments, in processes of their own."""
     model, data = places
-    command = [sys.executable, "-m", "fusion_jax.cli", "finetune", model, "--task", "sst2"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "finetune", model, "--task", "sst2"]
     command += [
         "--data",
         data,
@@ -202,8 +211,6 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Ctrl-C is ignored in what a shell starts in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def until(process, run, steps):
