@@ -75,7 +75,7 @@ def test_export_gives_the_same_outputs(name, compressed, tmp_path):
     np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])
 def test_stack_equals_loop(name, kind, key):

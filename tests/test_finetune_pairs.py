@@ -415,6 +415,7 @@ def test_matrices_grow_and_become_plain_again(family, models, data, key, tmp_pat
         np.testing.assert_allclose(after(**batch).logits, want, atol=1e-5)
 
 
+@pytest.mark.full
 def test_resumes_with_the_same_bits(models, data, key, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=7, dropout=True, checkpoint_every=3)
     whole = fj.finetune(models["gpt2"], data, config, key=key)

@@ -369,7 +369,7 @@ def test_input_that_cannot_be_used(call, message):
         call(good(), jnp.ones((2, 3)))
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("scaling", ["sgd", "adam", "folded"])
 def test_a_certificate_says_what_changed(scaling):

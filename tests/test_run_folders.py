@@ -445,7 +445,7 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 @pytest.mark.parametrize("damage", [truncate, Path.unlink, flip, lambda path: path.write_text("")])
 def test_a_damaged_checkpoint_is_never_used(damage, stopped, whole, tmp_path, capsys):
     """Whatever file is damaged: the run ends with the right bits."""

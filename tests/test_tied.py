@@ -40,7 +40,7 @@ def logits(model, family):
     return np.asarray(model(**tiny.batch(family)).logits)
 
 
-@pytest.mark.full(quick=5)
+@pytest.mark.full(quick=4)
 @cases
 def test_tensors_that_differ_are_not_tied(family, head, twin, original, tmp_path):
     config, tensors = files(family, head)
