@@ -63,6 +63,26 @@ def test_nobody_reads_the_output():
     assert done.returncode in (0, 141)
 
 
+INTERRUPTED = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fusion_jax.cli.main":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+import fusion_jax_cli
+sys.exit(fusion_jax_cli.main())
+"""
+
+
+def test_interrupted_while_it_is_imported():
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize("command", ["verify-ntk", "report"])
 def test_nothing_is_compressed(command, tmp_path, capsys):
     folder = str(tiny.checkpoint(tmp_path / "model"))
