@@ -33,7 +33,7 @@ EXPLANATIONS = {
     "end": "the same distance after optimizing",
     "kept_importance": "the share of the scores of all hidden units that the kept ones have",
 }
-"""What the facts of the methods mean, by name."""
+"""An explanation of each fact of the methods, by name."""
 
 _WRONG_VALUES = (
     LookupError,

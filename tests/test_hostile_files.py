@@ -3,17 +3,24 @@
 import copy
 import json
 import random
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.checkpoint.files import read_json
 from fusion_jax.checkpoint.opening import open_checkpoint
+from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.cli.main import main
+from fusion_jax.cli.run_folders import read_run
 from fusion_jax.models.llama import LlamaConfig
 from fusion_jax.models.registry import FAMILIES
+from fusion_jax.report import Report
+from fusion_jax.training import read_task
 from tests import tiny
 
 VALUES = [
@@ -70,6 +77,9 @@ FUZZED = {
 }
 
 
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+
+
 @pytest.mark.parametrize("name", FUZZED)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_config(name, seed, tmp_path):
@@ -77,9 +87,11 @@ def test_config(name, seed, tmp_path):
     family, head = FUZZED[name]
     folder = tiny.checkpoint(tmp_path / "model", family, head)
     fields = json.loads((folder / "config.json").read_text())
+    # Fewer layers are made sooner; what is left of the tensors is not looked at here.
+    fields |= {layers: 2 for layers in LAYERS if layers in fields}
     rng = random.Random(f"{name} {seed}")
     refused = longest = 0
-    count = 60 if seed == 0 else 250
+    count = 60 if seed == 0 else 400
     for _ in range(count):
         (folder / "config.json").write_text(json.dumps(mutated(fields, rng)))
         try:
@@ -95,14 +107,22 @@ def test_config(name, seed, tmp_path):
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    model = fj.load(tiny.checkpoint(folder / "model"))
+    # One layer is loaded sooner.
+    tensors = {
+        n: x for n, x in tiny.weights("bert", None).items() if not re.search(r"r\.[12]\.", n)
+    }
+    config = {**tiny.BERT, "num_hidden_layers": 1}
+    model = fj.load(tiny.write_folder(folder / "model", config, tensors))
     smaller, report = fj.compress(
         model, fj.Sketch(width=12), key=jax.random.key(0), layers=slice(-1, None)
     )
     return fj.save(smaller, folder / "artefact", report=report)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(700, marks=pytest.mark.full)])
+counts = pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.full)])
+
+
+@counts
 def test_fusion_json(count, artefact, tmp_path):
     folder = shutil.copytree(artefact, tmp_path / "artefact")
     fields = json.loads((folder / "fusion.json").read_text())
@@ -111,6 +131,70 @@ def test_fusion_json(count, artefact, tmp_path):
         (folder / "fusion.json").write_text(json.dumps(mutated(fields, rng)))
         refused += not accepted(folder)
     assert refused > count / 8
+
+
+def refused_by(read, path, fields, count):
+    """How many mutations of a JSON file are refused; all others are read."""
+    rng, refused = random.Random(count), 0
+    for _ in range(count):
+        path.write_text(json.dumps(mutated(fields, rng)))
+        try:
+            read()
+        except fj.InputError:
+            refused += 1
+    return refused
+
+
+@counts
+def test_mutated_run_json(count, tmp_path):
+    (tmp_path / "best").mkdir()
+    task = {"name": "own", "labels": ["a", "b"], "metrics": ["accuracy"]}
+    fields = {"task": task, "max_length": 9, "model": "m", "seed": 0}
+    refused = refused_by(lambda: read_run(str(tmp_path)), tmp_path / "run.json", fields, count)
+    assert count / 8 < refused < count
+
+
+@counts
+def test_mutated_report_json(count, artefact, tmp_path):
+    path = tmp_path / "report.json"
+    fields = json.loads((artefact / "report.json").read_text())
+    refused = refused_by(lambda: Report.from_json(read_json(path)[1]), path, fields, count)
+    assert count / 8 < refused < count
+
+
+@counts
+def test_mutated_index(count, tmp_path):
+    tensors = {f"x{i}": np.zeros(2, np.float32) for i in range(3)}
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    fields = {"metadata": {"total_size": 24}, "weight_map": dict.fromkeys(tensors, "a.safetensors")}
+    refused = refused_by(lambda: TensorFiles(tmp_path), path, fields, count)
+    assert count / 8 < refused < count
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+@counts
+def test_mutated_tables(name, count, tmp_path):
+    """Bytes replaced, removed and doubled: an error with the file and, in its rows, the line."""
+    row = '{{"text": "so, so {0}", "label": {0}}}\n' if name == "a.jsonl" else '"so ""{0}""",{0}\n'
+    text = "" if name == "a.jsonl" else "text,label\n"
+    text += "".join(row.format(i % 2) for i in range(6))
+    text = text.replace(",", "\t") if name == "a.tsv" else text
+    whole, rng, refused = text.encode(), random.Random(f"{name} {count}"), 0
+    for _ in range(count):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 2)] = rng.choice(
+                [b"", bytes([rng.randrange(256)]), b"[{"]
+            )
+        (tmp_path / name).write_bytes(data)
+        try:
+            read_task(tmp_path / name)
+        except fj.InputError as error:
+            assert name in str(error)  # noqa: PT017 - many of them
+            refused += 1
+    assert 0 < refused < count
 
 
 BROKEN = {

@@ -29,7 +29,7 @@ class Provenance:
             that the artefact refers to.
         labels: The names of the classes of a classification head, in the order of its logits. None
             if they are not known, and for a head that predicts a number.
-        problem_type: What a classification head is for, as ``config.json`` calls it:
+        problem_type: The purpose of a classification head, as ``config.json`` calls it:
             ``"single_label_classification"``, ``"multi_label_classification"`` or
             ``"regression"``. None if that is not known.
         new_head: Whether the head has random weights and was not trained.

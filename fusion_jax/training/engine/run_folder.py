@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 BEST = "best"
 LAST = "last"
 SAME_DATA = "same-data.json"
-"""What a method of several runs puts into the folder of each: the data of the runs before it."""
+"""The file in which each run of a method of several runs finds the data of the runs before it."""
 DATA_SETTINGS = ("training data", "dev data", "classes", "tokenizer")
 """Settings that say which data a run is trained on."""
 _NEW_SETTINGS = (*DATA_SETTINGS, "starting model", "weights of the teacher")
@@ -229,7 +229,7 @@ class RunFolder:
                 shapes, dtypes and shardings to restore.
 
         Returns:
-            The state; what ``start`` gave if there is no checkpoint.
+            The state; that of ``start`` if there is no checkpoint.
 
         Raises:
             InputError: There are checkpoints, but all are damaged.
@@ -328,11 +328,15 @@ class RunFolder:
                 f"could not write {which} in {self.path}: {reason[:300]}; {self._way_out()}"
             )
 
+    @property
+    def last_checkpoint(self) -> str:
+        """A clause on the newest checkpoint, for messages."""
+        if self.latest is None:
+            return "there is no checkpoint yet"
+        return f"step {self.latest} is the last checkpoint"
+
     def _way_out(self) -> str:
-        found = "there is no checkpoint yet"
-        if self.latest is not None:
-            found = f"step {self.latest} is the last checkpoint"
-        return f"{found}; make room, and give the same command again to resume"
+        return f"{self.last_checkpoint}; make room, and give the same command again to resume"
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk.

@@ -371,17 +371,11 @@ class _Monitor:
 
     def _fail(self, step: int, row: dict[str, np.ndarray]) -> None:
         name = "loss" if not math.isfinite(row["loss"]) else "gradient"
-        latest = self._kept.latest
-        good = (
-            "there is no checkpoint yet"
-            if latest is None
-            else f"step {latest} is the last checkpoint"
-        )
         names = self._batches.names(step)
         shown = ", ".join(names[:64]) + (", ..." if len(names) > 64 else "")
         raise FloatingPointError(
             f"{name} {row['loss' if name == 'loss' else 'gradient_norm']} at step {step + 1}; "
-            f"{good}; its batch: {shown}"
+            f"{self._kept.last_checkpoint}; its batch: {shown}"
         )
 
 

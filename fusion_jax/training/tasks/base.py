@@ -13,7 +13,7 @@ from fusion_jax.training.engine.trainer import Evaluate
 
 
 class Classes(NamedTuple):
-    """What a classification head is for; `Provenance` has the same fields.
+    """The classes and the purpose of a classification head, as in `Provenance`.
 
     Args:
         labels: The names of the classes in the order of the logits; None for regression.
