@@ -97,8 +97,9 @@ def _is_task(task: Mapping[str, Any]) -> bool:
         return kind == "pairs"
     named = [task.get("name"), *(labels or [])] if isinstance(labels, list | None) else [None]
     metrics = task.get("metrics")
-    known = isinstance(metrics, list) and bool(metrics)
-    known = known and set(map(str, metrics)) <= set(KNOWN_METRICS)
+    if not isinstance(metrics, list) or not metrics:
+        return False
+    known = set(map(str, metrics)) <= set(KNOWN_METRICS)
     return known and all(isinstance(name, str) for name in named)
 
 
