@@ -47,10 +47,13 @@ class FoundTensors(NamedTuple):
     Args:
         names: One tensor, or one for each expert; empty if the files do not have the variable.
         location: How the tensors are laid out.
+        outputs: Where a layer joins several of the model: the first output of the variable, the one
+            after its last, and the number of them in the files' layer.
     """
 
     names: list[str]
     location: TensorLocation
+    outputs: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,19 @@ class Checkpoint:
         ordered = sorted(location.names, key=lambda name: name not in decisive)
         candidates = (location.tensors(name, shape) for name in ordered)
         names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
-        return FoundTensors(names, location)
+        outputs = self._outputs(path, location.joined) if location.joined else None
+        return FoundTensors(names, location, outputs)
+
+    def _outputs(self, path: str, joined: Sequence[str]) -> tuple[int, int, int]:
+        sizes = [self._shapes[other][-1] for other in joined]
+        at = joined.index(path)
+        return sum(sizes[:at]), sum(sizes[: at + 1]), sum(sizes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each variable of the model."""
+        state = nnx.to_flat_state(nnx.state(self.abstract))
+        return {path_name(path): variable.get_value().shape for path, variable in state}
 
     def untied(self) -> Checkpoint:
         """Returns the checkpoint with its tied tensors apart where the files have different ones.
@@ -228,6 +243,10 @@ class Checkpoint:
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
+        if found.outputs is not None:
+            first, end, _ = found.outputs
+            part = self.tensors.read_rows(found.names[0], first, end)
+            return _laid_out(part, found.location, want.dtype)
         if not found.location.stacked:
             return _laid_out(self.tensors.read(found.names[0]), found.location, want.dtype)
         # Expert by expert, so that there is no second copy of all experts.
@@ -259,8 +278,9 @@ class Checkpoint:
         if self.artefact is None:
             extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
         wrong, absent, misfits = [], [], []
-        for path, (names, location) in found.items():
+        for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
+            want = want if outputs is None else (*want[:-1], outputs[-1])
             want = want[::-1] if location.transposed else want
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]

@@ -91,3 +91,7 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
         return self._open[name].get_tensor(name)
+
+    def read_rows(self, name: str, first: int, end: int) -> np.ndarray:
+        """Reads some rows of one tensor, from ``first`` to before ``end``."""
+        return self._open[name].get_slice(name)[first:end]

@@ -148,7 +148,7 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
         InputError: A field has a wrong type or is out of its range.
     """
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    read = {name: x for name, x in config.items() if name in known and x is not None}
+    read = {n: x for n, x in config.items() if n in known and n not in given and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     hints = _hints(cls)
