@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
-from fusion_jax.models.causal import CausalLm
+from fusion_jax.models.causal import CausalLm, HeadConfig, decoder_architectures, with_head
 from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, Window, attention, split_key
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
@@ -63,12 +63,12 @@ _FIELDS: dict[str, set[str]] = {
     "qwen3": {"attention_bias"},
     "mixtral": _EXPERTS | {"num_local_experts", "router_jitter_noise"},
     "qwen2_moe": _QWEN_EXPERTS | {"qkv_bias", "shared_expert_intermediate_size"},
-    "qwen3_moe": _QWEN_EXPERTS | {"attention_bias"},
+    "qwen3_moe": _QWEN_EXPERTS | {"attention_bias", "num_local_experts"},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(HeadConfig):
     """The fields of a Llama-like ``config.json`` that the model uses, with Llama's defaults.
 
     `from_json` derives some fields: ``sliding_windows`` is the number of positions that a token
@@ -293,7 +293,7 @@ class Llama(CausalLm):
     ):
         make = _LayerFactory(config, param_dtype, rngs)
         d, vocab = config.hidden_size, config.vocab_size
-        untied = head is not None and not config.tie_word_embeddings
+        untied = head == "causal-lm" and not config.tie_word_embeddings
         super().__init__(
             config,
             word=make.embed(vocab, d),
@@ -304,6 +304,7 @@ class Llama(CausalLm):
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
+            rngs=rngs,
         )
 
     def embed(
@@ -360,15 +361,22 @@ _MLPS = {
     "qwen3_moe": _QWEN,
 }
 # Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
-_IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+_IGNORED = (
+    r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"lm_head\.weight",
+)
 
 
 def _rules(config: LlamaConfig, head: Head | None) -> KeyRules:
     rules = (*_RULES, *_MLPS.get(config.model_type, _MLP))
     twins = tied_head(config, "lm_head.weight", "word.embedding")
-    return KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED, twins=twins)
+    result = KeyRules(rules, "model.", write_prefix=head is not None, ignored=_IGNORED, twins=twins)
+    answers = "transformer." if config.model_type in _OTHER_PREFIX else None
+    return with_head(result, head, answers=answers)
 
 
+# Their question-answering classes in transformers call the base model ``transformer``.
+_OTHER_PREFIX = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _QWEN_WIDTHS = {"experts": "moe_intermediate_size", "shared": "shared_expert_intermediate_size"}
 
 
@@ -377,7 +385,7 @@ def _family(model_type: str, name: str) -> Family:
         config=LlamaConfig.from_json,
         model=Llama,
         rules=_rules,
-        architectures={None: f"{name}Model", "causal-lm": f"{name}ForCausalLM"},
+        architectures=decoder_architectures(name),
         width_field="intermediate_size",
         width_fields=_QWEN_WIDTHS if model_type in ("qwen2_moe", "qwen3_moe") else {},
     )
