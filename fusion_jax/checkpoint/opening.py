@@ -87,7 +87,13 @@ def load(
         revision=revision,
         base=base,
     )
-    return replace(opened, new_head=new_head).read(key)
+    other = opened.other_head
+    if other is not None and key is None:
+        raise InputError(
+            f"{opened.tensors.folder} has a {other} head, not a {head} head; to make a new one: "
+            "key= in Python, --new-head on the command line"
+        )
+    return replace(opened, new_head=new_head or other is not None).read(key)
 
 
 def open_checkpoint(

@@ -60,8 +60,10 @@ def decoder_architectures(
         heads: The heads that the family has in `transformers`.
         other: The end of the name of a class that is not as usual, by head with underscores.
     """
-    ends = {head: other.get(head.replace("-", "_"), _CLASSES[head]) for head in heads}
-    return {None: f"{name}Model", **{head: name + end for head, end in ends.items()}}
+    result: dict[Head | None, str] = {None: f"{name}Model"}
+    for head in heads:
+        result[head] = name + other.get(head.replace("-", "_"), _CLASSES[head])
+    return result
 
 
 def with_head(
