@@ -243,6 +243,13 @@ def test_layers_of_qwen_with_experts():
         tiny.decoder_config({**fields, "decoder_sparse_step": 0})
 
 
+def test_both_names_of_the_number_of_experts():
+    """transformers 5.24 writes num_local_experts for Qwen3-MoE, too."""
+    fields = {**tiny.CONFIGS["qwen3-moe"], "num_local_experts": 6}
+    del fields["num_experts"]
+    assert tiny.decoder_config(fields).num_experts == 6
+
+
 def test_fields_that_qwen2_moe_may_leave_out():
     """transformers' defaults, and that only a switch turns windows on."""
     config = tiny.decoder_config({"model_type": "qwen2_moe", "num_hidden_layers": 3})

@@ -171,6 +171,31 @@ def _cases(*heads):
     ]
 
 
+DECODERS = ("gpt2", "gpt2-exact", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe",
+            "qwen3-moe")  # fmt: skip
+HEADS = _cases("token-classification", "question-answering")
+HEADS += [(name, head) for name, head in _cases("classification") if name in DECODERS]
+# Of relatives, what the others do not show.
+HEAD_GOLDENS = [
+    (name, head)
+    for name, head in HEADS
+    if name in ("bert", "electra", "distilbert", "mpnet", "gpt2", "llama")
+    or (name, head) in (("roberta", "token-classification"), ("mistral", "question-answering"))
+]
+
+
+def config_of(family, head):
+    """The fields of a case's config.json: classes, and padding where a decoder needs to know it."""
+    config = CONFIGS[family]
+    if (family, head) not in HEADS:
+        return config
+    names = ("id2label", "label2id")
+    config = {name: value for name, value in config.items() if name not in names}
+    if head != "question-answering":
+        config |= {name: BERT[name] for name in names}
+    return {"pad_token_id": 0, **config}
+
+
 GENERATIVE = _cases("causal-lm", "seq2seq-lm")
 # RoBERTa under other names.
 ROBERTAS = ("xlm-roberta", "camembert")
@@ -226,6 +251,30 @@ def batch(family):
         types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
         return {**result, "token_type_ids": types.astype(np.int32)}
     return result
+
+
+def head_goldens():
+    """The logits, the loss and the tensors' shapes of each of `HEAD_GOLDENS`."""
+    with safe_open(GOLDENS / "heads.safetensors", "np") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        return {
+            (family, head): Golden(
+                config_of(family, head),
+                shapes[f"{family} {head}"],
+                {name: file.get_tensor(f"{family} {head} {name}") for name in ("logits", "loss")},
+                None,
+            )
+            for family, head in HEAD_GOLDENS
+        }
+
+
+def head_labels(head):
+    """Labels for the loss of a head, of the first text of a batch, which has no padding."""
+    return {
+        "classification": np.array([2]),
+        "token-classification": np.array([[-100, 2, 0, -100, 1, 1, 0, 2, -100]]),
+        "question-answering": np.array([[3, 5]]),
+    }[head].astype(np.int32)
 
 
 class Golden(NamedTuple):

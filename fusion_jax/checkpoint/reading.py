@@ -23,7 +23,7 @@ from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
-from fusion_jax.models.provenance import Head, Provenance
+from fusion_jax.models.provenance import CLASS_HEADS, Head, Provenance
 from fusion_jax.models.rules import KeyRules, TensorLocation
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at, path_name, replaced
@@ -34,6 +34,8 @@ _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": j
 
 _OTHER_HEADS = re.compile(r"(qa_outputs|score|classifier|v_head|value_head|reward_head)\..+")
 """The tensors of heads for tasks that this library does not have."""
+_HEAD_PARTS = ("head", "lm_head", "pooler")
+"""The parts of a model that depend on its head."""
 _LANGUAGE_HEADS = re.compile(r"(lm_head|cls)\..+")
 _log = logging.getLogger("fusion_jax")
 
@@ -91,6 +93,21 @@ class Checkpoint:
     @property
     def _rules(self) -> KeyRules:
         return self.family.rules(self.config, self._head)
+
+    @property
+    def other_head(self) -> Head | None:
+        """The head in the files, if it is another one whose tensors have the same names."""
+        similar: dict[Any, Head]
+        if self.artefact is not None:
+            similar = {head: head for head in (*CLASS_HEADS, "question-answering")}
+            stated = [self.artefact.get("head")]
+        else:
+            names = self.family.architectures
+            similar = {names[head]: head for head in CLASS_HEADS if head in names}
+            given = json.loads(self.provenance.config).get("architectures")
+            stated = given[:1] if isinstance(given, list) else []
+        other = similar.get(stated[0]) if stated and isinstance(stated[0], str) else None
+        return other if self._head in similar.values() and other != self._head else None
 
     def find(self, path: str, shape: tuple[int, ...] = (1,)) -> FoundTensors:
         """Finds the tensors that make up a variable.
@@ -277,6 +294,12 @@ class Checkpoint:
         extra = [n for n in shapes if n not in used]
         if self.artefact is None:
             extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
+        elif self.artefact.get("head") != self._head:
+            parts = {n: n.partition(".")[0] for n in extra}
+            extra = [n for n in extra if parts[n] not in _HEAD_PARTS]
+            if {"head", "lm_head"} & set(parts.values()):
+                head = self.artefact["head"]
+                _log.warning("%s: the head %s is left out", self.tensors.folder, head)
         wrong, absent, misfits = [], [], []
         for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]

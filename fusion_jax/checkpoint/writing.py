@@ -15,7 +15,7 @@ from flax import nnx
 from fusion_jax.checkpoint import files
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.provenance import CLASS_HEADS, Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
 from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
@@ -159,8 +159,10 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     fields["architectures"] = [family.architectures[head]]
     if provenance.untied:
         fields["tie_word_embeddings"] = config.tie_word_embeddings
-    if provenance.head == "classification":
+    if provenance.head in CLASS_HEADS:
         fields |= _class_fields(provenance, config.num_labels)
+    if provenance.head == "question-answering":
+        fields |= _class_fields(provenance, 2)  # the start and the end of the answer
     for stale in ("torch_dtype", "quantization_config"):  # of the weights before
         fields.pop(stale, None)
     fields["dtype"] = dtype_name(plain)
@@ -200,8 +202,8 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
-    """Returns the number of classes and the label words of a classification head, or None."""
-    if provenance_of(model).head != "classification":
+    """Returns the number of classes and the label words of a head with classes, or None."""
+    if provenance_of(model).head not in CLASS_HEADS:
         return None, None
     ids = getattr(model.config, "label_ids", None)
     return model.config.num_labels, None if ids is None else list(ids)

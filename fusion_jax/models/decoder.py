@@ -17,7 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
-from fusion_jax.models.causal import CausalLm
+from fusion_jax.models.causal import (
+    ALL_HEADS,
+    CausalLm,
+    HeadConfig,
+    decoder_architectures,
+    with_head,
+)
 from fusion_jax.models.layers import (
     CacheUpdate,
     Dropout,
@@ -85,7 +91,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(HeadConfig):
     """The fields of a ``config.json`` that the model uses, with Llama's defaults.
 
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
@@ -372,7 +378,7 @@ class Decoder(CausalLm):
     ):
         make = _LayerFactory(config, param_dtype, rngs)
         d, vocab = config.hidden_size, config.vocab_size
-        untied = head is not None and not config.tie_word_embeddings
+        untied = head == "causal-lm" and not config.tie_word_embeddings
         super().__init__(
             config,
             word=make.embed(vocab, d),
@@ -383,6 +389,7 @@ class Decoder(CausalLm):
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
+            rngs=rngs,
         )
 
     def embed(
@@ -449,7 +456,10 @@ def joined_rules(ours: str, theirs: str, parts: Collection[str], name: str) -> t
 
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 # Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
-_IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+_IGNORED = (
+    r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"lm_head\.weight",
+)
 
 
 def decoder_rules(
@@ -487,24 +497,32 @@ def decoder_family(
     name: str,
     config: Callable[[Mapping[str, Any]], DecoderConfig],
     *,
-    base: str | None = None,
+    heads: Collection[Head] = ALL_HEADS,
     rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,
+    answers: str | None = None,
     width_fields: Mapping[str, str] | None = None,
+    **other: str,
 ) -> Family:
     """Returns the family of a decoder.
 
     Args:
         name: What the names of its classes in `transformers` begin with.
         config: Reads the fields of a ``config.json``.
-        base: The name of the class without a head, if it is not ``{name}Model``.
-        rules: The key rules, if they are not Llama's.
+        heads: The heads that the family has in `transformers`.
+        rules: The key rules without those of heads, if they are not Llama's.
+        answers: See `with_head`.
         width_fields: See `Family`.
+        **other: See `decoder_architectures`.
     """
+
+    def all_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+        return with_head(rules(config, head), head, answers=answers)
+
     return Family(
         config=config,
         model=Decoder,
-        rules=rules,
-        architectures={None: base or f"{name}Model", "causal-lm": f"{name}ForCausalLM"},
+        rules=all_rules,
+        architectures=decoder_architectures(name, heads, **other),
         width_field="intermediate_size",
         width_fields=width_fields or {},
     )

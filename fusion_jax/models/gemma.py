@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Head
 from fusion_jax.models.decoder import (
     FULL,
     SLIDING,
@@ -26,6 +27,7 @@ _DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 _GEMMA = {
     **_DEFAULTS,
@@ -122,8 +124,15 @@ def _gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
+_HEADS: tuple[Head, ...] = ("causal-lm", "classification", "token-classification")
 FAMILIES = {
-    "gemma": decoder_family("Gemma", _gemma),
-    "gemma2": decoder_family("Gemma2", _gemma2),
-    "gemma3_text": decoder_family("Gemma3", _gemma3, base="Gemma3TextModel"),
+    "gemma": decoder_family("Gemma", _gemma, heads=_HEADS),
+    "gemma2": decoder_family("Gemma2", _gemma2, heads=_HEADS),
+    "gemma3_text": decoder_family(
+        "Gemma3",
+        _gemma3,
+        heads=_HEADS[:2],
+        base="TextModel",
+        classification="TextForSequenceClassification",
+    ),
 }

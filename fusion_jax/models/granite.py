@@ -28,4 +28,4 @@ def _config(fields: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig.read({**defaults, **fields}, optional=optional, blocks=Blocks(**factors))
 
 
-FAMILIES = {"granite": decoder_family("Granite", _config)}
+FAMILIES = {"granite": decoder_family("Granite", _config, heads=("causal-lm",))}

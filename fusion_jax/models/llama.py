@@ -60,8 +60,8 @@ def _mixtral_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
 
 
 FAMILIES = {
-    "llama": decoder_family("Llama", _llama),
+    "llama": decoder_family("Llama", _llama, answers="transformer."),
     "mistral": decoder_family("Mistral", _mistral),
-    "ministral": decoder_family("Ministral", _ministral),
+    "ministral": decoder_family("Ministral", _ministral, answers="transformer."),
     "mixtral": decoder_family("Mixtral", _mixtral, rules=_mixtral_rules),
 }

@@ -40,6 +40,7 @@ def _config(config: Mapping[str, Any]) -> BertConfig:
         "relative_buckets": _BUCKETS,
         "head_act": "tanh",
         "lm_act": "gelu",
+        "classifier_dropout": None,
     }
     return BertConfig.from_json({"vocab_size": 30527, "pad_token_id": 1, **config}, **own)
 

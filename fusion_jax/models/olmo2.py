@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family
 
-_DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
+_DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
 _BLOCKS = Blocks(norm="rms-wide", norms="after", query_key_norm="all")
 
 
@@ -16,4 +16,4 @@ def _config(fields: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig.read({**_DEFAULTS, **fields}, optional=optional, blocks=_BLOCKS)
 
 
-FAMILIES = {"olmo2": decoder_family("Olmo2", _config)}
+FAMILIES = {"olmo2": decoder_family("Olmo2", _config, heads=("causal-lm", "classification"))}

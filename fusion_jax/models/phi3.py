@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Head
 from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family, layer_windows
 
 _DEFAULTS = {
@@ -16,6 +17,7 @@ _DEFAULTS = {
     "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096,
     "eos_token_id": 32000,
+    "pad_token_id": 32000,
     "resid_pdrop": 0.0,
 }
 
@@ -34,4 +36,5 @@ def _config(fields: Mapping[str, Any]) -> DecoderConfig:
     return layer_windows(config, {**fields, "layer_types": None}, lambda layer: True)
 
 
-FAMILIES = {"phi3": decoder_family("Phi3", _config)}
+_HEADS: tuple[Head, ...] = ("causal-lm", "classification", "token-classification")
+FAMILIES = {"phi3": decoder_family("Phi3", _config, heads=_HEADS)}

@@ -84,6 +84,7 @@ def _qwen2_moe(fields: Mapping[str, Any]) -> DecoderConfig:
 
 def _qwen3_moe(fields: Mapping[str, Any]) -> DecoderConfig:
     fields = {**_QWEN3_MOE, **fields, "layer_types": None}  # transformers ignores the types
+    fields["num_experts"] = fields.get("num_local_experts") or fields["num_experts"]
     optional = (_TIED, "attention_bias", *_EXPERTS)
     config = DecoderConfig.read(fields, optional=optional, blocks=_NORMED)
     return _with_experts(_windowed(config, fields, lambda layer: True), fields)
@@ -103,8 +104,8 @@ _WIDTHS = {"experts": "moe_intermediate_size", "shared": _SHARED}
 _family = partial(decoder_family, rules=_moe_rules, width_fields=_WIDTHS)
 
 FAMILIES = {
-    "qwen2": decoder_family("Qwen2", _qwen2),
+    "qwen2": decoder_family("Qwen2", _qwen2, answers="transformer."),
     "qwen2_moe": _family("Qwen2Moe", _qwen2_moe),
-    "qwen3": decoder_family("Qwen3", _qwen3),
-    "qwen3_moe": _family("Qwen3Moe", _qwen3_moe),
+    "qwen3": decoder_family("Qwen3", _qwen3, answers="transformer."),
+    "qwen3_moe": _family("Qwen3Moe", _qwen3_moe, answers="transformer."),
 }

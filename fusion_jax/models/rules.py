@@ -92,6 +92,7 @@ class KeyRules:
             copy stands in for a variable that a checkpoint lacks.
         decisive: The twins that are used, instead of the variable, where both are there and differ.
         copies: The twins that are written as well, by the path of the variable.
+        other_prefixes: Further prefixes with which the names of the base model are read.
     """
 
     rules: Sequence[KeyRule]
@@ -101,6 +102,7 @@ class KeyRules:
     twins: Mapping[str, str] = field(default_factory=dict)
     decisive: Sequence[str] = ()
     copies: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    other_prefixes: Sequence[str] = ()
 
     def locate(self, path: str) -> TensorLocation:
         """Returns where a variable, such as ``"layers.3.mlp.up.kernel"``, is in a checkpoint.
@@ -126,7 +128,9 @@ class KeyRules:
                 full = [f"{base}.{n}" if name else base for n in leaf.names]
                 if rule.in_base:
                     prefixed = [self.prefix + n for n in full]
+                    others = [p + n for p in self.other_prefixes for n in full]
                     full = prefixed + full if self.write_prefix else full + prefixed
+                    full += others
                 full += [twin for twin, original in self.twins.items() if original == path]
                 joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
                 names = tuple(dict.fromkeys(full))

@@ -16,6 +16,7 @@ _DEFAULTS = {
     "head_dim": 128,
     "max_position_embeddings": 524288,
     "eos_token_id": 2,
+    "pad_token_id": 1,
     "attention_bias": True,
     "attention_out_bias": False,
     "attention_dropout": 0.1,
@@ -33,4 +34,4 @@ def _config(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-FAMILIES = {"seed_oss": decoder_family("SeedOss", _config)}
+FAMILIES = {"seed_oss": decoder_family("SeedOss", _config, answers="transformer.")}

@@ -17,6 +17,7 @@ _DEFAULTS = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32768,
     "eos_token_id": 128001,
+    "pad_token_id": 128004,
     "tie_word_embeddings": True,
     "rope_theta": 2e6,
 }
@@ -39,4 +40,4 @@ def _config(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-FAMILIES = {"smollm3": decoder_family("SmolLM3", _config)}
+FAMILIES = {"smollm3": decoder_family("SmolLM3", _config, answers="transformer.")}
