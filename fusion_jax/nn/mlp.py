@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from fusion_jax.nn.linear_forms import AnyLinear, dtype_of, flops_of, matrix_of, stack_of
 from fusion_jax.nn.submlps import SubMLPs, activation
+from ntk.activations import Activation
 
 MlpT = TypeVar("MlpT", bound="Mlp")
 
@@ -29,7 +30,7 @@ class AnyMlp(nnx.Module):
     """Base of the modules at the sites of a model: MLPs, and experts of different widths.
 
     Attributes:
-        act: The activation, a key of `ACTIVATIONS`.
+        act: The activation, a key of `ACTIVATIONS` or a function.
         d_in: The number d of inputs.
         d_out: The number o of outputs.
         width: The number p of hidden units; of the widest expert where experts differ.
@@ -40,7 +41,7 @@ class AnyMlp(nnx.Module):
             those that one position is routed to count.
     """
 
-    act: str
+    act: Activation
     d_in: int
     d_out: int
     width: int
@@ -91,7 +92,8 @@ class Mlp(AnyMlp):
         d_in: Inputs d.
         width: Hidden units p.
         d_out: Outputs o; None for d.
-        act: Activation, a key of `ACTIVATIONS`.
+        act: Activation: a key of `ACTIVATIONS`, such as ``"gelu"``, or a function of arrays that
+            works on each number alone, such as ``jax.nn.softplus``.
         use_bias: Whether there are biases.
         param_dtype: The dtype of the parameters, in which the module also computes.
         kernel_init: Initializer of both matrices.
@@ -109,7 +111,7 @@ class Mlp(AnyMlp):
         width: int,
         d_out: int | None = None,
         *,
-        act: str,
+        act: Activation,
         use_bias: bool = True,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = _lecun,
