@@ -17,7 +17,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fusion_jax.nn.linear_forms import AnyLinear, dtype_of, flops_of, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import (
+    AnyLinear,
+    dtype_of,
+    flops_of,
+    matrix_of,
+    stack_of,
+    take_settings,
+)
 from fusion_jax.nn.submlps import SubMLPs, activation
 from ntk.activations import Activation
 
@@ -182,6 +189,14 @@ class Mlp(AnyMlp):
         """Operations of the matrix products for one position, see `AnyMlp`."""
         return self.top_k * sum(flops_of(linear) for linear in self.linears().values())
 
+    def factor(self, name: str) -> Float[Array, "*s p"] | None:
+        """Returns the fixed factors of the units at a linear layer; None for 1.
+
+        The function is that of the plain MLP whose ``up`` and ``gate`` have their outputs, and
+        ``down`` its inputs, multiplied by them.
+        """
+        return None
+
     def sub_mlps(self) -> SubMLPs:
         """Returns the sub-MLPs as rows, in the module's dtype; the output bias is not in them."""
         bias = self.up.bias
@@ -208,6 +223,8 @@ class Mlp(AnyMlp):
     def abstract(self, cls: type[MlpT], width: int, **fields: Any) -> MlpT:
         """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
+        Its plain layers have biases where this one's have, and compute in the same dtype.
+
         Args:
             cls: The class of the new module.
             width: Its width.
@@ -222,18 +239,21 @@ class Mlp(AnyMlp):
             width,
             self.d_out,
             act=self.act,
-            use_bias=self.use_bias,
+            use_bias=any(linear.bias is not None for linear in self.linears().values()),
             param_dtype=self.dtype,
             **fields,
         )
         count = self.stack[0] if self.stack else None
-        return nnx.eval_shape(
+        new = nnx.eval_shape(
             lambda: (
                 experts(make, count, top_k=self.top_k, rngs=nnx.Rngs(0))
                 if count
                 else make(rngs=nnx.Rngs(0))
             )
         )
+        for name, linear in self.linears().items():
+            take_settings(new.linears()[name], linear)
+        return new
 
     def spec(self) -> dict[str, Any]:
         """Returns how to build this module from the original one, see `AnyMlp.spec`."""
