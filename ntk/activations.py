@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 )
 """Activations by canonical name."""
 
+Activation = str | Callable[[Any], Any]
+"""An activation: its name, or a function of arrays that works on each number alone."""
+
 _ALIASES = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -37,7 +41,20 @@ _ALIASES = {
 }
 
 
-def canonical(name: str) -> str:
+def function(act: Activation) -> Callable[[Array], Array]:
+    """Returns the function of an activation, which is given by its name or is the function.
+
+    Raises:
+        InputError: The name is unknown.
+
+    Example:
+        >>> function("relu")(jnp.array(-1.0)).item(), function(jnp.sin)(jnp.array(0.0)).item()
+        (0.0, 0.0)
+    """
+    return act if callable(act) else FUNCTIONS[canonical(act)]
+
+
+def canonical(name: Activation) -> str:
     """Returns the canonical name of an activation, a key of `FUNCTIONS`.
 
     Args:
@@ -45,19 +62,34 @@ def canonical(name: str) -> str:
             (tanh form) or ``"swish"``.
 
     Raises:
-        InputError: The name is unknown.
+        InputError: The name is unknown, or a function is given instead of a name.
 
     Example:
         >>> canonical("gelu_new"), canonical("swish")
         ('gelu_tanh', 'silu')
     """
+    if not isinstance(name, str):
+        raise InputError(
+            f"bounds need the name of an activation, whose constants are proven "
+            f"({', '.join(FUNCTIONS)}); got the function {describe(name)}"
+        )
     name = _ALIASES.get(name, name)
     if name not in FUNCTIONS:
         raise InputError(f"unknown activation {name!r}{nearest(name, [*FUNCTIONS, *_ALIASES])}")
     return name
 
 
-def slope(name: str) -> float:
+def describe(act: Activation) -> str:
+    """Returns the name of an activation for messages, also of a function.
+
+    Example:
+        >>> describe("gelu"), describe(jnp.sin)
+        ('gelu', 'sin')
+    """
+    return act if isinstance(act, str) else getattr(act, "__name__", repr(act))
+
+
+def slope(name: Activation) -> float:
     """Returns L1 = sup |s'|, the Lipschitz constant of the activation.
 
     - gelu: s' = Phi + z phi, s'' = (2 - z^2) phi, so that s' is extreme at z = +-sqrt(2), where it
@@ -74,7 +106,7 @@ def slope(name: str) -> float:
     return table[canonical(name)]
 
 
-def slope_spread(name: str) -> float:
+def slope_spread(name: Activation) -> float:
     """Returns sup s' - inf s', the largest difference of s' between two points.
 
     The lower ends are -0.128905 for gelu, -0.128994 for gelu_tanh and -0.099840 for silu: in these,
@@ -89,7 +121,7 @@ def slope_spread(name: str) -> float:
     return table[canonical(name)]
 
 
-def slope_zero(name: str) -> tuple[float, float]:
+def slope_zero(name: Activation) -> tuple[float, float]:
     """Returns an interval that holds the one point where s' changes its sign, from - to +.
 
     - gelu, gelu_tanh, silu: s' falls from 0 to its minimum (at -1.4142, -1.4185 and -2.3994, see
@@ -110,7 +142,7 @@ def slope_zero(name: str) -> tuple[float, float]:
     return table[canonical(name)]
 
 
-def curvature(name: str) -> float:
+def curvature(name: Activation) -> float:
     """Returns L2 = sup |s''|, infinite if s' jumps.
 
     - gelu: s'' = (2 - z^2) phi and s''' = z (z^2 - 4) phi, so that s'' is extreme at 0, where it is
@@ -134,7 +166,7 @@ def curvature(name: str) -> float:
     return table[canonical(name)]
 
 
-def jerk(name: str) -> float:
+def jerk(name: Activation) -> float:
     """Returns L3 = sup |s'''|, infinite if s' jumps.
 
     - gelu: s''' = z (z^2 - 4) phi and s'''' = (-z^4 + 7 z^2 - 4) phi, so that s''' is extreme at
@@ -151,7 +183,7 @@ def jerk(name: str) -> float:
     return table[canonical(name)]
 
 
-def steepness(name: str) -> tuple[float, float]:
+def steepness(name: Activation) -> tuple[float, float]:
     """Returns k and a with s'(z)^2 <= max((L1 - 1)^2, k + a z) everywhere, with L1 of `slope`.
 
     - gelu, gelu_tanh, silu: k = sup (s'(z)^2 - a z) over the z with s'(z) > L1 - 1, for a suitable
@@ -172,7 +204,7 @@ def steepness(name: str) -> tuple[float, float]:
     return table[canonical(name)]
 
 
-def secant(name: str) -> float:
+def secant(name: Activation) -> float:
     """Returns sup |s(z) / z|, which is 1 for all activations here; also, s(0) = 0.
 
     s(z) / z is Phi(z), its tanh form and sigma(z) in gelu, gelu_tanh and silu, all in [0, 1]; it is
@@ -186,7 +218,7 @@ def secant(name: str) -> float:
     return 1.0
 
 
-def ceiling(name: str) -> float:
+def ceiling(name: Activation) -> float:
     """Returns sup |s|: 1 for tanh, infinite for the others.
 
     Example:
@@ -196,7 +228,7 @@ def ceiling(name: str) -> float:
     return 1.0 if canonical(name) == "tanh" else inf
 
 
-def relu_gap(name: str) -> float:
+def relu_gap(name: Activation) -> float:
     """Returns sup |max(z, 0) - s(z)|, the distance from the convex function relu.
 
     For gelu, gelu_tanh and silu, relu(z) - s(z) is even, so that the gap is -min s, attained where
