@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ntk.errors import InputError, nearest
+
+T = TypeVar("T")
 
 FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
@@ -26,15 +28,22 @@ FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
         "tanh": jnp.tanh,
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     }
 )
 """Activations by canonical name."""
+
+PROVEN = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+"""The activations whose constants are proven here, so that there are bounds for them."""
 
 Activation = str | Callable[[Any], Any]
 """An activation: its name, or a function of arrays that works on each number alone."""
 
 _ALIASES = {
     "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "swish": "silu",
@@ -71,12 +80,22 @@ def canonical(name: Activation) -> str:
     if not isinstance(name, str):
         raise InputError(
             f"bounds need the name of an activation, whose constants are proven "
-            f"({', '.join(FUNCTIONS)}); got the function {describe(name)}"
+            f"({', '.join(PROVEN)}); got the function {describe(name)}"
         )
     name = _ALIASES.get(name, name)
     if name not in FUNCTIONS:
         raise InputError(f"unknown activation {name!r}{nearest(name, [*FUNCTIONS, *_ALIASES])}")
     return name
+
+
+def _constant(table: Mapping[str, T], name: Activation) -> T:
+    """Returns the constant of an activation; raises `InputError` if none is proven."""
+    known = canonical(name)
+    if known not in PROVEN:
+        raise InputError(
+            f"there are no bounds for the activation {name}, only for {', '.join(PROVEN)}"
+        )
+    return table[known]
 
 
 def describe(act: Activation) -> str:
@@ -103,7 +122,7 @@ def slope(name: Activation) -> float:
         1.0
     """
     table = {"gelu": 1.12891, "gelu_tanh": 1.129, "silu": 1.09984, "relu": 1.0, "tanh": 1.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def slope_spread(name: Activation) -> float:
@@ -118,7 +137,7 @@ def slope_spread(name: Activation) -> float:
         1.0
     """
     table = {"gelu": 1.25782, "gelu_tanh": 1.258, "silu": 1.19968, "relu": 1.0, "tanh": 1.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def slope_zero(name: Activation) -> tuple[float, float]:
@@ -139,7 +158,7 @@ def slope_zero(name: Activation) -> tuple[float, float]:
         "relu": (0.0, 0.0),
         "tanh": (-inf, -inf),
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def curvature(name: Activation) -> float:
@@ -163,7 +182,7 @@ def curvature(name: Activation) -> float:
         "relu": inf,
         "tanh": 0.769801,
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def jerk(name: Activation) -> float:
@@ -180,7 +199,7 @@ def jerk(name: Activation) -> float:
         2.0
     """
     table = {"gelu": 0.77877, "gelu_tanh": 0.7767, "silu": 0.30819, "relu": inf, "tanh": 2.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def steepness(name: Activation) -> tuple[float, float]:
@@ -201,7 +220,7 @@ def steepness(name: Activation) -> tuple[float, float]:
         "relu": (1.0, 1.0),
         "tanh": (1.0, 0.0),
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
 def secant(name: Activation) -> float:
@@ -214,8 +233,7 @@ def secant(name: Activation) -> float:
         >>> secant("gelu")
         1.0
     """
-    canonical(name)
-    return 1.0
+    return _constant(dict.fromkeys(PROVEN, 1.0), name)
 
 
 def ceiling(name: Activation) -> float:
@@ -225,7 +243,7 @@ def ceiling(name: Activation) -> float:
         >>> ceiling("tanh")
         1.0
     """
-    return 1.0 if canonical(name) == "tanh" else inf
+    return _constant({**dict.fromkeys(PROVEN, inf), "tanh": 1.0}, name)
 
 
 def relu_gap(name: Activation) -> float:
@@ -240,4 +258,4 @@ def relu_gap(name: Activation) -> float:
         0.0
     """
     table = {"gelu": 0.169972, "gelu_tanh": 0.170041, "silu": 0.278465, "relu": 0.0, "tanh": inf}
-    return table[canonical(name)]
+    return _constant(table, name)

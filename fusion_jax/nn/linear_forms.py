@@ -370,7 +370,7 @@ def multiplied_out(model: Any) -> Any:
     return model
 
 
-def check_plain(linear: AnyLinear, path: str) -> None:
+def check_plain(linear: AnyLinear | nnx.Embed, path: str) -> None:
     """Raises `InputError` if a layer is not plain."""
     if isinstance(linear, LinearForm):
         raise InputError(

@@ -23,7 +23,10 @@ from fusion_jax.nn.dtypes import wide
 from ntk.activations import FUNCTIONS, Activation, canonical
 from ntk.units import HiddenUnits, MlpWeights, hidden_units
 
-_NAMES = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
+_NAMES = (
+    "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "quick_gelu", "relu", "relu2", "silu", "swish", "tanh",
+)  # fmt: skip
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {name: FUNCTIONS[canonical(name)] for name in _NAMES}
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -9,7 +10,7 @@ from flax import nnx
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Hashable, ...]) -> str:
     """Returns a path of the module tree as one string, such as ``"layers.3.mlp"``.
 
     Example:
@@ -49,13 +50,13 @@ def own(module: Any, name: str) -> Any:
     return module[int(name)] if name.isdigit() else getattr(module, name)
 
 
-def replaced(model: Any, path: str, new: nnx.Module) -> Any:
+def replaced(model: ModuleT, path: str, new: nnx.Module) -> ModuleT:
     """Puts another module at a path, and at all other places that share the old module.
 
     Returns the model, which is changed in place; the new module if the path is empty.
     """
     if not path:
-        return new
+        return new  # type: ignore[return-value] - the whole model is the layer
     old = at(model, path)
     for _, holder in list(nnx.iter_modules(model)):
         for name, value in list(vars(holder).items()):

@@ -16,11 +16,12 @@ infinite or NaN in the end, which is an error.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ntk.activations import FUNCTIONS, Activation, canonical, curvature, slope, slope_zero
@@ -97,7 +98,7 @@ class Enclosure(NamedTuple):
     radius: Float[Array, "n m"]
 
 
-def gamma(terms: int, dtype: Any) -> float:
+def gamma(terms: int, dtype: DTypeLike) -> float:
     """Returns the relative error of a sum of this many products, with a factor of two to spare.
 
     Example:
@@ -107,7 +108,7 @@ def gamma(terms: int, dtype: Any) -> float:
     return terms * float(jnp.finfo(dtype).eps)
 
 
-def tiny(dtype: Any) -> float:
+def tiny(dtype: DTypeLike) -> float:
     """Returns the smallest normal number of a dtype.
 
     Example:

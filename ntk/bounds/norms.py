@@ -23,6 +23,7 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Float
 
 from ntk.activations import Activation
@@ -167,7 +168,7 @@ def weight_norms(pair: Pair) -> WeightNorms:
     )
 
 
-def upstream_norms(pair: Pair, g: object) -> tuple[OutputNorms, np.ndarray]:
+def upstream_norms(pair: Pair, g: npt.ArrayLike) -> tuple[OutputNorms, np.ndarray]:
     """Returns norms of the output weights times upstream vectors.
 
     Args:

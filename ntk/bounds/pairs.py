@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     g: Float[Array, "n o"] | None
 
 
-def pair(original: Any, fused: Any) -> Pair:
+def pair(original: nnx.Module, fused: nnx.Module) -> Pair:
     """Returns an MLP and its fused version, read from Flax NNX modules.
 
     Args:
@@ -54,9 +55,10 @@ def pair(original: Any, fused: Any) -> Pair:
     Raises:
         InputError: The two do not fit together.
     """
-    if not hasattr(fused, "labels"):
+    labels = getattr(fused, "labels", None)
+    if labels is None:
         raise InputError(f"{type(fused).__name__} has no labels of the original's units")
-    return check_pair(Pair(mlp_weights(original), mlp_weights(fused), fused.labels[...]))
+    return check_pair(Pair(mlp_weights(original), mlp_weights(fused), labels[...]))
 
 
 def check_pair(pair: Pair) -> Pair:

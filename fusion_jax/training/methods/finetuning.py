@@ -100,7 +100,7 @@ def finetune(
     )
 
 
-def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
+def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     """Returns what the batches do not show of a run's data, as JSON values by name."""
     dev: Any = getattr(data, "dev", None)
     if isinstance(dev, str | os.PathLike):
@@ -119,6 +119,6 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
     }
 
 
-def _without_places(texts: Any) -> Any:
+def _without_places(texts: object) -> Texts | Pairs | None:
     """Returns texts or pairs without the names of their files, which may be moved."""
     return texts._replace(names=()) if isinstance(texts, Texts | Pairs) else None
