@@ -1,6 +1,9 @@
 """Odd configurations of every family against transformers, where torch is installed."""
 
+import json
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -57,7 +60,7 @@ NESTED = {
     SLIDING: {"rope_type": "default", "rope_theta": 100.0},
 }
 # For each family what its config.json may say, beside BASE.
-ODD = {
+LLAMAS = {
     "llama": [*SHARED, BIASED, {"mlp_bias": True}, {"hidden_act": "gelu"}],
     "mistral": [*SHARED, {"sliding_window": 3}, {"sliding_window": None}],
     "ministral": [*SHARED, {"sliding_window": 3}, {"sliding_window": 2, "layer_types": TYPES}],
@@ -86,24 +89,85 @@ ODD = {
     "seed_oss": [*SHARED, {"attention_bias": False}, {"attention_out_bias": True},
                  {"mlp_bias": True, "residual_dropout": 0.2}],
 }  # fmt: skip
+ODD = dict(LLAMAS)
+ENCODER = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+    "pad_token_id": 1,
+    "num_labels": 3,
+}
+ENCODERS = [
+    {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23},
+    {"num_attention_heads": 1, "hidden_act": "gelu_new"},
+    {"hidden_act": "relu", "layer_norm_eps": 1e-3},
+    {"num_hidden_layers": 1, "vocab_size": 67},
+    {"tie_word_embeddings": False, "hidden_act": "silu"},
+    {"hidden_size": 26, "num_attention_heads": 13, "num_labels": 1},
+    {"pad_token_id": 3, "intermediate_size": 1},
+    {"hidden_act": "gelu_python", "num_hidden_layers": 3, "max_position_embeddings": 14},
+]
+ODD |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), ENCODERS)
+ODD["bert"] = [*ENCODERS, {"type_vocab_size": 5, "hidden_act": "quick_gelu"}]
+ODD["electra"] = [*ENCODERS, {"embedding_size": 16}, {"embedding_size": 9}]
+DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
+              "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
+ODD["distilbert"] = ENCODERS
+T5 = {**tiny.T5, "is_encoder_decoder": True}
+ODD["t5"] = ODD["mt5"] = [
+    {"d_kv": 3, "num_heads": 5, "d_ff": 23},
+    {"num_heads": 1, "feed_forward_proj": "gated-silu"},
+    {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
+    {"num_decoder_layers": 1, "feed_forward_proj": "gated-gelu"},
+    {"num_decoder_layers": None, "feed_forward_proj": "gelu"},
+    {"tie_word_embeddings": False},
+    {"d_model": 15, "layer_norm_epsilon": 1e-3},
+    {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
+]
+ODD["gpt2"] = [
+    {"n_embd": 21, "n_head": 7, "n_inner": 23},
+    {"n_head": 1, "n_inner": None},
+    {"activation_function": "gelu"},
+    {"activation_function": "silu", "layer_norm_epsilon": 1e-3},
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"tie_word_embeddings": False, "n_layer": 1},
+    {"reorder_and_upcast_attn": True, "vocab_size": 67},
+]
+DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
-KINDS = ("left", "whole", "right", "single")
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
 
 
-def odd_config(family, number):
-    usual = (
-        {"head_dim": 4}
-        if family in ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
-        else {}
-    )
-    return {"model_type": family, **BASE, **usual, **ODD[family][number]}
+def odd_config(family, number=None):
+    """The fields of ``config.json`` of a case; without a number as usual."""
+    changes = {} if number is None else ODD[family][number]
+    base = ENCODER
+    if family in ("t5", "mt5"):
+        base = T5
+    elif family == "gpt2":
+        base = tiny.GPT2
+    elif family in LLAMAS:
+        base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
+    fields = {**base, **changes, "model_type": family}
+    if family == "distilbert":
+        fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
+    return fields
 
 
-def odd_folder(folder, family, number, head="causal-lm"):
-    """Writes a checkpoint of the case, and returns its folder."""
+def usual_head(family, number):
+    """A head that the family has; encoders have each in turn."""
+    heads = list(FAMILIES[family].architectures)
+    return FAMILIES[family].text_head or heads[number % len(heads)]
+
+
+def made(folder, family, fields, head):
+    """Writes a checkpoint with reproducible weights; returns its folder and the class for it."""
     import transformers
 
-    fields = odd_config(family, number)
     rest = dict(fields)
     config = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
     cls = getattr(transformers, FAMILIES[family].architectures[head])
@@ -113,37 +177,137 @@ def odd_folder(folder, family, number, head="causal-lm"):
     return tiny.write_folder(folder / "model", fields, tensors), cls
 
 
-def inputs(kind):
+def stored_otherwise(folder, kind):
+    """Rewrites the weights of a folder in bfloat16, or in two files."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    if kind == "bfloat16":
+        tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    if kind == "shards":
+        (folder / "model.safetensors").unlink()
+        names = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
+        for file in set(names.values()):
+            part = {name: x for name, x in tensors.items() if names[name] == file}
+            safetensors.numpy.save_file(part, folder / file)
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+KINDS = ("left", "whole", "right", "single")
+STORED = ("plain", "bfloat16", "shards")
+
+
+def inputs(kind, family):
+    """Token ids and masks, by the names of arguments."""
     rng = np.random.RandomState(3)
     shape = (2, 1) if kind == "single" else (3, 9)
-    ids, mask = rng.randint(3, 61, shape).astype(np.int32), np.ones(shape, np.int32)
+    ids, mask = rng.randint(4, 61, shape).astype(np.int32), np.ones(shape, np.int32)
     if kind in ("left", "right"):
         for row, length in enumerate((9, 6, 3)):
             mask[row, length:] = 0
         mask = mask[:, ::-1].copy() if kind == "left" else mask
-        ids[mask == 0] = 0
-    return ids, mask
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if FAMILIES[family].text_head == "seq2seq-lm":
+        batch["decoder_input_ids"] = rng.randint(4, 61, (shape[0], 5)).astype(np.int32)
+    return batch
+
+
+def theirs(model, batch):
+    """The outputs of a model of transformers."""
+    import torch
+
+    given = {name: torch.tensor(x).long() for name, x in batch.items()}
+    if model.config.model_type in DECODERS:
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**given, output_hidden_states=True)
+
+
+@jax.jit
+def ours(model, batch):
+    return model(**batch, output_hidden_states=True)
+
+
+def compare(got, want, real, tolerance=1e-4):
+    """Compares outputs where tokens are real, relative to the largest; returns the worst."""
+    hidden = getattr(want, "hidden_states", None) or want.decoder_hidden_states
+    pairs = list(zip(got.hidden_states, hidden, strict=True))
+    logits = getattr(want, "logits", None)
+    if hasattr(want, "start_logits"):
+        pairs += [
+            (got.logits[..., i], x) for i, x in enumerate((want.start_logits, want.end_logits))
+        ]
+    elif logits is not None:
+        pairs.append((got.logits, logits))
+    worst = 0.0
+    for mine, other in pairs:
+        mine, other = np.asarray(mine), other.numpy()
+        assert mine.shape == other.shape
+        if mine.shape[:2] == real.shape:
+            mine, other = mine[real], other[real]
+        worst = max(worst, float(np.abs(mine - other).max() / np.abs(other).max()))
+    assert worst < tolerance
+    return worst
+
+
+def real_tokens(batch):
+    decoder = batch.get("decoder_input_ids")
+    return batch["attention_mask"].astype(bool) if decoder is None else np.ones(decoder.shape, bool)
 
 
 @pytest.mark.torch
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "number"), CASES)
-def test_odd_configurations_equal_transformers(family, number, tmp_path):
-    import torch
+def test_odd_configurations_equal_transformers(family, number, tmp_path, record_property):
+    head = usual_head(family, number)
+    fields = odd_config(family, number)
+    if head in ("question-answering", "classification"):
+        fields["num_labels"] = 2
+    folder, cls = made(tmp_path, family, fields, head)
+    stored_otherwise(folder, STORED[number % 3])
+    batch = inputs(KINDS[number % 4], family)
+    want = theirs(cls.from_pretrained(folder, dtype="float32").eval(), batch)
+    got = ours(fj.load(folder, head=head, dtype="float32"), batch)
+    record_property("worst", compare(got, want, real_tokens(batch)))
 
-    folder, cls = odd_folder(tmp_path, family, number)
-    ids, mask = inputs(KINDS[number % 4])
-    positions = np.maximum(mask.cumsum(-1) - 1, 0)
-    theirs = cls.from_pretrained(folder).eval()
-    with torch.no_grad():
-        want = theirs(
-            torch.tensor(ids).long(), torch.tensor(mask), position_ids=torch.tensor(positions),
-            output_hidden_states=True,
-        )  # fmt: skip
-    model = fj.load(folder, head="causal-lm")
-    got = jax.jit(lambda m, *x: m(*x, output_hidden_states=True))(model, ids, mask)
-    for ours, other in zip(
-        (*got.hidden_states, got.logits), (*want.hidden_states, want.logits), strict=True
-    ):
-        ours, other, real = np.asarray(ours), other.numpy(), mask.astype(bool)
-        np.testing.assert_allclose(ours[real], other[real], atol=1e-4 * np.abs(other[real]).max())
+
+NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss")
+HEADS = [
+    (family, head)
+    for family in NEW
+    for head in FAMILIES[family].architectures
+    if head not in (None, "causal-lm")
+]
+
+
+@pytest.mark.torch
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_heads_of_decoders_equal_transformers(family, head, tmp_path):
+    """Whole texts: in transformers, a text's last token does not depend on the mask."""
+    labels = 2 if head == "question-answering" else 3
+    fields = {**odd_config(family), "num_labels": labels}
+    folder, cls = made(tmp_path, family, fields, head)
+    batch = inputs("whole", family)
+    want = theirs(cls.from_pretrained(folder).eval(), batch)
+    compare(ours(fj.load(folder, head=head), batch), want, real_tokens(batch))
+
+
+@pytest.mark.torch
+@pytest.mark.full
+@pytest.mark.parametrize("family", ODD)
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
+def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwarn):
+    """All MLPs of one width, or some MLPs of different widths."""
+    head = usual_head(family, 0)
+    folder, cls = made(tmp_path, family, odd_config(family), head)
+    model = fj.load(folder, head=head)
+    paths = [site.path for site in fj.sites(model)]
+    plan = {path: fj.Fusion(width=5 + i) for i, path in enumerate(paths[1:])}
+    smaller, _ = fj.compress(model, fj.Fusion(width=7) if kind == "equal" else plan, key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    batch = inputs("whole", family)
+    other, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
+    assert not [w for w in recwarn if "hf" in str(w.message)]
