@@ -3,7 +3,7 @@
 import json
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -181,7 +181,7 @@ def stored_otherwise(folder, kind):
     """Rewrites the weights of a folder in bfloat16, or in two files."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     if kind == "bfloat16":
-        tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+        tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     if kind == "shards":
         (folder / "model.safetensors").unlink()

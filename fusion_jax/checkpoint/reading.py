@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
-from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles
+from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles, aligned
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
@@ -156,7 +155,7 @@ class Checkpoint:
         names = [n for n in self.locate(path).names if n in self.tensors.shapes and n != twin]
         if twin not in self.tensors.shapes or not names or twin in self._rules.decisive:
             return False
-        return not np.array_equal(self.tensors.read(twin), self.tensors.read(names[0]))
+        return not self.tensors.equal(twin, names[0])
 
     def has(self, layer: str) -> bool:
         """Returns whether the files have a linear layer, plain or in another form."""
@@ -260,17 +259,14 @@ class Checkpoint:
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
-        if found.outputs is not None:
-            first, end, _ = found.outputs
-            part = self.tensors.read_rows(found.names[0], first, end)
-            return _laid_out(part, found.location, want.dtype)
-        if not found.location.stacked:
-            return _laid_out(self.tensors.read(found.names[0]), found.location, want.dtype)
-        # Expert by expert, so that there is no second copy of all experts.
-        whole = np.empty(want.shape, want.dtype)
-        for i, name in enumerate(found.names):
-            whole[i] = _laid_out(self.tensors.read(name), found.location, want.dtype)
-        return jnp.asarray(whole)
+        whole = aligned(want.shape, want.dtype)
+        first = 0 if found.outputs is None else found.outputs[0]
+        transposed = found.location.transposed
+        for name, part in zip(
+            found.names, whole if found.location.stacked else [whole], strict=True
+        ):
+            self.tensors.read_into(name, part, transposed=transposed, first=first)
+        return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
 
     def _check(
         self,
@@ -383,7 +379,3 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)
-
-
-def _laid_out(value: np.ndarray, location: TensorLocation, dtype: Any) -> Array:
-    return jnp.asarray(value.T if location.transposed else value).astype(dtype)
