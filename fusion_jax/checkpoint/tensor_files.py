@@ -161,7 +161,7 @@ class TensorFiles:
             parts = [np.empty(part, FLOATS.get(self._dtypes[name], np.float64)) for name in (a, b)]
             for name, values in zip((a, b), parts, strict=True):
                 self.read_into(name, values, first=i)
-            if not np.array_equal(*parts):
+            if not np.array_equal(parts[0], parts[1]):
                 return False
         return True
 
