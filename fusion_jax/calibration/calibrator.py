@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ def calibrate(
         raise InputError(
             "texts must be text or batches of tokens; these are inputs by site already"
         )
-    sample = _TextSample(model_arguments(model, source, key), key, max_positions)
+    sample = TextSample(model_arguments(model, source, key), key, max_positions)
     return sample.inputs(nnx.split(model), tuple(chosen))[0]
 
 
@@ -111,7 +111,7 @@ class Calibrator:
             self._inputs = {site.path: site_inputs(source, site) for site in chosen}
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
-        self._sample = _TextSample(model_arguments(model, source, key), key, MAX_POSITIONS)
+        self._sample = TextSample(model_arguments(model, source, key), key, MAX_POSITIONS)
         self._model: Any = model
         kind = "random tokens" if source == "random" else "text"
         self.description = f"{self._sample.count:,} positions of {kind}"
@@ -173,12 +173,12 @@ def _outputs(mlp: AnyMlp, x: Array) -> Array:
     return y if bias is None else y - bias[None]
 
 
-class _TextSample:
+class TextSample:
     """Random positions of batches of text."""
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], key: Array, max_positions: int):
         self._key, self._max_positions = key, max_positions
-        self._batches = batches
+        self.batches = batches
         masks = [_masks(batch) for batch in batches]
         # An encoder and a decoder that reads other text each have their own positions.
         self._parts = {side: self._chosen([m[side] for m in masks]) for side in masks[0]}
@@ -211,13 +211,28 @@ class _TextSample:
         Returns:
             The inputs; and for sites with experts, the number of real positions of each expert.
         """
+        experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
+        return self.gathered(lambda i, batch: _run(*split, batch, paths), experts, progress)
+
+    def gathered(
+        self,
+        run: Callable[[int, Mapping[str, Any]], Mapping[str, Any]],
+        experts: Collection[str],
+        progress: bool | None = None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Returns what `inputs` returns, from what ``run`` sees in each batch, by site path.
+
+        Args:
+            run: Returns the inputs of sites for the batch of a number.
+            experts: The paths of the sites that have experts.
+            progress: See `fusion_jax.compress`.
+        """
         result: dict[str, np.ndarray] = {}
         routed: dict[str, list[list[np.ndarray]]] = {}
-        experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
-        count = len(self._batches)
+        count = len(self.batches)
         with show_progress("Calibrating", count, progress, first="compiling") as advance:
-            for i, batch in enumerate(self._batches):
-                for path, x in _run(*split, batch, paths).items():
+            for i, batch in enumerate(self.batches):
+                for path, x in run(i, batch).items():
                     side = "decoder" if path.startswith("decoder.") else ""
                     mask, flat, slots = self._parts.get(side, self._parts[""])[i]
                     if path in experts:

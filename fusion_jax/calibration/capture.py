@@ -90,6 +90,13 @@ def routed_inputs(
     Returns:
         By site path the inputs, and `Routed` for the experts of a `Moe`.
     """
+    return routed_call(model, *args, **kwargs)[1]
+
+
+def routed_call(
+    model: nnx.Module, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Float[Array, "*n d"] | Routed]]:
+    """Runs a model and returns its output, and what `routed_inputs` returns."""
     tapped: Any = nnx.clone(model)
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
@@ -97,6 +104,6 @@ def routed_inputs(
     # The MLPs first: inside a tapped mixture, their paths would be others.
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
-    tapped(*args, **kwargs)
+    output = tapped(*args, **kwargs)
     routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
-    return {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
+    return output, {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}

@@ -381,13 +381,17 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int | None = None
+) -> None:
     """Writes ``model.safetensors``, or shards and an index if the tensors exceed `SHARD_BYTES`.
 
     Args:
         folder: Where to write.
         tensors: Names and arrays; only the arrays of one shard are in memory at a time.
+        shard_bytes: The largest size of a shard; None for `SHARD_BYTES`.
     """
+    most = SHARD_BYTES if shard_bytes is None else shard_bytes
     shard: dict[str, np.ndarray] = {}
     sizes, shards = [0], []
 
@@ -399,7 +403,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         shard.clear()
 
     for name, x in tensors:
-        if shard and sizes[-1] + x.nbytes > SHARD_BYTES:
+        if shard and sizes[-1] + x.nbytes > most:
             write()
             sizes.append(0)
         shard[name] = np.asarray(x, order="C")  # np.ascontiguousarray would add an axis to a scalar

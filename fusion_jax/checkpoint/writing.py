@@ -67,13 +67,27 @@ def write_artefact(
     report: Report | None = None,
 ) -> Path:
     """Writes an artefact of tensors, with further ``fields`` in ``fusion.json``; see `save`."""
+    provenance_of(model)
+    with files.new_folder(folder) as new:
+        files.write_tensors(new, tensors)
+        write_description(new, model, fields, report=report)
+    return Path(folder)
+
+
+def write_description(
+    new: Path,
+    model: Model,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    report: Report | None = None,
+) -> None:
+    """Writes all of an artefact but its tensors into a folder; the model may be abstract."""
     provenance = provenance_of(model)
-    config = model.config
     num_labels, label_ids = labels_of(model)
     fields = {
         "format": files.FORMAT,
         "base": provenance.name,
-        "model_type": config.model_type,
+        "model_type": model.config.model_type,
         "head": provenance.head,
         "num_labels": num_labels,
         "label_ids": label_ids,
@@ -90,15 +104,11 @@ def write_artefact(
         },
         **(fields or {}),
     }
-    with files.new_folder(folder) as new:
-        files.write_tensors(new, tensors)
-        (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
-        _write_json(new / files.FUSION, fields)
-        if report is not None:
-            _write_json(new / "report.json", report.to_json())
-        sentences = provenance.head is None
-        files.copy_companions(Path(provenance.folder), new, sentences=sentences)
-    return Path(folder)
+    (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
+    _write_json(new / files.FUSION, fields)
+    if report is not None:
+        _write_json(new / "report.json", report.to_json())
+    files.copy_companions(Path(provenance.folder), new, sentences=provenance.head is None)
 
 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
