@@ -92,6 +92,8 @@ def adopt(
             f"model must be a Flax NNX module; got {type(model).__name__} (a Linen model: "
             "flax.nnx.bridge.ToNNX makes a module of it, see the documentation of fusion_jax.adopt)"
         )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
+        raise InputError("the model has no arrays yet, which adopt needs to run its modules")
     new: Any = nnx.clone(model)
     groups = _usual(new) if specs is None else _given(new, specs)
     run = None if batch is None else _run_whole(new, groups, batch)

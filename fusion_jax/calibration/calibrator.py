@@ -75,7 +75,7 @@ def calibrate(
     source = read_source(texts)
     if isinstance(source, Mapping):
         raise InputError(
-            "texts must be text or a list of batches; a mapping holds inputs by site already"
+            "texts must be text or a list of batches; these are inputs by site already"
         )
     sample = _Sample(model, model_arguments(model, source, key), chosen, key, max_positions)
     return sample.inputs(nnx.split(model), chosen)[0]
