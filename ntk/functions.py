@@ -72,10 +72,8 @@ def functional(
         def of_module(params: Any, x: Any) -> Any:
             try:
                 return get_output(_call(nnx.merge(graph, params, rest), x))
-            except TraceContextError:
-                raise InputError(_CHANGES) from None
-            except ValueError as error:
-                # Loops such as nnx.scan take only variables that were made inside of the function.
+            except (TraceContextError, ValueError) as error:
+                # nnx.scan and nnx.remat take only variables that were made inside of the function.
                 if "different trace level" not in str(error):
                     raise
             copy = nnx.merge(graph, params, rest, copy=True)

@@ -110,8 +110,7 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Any]
         items = source
     made = [_keywords(model, item) if isinstance(item, TokenBatch) else item for item in items]
     for item in made:
-        known = item if isinstance(item, tuple | list) else [item]
-        if not isinstance(item, Mapping) and not all(hasattr(x, "shape") for x in known):
+        if not any(hasattr(x, "shape") for x in jax.tree.leaves(item)):
             raise InputError(f"{_FORMS}; one of the batches is a {type(item).__name__}")
     if not ours:
         return made
