@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.nn.adopted import adopted_sites
 from fusion_jax.nn.mlp import AnyMlp
+from fusion_jax.nn.programs import ByValue
 from fusion_jax.nn.site import Site, select_sites, sites
 from fusion_jax.nn.surgery import at
 from fusion_jax.progress import show_progress
@@ -225,9 +226,8 @@ class _Sample:
         self, model: nnx.Module, i: int, paths: tuple[str, ...]
     ) -> dict[str, tuple[int, ...]]:
         """Returns the shape of the positions at which each site gets inputs from a batch."""
-        arrays, fixed = _arguments(self._batches[i])
         try:
-            seen = _run.eval_shape(*nnx.split(model), arrays, fixed, paths)
+            seen = self._seen(_run.eval_shape, nnx.split(model), i, paths)
         except InputError:
             raise
         except Exception as error:  # the model may be other people's code
@@ -238,6 +238,14 @@ class _Sample:
             ) from error
         found = {p: x.inputs if isinstance(x, Routed) else x for p, x in seen.items()}
         return {p: x.shape[:-1][1 if p in self._stacks else 0 :] for p, x in found.items()}
+
+    def _seen(
+        self, run: Callable[..., dict[str, Any]], split: tuple[Any, Any], i: int, paths: Any
+    ) -> dict[str, Any]:
+        """Returns the inputs of sites on a batch."""
+        graph, state = split
+        arrays, fixed = _arguments(self._batches[i])
+        return run(ByValue((graph, fixed, paths)), state, arrays)
 
     def _chosen(self, masks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Returns each batch's mask, its chosen positions, and their places in the sample."""
@@ -272,8 +280,8 @@ class _Sample:
         experts -= self._stacks
         count = len(self._batches)
         with show_progress("Calibrating", count, progress, first="compiling") as advance:
-            for i, batch in enumerate(self._batches):
-                for path, x in _run(*split, *_arguments(batch), paths).items():
+            for i in range(count):
+                for path, x in self._seen(_run, split, i, paths).items():
                     side = self._sides[path]
                     mask, flat, slots = self._parts[side][i]
                     if path in experts:
@@ -319,11 +327,9 @@ def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
     return [rows[(rows != 0).any(-1)] for rows in np.asarray(x)]
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _run(
-    graph: Any, state: Any, arrays: list[Any], fixed: Any, paths: tuple[str, ...]
-) -> dict[str, Any]:
-    tree, others = fixed
+@partial(jax.jit, static_argnums=0)
+def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
+    graph, (tree, others), paths = fixed.value
     leaves = list(arrays)
     for i, value in others:
         leaves.insert(i, value)

@@ -97,7 +97,9 @@ def routed_inputs(
     """
     tapped: Any = nnx.clone(model)
     tapped.eval()
-    adopted = {} if not adopted_modules(tapped) else _adopted_inputs(tapped, *args, **kwargs)
+    adopted: dict[str, Any] = {}
+    if adopted_modules(tapped):
+        adopted = _adopted_inputs(tapped, *args, **kwargs)
     if adopted and len(adopted) == len(sites(tapped)):
         return adopted
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}

@@ -140,7 +140,7 @@ def check_not_module(folder: Path) -> None:
     _, fields = files.read_json(folder / files.FUSION)
     if fields.get("kind") == _KIND:
         raise InputError(
-            f"{folder} holds a model of the class {str(fields.get('class'))[:100]}, which did not come from "
+            f"{folder} holds a {str(fields.get('class'))[:100]} that did not come from "
             "fusion_jax.load; build the model and use fusion_jax.load_into(model, folder)"
         )
 
