@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Load and save
 from fusion_jax.checkpoint import load as load
 from fusion_jax.checkpoint import save as save
+from fusion_jax.checkpoint import load_into as load_into
 from fusion_jax.checkpoint import export_hf as export_hf
 from fusion_jax.checkpoint.masks import save_masks as save_masks
 from fusion_jax.checkpoint.masks import rebase as rebase

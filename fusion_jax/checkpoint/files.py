@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes an object as a JSON file."""
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this library and of those that it computes with."""
+    return {name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -176,7 +176,7 @@ class Checkpoint:
         if self.artefact is not None:
             for site in sites(model):
                 with self._reading(f"site {site.path}"):
-                    module = _module(site.mlp, self.artefact["sites"][site.path])
+                    module = module_of(site.mlp, self.artefact["sites"][site.path])
                 model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
                 with self._reading(f"form {path}"):
@@ -366,8 +366,8 @@ class Checkpoint:
         return make(key)
 
 
-def _module(original: Any, spec: Mapping[str, Any]) -> Any:
-    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
+def module_of(original: Any, spec: Mapping[str, Any]) -> Any:
+    """Returns the module, without weights, whose `Mlp.spec` is given, for the original module."""
     spec = dict(spec)
     name = spec.pop("module")
     if name != UnevenExperts.__name__:
@@ -375,7 +375,7 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
     groups = [dict(group) for group in spec["groups"]]
     members = [group.pop("members") for group in groups]
     parts = [
-        _module(jax.eval_shape(partial(take_experts, members=which), original), group)
+        module_of(jax.eval_shape(partial(take_experts, members=which), original), group)
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)
