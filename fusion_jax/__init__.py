@@ -19,6 +19,7 @@ from fusion_jax.checkpoint.masks import rebase as rebase
 # Compress
 from fusion_jax.compression.mlps import compress as compress
 from fusion_jax.compression.mlps import compress_mlp as compress_mlp
+from fusion_jax.streaming.layerwise import compress_files as compress_files
 from fusion_jax.compression.matrices import compress_matrices as compress_matrices
 from fusion_jax.compression.allocation import allocate as allocate
 from fusion_jax.report import Report as Report

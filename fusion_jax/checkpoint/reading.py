@@ -256,6 +256,12 @@ class Checkpoint:
             )
         return model
 
+    def check_all(self) -> None:
+        """Raises `InputError` if the tensors do not fit the model, as `read` does."""
+        flat = dict(nnx.to_flat_state(nnx.state(self.abstract)))
+        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+        self._check(flat, found, None)
+
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
