@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 import numpy as np
 from flax import nnx
@@ -96,7 +96,14 @@ class MaskFiles(TensorFiles):
         return masked(self.read(mask), value) if leaf == "kernel" and mask in self._masks else value
 
 
-def base_reference(base: str | os.PathLike[str]) -> dict[str, Any]:
+class BaseReference(TypedDict):
+    """The place of a base model in files: an absolute path or a hub id, and its revision."""
+
+    name: str
+    revision: str | None
+
+
+def base_reference(base: str | os.PathLike[str]) -> BaseReference:
     """Returns what files say about the place of a base model: absolute path or hub id."""
     path = Path(base).expanduser()
     return {"name": str(path.absolute()) if path.is_dir() else os.fspath(base), "revision": None}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
@@ -71,7 +72,7 @@ class Checkpoint:
     config: Any
     provenance: Provenance
     tensors: TensorFiles
-    dtype: Any
+    dtype: DTypeLike | None
     artefact: dict[str, Any] | None
     new_head: bool = False
 
@@ -168,7 +169,7 @@ class Checkpoint:
                 f"{self.tensors.folder / files.FUSION}: cannot read {what} ({error})"
             ) from None
 
-    def _param_dtype(self) -> Any:
+    def _param_dtype(self) -> DTypeLike:
         x64 = jax.config.read("jax_enable_x64")
         asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
         if asked is not None:
@@ -184,7 +185,7 @@ class Checkpoint:
         stored = self._stored_dtype()
         return jnp.float32 if stored == jnp.float64 and not x64 else stored
 
-    def _stored_dtype(self) -> Any:
+    def _stored_dtype(self) -> DTypeLike:
         """Returns the dtype that ``config.json`` states, or else that of most of the weights."""
         fields = json.loads(self.provenance.config)
         stated = fields.get("dtype") or fields.get("torch_dtype")
@@ -342,5 +343,5 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
     return UnevenExperts(parts, members)
 
 
-def _laid_out(value: np.ndarray, location: TensorLocation, dtype: Any) -> Array:
+def _laid_out(value: np.ndarray, location: TensorLocation, dtype: DTypeLike) -> Array:
     return jnp.asarray(value.T if location.transposed else value).astype(dtype)

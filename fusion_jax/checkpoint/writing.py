@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -62,7 +61,7 @@ def write_artefact(
     model: Model,
     folder: str | os.PathLike[str],
     tensors: Iterable[tuple[str, np.ndarray]],
-    fields: Mapping[str, Any] | None = None,
+    fields: Mapping[str, object] | None = None,
     *,
     report: Report | None = None,
 ) -> Path:
@@ -171,7 +170,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, Any]:
+def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:
     """Returns the fields of ``config.json`` that describe the classes of a head."""
     names = provenance.labels or [f"LABEL_{i}" for i in range(num_labels)]
     return {
@@ -218,5 +217,5 @@ def provenance_of(model: nnx.Module) -> Provenance:
     return provenance
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def _write_json(path: Path, fields: Mapping[str, object]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -76,12 +76,12 @@ class KMeansResult(NamedTuple):
 
 @on_auto_axes
 def kmeans(
-    points: Shaped[ArrayLike, "n d"] | Sequence[Any],
+    points: Shaped[ArrayLike, "n d"] | Sequence[object],
     k: int,
     *,
     key: Key[Array, ""],
-    weights: Shaped[ArrayLike, " w"] | Sequence[Any] | None = None,
-    init: Init | Shaped[ArrayLike, "k d"] | Sequence[Any] = "auto",
+    weights: Shaped[ArrayLike, " w"] | Sequence[object] | None = None,
+    init: Init | Shaped[ArrayLike, "k d"] | Sequence[object] = "auto",
     refine: Refine = "auto",
     n_init: int = 1,
     max_iters: int = 300,
@@ -168,7 +168,7 @@ def _unclear(inertia_fraction: Array) -> Array:
     return (inertia_fraction > 0) & (inertia_fraction < least)
 
 
-def _numbers(name: str, value: Any) -> Array:
+def _numbers(name: str, value: object) -> Array:
     """Returns an argument as an array of JAX; numbers may be lost to its dtype only by rounding."""
     if isinstance(value, Array):
         return value
@@ -195,7 +195,7 @@ def _check(
     points: Array,
     k: int,
     weights: Array | None,
-    init: Any,
+    init: str | Array,
     refine: str,
     n_init: int,
     max_iters: int,

@@ -119,7 +119,7 @@ def working_memory() -> int:
 
 def _solve_along_one_axis(
     method: Method, act: str | None, problems: Problems
-) -> tuple[Solution, Any]:
+) -> tuple[Solution, Array]:
     """Solves problems stacked along one axis; each device of a mesh solves those that it holds.
 
     Returns:

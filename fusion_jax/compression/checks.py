@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ class Checked:
         return None if self.calibrator is None else self.calibrator.description
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Mapping[str, object]:
         """The method as JSON values, or the methods by site where they differ."""
         found = {site.path: self.methods[site.path].to_json() for site in self.chosen}
         same = len(set(self.methods.values())) == 1

@@ -91,9 +91,9 @@ def compress(
     return _reported(job, smaller, rows)
 
 
-def _solved(job: Checked, progress: bool | None) -> tuple[Any, list[SiteReport]]:
+def _solved(job: Checked, progress: bool | None) -> tuple[nnx.Module, list[SiteReport]]:
     """Returns the smaller model, and the report of each site."""
-    smaller: Any = nnx.clone(job.model)
+    smaller = nnx.clone(job.model)
     rows = []
     count = len(job.chosen)
     with show_progress("Compressing", count, progress, first="compiling") as advance:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
@@ -22,8 +22,8 @@ class Solution(NamedTuple):
         facts: Scalars for the report, as a NamedTuple whose field names head the columns.
     """
 
-    parts: Any
-    facts: Any
+    parts: PyTree
+    facts: PyTree
 
 
 class ModelNeeds(NamedTuple):
@@ -54,7 +54,7 @@ class Method:
     accepts_compressed: ClassVar[bool] = False
     """Whether it accepts already compressed MLPs."""
 
-    def __new__(cls, *args: Any, **kwargs: Any):  # noqa: D102
+    def __new__(cls, *args: object, **kwargs: object):  # noqa: D102
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
@@ -143,7 +143,7 @@ class Method:
         """Returns the module that replaces an MLP, which is not changed."""
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the configuration as JSON values, with the name under ``"method"``."""
         return {"method": type(self).name or type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
@@ -14,7 +13,7 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import multiplied_out
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.submlps import SubMLPs
-from fusion_jax.nn.surgery import at, find_modules, path_name, replaced
+from fusion_jax.nn.surgery import ModuleT, at, find_modules, path_name, replaced
 from ntk.selection import Selection, select
 
 
@@ -84,7 +83,7 @@ def select_sites(found: Sequence[Site], layers: Selection) -> list[Site]:
 
 
 @on_auto_axes
-def plain(model: Any) -> Any:
+def plain(model: ModuleT) -> ModuleT:
     """Returns the same function with plain layers and MLPs, for inference.
 
     Matrices in other forms are multiplied out, and cluster sizes are folded into output weights.
