@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import NoReturn, TypedDict
 
 import numpy as np
 from flax import nnx
@@ -48,6 +47,14 @@ class BaseModel:
         return np.asarray(self._opened.value(found, variable))
 
 
+class MaskFields(TypedDict):
+    """What ``fusion.json`` says of masks, see `fusion_jax.save_masks`."""
+
+    base: BaseReference
+    shapes: dict[str, list[int]]
+    prints: dict[str, str]
+
+
 class MaskFiles(TensorFiles):
     """The tensors of a model that was saved as masks, each as `fusion_jax.save` would write it.
 
@@ -61,7 +68,7 @@ class MaskFiles(TensorFiles):
         InputError: The base is another model; different weights are noticed when they are read.
     """
 
-    def __init__(self, folder: Path, fields: Mapping[str, Any], base: BaseModel, base_name: str):
+    def __init__(self, folder: Path, fields: MaskFields, base: BaseModel, base_name: str):
         super().__init__(folder)
         self._masks = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         self._fingerprints: dict[str, str] = fields["prints"]

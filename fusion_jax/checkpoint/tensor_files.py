@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -33,7 +32,7 @@ class TensorFiles:
         self.folder = folder
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, safetensors.safe_open] = {}
         places = self._places()
         for file in sorted(set(places.values())) or [WEIGHTS]:
             try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -293,8 +293,8 @@ def _kmeans(
         if mesh is not None:
             # The loops read one row after another: cheaper on each device than across them.
             x = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-        lloyd: Any = gram_space.lloyd
-        distances_from: Any = gram_space.distances_from
+        lloyd: Callable[..., Refinement] = gram_space.lloyd
+        distances_from: Callable[..., Array] = gram_space.distances_from
     else:
         x, lloyd = unit, partial(point_space.lloyd, nearest=nearest)
         by_differences = point_space.differences_from

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key, PyTree
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.nn.mlp import AnyMlp, Mlp
+from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import SubMLPs
 
 
@@ -139,7 +139,7 @@ class Method:
     def verify(self, solution: Solution) -> None:
         """Raises an error if a solution misses a guarantee of the method; outside ``jit``."""
 
-    def build(self, mlp: Mlp, solution: Solution) -> AnyMlp:
+    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the module that replaces an MLP, which is not changed."""
         raise NotImplementedError
 

@@ -41,7 +41,7 @@ def sites(model: nnx.Module) -> list[Site]:
     """Returns the MLPs of a model, in the order of its layers.
 
     Args:
-        model: Any Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
+        model: A Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
 
     Returns:
         The sites; empty if there are none.

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key
 from fusion_jax.checkpoint import save
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Provenance
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_tokenizer,
@@ -29,8 +30,8 @@ from fusion_jax.training.tasks.pair_encoding import Pairs
 
 
 def finetune(
-    model: nnx.Module,
-    data: Task,
+    model: ModuleT,
+    data: Task[ModuleT],
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
@@ -79,9 +80,9 @@ def finetune(
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
         trained = {} if classes is None else classes._asdict()
-        student: Any = nnx.clone(model)
-        student.provenance = dataclasses.replace(provenance, new_head=False, **trained)
-        model = student
+        model = nnx.clone(model)
+        own = dataclasses.replace(provenance, new_head=False, **trained)
+        model.provenance = own  # type: ignore[attr-defined]
     _, dropout = jax.random.split(key)
     if folder is not None:
         about = {**recipe.about, **_facts(model, data)}
