@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -103,7 +102,7 @@ def finetune(
 
 def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     """Returns what the batches do not show of a run's data, as JSON values by name."""
-    dev: Any = getattr(data, "dev", None)
+    dev: object = getattr(data, "dev", None)
     if isinstance(dev, str | os.PathLike):
         dev = Path(dev)
     elif isinstance(dev, Mapping):
