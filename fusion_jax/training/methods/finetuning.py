@@ -37,7 +37,7 @@ def finetune(
     folder: str | os.PathLike[str] | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     progress: bool | None = None,
-) -> Fit:
+) -> Fit[ModuleT]:
     """Fine-tunes a model on a task; the model itself is not changed.
 
     Runs on the mesh that the caller has set, if any. With a folder, the run can be stopped at any
