@@ -54,7 +54,8 @@ def run(model, batch, **options):
 def tiny_model(family, head, folder):
     """A Hugging Face model with the weights of `tiny.weight`, and its tensors' shapes on disk."""
     cls = getattr(transformers, tiny.architecture(family, head))
-    config = dict(tiny.CONFIGS[family])
+    fields = tiny.config_of(family, head)
+    config = dict(fields)
     config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
     cls(config).save_pretrained(folder / "names")
     written = safetensors.numpy.load_file(folder / "names" / "model.safetensors")
@@ -62,7 +63,7 @@ def tiny_model(family, head, folder):
     if family == "t5-v1.1":  # untied, which transformers only loads and never makes
         shapes["lm_head.weight"] = shapes["shared.weight"]
     tensors = {name: tiny.weight(name, shape) for name, shape in shapes.items()}
-    return tiny.hugging_face(tiny.write_folder(folder / "model", tiny.CONFIGS[family], tensors),
+    return tiny.hugging_face(tiny.write_folder(folder / "model", fields, tensors),
                              family, head), shapes  # fmt: skip
 
 
@@ -104,6 +105,39 @@ def write(family, head):
     safetensors.numpy.save_file(tensors, tiny.golden_path(family, head), metadata=metadata)
 
 
+def logits_of(out):
+    """The logits of a head; of answers, those of their starts and of their ends."""
+    if "start_logits" in out:
+        return torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
+    return out.logits.numpy()
+
+
+def loss_of(model, head, batch):
+    """The loss of the first text."""
+    labels = torch.tensor(tiny.head_labels(head)).long()
+    first = {name: x[:1] for name, x in batch.items()}
+    if head == "question-answering":
+        given = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]}
+    else:
+        given = {"labels": labels}
+    with torch.no_grad():
+        return model(**inputs(first), **given).loss.numpy()
+
+
+def heads():
+    tensors, shapes = {}, {}
+    for family, head in tiny.HEAD_GOLDENS:
+        with tempfile.TemporaryDirectory() as folder:
+            model, shapes[f"{family} {head}"] = tiny_model(family, head, Path(folder))
+        batch = tiny.batch(family)
+        with torch.no_grad():
+            out = model(**inputs(batch))
+        tensors[f"{family} {head} logits"] = np.ascontiguousarray(logits_of(out))
+        tensors[f"{family} {head} loss"] = loss_of(model, head, batch)
+    path = tiny.GOLDENS / "heads.safetensors"
+    safetensors.numpy.save_file(tensors, path, metadata={"shapes": json.dumps(shapes)})
+
+
 def minilm():
     model = transformers.AutoModel.from_pretrained(find_model()).eval()
     ids = np.array(MINILM_IDS)
@@ -119,6 +153,8 @@ def main(names):
     for family, head in tiny.CASES:
         if not names or family in names:
             write(family, head)
+    if not names or "heads" in names:
+        heads()
     if not names or "minilm" in names:
         minilm()
 

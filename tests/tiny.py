@@ -128,12 +128,38 @@ CONFIGS = {
                   "shared_expert_intermediate_size": 20, "num_hidden_layers": 4,
                   "decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True,
                   "sliding_window": 3, "max_window_layers": 2},
+    "gemma": {**LLAMA, **rope("default"), "model_type": "gemma", "head_dim": 6,
+              "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma2": {**LLAMA, **rope("default"), "model_type": "gemma2", "head_dim": 4,
+               "sliding_window": 3, "tie_word_embeddings": True},
+    "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 6, "sliding_window": 3,
+               "rope_parameters": {
+                   "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+                   "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+               "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "granite": {**LLAMA, **rope("default"), "model_type": "granite", "embedding_multiplier": 12.0,
+                "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125,
+                "tie_word_embeddings": True},
+    "ministral": {**LLAMA, **rope("default"), "model_type": "ministral", "head_dim": 4,
+                  "sliding_window": 3,
+                  "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "olmo2": {**LLAMA, **rope("default"), "model_type": "olmo2"},
+    "phi3": {**LLAMA, **rope("default"), "model_type": "phi3", "pad_token_id": 0},
+    "seed_oss": {**LLAMA, **rope("default"), "model_type": "seed_oss", "head_dim": 6},
+    "smollm3": {**LLAMA, **rope("default"), "model_type": "smollm3", "no_rope_layers": [1, 0, 1],
+                "tie_word_embeddings": True, "pad_token_id": 0},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
                "router_jitter_noise": 0.1},
 }  # fmt: skip
+
+
+def decoder_config(fields):
+    """The configuration of a model with these fields in its config.json."""
+    return FAMILIES[fields["model_type"]].config(fields)
 
 
 def _cases(*heads):
@@ -143,6 +169,31 @@ def _cases(*heads):
         for head in heads
         if head in FAMILIES[config["model_type"]].architectures
     ]
+
+
+DECODERS = ("gpt2", "gpt2-exact", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe",
+            "qwen3-moe")  # fmt: skip
+HEADS = _cases("token-classification", "question-answering")
+HEADS += [(name, head) for name, head in _cases("classification") if name in DECODERS]
+# Of relatives, what the others do not show.
+HEAD_GOLDENS = [
+    (name, head)
+    for name, head in HEADS
+    if name in ("bert", "electra", "distilbert", "mpnet", "gpt2", "llama")
+    or (name, head) in (("roberta", "token-classification"), ("mistral", "question-answering"))
+]
+
+
+def config_of(family, head):
+    """The fields of a case's config.json: classes, and padding where a decoder needs to know it."""
+    config = CONFIGS[family]
+    if (family, head) not in HEADS:
+        return config
+    names = ("id2label", "label2id")
+    config = {name: value for name, value in config.items() if name not in names}
+    if head != "question-answering":
+        config |= {name: BERT[name] for name in names}
+    return {"pad_token_id": 0, **config}
 
 
 GENERATIVE = _cases("causal-lm", "seq2seq-lm")
@@ -156,9 +207,10 @@ ENCODERS = [
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
-WITHOUT_DROPOUT = ("llama", "mixtral")
+WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
-RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1")
+RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
+             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
 
 
 def architecture(family, head):
@@ -199,6 +251,30 @@ def batch(family):
         types = (np.arange(9)[None] >= 4) * np.ones((3, 1), int) * (config["type_vocab_size"] > 1)
         return {**result, "token_type_ids": types.astype(np.int32)}
     return result
+
+
+def head_goldens():
+    """The logits, the loss and the tensors' shapes of each of `HEAD_GOLDENS`."""
+    with safe_open(GOLDENS / "heads.safetensors", "np") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        return {
+            (family, head): Golden(
+                config_of(family, head),
+                shapes[f"{family} {head}"],
+                {name: file.get_tensor(f"{family} {head} {name}") for name in ("logits", "loss")},
+                None,
+            )
+            for family, head in HEAD_GOLDENS
+        }
+
+
+def head_labels(head):
+    """Labels for the loss of a head, of the first text of a batch, which has no padding."""
+    return {
+        "classification": np.array([2]),
+        "token-classification": np.array([[-100, 2, 0, -100, 1, 1, 0, 2, -100]]),
+        "question-answering": np.array([[3, 5]]),
+    }[head].astype(np.int32)
 
 
 class Golden(NamedTuple):

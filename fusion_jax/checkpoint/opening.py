@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.any_module import check_not_module
 from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
 from fusion_jax.checkpoint.mask_files import BaseModel, BaseReference, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Head, Provenance, class_names
+from fusion_jax.models.provenance import CLASS_HEADS, Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.tokens import load_tokenizer
 
@@ -44,11 +45,12 @@ def load(
     Args:
         name: A hub id such as ``"google-bert/bert-base-uncased"``, a folder with a Hugging Face
             checkpoint, or an artefact that `save` or `save_masks` wrote.
-        head: The head of the model: ``"classification"`` or ``"masked-lm"`` for encoders,
+        head: The head of the model: ``"classification"``, ``"token-classification"`` or
+            ``"question-answering"`` for encoders and decoders, ``"masked-lm"`` for encoders,
             ``"causal-lm"`` for decoders, ``"seq2seq-lm"`` for encoder-decoders. None for the model
             without a head or, for an artefact, for the head that it was saved with.
-        num_labels: The number of classes of the classification head. None for the number that the
-            files state.
+        num_labels: The number of classes of the classification or token-classification head. None
+            for the number that the files state.
         label_words: A word (or token id) for each class, in BERT and RoBERTa. The logit of a class
             is then that of its word in the masked-language-model head at the first position, so
             that the classification head needs no training. If the files have no such head, it is
@@ -87,7 +89,13 @@ def load(
         revision=revision,
         base=base,
     )
-    return replace(opened, new_head=new_head).read(key)
+    other = opened.other_head
+    if other is not None and key is None:
+        raise InputError(
+            f"{opened.tensors.folder} has a {other} head, not a {head} head; to make a new one: "
+            "key= in Python, --new-head on the command line"
+        )
+    return replace(opened, new_head=new_head or other is not None).read(key)
 
 
 def open_checkpoint(
@@ -114,6 +122,7 @@ def open_checkpoint(
     folder = files.find_folder(name, revision)
     if folder.resolve() in within:
         raise InputError(f"{folder} holds masks whose base is itself")
+    check_not_module(folder)
     text, fields = files.read_json(folder / files.CONFIG)
     fields = {**fields, **generation_fields(folder)}
     artefact = read_artefact(folder)
@@ -132,8 +141,8 @@ def open_checkpoint(
     family = FAMILIES[model_type]
     family.check_head(head)
     if num_labels is not None:
-        if head != "classification":
-            raise InputError("num_labels is for head='classification'")
+        if head not in CLASS_HEADS:
+            raise InputError("num_labels is for head='classification' or 'token-classification'")
         check_at_least(1, num_labels=num_labels)
         fields = {**fields, "num_labels": num_labels}
     named = label_words is None  # classes of other label words are not those of the files
@@ -157,7 +166,7 @@ def open_checkpoint(
             history=history,
             new_head=artefact.get("new_head", False),
         )
-    if named and head == "classification":
+    if named and head in CLASS_HEADS:
         provenance = _with_classes(provenance, fields, artefact, config.num_labels)
     if artefact is not None and "masks" in artefact:
         tensors = _open_masks(folder, artefact, base, within | {folder.resolve()})

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
-from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles
+from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles, aligned
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
-from fusion_jax.models.provenance import Head, Provenance
+from fusion_jax.models.provenance import CLASS_HEADS, Head, Provenance
 from fusion_jax.models.rules import KeyRules, TensorLocation
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at, path_name, replaced
@@ -35,6 +34,8 @@ _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": j
 
 _OTHER_HEADS = re.compile(r"(qa_outputs|score|classifier|v_head|value_head|reward_head)\..+")
 """The tensors of heads for tasks that this library does not have."""
+_HEAD_PARTS = ("head", "lm_head", "pooler")
+"""The parts of a model that depend on its head."""
 _LANGUAGE_HEADS = re.compile(r"(lm_head|cls)\..+")
 _log = logging.getLogger("fusion_jax")
 
@@ -48,10 +49,13 @@ class FoundTensors(NamedTuple):
     Args:
         names: One tensor, or one for each expert; empty if the files do not have the variable.
         location: How the tensors are laid out.
+        outputs: Where a layer joins several of the model: the first output of the variable, the one
+            after its last, and the number of them in the files' layer.
     """
 
     names: list[str]
     location: TensorLocation
+    outputs: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,21 @@ class Checkpoint:
     def _rules(self) -> KeyRules:
         return self.family.rules(self.config, self._head)
 
+    @property
+    def other_head(self) -> Head | None:
+        """The head in the files, if it is another one whose tensors have the same names."""
+        similar: dict[Any, Head]
+        if self.artefact is not None:
+            similar = {head: head for head in (*CLASS_HEADS, "question-answering")}
+            stated = [self.artefact.get("head")]
+        else:
+            names = self.family.architectures
+            similar = {names[head]: head for head in CLASS_HEADS if head in names}
+            given = json.loads(self.provenance.config).get("architectures")
+            stated = given[:1] if isinstance(given, list) else []
+        other = similar.get(stated[0]) if stated and isinstance(stated[0], str) else None
+        return other if self._head in similar.values() and other != self._head else None
+
     def find(self, path: str, shape: tuple[int, ...] = (1,)) -> FoundTensors:
         """Finds the tensors that make up a variable.
 
@@ -105,7 +124,19 @@ class Checkpoint:
         ordered = sorted(location.names, key=lambda name: name not in decisive)
         candidates = (location.tensors(name, shape) for name in ordered)
         names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
-        return FoundTensors(names, location)
+        outputs = self._outputs(path, location.joined) if location.joined else None
+        return FoundTensors(names, location, outputs)
+
+    def _outputs(self, path: str, joined: Sequence[str]) -> tuple[int, int, int]:
+        sizes = [self._shapes[other][-1] for other in joined]
+        at = joined.index(path)
+        return sum(sizes[:at]), sum(sizes[: at + 1]), sum(sizes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each variable of the model."""
+        state = nnx.to_flat_state(nnx.state(self.abstract))
+        return {path_name(path): variable.get_value().shape for path, variable in state}
 
     def untied(self) -> Checkpoint:
         """Returns the checkpoint with its tied tensors apart where the files have different ones.
@@ -125,7 +156,7 @@ class Checkpoint:
         names = [n for n in self.locate(path).names if n in self.tensors.shapes and n != twin]
         if twin not in self.tensors.shapes or not names or twin in self._rules.decisive:
             return False
-        return not np.array_equal(self.tensors.read(twin), self.tensors.read(names[0]))
+        return not self.tensors.equal(twin, names[0])
 
     def has(self, layer: str) -> bool:
         """Returns whether the files have a linear layer, plain or in another form."""
@@ -146,7 +177,7 @@ class Checkpoint:
         if self.artefact is not None:
             for site in sites(model):
                 with self._reading(f"site {site.path}"):
-                    module = _module(site.mlp, self.artefact["sites"][site.path])
+                    module = module_of(site.mlp, self.artefact["sites"][site.path])
                 model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
                 with self._reading(f"form {path}"):
@@ -226,16 +257,23 @@ class Checkpoint:
             )
         return model
 
+    def check_all(self) -> None:
+        """Raises `InputError` if the tensors do not fit the model, as `read` does."""
+        flat = dict(nnx.to_flat_state(nnx.state(self.abstract)))
+        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+        self._check(flat, found, None)
+
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
-        if not found.location.stacked:
-            return _laid_out(self.tensors.read(found.names[0]), found.location, want.dtype)
-        # Expert by expert, so that there is no second copy of all experts.
-        whole = np.empty(want.shape, want.dtype)
-        for i, name in enumerate(found.names):
-            whole[i] = _laid_out(self.tensors.read(name), found.location, want.dtype)
-        return jnp.asarray(whole)
+        whole = aligned(want.shape, want.dtype)
+        first = 0 if found.outputs is None else found.outputs[0]
+        transposed = found.location.transposed
+        for name, part in zip(
+            found.names, whole if found.location.stacked else [whole], strict=True
+        ):
+            self.tensors.read_into(name, part, transposed=transposed, first=first)
+        return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
 
     def _check(
         self,
@@ -259,9 +297,16 @@ class Checkpoint:
         extra = [n for n in shapes if n not in used]
         if self.artefact is None:
             extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
+        elif self.artefact.get("head") != self._head:
+            parts = {n: n.partition(".")[0] for n in extra}
+            extra = [n for n in extra if parts[n] not in _HEAD_PARTS]
+            if {"head", "lm_head"} & set(parts.values()):
+                head = self.artefact["head"]
+                _log.warning("%s: the head %s is left out", self.tensors.folder, head)
         wrong, absent, misfits = [], [], []
-        for path, (names, location) in found.items():
+        for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
+            want = want if outputs is None else (*want[:-1], outputs[-1])
             want = want[::-1] if location.transposed else want
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]
@@ -328,8 +373,8 @@ class Checkpoint:
         return make(key)
 
 
-def _module(original: Any, spec: Mapping[str, Any]) -> Any:
-    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
+def module_of(original: Any, spec: Mapping[str, Any]) -> Any:
+    """Returns the module, without weights, whose `Mlp.spec` is given, for the original module."""
     spec = dict(spec)
     name = spec.pop("module")
     if name != UnevenExperts.__name__:
@@ -337,11 +382,7 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
     groups = [dict(group) for group in spec["groups"]]
     members = [group.pop("members") for group in groups]
     parts = [
-        _module(jax.eval_shape(partial(take_experts, members=which), original), group)
+        module_of(jax.eval_shape(partial(take_experts, members=which), original), group)
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)
-
-
-def _laid_out(value: np.ndarray, location: TensorLocation, dtype: DTypeLike) -> Array:
-    return jnp.asarray(value.T if location.transposed else value).astype(dtype)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.any_module import write_module
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.provenance import CLASS_HEADS, Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
 from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
@@ -26,15 +26,20 @@ _ALIGNMENT = 16
 """The width of an exported expert is a multiple of this many bytes."""
 
 
-def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None = None) -> Path:
+def save(
+    model: nnx.Module, folder: str | os.PathLike[str], *, report: Report | None = None
+) -> Path:
     """Saves a model as an artefact: `load` returns the same model, bit by bit.
+
+    A model that did not come from `load` is saved too, and read by `load_into`: the artefact then
+    has no ``config.json`` and no tokenizer, and the caller builds the model.
 
     An artefact is a folder with the weights (``model.safetensors``), the original ``config.json``,
     a description of every compressed MLP (``fusion.json``), and the tokenizer's files. It holds no
     pickle.
 
     Args:
-        model: A model from `load`, compressed or not.
+        model: A model from `load`, or any other NNX module, compressed or not.
         folder: The folder to write; it must not exist or be empty. Writing is atomic.
         report: The report of the compression, written as ``report.json``.
 
@@ -42,7 +47,7 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         The folder.
 
     Raises:
-        InputError: The folder is not empty, or the model did not come from `load`.
+        InputError: The folder is not empty, or the model holds something that cannot be saved.
         OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
@@ -50,6 +55,10 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         >>> save(smaller, "minilm-fused", report=report)  # doctest: +SKIP
         >>> smaller = load("minilm-fused")  # doctest: +SKIP
     """
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")
+    if not isinstance(model, Model) or not isinstance(model.provenance, Provenance):
+        return write_module(model, folder, report)
     tensors = (
         (path_name(path), np.asarray(variable.get_value()))
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -66,13 +75,27 @@ def write_artefact(
     report: Report | None = None,
 ) -> Path:
     """Writes an artefact of tensors, with further ``fields`` in ``fusion.json``; see `save`."""
+    provenance_of(model)
+    with files.new_folder(folder) as new:
+        files.write_tensors(new, tensors)
+        write_description(new, model, fields, report=report)
+    return Path(folder)
+
+
+def write_description(
+    new: Path,
+    model: Model,
+    fields: Mapping[str, object] | None = None,
+    *,
+    report: Report | None = None,
+) -> None:
+    """Writes all of an artefact but its tensors into a folder; the model may be abstract."""
     provenance = provenance_of(model)
-    config = model.config
     num_labels, label_ids = labels_of(model)
     fields = {
         "format": files.FORMAT,
         "base": provenance.name,
-        "model_type": config.model_type,
+        "model_type": model.config.model_type,
         "head": provenance.head,
         "num_labels": num_labels,
         "label_ids": label_ids,
@@ -84,20 +107,14 @@ def write_artefact(
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "forms": {path: form.spec() for path, form in find_forms(model).items()},
         "history": [json.loads(step) for step in provenance.history],
-        "versions": {
-            name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")
-        },
+        "versions": files.versions(),
         **(fields or {}),
     }
-    with files.new_folder(folder) as new:
-        files.write_tensors(new, tensors)
-        (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
-        _write_json(new / files.FUSION, fields)
-        if report is not None:
-            _write_json(new / "report.json", report.to_json())
-        sentences = provenance.head is None
-        files.copy_companions(Path(provenance.folder), new, sentences=sentences)
-    return Path(folder)
+    (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
+    files.write_json(new / files.FUSION, fields)
+    if report is not None:
+        files.write_json(new / "report.json", report.to_json())
+    files.copy_companions(Path(provenance.folder), new, sentences=provenance.head is None)
 
 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
@@ -158,14 +175,16 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     fields["architectures"] = [family.architectures[head]]
     if provenance.untied:
         fields["tie_word_embeddings"] = config.tie_word_embeddings
-    if provenance.head == "classification":
+    if provenance.head in CLASS_HEADS:
         fields |= _class_fields(provenance, config.num_labels)
+    if provenance.head == "question-answering":
+        fields |= _class_fields(provenance, 2)  # the start and the end of the answer
     for stale in ("torch_dtype", "quantization_config"):  # of the weights before
         fields.pop(stale, None)
     fields["dtype"] = dtype_name(plain)
     with files.new_folder(folder) as new:
         files.write_tensors(new, _exported(plain, family.rules(config, head)))
-        _write_json(new / files.CONFIG, fields)
+        files.write_json(new / files.CONFIG, fields)
         files.copy_companions(Path(provenance.folder), new, sentences=head is None)
     return Path(folder)
 
@@ -183,19 +202,24 @@ def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a model under their Hugging Face names, one after the other."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        location = rules.locate(path_name(path))
-        value = np.asarray(variable.get_value())
+    params = {path_name(p): v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for path in params:
+        location = rules.locate(path)
+        joined = location.joined or (path,)
+        if path != joined[0]:
+            continue  # written with the first one
+        arrays = [np.asarray(params[other].get_value()) for other in joined]
+        value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
-        yield from ((copy, value) for copy in rules.copies.get(path_name(path), ()))
+        yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
             yield name, part.T if location.transposed else part
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:
-    """Returns the number of classes and the label words of a classification head, or None."""
-    if provenance_of(model).head != "classification":
+    """Returns the number of classes and the label words of a head with classes, or None."""
+    if provenance_of(model).head not in CLASS_HEADS:
         return None, None
     ids = getattr(model.config, "label_ids", None)
     return model.config.num_labels, None if ids is None else list(ids)
@@ -211,11 +235,7 @@ def provenance_of(model: nnx.Module) -> Provenance:
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
-            "only models that came from fusion_jax.load can be saved or exported; for another "
-            "module, orbax.checkpoint can save nnx.state(module)"
+            "only models that came from fusion_jax.load have what this needs; fusion_jax.save "
+            "saves any module, and fusion_jax.load_into reads it"
         )
     return provenance
-
-
-def _write_json(path: Path, fields: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from fusion_jax.checkpoint.files import check_new_folder
 from fusion_jax.cli.options import DataOptions, Devices, File, Flat, Hidden, ModelName, Settings
 from fusion_jax.cli.run_folders import RESUME, history_table, resumable, run_recorder
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import CLASS_HEADS
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.finetuning import finetune as finetune_model
@@ -123,7 +124,7 @@ def tune(
     big = checkpoint.load(
         teacher,
         head=small.provenance.head,  # type: ignore[arg-type]
-        num_labels=small.config.num_labels if small.provenance.head == "classification" else None,
+        num_labels=small.config.num_labels if small.provenance.head in CLASS_HEADS else None,
         key=key,
     )
     with devices.used():

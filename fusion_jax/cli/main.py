@@ -21,6 +21,7 @@ from fusion_jax.cli import (
     evaluating,
     finetuning,
     generating,
+    listing,
     static_pruning,
     verifying,
 )
@@ -36,6 +37,7 @@ COMMANDS = {
     **static_pruning.COMMANDS,
     **evaluating.COMMANDS,
     **generating.COMMANDS,
+    **listing.COMMANDS,
     **verifying.COMMANDS,
 }
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Head as Head
-from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.provenance import Provenance, class_names
 from fusion_jax.models.rules import KeyRules
 
 
@@ -104,7 +104,8 @@ class EncoderOutput(NamedTuple):
         hidden_states: (b, t, d) after the embeddings and after each layer, if asked for.
         pooler_output: (b, d), if the model has a pooler.
         logits: The output of the head, if there is one: (b, classes), or (b, t, vocabulary) for
-            a masked-language-model head.
+            a masked-language-model head, or (b, t, classes) for a token-classification head. The
+            two classes of a question-answering head are the start and the end of the answer.
     """
 
     last_hidden_state: Float[Array, "b t d"]
@@ -119,7 +120,8 @@ class DecoderOutput(NamedTuple):
     Args:
         last_hidden_state: (b, t, d) hidden states after the last layer, normalized.
         hidden_states: (b, t, d) the input of each layer and ``last_hidden_state``, if asked for.
-        logits: (b, t, vocabulary), if the model has a head.
+        logits: The output of the head, if there is one: (b, t, vocabulary) for a language model,
+            otherwise as in `EncoderOutput`.
         router_logits: (b, t, e) of each layer with experts.
         cache: The cache for the tokens that follow, if the call was given a cache.
         encoder: The output of the encoder, if there is one.
@@ -127,7 +129,7 @@ class DecoderOutput(NamedTuple):
 
     last_hidden_state: Float[Array, "b t d"]
     hidden_states: tuple[Float[Array, "b t d"], ...] | None
-    logits: Float[Array, "b t vocab"] | None = None
+    logits: Float[Array, "b *t classes"] | None = None
     router_logits: tuple[Float[Array, "b t e"], ...] = ()
     cache: Any = None
     encoder: Any = None
@@ -142,13 +144,17 @@ MOST_LAYERS = 10_000
 def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
-    Values in ``given`` take precedence. Numbers whose default is positive must be positive.
+    Values in ``given`` take precedence. Numbers whose default is positive must be positive. The
+    field ``num_labels`` may be given by the names of the classes, ``id2label``.
 
     Raises:
         InputError: A field has a wrong type or is out of its range.
     """
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    read = {name: x for name, x in config.items() if name in known and x is not None}
+    if "num_labels" in known and config.get("id2label") is not None:
+        class_names(config)  # raises if it is not a JSON object
+        config = {"num_labels": len(config["id2label"]), **config}
+    read = {n: x for n, x in config.items() if n in known and n not in given and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     hints = _hints(cls)

@@ -1,4 +1,4 @@
-"""Encoders with classification and masked-language-model heads: BERT, RoBERTa, and their blocks.
+"""Encoders with their heads: BERT, RoBERTa, and their blocks.
 
 ELECTRA, DistilBERT and MPNet are the same blocks, see their files.
 """
@@ -33,7 +33,6 @@ from fusion_jax.models.layers import (
     split_key,
     token_mask,
 )
-from fusion_jax.models.provenance import class_names
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules, Leaf
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.mlp import Mlp
@@ -57,6 +56,10 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
+    sequence_dropout: float | None = None
+    """The dropout of the classification head, in DistilBERT; None for ``classifier_dropout``."""
+    answer_dropout: float = 0.0
+    """The dropout of the question-answering head, which only DistilBERT has."""
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
@@ -91,9 +94,6 @@ class BertConfig:
             raise InputError("only absolute position embeddings are implemented")
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise InputError("only encoders are implemented, not is_decoder or add_cross_attention")
-        if config.get("id2label") is not None:
-            class_names(config)  # raises if it is not a JSON object
-            config = {"num_labels": len(config["id2label"]), **config}
         if config.get("label_ids"):
             config = {**config, "num_labels": len(config["label_ids"])}
         result = config_from_fields(cls, config, **own)
@@ -108,6 +108,12 @@ class BertConfig:
                 f"num_attention_heads {result.num_attention_heads}"
             )
         return result
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout of a head on single positions."""
+        rate = self.classifier_dropout
+        return self.hidden_dropout_prob if rate is None else rate
 
     @classmethod
     def roberta(cls, **fields: Any) -> BertConfig:
@@ -236,8 +242,8 @@ class ClassificationHead(nnx.Module):
         self.act = config.head_act
         self.dense = make.linear(d, d) if self.act else None
         self.out = make.linear(d, config.num_labels)
-        rate = config.classifier_dropout
-        self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
+        rate = config.sequence_dropout
+        self.dropout = Dropout(config.head_dropout if rate is None else rate)
 
     def __call__(
         self, pooled: Float[Array, "b d"], key: Key[Array, ""] | None
@@ -248,6 +254,20 @@ class ClassificationHead(nnx.Module):
         if self.dense is not None:
             x = self.dropout(activation(self.act)(self.dense(x)), keys[1])
         return self.out(x)
+
+
+class TokenHead(nnx.Module):
+    """Logits at each position: of classes, or of the start and the end of an answer."""
+
+    def __init__(self, config: BertConfig, make: _LayerFactory, *, answers: bool):
+        self.out = make.linear(config.hidden_size, 2 if answers else config.num_labels)
+        self.dropout = Dropout(config.answer_dropout if answers else config.head_dropout)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None
+    ) -> Float[Array, "b t classes"]:
+        """Returns the logits of hidden states."""
+        return self.out(self.dropout(x, key))
 
 
 class MaskedLmHead(nnx.Module):
@@ -340,14 +360,14 @@ class Bert(Model):
         buckets = config.relative_buckets
         self.relative = make.embed(buckets, config.num_attention_heads) if buckets else None
         words = head == "classification" and config.label_ids is not None
-        if words or head == "masked-lm" or not config.pooled:
-            pooler = False
-        elif head == "classification":
-            pooler = not config.head_act
+        if head is not None or not config.pooled:
+            pooler = head == "classification" and config.pooled and not (words or config.head_act)
         self.pooler = make.linear(config.hidden_size, config.hidden_size) if pooler else None
         by_words = LabelWordHead if config.label_transform else BareLabelWordHead
         heads: dict[Head, Any] = {
             "classification": by_words if words else ClassificationHead,
+            "token-classification": partial(TokenHead, answers=False),
+            "question-answering": partial(TokenHead, answers=True),
             "masked-lm": MaskedLmHead,
         }
         self.head = None if head is None else heads[head](config, make)
@@ -399,6 +419,8 @@ class Bert(Model):
         logits = None
         if isinstance(self.head, ClassificationHead):
             logits = self.head(x[:, 0] if pooled is None else pooled, head_key)
+        elif isinstance(self.head, TokenHead):
+            logits = self.head(x, head_key)
         elif self.head is not None:
             logits = self.head(x, self.embeddings.word)
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
@@ -473,6 +495,8 @@ def encoder_rules(
             copies = {"head.bias": (f"{decoder}.bias",)}
     own: dict[Head | None, Sequence[KeyRule]] = {
         "classification": classification,
+        "token-classification": (head_rule("head.out", "classifier", LINEAR),),
+        "question-answering": (head_rule("head.out", "qa_outputs", LINEAR),),
         "masked-lm": (*masked_lm, head_rule("head.decoder", decoder, EMBED)),
     }
     return KeyRules(
@@ -547,6 +571,8 @@ def encoder_family(
         architectures={
             None: f"{name}Model",
             "classification": f"{name}ForSequenceClassification",
+            "token-classification": f"{name}ForTokenClassification",
+            "question-answering": f"{name}ForQuestionAnswering",
             "masked-lm": f"{name}ForMaskedLM",
         },
         width_field=width_field,

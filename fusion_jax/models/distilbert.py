@@ -25,7 +25,8 @@ _NAMES = {
     "activation": "hidden_act",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
-    "seq_classif_dropout": "classifier_dropout",
+    "seq_classif_dropout": "sequence_dropout",
+    "qa_dropout": "answer_dropout",
 }
 _LAYER = "transformer.layer.{l}"
 _LAYERS = (
@@ -43,9 +44,15 @@ _LAYERS = (
 
 def _config(config: Mapping[str, Any]) -> BertConfig:
     fields = {_NAMES.get(name, name): value for name, value in config.items()}
-    fields = {"num_hidden_layers": 6, "classifier_dropout": 0.2, **fields}
-    own = {"type_vocab_size": 0, "pooled": False, "head_act": "relu", "layer_norm_eps": 1e-12}
-    return BertConfig.from_json(fields, **own)
+    defaults = {"num_hidden_layers": 6, "sequence_dropout": 0.2, "answer_dropout": 0.1}
+    own = {
+        "type_vocab_size": 0,
+        "pooled": False,
+        "head_act": "relu",
+        "layer_norm_eps": 1e-12,
+        "classifier_dropout": None,
+    }
+    return BertConfig.from_json({**defaults, **fields}, **own)
 
 
 def _rules(config: BertConfig, head: Head | None) -> KeyRules:

@@ -1,4 +1,4 @@
-"""GPT-2, with its language-model head."""
+"""GPT-2, with its heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
-from fusion_jax.models.causal import CausalLm
+from fusion_jax.models.causal import CausalLm, HeadConfig, decoder_architectures, with_head
 from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import Mlp
@@ -21,7 +21,7 @@ from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpt2Config:
+class Gpt2Config(HeadConfig):
     """The fields of a GPT-2 ``config.json`` that the model uses, with GPT-2's defaults."""
 
     model_type: str = "gpt2"
@@ -135,12 +135,13 @@ class Gpt2(CausalLm):
             layers=[Layer(config, i, param_dtype, rngs) for i in range(config.n_layer)],
             norm=LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, **common),
             lm_head=linear(config.n_embd, config.vocab_size)
-            if head and not config.tie_word_embeddings
+            if head == "causal-lm" and not config.tie_word_embeddings
             else None,
             head=head,
             kv_heads=config.n_head,
             head_dim=config.n_embd // config.n_head,
             sliding_windows=(None,) * config.n_layer,
+            rngs=rngs,
         )
         self.max_length = config.n_positions
         self.position = embed(config.n_positions)
@@ -171,9 +172,10 @@ _IGNORED = (r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weig
 
 def _rules(config: Gpt2Config, head: Head | None) -> KeyRules:
     twins = tied_head(config, "lm_head.weight", "word.embedding")
-    return KeyRules(
+    rules = KeyRules(
         _RULES, "transformer.", write_prefix=head is not None, ignored=_IGNORED, twins=twins
     )
+    return with_head(rules, head, tokens="classifier")
 
 
 FAMILIES = {
@@ -181,7 +183,7 @@ FAMILIES = {
         config=Gpt2Config.from_json,
         model=Gpt2,
         rules=_rules,
-        architectures={None: "GPT2Model", "causal-lm": "GPT2LMHeadModel"},
+        architectures=decoder_architectures("GPT2", causal_lm="LMHeadModel"),
         width_field="n_inner",
     )
 }

@@ -10,8 +10,17 @@ from typing import Any, Literal
 
 from fusion_jax.errors import InputError
 
-Head = Literal["classification", "masked-lm", "causal-lm", "seq2seq-lm"]
+Head = Literal[
+    "classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "causal-lm",
+    "seq2seq-lm",
+]
 """The heads that a model can have."""
+CLASS_HEADS: tuple[Head, ...] = ("classification", "token-classification")
+"""The heads with one logit for each class."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,8 @@ class Provenance:
         history: What was done to the model, such as compressing it: JSON texts, oldest first.
         base: The base model of a mask artefact, if it was loaded with ``base=``; None for the base
             that the artefact refers to.
-        labels: The names of the classes of a classification head, in the order of its logits. None
-            if they are not known, and for a head that predicts a number.
+        labels: The names of the classes of a classification or token-classification head, in the
+            order of its logits. None if they are not known, and for a head that predicts a number.
         problem_type: The purpose of a classification head, as ``config.json`` calls it:
             ``"single_label_classification"``, ``"multi_label_classification"`` or
             ``"regression"``. None if that is not known.

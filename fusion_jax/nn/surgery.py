@@ -39,8 +39,15 @@ def find_modules(model: nnx.Module, *kinds: type[ModuleT]) -> dict[str, ModuleT]
 def at(model: Any, path: str) -> Any:
     """Returns the module at a path, such as ``"layers.3.mlp"``; the model for an empty path."""
     for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
+        model = own(model, name)
     return model
+
+
+def own(module: Any, name: str) -> Any:
+    """Returns what a module holds under a name, even if a property of its class has the name."""
+    if name in vars(module):
+        return vars(module)[name]
+    return module[int(name)] if name.isdigit() else getattr(module, name)
 
 
 def replaced(model: ModuleT, path: str, new: nnx.Module) -> ModuleT:

@@ -20,6 +20,7 @@ from fusion_jax.checkpoint.files import read_json
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
+from fusion_jax.models.provenance import CLASS_HEADS
 from fusion_jax.models.tokens import (
     TokenBatch,
     check_tokens,
@@ -236,7 +237,7 @@ def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
         InputError: The original cannot be loaded, or is another model.
     """
     head = smaller.provenance.head
-    labels = smaller.config.num_labels if head == "classification" else None
+    labels = smaller.config.num_labels if head in CLASS_HEADS else None
     original = load(name, head=head, num_labels=labels, dtype=jnp.float32, key=key)
     if head is not None:
         # A head that was new when the model was compressed exists in the compressed model only.

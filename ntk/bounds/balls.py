@@ -24,7 +24,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from ntk.activations import FUNCTIONS, canonical, curvature, slope, slope_zero
+from ntk.activations import FUNCTIONS, Activation, canonical, curvature, slope, slope_zero
 from ntk.arrays import row_norms
 from ntk.units import MlpWeights, linear_values
 
@@ -172,9 +172,9 @@ def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Bal
     return s.times(up).scaled(outer), (a.times(up).scaled(outer * inner), s.scaled(outer))
 
 
-def _activation(name: str, z: Ball) -> tuple[Ball, Ball]:
+def _activation(act: Activation, z: Ball) -> tuple[Ball, Ball]:
     """Returns an activation and its slope at uncertain points."""
-    name = canonical(name)
+    name = canonical(act)
     s, a = jax.jvp(FUNCTIONS[name], (z.value,), (jnp.ones_like(z.value),))
     near = _near(z.value, z.error)
     never = jnp.zeros_like(near)

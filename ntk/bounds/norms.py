@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
+from ntk.activations import Activation
 from ntk.arrays import host_float64, host_norms
 from ntk.bounds.pairs import Pair, check_pair
 from ntk.kinds import KernelKind
@@ -108,7 +109,7 @@ class WeightNorms(NamedTuple):
         mismatch: For each kind of kernel, the largest |1 - omega_c / n_c| of each term.
     """
 
-    act: str
+    act: Activation
     inputs: int
     width: int
     outputs: int

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from ntk.activations import canonical
 from ntk.arrays import require_finite
 from ntk.errors import InputError
 from ntk.mlp import prepare
@@ -67,9 +68,10 @@ def check_pair(pair: Pair) -> Pair:
     kernels, as s(0) = 0.
 
     Raises:
-        InputError: The parts do not fit together.
+        InputError: The parts do not fit together, or the activation is a function without a name.
     """
     a, b, labels = pair.original.check(), pair.fused.check(), pair.labels
+    canonical(a.act)
     if any(factor is not None for factor in (a.outer, a.inner, a.middle)):
         raise InputError("the original has factors: it is a fused MLP itself")
     for name, x, y in (

@@ -85,6 +85,29 @@ def regression(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Tota
     return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
 
 
+def token_classification(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Returns the cross-entropy of the logits (b, t, classes), for integer labels (b, t).
+
+    Labels are -100 where a token does not count.
+    """
+    labels = jnp.asarray(batch["labels"])
+    logits = wide(run(model, batch, key).logits)
+    return _of_tokens(logits, jnp.maximum(labels, 0), labels != -100, batch)
+
+
+def question_answering(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
+    """Returns the cross-entropy of where answers start and end, the mean of both.
+
+    ``labels`` (b, 2) are the positions of the first and the last token. Padding is no place for an
+    answer, so that the loss does not depend on the padded length; in transformers it does.
+    """
+    logits = wide(run(model, batch, key).logits).swapaxes(1, 2)
+    real = jnp.asarray(batch["attention_mask"]).astype(bool)[:, None]
+    logits = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["labels"]))
+    return _weighted(losses.mean(axis=1), batch)
+
+
 def next_token(
     model: Model,
     batch: Batch,
