@@ -358,7 +358,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, object]) -> None:
     """Writes an object as a JSON file."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
