@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jaxtyping import PyTree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,13 +100,13 @@ def _moved(x: jax.Array, meshes: dict[Mesh, Mesh]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, place, parts)
 
 
-def _arrays(tree: Any) -> Iterator[jax.Array]:
+def _arrays(tree: PyTree) -> Iterator[jax.Array]:
     found: list[jax.Array] = []
     _mapped(lambda x: found.append(x) or x, tree)
     yield from found
 
 
-def _mapped(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+def _mapped(change: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
     """Returns a tree with its arrays changed; a tree without arrays is returned itself.
 
     Lists stay as they are: they may hold a million texts.

@@ -99,7 +99,7 @@ class SiteReport:
     width_after: int | None
     params_before: int
     params_after: int
-    facts: dict[str, Any]
+    facts: dict[str, bool | int | float]
     seconds: float
     use: list[float] | None = None
     widths: list[int] | None = None
@@ -110,7 +110,7 @@ class SiteReport:
         site: str,
         old: AnyMlp,
         new: AnyMlp,
-        facts: dict[str, Any],
+        facts: dict[str, bool | int | float],
         seconds: float,
         use: Sequence[float] | None = None,
     ) -> SiteReport:
@@ -141,14 +141,14 @@ class Report:
         after: The size of the whole model after.
     """
 
-    method: dict[str, Any]
+    method: Mapping[str, object]
     calibration: str | None = None
     new_head: bool = False
     rows: tuple[SiteReport, ...]
     before: Size
     after: Size
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the report as JSON values."""
         return {
             "method": self.method,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import jax
@@ -238,7 +238,7 @@ def _canonical(axes: tuple[int, ...], ndim: int) -> list[int]:
 
 def _engines(
     engine: EngineName, implementation: Implementation | None, task: KernelTask
-) -> list[Engine[Any, Any]]:
+) -> list[Engine]:
     """Returns the engines to try, the cheapest first."""
     # The engines named below contract in the parameters' own dtype.
     narrow = [str(leaf.dtype) for leaf in task.leaves if leaf.dtype.itemsize < 4]
@@ -263,12 +263,12 @@ def _engines(
 
 
 def _first_that_fits(
-    engines: Sequence[Engine[Any, Any]],
+    engines: Sequence[Engine],
     values: Values,
     inputs: tuple[Examples, Examples],
     max_block: int,
     limit: int | None,
-) -> tuple[Engine[Any, Any], BlockPlan]:
+) -> tuple[Engine, BlockPlan]:
     """Returns the first engine that has a plan within the limit, and the plan."""
     if limit is None:
         plan = engines[0].plan(max_block, DEFAULT_MEMORY / 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, PyTree
 
 from fusion_jax.adoption.layers import Layer, MlpSpec, layers_of, usual_specs
 from fusion_jax.adoption.observing import (
@@ -42,7 +43,7 @@ _HELP = (
 
 
 def adopt(
-    model: ModelT, specs: Mapping[Any, MlpSpec] | None = None, *, batch: Any = None
+    model: ModelT, specs: Mapping[Any, MlpSpec] | None = None, *, batch: PyTree = None
 ) -> ModelT:
     """Returns a model whose MLPs this library can compress, whoever wrote the model.
 
@@ -95,10 +96,10 @@ def adopt(
         )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
         raise InputError("the model has no arrays yet, which adopt needs to run its modules")
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     groups = _usual(new) if specs is None else _given(new, specs)
     run = None if batch is None else _run_whole(new, groups, batch)
-    known: dict[Any, tuple[MlpSpec, Observed]] = {}
+    known: dict[Hashable, tuple[MlpSpec, Observed]] = {}
     found: dict[str, tuple[MlpSpec, Observed]] = {}
     for path, candidates in groups.items():
         key = path if run is not None else _kind(candidates)
@@ -138,7 +139,7 @@ def release(model: ModelT) -> ModelT:
         >>> release(smaller).layers[2].kernel.shape
         (8, 4)
     """
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     found = adopted_modules(new)
     if not found:
         raise InputError(f"{type(model).__name__} has no module that fusion_jax.adopt adopted")
@@ -300,7 +301,7 @@ def _candidate(path: str, module: nnx.Module, spec: MlpSpec) -> Candidate:
     return Candidate(path, module, spec, layers)
 
 
-def _kind(candidates: list[Candidate]) -> Any:
+def _kind(candidates: list[Candidate]) -> ByValue:
     """Returns what is the same for modules of the same code and shapes."""
     module = candidates[0].module
     graph, state = nnx.split(module)
@@ -308,7 +309,7 @@ def _kind(candidates: list[Candidate]) -> Any:
     return ByValue((type(module), graph, shapes, [each.spec for each in candidates]))
 
 
-def _leaves(state: Any) -> list[tuple[Any, Any]]:
+def _leaves(state: PyTree) -> list[tuple[Hashable, Array]]:
     return [(path, v.get_value()) for path, v in nnx.to_flat_state(state)]
 
 
@@ -325,7 +326,7 @@ def _first_that_fits(candidates: list[Candidate], run: Run | None) -> tuple[MlpS
     raise InputError(f"{candidates[0].path or 'the model'}: {errors[0]}") from None
 
 
-def _run_whole(model: nnx.Module, groups: Mapping[str, list[Candidate]], batch: Any) -> Run:
+def _run_whole(model: nnx.Module, groups: Mapping[str, list[Candidate]], batch: PyTree) -> Run:
     """Returns a run of the whole model, which watches the layers of all candidates."""
     layers = [x for group in groups.values() for each in group for x in each.layers.values()]
     try:
@@ -340,7 +341,7 @@ def _run_whole(model: nnx.Module, groups: Mapping[str, list[Candidate]], batch: 
         ) from error
 
 
-def _called(model: Any, batch: Any) -> Any:
+def _called(model: Callable[..., PyTree], batch: PyTree) -> PyTree:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
@@ -348,7 +349,7 @@ def _called(model: Any, batch: Any) -> Any:
 
 def _verified_alone(candidate: Candidate) -> Observed:
     """Returns what a module does that is run alone, one layer of a stack."""
-    module: Any = nnx.clone(candidate.module)
+    module = nnx.clone(candidate.module)
     if candidate.layers["up"].stack:
         graph, state = nnx.split(module)
         module = nnx.merge(graph, jax.tree.map(lambda x: x[0] if x.ndim else x, state))
@@ -420,7 +421,7 @@ def _close(x: Any, y: Any) -> bool:
     return bool(np.abs(x - y).max(initial=0) <= share * np.abs(x).max(initial=0))
 
 
-def _take_over(module: Any, spec: MlpSpec, observed: Observed) -> None:
+def _take_over(module: nnx.Module, spec: MlpSpec, observed: Observed) -> None:
     """Makes a module an adopted one, in place."""
     layers = layers_of(module, spec)
     assert layers is not None
@@ -439,7 +440,7 @@ def _take_over(module: Any, spec: MlpSpec, observed: Observed) -> None:
     put_in(holder, observed.parts, mlp)
 
 
-def _linears(holder: Any, layer: Layer, part: Part) -> list[nnx.Linear]:
+def _linears(holder: nnx.Module, layer: Layer, part: Part) -> list[nnx.Linear]:
     """Returns a foreign layer as one of ours, or as two if it has the gate and up side by side."""
     if layer.plain:
         linear = own(holder, layer.name)

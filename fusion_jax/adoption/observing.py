@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from fusion_jax.adoption.layers import Layer, MlpSpec
 from fusion_jax.errors import InputError
@@ -128,7 +129,9 @@ class Run:
         call: Calls it, and returns its outputs as a list of arrays.
     """
 
-    def __init__(self, module: nnx.Module, layers: Sequence[Layer], call: Callable[[Any], Any]):
+    def __init__(
+        self, module: nnx.Module, layers: Sequence[Layer], call: Callable[[PyTree], list[Array]]
+    ):
         self.call = call
         paths = {id(v): path for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
         evaluated = nnx.clone(module)
@@ -158,7 +161,7 @@ class Run:
         new = scale * jax.random.normal(key, value.shape, jnp.float32)
         self._flat[path] = variable.replace(new.astype(value.dtype))
 
-    def made(self, weights: Mapping[str, Array] | None = None) -> Any:
+    def made(self, weights: Mapping[str, Array] | None = None) -> PyTree:
         """Returns the module, with given matrices in place of the random ones, by their names."""
         flat = dict(self._flat)
         for name, value in (weights or {}).items():
@@ -180,7 +183,9 @@ def _name(layer: Layer) -> str:
     return str(id(layer.kernel))
 
 
-def call_alone(module: nnx.Module, inputs: Sequence[int], dtype: Any) -> Callable[[Any], Any]:
+def call_alone(
+    module: nnx.Module, inputs: Sequence[int], dtype: DTypeLike
+) -> Callable[[PyTree], list[Array]]:
     """Returns how to call a module with random vectors of one of these lengths.
 
     Raises:
@@ -206,7 +211,7 @@ def call_alone(module: nnx.Module, inputs: Sequence[int], dtype: Any) -> Callabl
     )
 
 
-def outputs(result: Any) -> list[Any]:
+def outputs(result: PyTree) -> list[Array]:
     """Returns the arrays of a result."""
     return [x for x in jax.tree.leaves(result) if hasattr(x, "dtype")]
 

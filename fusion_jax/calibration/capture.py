@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.moe import Moe
@@ -66,11 +66,13 @@ class _RouterTap(Moe):
         return y, logits
 
 
-def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
+def mlp_inputs(
+    model: nnx.Module, *args: PyTree, **kwargs: PyTree
+) -> dict[str, Float[Array, "*n d"]]:
     """Runs a model and returns the input of each MLP, except for the experts of a `Moe`.
 
     Args:
-        model: Any NNX module that holds its MLPs as `Mlp` or `GatedMlp`; not changed.
+        model: An NNX module that holds its MLPs as `Mlp` or `GatedMlp`; not changed.
         *args: The arguments of the call.
         **kwargs: The keyword arguments of the call.
 
@@ -89,14 +91,14 @@ def mlp_inputs(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, Float[
 
 
 def routed_inputs(
-    model: nnx.Module, *args: Any, **kwargs: Any
+    model: nnx.Module, *args: PyTree, **kwargs: PyTree
 ) -> dict[str, Float[Array, "*n d"] | Routed]:
     """Runs a model and returns the input of each MLP, and inputs and routes of each `Moe`.
 
     Returns:
         By site path the inputs, and `Routed` for the experts of a `Moe`.
     """
-    tapped: Any = nnx.clone(model)
+    tapped = nnx.clone(model)
     tapped.eval()
     adopted: dict[str, Any] = {}
     if adopted_modules(tapped):
@@ -107,13 +109,13 @@ def routed_inputs(
 
 
 def routed_call(
-    model: nnx.Module, *args: Any, skipped: Collection[str] = (), **kwargs: Any
-) -> tuple[Any, dict[str, Float[Array, "*n d"] | Routed]]:
+    model: nnx.Module, *args: PyTree, skipped: Collection[str] = (), **kwargs: PyTree
+) -> tuple[PyTree, dict[str, Float[Array, "*n d"] | Routed]]:
     """Runs a model, and returns its output and what `routed_inputs` returns.
 
     Adopted modules, whose sites are ``skipped``, never call their MLP as a whole.
     """
-    tapped: Any = nnx.clone(model)
+    tapped = nnx.clone(model)
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
     taps = {
@@ -127,12 +129,14 @@ def routed_call(
     return output, {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
 
 
-def _adopted_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
+def _adopted_inputs(
+    model: nnx.Module, *args: PyTree, **kwargs: PyTree
+) -> dict[str, Float[Array, "*n d"]]:
     """Runs a model and returns the inputs of its adopted MLPs, (l, ..., d) for stacks of layers.
 
     Their modules never call the MLP as a whole, so that the product with its matrix is watched.
     """
-    plain: Any = nnx.clone(model)
+    plain = nnx.clone(model)
     paths = list(adopted_sites(plain))
     for path in paths:
         plain = replaced(plain, path, multiplied_out(at(plain, path)).plain())
@@ -141,7 +145,7 @@ def _adopted_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Float[Ar
     places = {path_name(place): place for place in flat}
     kernels = {path: places[f"{path}.up.kernel"] for path in paths}
 
-    def call(weights: dict[str, Array]) -> list[Any]:
+    def call(weights: dict[str, Array]) -> list[Array]:
         new = {**flat, **{kernels[p]: flat[kernels[p]].replace(w) for p, w in weights.items()}}
         made = nnx.merge(graph, nnx.from_flat_state(new), copy=True)
         return [x for x in jax.tree.leaves(made(*args, **kwargs)) if isinstance(x, jax.Array)]

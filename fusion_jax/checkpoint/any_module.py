@@ -199,7 +199,9 @@ def _rebuilt(mlp: AnyMlp, spec: Mapping[str, Any]) -> AnyMlp:
     return module_of(mlp if hasattr(mlp, "abstract") else mlp.plain(), spec)
 
 
-def _check_same(mine: Mapping[str, Any], saved: Mapping[str, Any], verb: str, folder: Path) -> None:
+def _check_same(
+    mine: Mapping[str, object], saved: Mapping[str, object], verb: str, folder: Path
+) -> None:
     """Raises `InputError` that lists the modules in which the model and the file differ."""
     differ = [path for path in {**saved, **mine} if mine.get(path) != saved.get(path)]
     if not differ:
@@ -214,7 +216,7 @@ def _check_same(mine: Mapping[str, Any], saved: Mapping[str, Any], verb: str, fo
     raise InputError("\n  ".join([f"{folder} does not fit the model{hint}:", *lines, *more]))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{name}: {x}" for name, x in value.items()) + ")"
     return "nothing" if value is None else str(value)
@@ -229,7 +231,7 @@ def _reading(what: str, folder: Path) -> Iterator[None]:
 
 
 def _check_variables(
-    flat: Mapping[Any, Any], tensors: TensorFiles, keys: Mapping[str, Any], folder: Path
+    flat: Mapping, tensors: TensorFiles, keys: Mapping[str, object], folder: Path
 ) -> None:
     """Raises `InputError` that lists the variables that the file does not have so."""
     problems, names = [], set()

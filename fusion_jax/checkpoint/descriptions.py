@@ -10,7 +10,7 @@ from fusion_jax.checkpoint.files import FORMAT, FUSION, GENERATION, read_json
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Head
 
-_ARTEFACT_FIELDS: dict[str, tuple[Any, str]] = {
+_ARTEFACT_FIELDS: dict[str, tuple[type, str]] = {
     "base": (str, "required"),
     "head": (str, "nullable"),
     "num_labels": (int, "nullable"),
@@ -56,7 +56,7 @@ def read_artefact(folder: Path) -> dict[str, Any] | None:
     return artefact
 
 
-def _check_masks(where: Path, masks: dict[str, Any]) -> None:
+def _check_masks(where: Path, masks: dict[str, object]) -> None:
     base = masks.get("base")
     shapes, prints = masks.get("shapes"), masks.get("prints")
     if not (
@@ -72,7 +72,7 @@ def _check_masks(where: Path, masks: dict[str, Any]) -> None:
         raise InputError(f"{where}: masks is not as fusion_jax.save_masks writes it")
 
 
-def generation_fields(folder: Path) -> dict[str, Any]:
+def generation_fields(folder: Path) -> dict[str, object]:
     """Returns what ``generation_config.json`` says instead of ``config.json``."""
     if not (folder / GENERATION).is_file():
         return {}
@@ -81,7 +81,7 @@ def generation_fields(folder: Path) -> dict[str, Any]:
     return {name: given[name] for name in names if given.get(name) is not None}
 
 
-def ignored_generation_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def ignored_generation_fields(folder: str | os.PathLike[str]) -> dict[str, object]:
     """Returns the fields of ``generation_config.json`` that change texts, but are not applied.
 
     Args:

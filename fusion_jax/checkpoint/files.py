@@ -114,7 +114,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"the name {max(names, key=names.count)!r} occurs twice in an object")
@@ -358,7 +358,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, object]) -> None:
     """Writes an object as a JSON file."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict
 
 import numpy as np
 from flax import nnx
@@ -48,6 +47,14 @@ class BaseModel:
         return np.asarray(self._opened.value(found, variable))
 
 
+class MaskFields(TypedDict):
+    """What ``fusion.json`` says of masks, see `fusion_jax.save_masks`."""
+
+    base: BaseReference
+    shapes: dict[str, list[int]]
+    prints: dict[str, str]
+
+
 class MaskFiles(TensorFiles):
     """The tensors of a model that was saved as masks, each as `fusion_jax.save` would write it.
 
@@ -61,7 +68,7 @@ class MaskFiles(TensorFiles):
         InputError: The base is another model; different weights are noticed when they are read.
     """
 
-    def __init__(self, folder: Path, fields: Mapping[str, Any], base: BaseModel, base_name: str):
+    def __init__(self, folder: Path, fields: MaskFields, base: BaseModel, base_name: str):
         super().__init__(folder)
         self._masks = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         self._fingerprints: dict[str, str] = fields["prints"]
@@ -103,7 +110,14 @@ class MaskFiles(TensorFiles):
         return masked(self.read(mask), value) if leaf == "kernel" and mask in self._masks else value
 
 
-def base_reference(base: str | os.PathLike[str]) -> dict[str, Any]:
+class BaseReference(TypedDict):
+    """The place of a base model in files: an absolute path or a hub id, and its revision."""
+
+    name: str
+    revision: str | None
+
+
+def base_reference(base: str | os.PathLike[str]) -> BaseReference:
     """Returns what files say about the place of a base model: absolute path or hub id."""
     path = Path(base).expanduser()
     return {"name": str(path.absolute()) if path.is_dir() else os.fspath(base), "revision": None}

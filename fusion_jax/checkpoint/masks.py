@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from fusion_jax.checkpoint import files
-from fusion_jax.checkpoint.mask_files import base_reference, fingerprint, masked
+from fusion_jax.checkpoint.mask_files import BaseReference, base_reference, fingerprint, masked
 from fusion_jax.checkpoint.opening import open_base, open_checkpoint
 from fusion_jax.checkpoint.writing import dtype_name, labels_of, provenance_of, write_artefact
 from fusion_jax.errors import InputError
@@ -114,7 +113,7 @@ def rebase(folder: str | os.PathLike[str], base: str | os.PathLike[str]) -> None
     files.write_text(opened.tensors.folder / files.FUSION, json.dumps(fields, indent=2) + "\n")
 
 
-def _reference(provenance: Provenance) -> dict[str, Any]:
+def _reference(provenance: Provenance) -> BaseReference:
     """Returns where a model's files are, in terms that another program can use."""
     if provenance.base is not None:
         return base_reference(provenance.base)

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.any_module import check_not_module
 from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
-from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
+from fusion_jax.checkpoint.mask_files import BaseModel, BaseReference, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.errors import InputError, check_at_least
@@ -31,7 +32,7 @@ def load(
     head: Head | None = None,
     num_labels: int | None = None,
     label_words: Sequence[str] | Sequence[int] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     key: Key[Array, ""] | None = None,
     new_head: bool = False,
     revision: str | None = None,
@@ -103,7 +104,7 @@ def open_checkpoint(
     head: Head | None = None,
     num_labels: int | None = None,
     label_words: Sequence[str] | Sequence[int] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     revision: str | None = None,
     base: str | os.PathLike[str] | None = None,
     within: frozenset[Path] = frozenset(),
@@ -197,7 +198,7 @@ _WRONG_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticE
 
 
 def open_base(
-    reference: Mapping[str, Any],
+    reference: BaseReference,
     head: Head | None,
     num_labels: int | None,
     label_ids: Sequence[int] | None,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
@@ -75,7 +76,7 @@ class Checkpoint:
     config: Any
     provenance: Provenance
     tensors: TensorFiles
-    dtype: Any
+    dtype: DTypeLike | None
     artefact: dict[str, Any] | None
     new_head: bool = False
 
@@ -199,7 +200,7 @@ class Checkpoint:
                 f"{self.tensors.folder / files.FUSION}: cannot read {what} ({error})"
             ) from None
 
-    def _param_dtype(self) -> Any:
+    def _param_dtype(self) -> DTypeLike:
         x64 = jax.config.read("jax_enable_x64")
         asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
         if asked is not None:
@@ -215,7 +216,7 @@ class Checkpoint:
         stored = self._stored_dtype()
         return jnp.float32 if stored == jnp.float64 and not x64 else stored
 
-    def _stored_dtype(self) -> Any:
+    def _stored_dtype(self) -> DTypeLike:
         """Returns the dtype that ``config.json`` states, or else that of most of the weights."""
         fields = json.loads(self.provenance.config)
         stated = fields.get("dtype") or fields.get("torch_dtype")

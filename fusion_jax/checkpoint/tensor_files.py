@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,7 @@ class TensorFiles:
         self.folder = folder
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, safetensors.safe_open] = {}
         self._files: dict[str, Path] = {}
         self._starts: dict[str, int] = {}
         places = self._places()
@@ -166,7 +166,7 @@ class TensorFiles:
         return True
 
 
-def _fill(file: Any, array: np.ndarray) -> None:
+def _fill(file: io.FileIO | io.BufferedReader, array: np.ndarray) -> None:
     """Reads as many bytes as an array has."""
     view = array.view(np.uint8).reshape(-1).data
     while len(view):

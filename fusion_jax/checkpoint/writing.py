@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -71,7 +70,7 @@ def write_artefact(
     model: Model,
     folder: str | os.PathLike[str],
     tensors: Iterable[tuple[str, np.ndarray]],
-    fields: Mapping[str, Any] | None = None,
+    fields: Mapping[str, object] | None = None,
     *,
     report: Report | None = None,
 ) -> Path:
@@ -86,7 +85,7 @@ def write_artefact(
 def write_description(
     new: Path,
     model: Model,
-    fields: Mapping[str, Any] | None = None,
+    fields: Mapping[str, object] | None = None,
     *,
     report: Report | None = None,
 ) -> None:
@@ -190,7 +189,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     return Path(folder)
 
 
-def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, Any]:
+def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:
     """Returns the fields of ``config.json`` that describe the classes of a head."""
     names = provenance.labels or [f"LABEL_{i}" for i in range(num_labels)]
     return {

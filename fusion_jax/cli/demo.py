@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +64,7 @@ def measure_change(
         return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)
 
     @jax.jit
-    def compare(original: Model, smaller: Model) -> Any:
+    def compare(original: Model, smaller: Model) -> tuple[list[Array], dict[str, Array], Array]:
         runs = [m(*batch, output_hidden_states=True) for m in (original, smaller)]
         hidden = [error(*pair) for pair in zip(*(run.hidden_states for run in runs), strict=True)]
         inputs = mlp_inputs(original, *batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -35,6 +35,21 @@ from fusion_jax.training.tasks.glue import GLUE, load_task, texts_of
 from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
 from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
 from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
+
+
+class Limits(TypedDict):
+    """How texts are read in batches."""
+
+    max_length: int | None
+    batch_size: int
+    truncate: bool
+
+
+class Search(TypedDict):
+    """How texts are generated."""
+
+    max_new_tokens: int
+    beams: Beams | None
 
 
 def evaluate(
@@ -103,12 +118,12 @@ def evaluate(
     else:
         if max_length is None and run is not None:
             max_length = run.max_length
-        limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
+        limits: Limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
         if kind == "labels":
             results = _measure_labels(folder, run, options, file, limits)
         else:
             searched = None if beams == 1 else Beams(beams)
-            search = {"max_new_tokens": max_new_tokens, "beams": searched}
+            search: Search = {"max_new_tokens": max_new_tokens, "beams": searched}
             results = _measure_pairs(folder, options, file, split, out, limits, search)
     for name, value in results.items():
         print(f"{name} {value:.4f}")
@@ -132,7 +147,7 @@ def _measure_labels(
     run: RunRecord | None,
     options: DataOptions,
     file: Path | None,
-    limits: dict[str, Any],
+    limits: Limits,
 ) -> dict[str, float]:
     """Returns the metrics of a model's labels on each dev set of a task, or on a file."""
     published = _published(options, file, "a file with labels", "text", "label")
@@ -173,8 +188,8 @@ def _measure_pairs(
     file: Path | None,
     split: Literal["dev", "test"],
     out: Path | None,
-    limits: dict[str, Any],
-    search: dict[str, Any],
+    limits: Limits,
+    search: Search,
 ) -> dict[str, float]:
     """Returns the metrics of generated texts, and how likely the references are."""
     published = _published(options, file, "a file of sources and targets", "source", "target")
@@ -249,9 +264,9 @@ def predict(
         raise InputError(f"{model} was trained on plain text; see fusion-jax generate")
     if max_length is None and run is not None:
         max_length = run.max_length
-    limits: Any = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
+    limits: Limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
     texts = texts_of(tables.read(file), text, None)
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, object]]
     if run is not None and run.kind == "pairs":
         if len(text) > 1:
             raise InputError("texts are generated from one column; give one to --text")
@@ -275,7 +290,7 @@ def predict(
     print(f"Wrote {len(rows)} lines to {out}.")
 
 
-def _prediction(logits: np.ndarray, names: Sequence[str] | None) -> dict[str, Any]:
+def _prediction(logits: np.ndarray, names: Sequence[str] | None) -> dict[str, object]:
     """Returns the label and probabilities of one text, or its value in a regression task."""
     if names is None:
         return {"value": float(logits[0])}
@@ -294,7 +309,9 @@ def _check_out(path: Path) -> None:
     check_new_file(path)
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ensure_ascii: bool = True) -> None:
+def _write_rows(
+    path: Path, rows: Iterable[dict[str, object]], *, ensure_ascii: bool = True
+) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows))
 
 

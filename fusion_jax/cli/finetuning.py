@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 from tyro.conf import Positional, arg
@@ -21,8 +21,10 @@ from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.methods.finetuning import finetune as finetune_model
 from fusion_jax.training.methods.layerwise import tune as tune_model
 from fusion_jax.training.tasks import tables
-from fusion_jax.training.tasks.classification import Classification
+from fusion_jax.training.tasks.classification import Classification, Texts
+from fusion_jax.training.tasks.generation import TextPairs
 from fusion_jax.training.tasks.glue import texts_of
+from fusion_jax.training.tasks.plain_text import PlainText
 
 
 @resumable
@@ -84,7 +86,7 @@ class UnlabeledData(DataOptions):
     label: Hidden[str] = "label"
     regression: Hidden[bool] = False
 
-    def read(self) -> Any:
+    def read(self) -> Classification | TextPairs | PlainText | Texts:  # type: ignore[override]
         """Returns the task, or the texts of a file that has no other columns."""
         if self.kind != "labels" or self.train_file is None or self.task is not None:
             return super().read()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 from tyro.conf import Positional, arg
@@ -13,6 +13,7 @@ from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
+from fusion_jax.models.base import Generative
 from fusion_jax.models.tokens import check_tokens, continuation, load_tokenizer, tokenize_prompts
 from fusion_jax.progress import show_stage
 
@@ -51,7 +52,8 @@ def generate(
     head = open_checkpoint(model).family.text_head
     if head is None:
         raise InputError(f"{model} cannot generate text")
-    loaded: Any = load(model, head=head, dtype=dtype)
+    loaded = load(model, head=head, dtype=dtype)
+    assert isinstance(loaded, Generative)
     folder = loaded.provenance.folder
     tokenizer = load_tokenizer(folder)
     batch = tokenize_prompts(tokenizer, prompts)

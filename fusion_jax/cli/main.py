@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
 import tyro
 
@@ -110,7 +109,7 @@ def _later(run: Callable[..., int | None]) -> Callable[..., Callable[[], int | N
     """Returns a function with the same arguments that returns the call instead of making it."""
 
     @functools.wraps(run)
-    def bind(*args: Any, **kwargs: Any) -> Callable[[], int | None]:
+    def bind(*args: object, **kwargs: object) -> Callable[[], int | None]:
         return partial(run, *args, **kwargs)
 
     return bind

@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import jax
 from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
@@ -197,7 +197,7 @@ class Devices:
         if self.distributed:
             jax.distributed.initialize()
 
-    def used(self) -> Any:
+    def used(self) -> contextlib.AbstractContextManager[object]:
         """Returns a context with the mesh, or without one on a single device.
 
         Raises:

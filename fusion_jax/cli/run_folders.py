@@ -17,6 +17,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.training.engine.locks import LOCK
 from fusion_jax.training.engine.preemption import Terminated
 from fusion_jax.training.engine.run_folder import BEST, CHECKPOINTS, LAST, METRICS
+from fusion_jax.training.engine.step import TrainState
 from fusion_jax.training.tasks.metrics import METRICS as KNOWN_METRICS
 from ntk.tables import table
 
@@ -88,7 +89,7 @@ def read_run(name: str) -> RunRecord | None:
     return RunRecord(task, str(model), length)
 
 
-def _is_task(task: Mapping[str, Any]) -> bool:
+def _is_task(task: Mapping[str, object]) -> bool:
     """Returns whether JSON values describe a task, as its ``to_json`` does."""
     kind, labels = task.get("kind", "labels"), task.get("labels")
     if kind == "text":
@@ -108,7 +109,7 @@ def best_model(folder: Path) -> Path | None:
     return next((folder / n for n in (BEST, LAST) if (folder / n).is_dir()), None)
 
 
-def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None]:
+def run_recorder(out: Path, fields: dict[str, object]) -> Callable[[int, TrainState], None]:
     """Returns a function for ``Recipe.on_step`` that writes ``run.json`` at the first step.
 
     Args:
@@ -136,14 +137,14 @@ def run_recorder(out: Path, fields: dict[str, Any]) -> Callable[[int, Any], None
     elif jax.process_count() == 1 and not _has_no_step(out):
         check_new_folder(out, in_place=True)
 
-    def write(step: int, state: Any) -> None:
+    def write(step: int, state: TrainState) -> None:
         if jax.process_index() == 0 and not path.exists():
             write_text(path, json.dumps(fields, indent=2) + "\n")
 
     return write
 
 
-def _only_numbered(labels: Any) -> bool:
+def _only_numbered(labels: object) -> bool:
     return isinstance(labels, list) and labels == [str(i) for i in range(len(labels))]
 
 
@@ -157,7 +158,7 @@ def _has_no_step(out: Path) -> bool:
     )
 
 
-def history_table(history: list[dict[str, Any]]) -> str:
+def history_table(history: list[dict[str, int | float]]) -> str:
     """Returns the metrics of a run as a table with one row for each evaluation."""
     names = list(history[0])
     rows = [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -96,14 +97,15 @@ def prune_statically(
             else "give either --words, whose head does not train, or --train-head"
         )
     key = jax.random.key(seed)
-    head: dict[str, Any] = {"num_labels": loaded.spec.num_labels, "key": key}
+    load = partial(checkpoint.load, model, head="classification")
     if words:
         if len(words) != len(classes):
             raise InputError(f"{len(words)} words for {len(classes)} classes: {', '.join(classes)}")
         pairs = ", ".join(f"{a}: {b}" for a, b in zip(classes, words, strict=True))
         print(f"Label words: {pairs}")
-        head = {"label_words": words}
-    before = checkpoint.load(model, head="classification", **head)
+        before = load(label_words=words)
+    else:
+        before = load(num_labels=loaded.spec.num_labels, key=key)
     taught_by = None
     if teacher is not None:
         run = best_model(Path(teacher).expanduser())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -76,12 +76,12 @@ class KMeansResult(NamedTuple):
 
 @on_auto_axes
 def kmeans(
-    points: Shaped[ArrayLike, "n d"] | Sequence[Any],
+    points: Shaped[ArrayLike, "n d"] | Sequence[object],
     k: int,
     *,
     key: Key[Array, ""],
-    weights: Shaped[ArrayLike, " w"] | Sequence[Any] | None = None,
-    init: Init | Shaped[ArrayLike, "k d"] | Sequence[Any] = "auto",
+    weights: Shaped[ArrayLike, " w"] | Sequence[object] | None = None,
+    init: Init | Shaped[ArrayLike, "k d"] | Sequence[object] = "auto",
     refine: Refine = "auto",
     n_init: int = 1,
     max_iters: int = 300,
@@ -168,7 +168,7 @@ def _unclear(inertia_fraction: Array) -> Array:
     return (inertia_fraction > 0) & (inertia_fraction < least)
 
 
-def _numbers(name: str, value: Any) -> Array:
+def _numbers(name: str, value: object) -> Array:
     """Returns an argument as an array of JAX; numbers may be lost to its dtype only by rounding."""
     if isinstance(value, Array):
         return value
@@ -195,7 +195,7 @@ def _check(
     points: Array,
     k: int,
     weights: Array | None,
-    init: Any,
+    init: str | Array,
     refine: str,
     n_init: int,
     max_iters: int,
@@ -293,8 +293,8 @@ def _kmeans(
         if mesh is not None:
             # The loops read one row after another: cheaper on each device than across them.
             x = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-        lloyd: Any = gram_space.lloyd
-        distances_from: Any = gram_space.distances_from
+        lloyd: Callable[..., Refinement] = gram_space.lloyd
+        distances_from: Callable[..., Array] = gram_space.distances_from
     else:
         x, lloyd = unit, partial(point_space.lloyd, nearest=nearest)
         by_differences = point_space.differences_from

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Weights = Float[Array, " n"]
 ClusterLabels = Int[Array, " n"]
@@ -147,8 +147,8 @@ def refilled(
 
 
 def lloyd_iterations(
-    assign: Callable[[Array, Any], Array],
-    evaluate: Callable[[Array], tuple[Any, Array]],
+    assign: Callable[[Array, PyTree], Array],
+    evaluate: Callable[[Array], tuple[PyTree, Array]],
     labels: ClusterLabels,
     max_iters: Int[Array, ""],
     tol: Float[Array, ""],

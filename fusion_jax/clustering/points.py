@@ -7,12 +7,11 @@ of one block are in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusion_jax.clustering.labels import (
     ClusterLabels,
@@ -30,7 +29,7 @@ Centroids = Float[Array, "k d"]
 _BLOCK_BYTES = 64 * 2**20
 
 
-def by_blocks(f: Callable[[Array], Any], x: Points, size: int) -> Any:
+def by_blocks(f: Callable[[Array], PyTree], x: Points, size: int) -> PyTree:
     """Returns f(x), computed on one block of rows after another."""
     n = x.shape[0]
     if n <= size:

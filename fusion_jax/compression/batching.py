@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def working_memory() -> int:
 
 def _solve_along_one_axis(
     method: Method, act: Activation | None, problems: Problems
-) -> tuple[Solution, Any]:
+) -> tuple[Solution, Array]:
     """Solves problems stacked along one axis; each device of a mesh solves those that it holds.
 
     Returns:
@@ -179,8 +179,10 @@ def _program_for_all(
 
 def _solve_one(method: Method, act: Activation | None, problem: Problems) -> tuple[Solution, Array]:
     subs, key, calibration, gradients = problem
-    more: dict[str, Any] = {"gradients": gradients} if method.takes_gradients else {}
+    solve: Callable[..., Solution] = method.solve
+    if method.takes_gradients:
+        solve = partial(solve, gradients=gradients)
     if method.takes_calibration:
-        more |= {"act": act, "calibration": calibration}
-    solution = method.solve(subs, key=key, **more)
+        solve = partial(solve, act=act, calibration=calibration)
+    solution = solve(subs, key=key)
     return solution, all_finite(solution)

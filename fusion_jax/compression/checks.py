@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from fusion_jax.nn.adopted import adopted_sites
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
 from fusion_jax.nn.site import Site, gradients_of, select_sites, sites
+from fusion_jax.nn.surgery import ModuleT
 from ntk.selection import Selection
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Generic[ModuleT]):
     """The arguments of `fusion_jax.compress`, checked.
 
     Args:
@@ -36,7 +37,7 @@ class Checked:
         gradients: The gradients of a loss by path of a parameter, or None.
     """
 
-    model: nnx.Module
+    model: ModuleT
     chosen: list[Site]
     methods: dict[str, Method]
     key: Key[Array, ""]
@@ -49,7 +50,7 @@ class Checked:
         return None if self.calibrator is None else self.calibrator.description
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Mapping[str, object]:
         """The method as JSON values, or the methods by site where they differ."""
         found = {site.path: self.methods[site.path].to_json() for site in self.chosen}
         same = len(set(self.methods.values())) == 1
@@ -57,14 +58,14 @@ class Checked:
 
 
 def checked(
-    model: nnx.Module,
+    model: ModuleT,
     method: Method | Mapping[str, Method],
     key: object,
     layers: Selection,
     budget: float | None,
     calibration: CalibrationSource | None,
     gradients: Mapping[str, Array] | None,
-) -> Checked:
+) -> Checked[ModuleT]:
     """Checks the arguments of `compress`, without any long work."""
     if not isinstance(model, nnx.Module):
         raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")

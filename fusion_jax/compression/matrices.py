@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -122,7 +122,7 @@ def compress_matrices(
     bad = [path for path, layer in picked.items() if not all_finite(layer)]
     if bad:
         raise InputError(f"NaN or infinite weights in {', '.join(bad)}")
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     rows = []
     with show_progress("Factorizing", len(picked), progress, first="compiling") as advance:
         for path, layer in picked.items():
@@ -144,7 +144,8 @@ def compress_matrices(
             advance(path)
     provenance = getattr(new, "provenance", None)
     if isinstance(provenance, Provenance):
-        new.provenance = provenance.after({"compress": method.to_json(), "matrices": list(picked)})
+        done = {"compress": method.to_json(), "matrices": list(picked)}
+        new.provenance = provenance.after(done)  # type: ignore[attr-defined]
     report = Report(
         method=method.to_json(),
         new_head=isinstance(provenance, Provenance) and provenance.new_head,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from operator import itemgetter
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +91,9 @@ def compress(
     return _reported(job, smaller, rows)
 
 
-def _solved(job: Checked, progress: bool | None) -> tuple[Any, list[SiteReport]]:
+def _solved(job: Checked[ModelT], progress: bool | None) -> tuple[ModelT, list[SiteReport]]:
     """Returns the smaller model, and the report of each site."""
-    smaller: Any = nnx.clone(job.model)
+    smaller = nnx.clone(job.model)
     rows = []
     count = len(job.chosen)
     with show_progress("Compressing", count, progress, first="compiling") as advance:
@@ -153,7 +152,7 @@ def _mlps_per_call() -> int:
     return 1 if jax.default_backend() == "cpu" else 16
 
 
-def _solved_sites(job: Checked, batch: list[Site]) -> list[Made]:
+def _solved_sites(job: Checked, batch: list[Site]) -> Sequence[Made]:
     """Returns the compressed MLPs of some sites that are solved in one call."""
     method = job.methods[batch[0].path]
     seen = slopes = None
@@ -162,7 +161,7 @@ def _solved_sites(job: Checked, batch: list[Site]) -> list[Made]:
         seen = [job.calibrator.of(site, follows) for site in batch]
     if job.gradients is not None and method.takes_gradients:
         slopes = [gradients_of(site, job.gradients) for site in batch]
-    mlps: list[Any] = [site.mlp for site in batch]
+    mlps = [site.mlp for site in batch if isinstance(site.mlp, Mlp)]  # all are, see `Checked`
     keys = [_keys(job.key, site) for site in batch]
     if method.model_needs.expert_use and batch[0].mlp.stack:
         assert job.calibrator is not None and seen is not None
@@ -184,24 +183,23 @@ def _solved_together(
     keys: list[Array],
     seen: list[Calibration] | None,
     slopes: list[SubMLPs] | None = None,
-) -> list[Made]:
+) -> list[tuple[Mlp, dict[str, Array]]]:
     """Compresses MLPs of one shape in one call."""
-    alone = len(mlps) == 1  # stacking would only copy its arrays
-    join: Any = itemgetter(0) if alone else _stacked
     problems = Problems(
-        join([mlp.sub_mlps() for mlp in mlps]),
-        join(keys),
-        None if seen is None else join(seen),
-        None if slopes is None else join(slopes),
+        _joined([mlp.sub_mlps() for mlp in mlps]),
+        _joined(keys),
+        None if seen is None else _joined(seen),
+        None if slopes is None else _joined(slopes),
     )
     solutions = jax.block_until_ready(solve_stacked(method, mlps[0].act, problems))
-    each = [solutions] if alone else unstacked(solutions, len(mlps))
+    each = [solutions] if len(mlps) == 1 else unstacked(solutions, len(mlps))
     pairs = zip(mlps, each, strict=True)
     return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
 
 
-def _stacked(trees: list[TreeT]) -> TreeT:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+def _joined(trees: list[TreeT]) -> TreeT:
+    """Returns the trees stacked; a single one as it is, since stacking would only copy it."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def _solved_by_groups(
@@ -219,7 +217,7 @@ def _solved_by_groups(
         for own, members in groups
     ]
     facts = jax.tree.map(lambda *x: jnp.concatenate(x), *(facts for _, facts in made))
-    parts: list[Any] = [part for part, _ in made]
+    parts = [part for part, _ in made]
     if len(parts) == 1:
         return parts[0], facts
     return UnevenExperts(parts, [members for _, members in groups]), facts
@@ -232,17 +230,16 @@ def _fact(value: Array) -> bool | int | float:
     return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
 
 
-def _reported(job: Checked, smaller: Any, rows: list[SiteReport]) -> tuple[Any, Report]:
+def _reported(job: Checked, smaller: ModelT, rows: list[SiteReport]) -> tuple[ModelT, Report]:
     """Returns the smaller model with its provenance, and the report of the compression."""
     provenance = getattr(smaller, "provenance", None)
     if isinstance(provenance, Provenance):
-        smaller.provenance = provenance.after(
-            {
-                "compress": job.described,
-                "sites": [site.path for site in job.chosen],
-                "calibration": job.calibration,
-            }
-        )
+        done = {
+            "compress": job.described,
+            "sites": [site.path for site in job.chosen],
+            "calibration": job.calibration,
+        }
+        smaller.provenance = provenance.after(done)  # type: ignore[attr-defined]
     report = Report(
         method=job.described,
         calibration=job.calibration,

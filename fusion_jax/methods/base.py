@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.nn.mlp import AnyMlp, Mlp
+from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import SubMLPs
 from ntk.activations import Activation
 
@@ -23,8 +23,8 @@ class Solution(NamedTuple):
         facts: Scalars for the report, as a NamedTuple whose field names head the columns.
     """
 
-    parts: Any
-    facts: Any
+    parts: PyTree
+    facts: PyTree
 
 
 class ModelNeeds(NamedTuple):
@@ -55,7 +55,7 @@ class Method:
     accepts_compressed: ClassVar[bool] = False
     """Whether it accepts already compressed MLPs."""
 
-    def __new__(cls, *args: Any, **kwargs: Any):  # noqa: D102
+    def __new__(cls, *args: object, **kwargs: object):  # noqa: D102
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in kwargs:
             if name not in known:
@@ -140,11 +140,11 @@ class Method:
     def verify(self, solution: Solution) -> None:
         """Raises an error if a solution misses a guarantee of the method; outside ``jit``."""
 
-    def build(self, mlp: Mlp, solution: Solution) -> AnyMlp:
+    def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the module that replaces an MLP, which is not changed."""
         raise NotImplementedError
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the configuration as JSON values, with the name under ``"method"``."""
         return {"method": type(self).name or type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Factored(Method):
     """The form."""
     accepts_compressed: ClassVar[bool] = True
 
-    def spec(self, d: int, o: int) -> dict[str, Any]:
+    def spec(self, d: int, o: int) -> dict[str, object]:
         """Returns the arguments that the form of a (d, o) matrix needs besides its sizes.
 
         Raises:
@@ -102,7 +102,7 @@ class Factored(Method):
     def build(self, mlp: Mlp, solution: Solution) -> Mlp:
         """Returns the MLP with its matrices in the form."""
         self.verify(solution)
-        new: Any = nnx.clone(mlp)
+        new = nnx.clone(mlp)
         for name, arrays in solution.parts.items():
             linear = getattr(new, name)
             check_plain(linear, name)

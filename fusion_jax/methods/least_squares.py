@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.clustering.labels import sum_by_label
@@ -44,7 +43,7 @@ dead there: nothing is known of it."""
 _product = partial(jnp.matmul, precision="highest")
 
 
-def _sum_over_blocks(f: Callable[..., Any], *arrays: Array) -> Any:
+def _sum_over_blocks(f: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """Returns the sum of f over blocks of positions; the last block is padded with zero rows."""
     count = arrays[0].shape[0]
     size = min(BLOCK, count)
@@ -65,7 +64,11 @@ def _sum_over_blocks(f: Callable[..., Any], *arrays: Array) -> Any:
 
 @partial(jax.jit, static_argnames="act")
 def refitted(
-    effective: SubMLPs, subs: SubMLPs, calibration: Calibration, act: Activation, ridge: Any
+    effective: SubMLPs,
+    subs: SubMLPs,
+    calibration: Calibration,
+    act: Activation,
+    ridge: float | Float[Array, ""],
 ) -> SubMLPs:
     r"""Fits the output weights of the units left to the original's outputs, by ridge regression.
 
@@ -100,12 +103,12 @@ def refitted(
     return effective._replace(down=down + _ridge(gram, error, ridge))
 
 
-def _ridge(gram: Array, right: Array, ridge: Any) -> Array:
+def _ridge(gram: Array, right: Array, ridge: float | Float[Array, ""]) -> Array:
     """Returns ``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
     return _solved(gram, right, _level(gram, ridge))
 
 
-def _level(gram: Array, ridge: Any) -> Array:
+def _level(gram: Array, ridge: float | Float[Array, ""]) -> Array:
     level = ridge * jnp.trace(gram) / gram.shape[0]
     return jnp.where(level > 0, level, 1)
 
@@ -248,7 +251,9 @@ def matched(
         signs_a, signs_b = jnp.sign(a), jnp.sign(b)
         weights = (_product(x, jnp.sign(x).T) + int(bias is not None)) * r * r.T
 
-        def add(total: tuple[Array, Array], row: tuple[Array, Array, Array]) -> Any:
+        def add(
+            total: tuple[Array, Array], row: tuple[Array, Array, Array]
+        ) -> tuple[tuple[Array, Array], None]:
             old, new, weight = row
             terms = weight[:, None] * new[None] * signs_b
             left = weight * _product(signs_a, old) - _product(terms, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class MaskPrune(Factored):
         """Whether weights are scored by a loss's gradients."""
         return self.score == "gradient"
 
-    def spec(self, d: int, o: int) -> dict[str, Any]:
+    def spec(self, d: int, o: int) -> dict[str, object]:
         """Returns no arguments."""
         return {}
 

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -107,7 +107,7 @@ class MPO(Factored):
             )
         return mpo.Layout(rows, columns, mpo.full_bonds(rows, columns))
 
-    def spec(self, d: int, o: int) -> dict[str, Any]:
+    def spec(self, d: int, o: int) -> dict[str, object]:
         """Returns the factors and bonds."""
         return self.layout(d, o)._asdict()
 
@@ -136,7 +136,7 @@ class MPO(Factored):
         """Raises `ArithmeticError` if a matrix's error is above its bound by more than rounding."""
         mpo.check_bound(solution.facts.excess)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the configuration as JSON values: factors as lists."""
         fields = super().to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -48,7 +48,7 @@ class Svd(Factored):
         """Returns the method of the published code for RoBERTa-base: rank 153."""
         return cls(rank=153)
 
-    def spec(self, d: int, o: int) -> dict[str, Any]:
+    def spec(self, d: int, o: int) -> dict[str, object]:
         """Returns the rank."""
         most = min(d, o)
         if isinstance(self.rank, float):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.mpo.layouts import Layout
@@ -23,12 +24,14 @@ class Mpo(LinearForm):
     """A linear layer whose matrix is a chain of cores.
 
     Args:
-        *args: As for `LinearForm`.
+        d_in: The number d of inputs.
+        d_out: The number o of outputs.
         inputs: The factors of the inputs; see `Layout`.
         outputs: The factors of the outputs; see `Layout`.
         bonds: See `Layout`.
         frozen: The indices of the cores that do not train.
-        **kwargs: As for `LinearForm`.
+        use_bias: Whether there is a bias.
+        param_dtype: The dtype of the parameters.
 
     Example:
         >>> sizes = dict(inputs=(2, 3), outputs=(2, 2), bonds=(2,))
@@ -42,19 +45,22 @@ class Mpo(LinearForm):
 
     def __init__(
         self,
-        *args: Any,
+        d_in: int,
+        d_out: int,
+        *,
         inputs: Sequence[int],
         outputs: Sequence[int],
         bonds: Sequence[int],
         frozen: Sequence[int] = (),
-        **kwargs: Any,
+        use_bias: bool,
+        param_dtype: DTypeLike,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(d_in, d_out, use_bias=use_bias, param_dtype=param_dtype)
         self.layout = Layout(tuple(inputs), tuple(outputs), tuple(bonds))
         self.frozen = tuple(frozen)
         self.cores = nnx.List(
             [
-                (Frozen if k in self.frozen else nnx.Param)(jnp.zeros(shape, kwargs["param_dtype"]))
+                (Frozen if k in self.frozen else nnx.Param)(jnp.zeros(shape, param_dtype))
                 for k, shape in enumerate(self.layout.shapes)
             ]
         )
@@ -79,7 +85,7 @@ class Mpo(LinearForm):
         """Operations (two for each multiply-add) for one position, in batches of 1,024."""
         return round(plan(1024, self.layout).flops / 1024)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns the form and its layout."""
         fields = {name: list(sizes) for name, sizes in self.layout._asdict().items()}
         return {"form": self.kind, **fields, "frozen": list(self.frozen)}
@@ -113,7 +119,7 @@ class MpoEmbed(Mpo):
         return new
 
     @classmethod
-    def abstract(cls, linear: Any, **spec: Any) -> Any:
+    def abstract(cls, linear: nnx.Embed, **spec: Any) -> MpoEmbed:  # type: ignore[override]
         """Returns the form of an embedding, with shapes in place of arrays."""
         d, o, dtype = linear.num_embeddings, linear.features, dtype_of(linear)
         return nnx.eval_shape(lambda: cls(d, o, use_bias=False, param_dtype=dtype, **spec))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import opt_einsum
@@ -126,7 +126,7 @@ class Rebuilding(NamedTuple):
         cost: The cost; see `plan`.
     """
 
-    tree: Any
+    tree: int | tuple
     multiplies: int
     cost: int
 
@@ -180,7 +180,7 @@ def contract(cores: Sequence[Array], shape: tuple[int, int]) -> Float[Array, "d 
         [[3.0, 3.0], [3.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
     """
 
-    def made(tree: Any) -> Array:
+    def made(tree: int | tuple) -> Array:
         if isinstance(tree, int):
             return wide(cores[tree])
         return jnp.tensordot(made(tree[0]), made(tree[1]), 1, precision="highest")

@@ -7,6 +7,7 @@ with the arrays that the MLP has now. So all of the class's own code stays in fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -87,7 +88,7 @@ def adopted_sites(model: nnx.Module) -> dict[str, Adoption]:
     }
 
 
-def put_in(module: Any, parts: tuple[Part, ...], mlp: Mlp) -> None:
+def put_in(module: nnx.Module, parts: tuple[Part, ...], mlp: Mlp) -> None:
     """Makes a module an adopted one, in place.
 
     Args:
@@ -116,7 +117,7 @@ def put_in(module: Any, parts: tuple[Part, ...], mlp: Mlp) -> None:
     object.__setattr__(module, "__class__", _owner_class(adoption))
 
 
-def take_out(module: Any, adoption: Adoption, mlp: Mlp) -> None:
+def take_out(module: nnx.Module, adoption: Adoption, mlp: Mlp) -> None:
     """Makes an adopted module one of its original class again, in place, with plain layers."""
     layers = {part: _layer(module, part, mlp) for part in adoption.parts}
     arrays = [part for part in adoption.parts if part.kernel is None]
@@ -137,7 +138,7 @@ def take_out(module: Any, adoption: Adoption, mlp: Mlp) -> None:
 def _owner_class(adoption: Adoption) -> type[nnx.Module]:
     """Returns the class of adopted modules; the same class for the same layers."""
     original = adoption.original
-    names: dict[str, Any] = {
+    names: dict[str, object] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -152,8 +153,8 @@ def _owner_class(adoption: Adoption) -> type[nnx.Module]:
     return cast("type[nnx.Module]", type(original.__name__, (original,), names))
 
 
-def _setter(name: str) -> Any:
-    def put(self: Any, value: Any) -> None:
+def _setter(name: str) -> Callable[[nnx.Module, object], None]:
+    def put(self: nnx.Module, value: object) -> None:
         if not isinstance(self, nnx.List):  # whose MLP is at one of the names
             raise AttributeError(f"{name} is part of an adopted MLP, which is at {CHILD}")
         vars(self)[name] = value
@@ -161,7 +162,7 @@ def _setter(name: str) -> Any:
     return put
 
 
-def _shell(layer: Any, part: Part) -> nnx.Module:
+def _shell(layer: nnx.Module, part: Part) -> nnx.Module:
     """Returns a layer without its matrix and bias."""
     shell = nnx.clone(layer)
     for name in (part.kernel, part.bias):
@@ -190,7 +191,7 @@ def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     kernel = layer.kernel if same else nnx.Param(matrix.mT if part.transposed else matrix)
     if shell is None:
         return kernel
-    new: Any = nnx.clone(shell)
+    new = nnx.clone(shell)
     setattr(new, part.kernel or "", kernel)
     if part.bias is not None:
         setattr(new, part.bias, layer.bias)
@@ -198,7 +199,7 @@ def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     return new
 
 
-def _update_shapes(layer: Any, kernel: Any, part: Part) -> None:
+def _update_shapes(layer: nnx.Module, kernel: nnx.Variable, part: Part) -> None:
     for name, variable in (("kernel_shape", kernel), ("bias_shape", getattr(layer, "bias", None))):
         if getattr(layer, name, None) is not None and variable is not None:
             before = getattr(layer, name)

@@ -154,7 +154,7 @@ class _Fused(Mlp):
             variable.set_value(value.astype(variable.get_value().dtype))
         self.load_sub_mlps(rows, out_bias)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns how to build this module from the original one, as JSON values."""
         fused = {"original_width": self.original_width, "scaling": self.scaling}
         return {**super().spec(), **fused}

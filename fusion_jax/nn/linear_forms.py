@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.masking import top_mask_of_share
-from fusion_jax.nn.surgery import find_modules, replaced
+from fusion_jax.nn.surgery import ModuleT, find_modules, replaced
 
 FormT = TypeVar("FormT", bound="LinearForm")
 
@@ -62,7 +62,7 @@ class LinearForm(nnx.Module):
         """Returns the matrix W, computed."""
         return self._each(lambda form: form._matrix())
 
-    def _each(self, make: Callable[[Any], Array]) -> Array:
+    def _each(self: FormT, make: Callable[[FormT], Array]) -> Array:
         return jax.vmap(make)(self) if self.stack else make(self)
 
     def _matrix(self) -> Array:
@@ -97,7 +97,7 @@ class LinearForm(nnx.Module):
         """Operations (two a multiply-add) for one position; by default of the dense product."""
         return 2 * self.in_features * self.out_features
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns how to build this form from the plain layer, as JSON values."""
         return {"form": self.kind}
 
@@ -139,9 +139,11 @@ class LowRank(LinearForm):
     """A matrix of low rank, ``W = A B``.
 
     Args:
-        *args: As for `LinearForm`.
+        d_in: The number d of inputs.
+        d_out: The number o of outputs.
         rank: The number r of columns of A.
-        **kwargs: As for `LinearForm`.
+        use_bias: Whether there is a bias.
+        param_dtype: The dtype of the parameters.
 
     Example:
         >>> layer = LowRank(6, 4, rank=2, use_bias=True, param_dtype=jnp.float32)
@@ -151,11 +153,10 @@ class LowRank(LinearForm):
 
     kind = "low-rank"
 
-    def __init__(self, *args: Any, rank: int, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        dtype = kwargs["param_dtype"]
-        self.first = nnx.Param(jnp.zeros((self.in_features, rank), dtype))
-        self.second = nnx.Param(jnp.zeros((rank, self.out_features), dtype))
+    def __init__(self, d_in: int, d_out: int, *, rank: int, use_bias: bool, param_dtype: DTypeLike):
+        super().__init__(d_in, d_out, use_bias=use_bias, param_dtype=param_dtype)
+        self.first = nnx.Param(jnp.zeros((d_in, rank), param_dtype))
+        self.second = nnx.Param(jnp.zeros((rank, d_out), param_dtype))
 
     def arrays(self) -> list[nnx.Variable]:
         """Returns A (d, r) and B (r, o)."""
@@ -178,7 +179,7 @@ class LowRank(LinearForm):
         """Operations of both products for one position."""
         return 2 * self.rank * (self.in_features + self.out_features)
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns the form and its rank."""
         return {**super().spec(), "rank": self.rank}
 
@@ -195,11 +196,10 @@ class Masked(LinearForm):
 
     kind = "masked"
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        shape = self.in_features, self.out_features
-        self.kernel = nnx.Param(jnp.zeros(shape, kwargs["param_dtype"]))
-        self.mask = Frozen(jnp.ones(shape, bool))
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: DTypeLike):
+        super().__init__(d_in, d_out, use_bias=use_bias, param_dtype=param_dtype)
+        self.kernel = nnx.Param(jnp.zeros((d_in, d_out), param_dtype))
+        self.mask = Frozen(jnp.ones((d_in, d_out), bool))
 
     def arrays(self) -> list[nnx.Variable]:
         """Returns K (d, o) and M (d, o), true where weights are kept."""
@@ -230,9 +230,9 @@ class Scored(LinearForm):
 
     kind = "scored"
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        zeros = jnp.zeros((self.in_features, self.out_features), kwargs["param_dtype"])
+    def __init__(self, d_in: int, d_out: int, *, use_bias: bool, param_dtype: DTypeLike):
+        super().__init__(d_in, d_out, use_bias=use_bias, param_dtype=param_dtype)
+        zeros = jnp.zeros((d_in, d_out), param_dtype)
         self.kernel = Frozen(zeros)
         self.scores = Precise(wide(zeros))
         self.keep = Frozen(jnp.ones((), jnp.float32))
@@ -260,7 +260,7 @@ class Scored(LinearForm):
 AnyLinear = nnx.Linear | LinearForm
 
 
-def abstract_stack(make: Callable[[], Any], stack: tuple[int, ...]) -> Any:
+def abstract_stack(make: Callable[[], ModuleT], stack: tuple[int, ...]) -> ModuleT:
     """Returns what a function makes, with shapes in place of arrays, stacked for experts."""
     made = jax.vmap(lambda _: make()) if stack else lambda _: make()
     return nnx.eval_shape(made, jax.ShapeDtypeStruct(stack, jnp.int32))
@@ -303,9 +303,10 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
     make = partial(
         nnx.Linear, *kernel.shape[-2:], use_bias=bias is not None, param_dtype=kernel.dtype
     )
-    new: Any = abstract_stack(lambda: make(rngs=nnx.Rngs(0)), kernel.shape[:-2])
+    new = abstract_stack(lambda: make(rngs=nnx.Rngs(0)), kernel.shape[:-2])
     new.kernel.set_value(kernel)
     if bias is not None:
+        assert new.bias is not None
         new.bias.set_value(bias)
     return new
 
@@ -359,7 +360,7 @@ def find_forms(model: nnx.Module) -> dict[str, LinearForm]:
     return find_modules(model, LinearForm)
 
 
-def multiplied_out(model: Any) -> Any:
+def multiplied_out(model: ModuleT) -> ModuleT:
     """Returns a clone of a model with plain layers in place of all forms: the same function.
 
     The clone shares all other arrays with the model.

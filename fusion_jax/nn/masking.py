@@ -20,7 +20,7 @@ def top_mask(scores: Float[Array, "*n"], keep: Int[Array, ""]) -> Bool[Array, "*
     size may count as 0.
 
     Args:
-        scores: Any array without NaN.
+        scores: An array without NaN.
         keep: The number of entries to keep, 0 to all.
 
     Returns:

@@ -84,7 +84,7 @@ class AnyMlp(nnx.Module):
         """
         raise NotImplementedError
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns how to build this module from the original one, as JSON values.
 
         They are the name of its class under ``"module"``, and the arguments for `Mlp.abstract`.
@@ -255,7 +255,7 @@ class Mlp(AnyMlp):
             take_settings(new.linears()[name], linear)
         return new
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns how to build this module from the original one, see `AnyMlp.spec`."""
         return {"module": type(self).__name__, "width": self.width}
 
@@ -276,7 +276,7 @@ class Mlp(AnyMlp):
 
 
 def experts(
-    make: Callable[..., MlpT], count: int, *, top_k: int = 1, rngs: nnx.Rngs, **fields: Any
+    make: Callable[..., MlpT], count: int, *, top_k: int = 1, rngs: nnx.Rngs, **fields: object
 ) -> MlpT:
     """Returns the experts of a mixture as one module, in whose arrays axis 0 counts the experts.
 

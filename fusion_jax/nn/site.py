@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
@@ -14,7 +13,7 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import multiplied_out
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.submlps import SubMLPs
-from fusion_jax.nn.surgery import at, find_modules, path_name, replaced
+from fusion_jax.nn.surgery import ModuleT, at, find_modules, path_name, replaced
 from ntk.selection import Selection, select
 
 
@@ -42,7 +41,7 @@ def sites(model: nnx.Module) -> list[Site]:
     """Returns the MLPs of a model, in the order of its layers.
 
     Args:
-        model: Any Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
+        model: A Flax NNX module that holds its MLPs as `Mlp` or `GatedMlp`.
 
     Returns:
         The sites; empty if there are none.
@@ -84,7 +83,7 @@ def select_sites(found: Sequence[Site], layers: Selection) -> list[Site]:
 
 
 @on_auto_axes
-def plain(model: Any) -> Any:
+def plain(model: ModuleT) -> ModuleT:
     """Returns the same function with plain layers and MLPs, for inference.
 
     Matrices in other forms are multiplied out, and cluster sizes are folded into output weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class UnevenExperts(AnyMlp):
             lambda *x: self._in_order(x), *(group.padded(width) for group in self.groups)
         )
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Returns how to build this module from the original experts, as JSON values."""
         pairs = zip(self.groups, self.members, strict=True)
         groups = [{**group.spec(), "members": list(members)} for group, members in pairs]

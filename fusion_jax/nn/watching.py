@@ -7,13 +7,14 @@ operations that only lay it out anew, into inner functions and loops, to the pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 _LAYOUTS = {
     "broadcast_in_dim",
@@ -60,8 +61,8 @@ class Product(NamedTuple):
 
 
 def products(
-    f: Callable[[Any], Any], weights: Mapping[str, Array]
-) -> tuple[Any, dict[str, list[Product]]]:
+    f: Callable[[dict[str, Array]], PyTree], weights: Mapping[str, Array]
+) -> tuple[PyTree, dict[str, list[Product]]]:
     """Returns the result of a function of weights, and the products with each weight.
 
     Args:
@@ -91,17 +92,17 @@ def products(
 
 
 def _run(
-    jaxpr: Any,
-    consts: Sequence[Any],
-    args: Sequence[Any],
+    jaxpr: jex_core.Jaxpr,
+    consts: Sequence[ArrayLike],
+    args: Sequence[ArrayLike],
     watched: Mapping[int, str],
     found: list[tuple[str, Product]],
-) -> list[Any]:
+) -> list[Array]:
     """Runs a jaxpr, some of whose arguments are watched weights, and collects their products."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     names = {jaxpr.invars[i]: name for i, name in watched.items()}
 
-    def read(atom: Any) -> Any:
+    def read(atom: jex_core.Var | jex_core.Literal) -> PyTree:
         return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
@@ -132,7 +133,9 @@ def _run(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _product(eqn: Any, ins: Sequence[Any], out: Any, place: int) -> Product | None:
+def _product(
+    eqn: jex_core.JaxprEqn, ins: Sequence[Array], out: Array, place: int
+) -> Product | None:
     """Returns a product with a matrix, or None if the weight is in another kind of product."""
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
     weight, other = ins[place], ins[1 - place]
@@ -145,8 +148,11 @@ def _product(eqn: Any, ins: Sequence[Any], out: Any, place: int) -> Product | No
 
 
 def _scan(
-    eqn: Any, ins: Sequence[Any], marks: Mapping[int, str], found: list[tuple[str, Product]]
-) -> list[Any]:
+    eqn: jex_core.JaxprEqn,
+    ins: Sequence[Array],
+    marks: Mapping[int, str],
+    found: list[tuple[str, Product]],
+) -> list[Array]:
     """Runs a loop, with the products of all its steps as further results."""
     params, inner = eqn.params, eqn.params["jaxpr"]
     n_consts, n_carry = params["num_consts"], params["num_carry"]
@@ -155,7 +161,7 @@ def _scan(
     kept = {i: name for i, name in marks.items() if not n_consts <= i < end}
     names: list[str] = []
 
-    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+    def step(carry: list[Array], xs: list[Array]) -> tuple[list[Array], PyTree]:
         seen: list[tuple[str, Product]] = []
         outs = _run(inner.jaxpr, inner.consts, [*consts, *carry, *xs], kept, seen)
         names[:] = [name for name, _ in seen]

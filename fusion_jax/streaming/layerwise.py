@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from fusion_jax.calibration.calibrator import MAX_POSITIONS, Sample
@@ -50,7 +51,7 @@ def compress_files(
     layers: Selection = None,
     budget: float | None = None,
     calibration: CalibrationSource | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Compresses a model from its files into an artefact, with one layer in memory at a time.
@@ -114,15 +115,15 @@ class _Work:
         self.chosen = select_sites(sites(self.abstract), layers)
         self.smaller: Any = nnx.clone(self.abstract)
         self.rows: list[SiteReport] = []
-        self.described: dict[str, Any] = {}
+        self.described: dict[str, object] = {}
         self.source: str | None = None
-        self.given: Mapping[str, Any] | None = None
+        self.given: Mapping[str, PyTree] | None = None
         self.sample: Sample | None = None
         self.states: list[np.ndarray] = []
         if calibration is not None:
             self._calibrated(calibration)
 
-        def layer(static: ByValue, state: PyTree, x: Array, batch: Mapping[str, Any]) -> Any:
+        def layer(static: ByValue, state: PyTree, x: Array, batch: Mapping[str, PyTree]) -> PyTree:
             graph, size = static.value
             decoder: Any = self.abstract
             start = decoder.start(batch["input_ids"], batch.get("attention_mask"))
@@ -206,7 +207,7 @@ class _Work:
         here = [site for site in self.chosen if site.path.startswith(prefix)]
         wanted = {site.path for site in here}
 
-        def run(i: int) -> dict[str, Any]:
+        def run(i: int) -> dict[str, PyTree]:
             (x, _), seen = self._layer(static, state, self.states[i], sample.batches[i])
             self.states[i] = np.asarray(x)
             found = {prefix + path: each for path, each in seen.items()}
@@ -278,7 +279,7 @@ def _inside(part: str, path: str) -> bool:
     return path.startswith(f"{part}.")
 
 
-def _filled(model: Any, values: Mapping[str, Any]) -> Any:
+def _filled(model: Any, values: Mapping[str, PyTree]) -> PyTree:
     """Returns an abstract module with arrays in place of some of its shapes."""
     graph, state = nnx.split(model)
     flat = {

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Verification:
             f"change of an MLP that is gone{also}"
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the results as JSON values."""
         return {
             "examples": self.num_texts,
@@ -238,7 +238,7 @@ def load_original(name: str, smaller: Model, *, key: Key[Array, ""]) -> Model:
     """
     head = smaller.provenance.head
     labels = smaller.config.num_labels if head in CLASS_HEADS else None
-    original: Any = load(name, head=head, num_labels=labels, dtype=jnp.float32, key=key)
+    original = load(name, head=head, num_labels=labels, dtype=jnp.float32, key=key)
     if head is not None:
         # A head that was new when the model was compressed exists in the compressed model only.
         original.head = smaller.head  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def _done(history: Iterable[str]) -> str:
     return f"compressed by {', then '.join(names)}" if names else "compressed"
 
 
-def _method_name(method: Mapping[str, Any]) -> str:
+def _method_name(method: Mapping[str, object]) -> str:
     """Returns the name and size of a method, or of each if sites have methods of their own."""
     if "method" not in method:
         names = {str(own.get("method")) for own in method.values() if isinstance(own, dict)}
@@ -104,7 +103,7 @@ def _method_name(method: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind], scaling: str | None
+    v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind], scaling: object
 ) -> str:
     before, after = num_params
     facts = [(f"{_count(before)} → {_count(after)}", f"parameters, {after / before - 1:+.0%}")]
@@ -233,7 +232,7 @@ def _report(report: Report) -> str:
     return f"<h2>What was done</h2>{lines}{_table([head, *rows])}<dl>{terms}</dl>"
 
 
-def _fields(method: Any) -> str:
+def _fields(method: object) -> str:
     if not isinstance(method, dict):
         return str(method)
     return ", ".join(f"{name} {value}" for name, value in method.items())

@@ -1,7 +1,7 @@
 r"""Bounds the wide copy's features from the original's values, by Jensen's inequality.
 
 If a centroid is the mean of its cluster's rows, its value z_c is the mean of the values z_i of the
-units in the cluster, by linearity. Any other centroid's value is off by at most ``offset r``,
+units in the cluster, by linearity. The value of another centroid is off by at most ``offset r``,
 r = |x^|. So for a function phi that is convex and does not fall, and weights w_c >= 0 of clusters,
 
     sum_c n_c w_c phi(z_c)  <=  sum_i w_{c(i)} phi(z_i + offset r),                           (7)

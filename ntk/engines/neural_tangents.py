@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import jax
 import jax.core
@@ -215,26 +214,30 @@ def load_neural_tangents() -> types.ModuleType:
                 "installed; it is a dependency of fusion-jax for Python below 3.14 only, as its "
                 "requirement TensorFlow has no newer wheels"
             ) from None
-    empirical: Any = importlib.import_module("neural_tangents._src.empirical")
-    empirical._get_primals_out_and_pullback = _primals_out_and_pullback(empirical._backward_pass)
-    empirical._eqn_vjp_fn = _transposed
-    # Names that it uses at run time and that these modules no longer have, or warn about.
-    empirical.core = _overlay(jax.core, DShapedArray=type("DShapedArray", (), {}))
-    empirical.ad = _overlay(
-        ad,
-        source_info_util=source_info_util,
-        config=types.SimpleNamespace(jax_enable_checks=False),
+    empirical = importlib.import_module("neural_tangents._src.empirical")
+    vars(empirical).update(
+        _get_primals_out_and_pullback=_primals_out_and_pullback(empirical._backward_pass),
+        _eqn_vjp_fn=_transposed,
+        # Names that it uses at run time and that these modules no longer have, or warn about.
+        core=_overlay(jax.core, DShapedArray=type("DShapedArray", (), {})),
+        ad=_overlay(
+            ad,
+            source_info_util=source_info_util,
+            config=types.SimpleNamespace(jax_enable_checks=False),
+        ),
+        jnp=_overlay(jnp, dtype=jnp.result_type, size=lambda a: math.prod(jnp.shape(a))),
     )
-    empirical.jnp = _overlay(jnp, dtype=jnp.result_type, size=lambda a: math.prod(jnp.shape(a)))
     return package
 
 
 @contextmanager
 def _old_names() -> Iterator[None]:
     """Adds the names that neural-tangents looks up in jax while it is imported."""
-    util: Any = types.ModuleType("jax.util")
-    util.safe_map = lambda f, *args: [f(*x) for x in zip(*args, strict=True)]
-    util.safe_zip = lambda *args: list(zip(*args, strict=True))
+    util = types.ModuleType("jax.util")
+    vars(util).update(
+        safe_map=lambda f, *args: [f(*x) for x in zip(*args, strict=True)],
+        safe_zip=lambda *args: list(zip(*args, strict=True)),
+    )
     modules = {
         "jax.util": util,
         "neural_tangents.experimental": types.ModuleType("neural_tangents.experimental"),
@@ -262,9 +265,8 @@ def _old_names() -> Iterator[None]:
 
 def _overlay(module: types.ModuleType, **names: object) -> types.ModuleType:
     """Returns a module that looks names up in ``names`` first, then in ``module``."""
-    over: Any = types.ModuleType(module.__name__)
-    over.__getattr__ = lambda name: getattr(module, name)
-    vars(over).update(names)
+    over = types.ModuleType(module.__name__)
+    vars(over).update(names, __getattr__=lambda name: getattr(module, name))
     return over
 
 
@@ -334,19 +336,21 @@ def _primals_out_and_pullback(backward_pass: Callable[..., PyTree]) -> Callable[
     return primals_out_and_pullback
 
 
-def _transposed(eqn: Any, cotangent: Any, *values: Any) -> Any:
+def _transposed(
+    eqn: jex_core.JaxprEqn | None, cotangent: Array | ad.Zero, *values: PyTree
+) -> Sequence[Array | ad.Zero | None]:
     """Returns cotangents of the undefined inputs of an equation, and None for the others.
 
     It replaces the package's ``_eqn_vjp_fn``.
     """
     if eqn is None:  # the identity
         return (cotangent,)
-    out: list[Any] = [None] * len(values)
+    out: list[Array | None] = [None] * len(values)
     if isinstance(cotangent, ad.Zero):
         return out
     undefined = [i for i, value in enumerate(values) if ad.is_undefined_primal(value)]
 
-    def function(*xs: Any) -> Any:
+    def function(*xs: PyTree) -> PyTree:
         args = list(values)
         for i, x in zip(undefined, xs, strict=True):
             args[i] = x

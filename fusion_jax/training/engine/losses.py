@@ -24,6 +24,7 @@ from fusion_jax.models.base import DecoderOutput, Model
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.models.provenance import class_order
 from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.config import TrainConfig
 
 Forward = Callable[..., PyTree]
@@ -47,7 +48,7 @@ class Total(NamedTuple):
 
 Coefficient = float | Float[Array, ""]
 
-Loss = Callable[[PyTree, Batch, Key[Array, ""] | None], Total]
+Loss = Callable[[ModuleT, Batch, Key[Array, ""] | None], Total]
 """A function of (model, batch, dropout key or None)."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from fusion_jax.nn.fused import FusedGatedMlp, FusedMlp
 from fusion_jax.nn.linear_forms import Precise
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import path_name
+from fusion_jax.nn.surgery import ModuleT, path_name
 from fusion_jax.nn.uneven_experts import UnevenExperts
 from ntk.selection import select
 
@@ -25,7 +26,7 @@ Trains = str | Callable[[str], bool]
 or a function of a path. Only `nnx.Param` can train."""
 
 
-class Partition:
+class Partition(Generic[ModuleT]):
     """A model's structure, and the split of its variables into those that train and the others.
 
     Args:
@@ -48,7 +49,7 @@ class Partition:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: ModuleT,
         trains: Trains = "all",
         *,
         compute_dtype: DTypeLike | None = None,
@@ -100,24 +101,24 @@ class Partition:
             )
         return keys
 
-    def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
+    def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> ModuleT:
         """Returns the model with these arrays, each in the own dtype of its variable."""
         return self._merged(self._own, {**params, **rest}, None)
 
-    def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
+    def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> ModuleT:
         """Returns the model with these arrays, each in the dtype it has now."""
         arrays = {**params, **rest}
         flat = {path: v.replace(arrays[name]) for name, (path, v) in self._flat.items()}
         return nnx.merge(self._own, nnx.from_flat_state(flat))
 
-    def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
+    def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> ModuleT:
         """Returns the model for a training step: in the dtype to compute in, and with remat."""
         model = self._merged(self._graph, {**params, **rest}, self._compute_dtype)
         return _remat(model) if self._remat else model
 
     def _merged(
         self, graph: nnx.GraphDef, arrays: Mapping[str, Array], dtype: DTypeLike | None
-    ) -> nnx.Module:
+    ) -> ModuleT:
         flat = {}
         for name, (path, variable) in self._flat.items():
             # These keep their dtype: bfloat16 would round cluster sizes and make scores equal.
@@ -181,7 +182,7 @@ class _Remat(nnx.Module):
         return jax.checkpoint(run)(state, arrays)
 
 
-def _remat(model: nnx.Module) -> nnx.Module:
+def _remat(model: ModuleT) -> ModuleT:
     modules = [m for _, m in nnx.iter_modules(model)]
     inner = {id(m.groups) for m in modules if isinstance(m, UnevenExperts)}
     for layers in modules:

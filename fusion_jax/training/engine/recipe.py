@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from fusion_jax.errors import InputError
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.growth import Growth
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.optimizer import Multipliers
@@ -16,7 +16,7 @@ from fusion_jax.training.engine.step import TrainState, VariableUpdate
 
 OnStep = Callable[[int, TrainState], TrainState | None]
 """Called after each step with the steps done and the state; may return a state to continue with."""
-Save = Callable[[Any, Path], object]
+Save = Callable[[ModuleT, Path], object]
 """Writes a model into a folder that does not exist yet, as `fusion_jax.save` does."""
 
 

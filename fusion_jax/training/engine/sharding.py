@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ class Placement:
         }
 
     @property
-    def replicated(self) -> Any:
+    def replicated(self) -> NamedSharding | None:
         """The sharding of arrays that are whole on every device; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
@@ -117,19 +117,21 @@ class Placement:
 
     def everywhere(self, tree: TreeT) -> TreeT:
         """Returns a pytree of arrays that are whole on every device."""
-        if self.mesh is None:
+        whole = self.replicated
+        if whole is None:
             return tree
-        return jax.tree.map(lambda x: _put(np.asarray(x), self.replicated), tree)
+        return jax.tree.map(lambda x: _put(np.asarray(x), whole), tree)
 
     def placed(self, tree: TreeT) -> TreeT:
         """Returns a pytree on the mesh; arrays not yet on a mesh become whole on every device."""
-        if self.mesh is None:
+        whole = self.replicated
+        if whole is None:
             return tree
         return jax.tree.map(
             lambda x: (
                 x
                 if isinstance(x, Array) and isinstance(x.sharding, NamedSharding)
-                else _put(np.asarray(x), self.replicated)
+                else _put(np.asarray(x), whole)
             ),
             tree,
         )
@@ -144,9 +146,8 @@ class Placement:
 
     def gathered(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Returns variables that are whole on every device, so that any process can write them."""
-        if self.mesh is None:
-            return dict(arrays)
-        return _gather(self.replicated)(dict(arrays))
+        whole = self.replicated
+        return dict(arrays) if whole is None else _gather(whole)(dict(arrays))
 
 
 @lru_cache

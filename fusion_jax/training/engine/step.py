@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.losses import Loss, Total, bound
 from fusion_jax.training.engine.optimizer import Multipliers, find_multipliers, make_optimizer
@@ -37,7 +38,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-class CompiledStep:
+class CompiledStep(Generic[ModuleT]):
     """The compiled training step of a model.
 
     Args:
@@ -57,7 +58,7 @@ class CompiledStep:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: ModuleT,
         *,
         loss: Loss,
         config: TrainConfig,
@@ -134,11 +135,11 @@ class CompiledStep:
         placed = self.placement.batch(batch)
         return self._step(state, placed, self._loss, self._key, np.int32(step))
 
-    def compute_model(self, state: TrainState) -> nnx.Module:
+    def compute_model(self, state: TrainState) -> ModuleT:
         """Returns the model of a state as the step computes it; it shares the state's arrays."""
         return self.partition.compute(state.params, state.rest)
 
-    def model(self, state: TrainState) -> nnx.Module:
+    def model(self, state: TrainState) -> ModuleT:
         """Returns the model of a state in its own dtypes, with arrays of its own."""
         arrays = self.placement.gathered({**state.params, **state.rest})
         own = {
@@ -148,7 +149,7 @@ class CompiledStep:
         }
         return self.partition.merge(own, {})
 
-    def unrounded_model(self, state: TrainState) -> nnx.Module | None:
+    def unrounded_model(self, state: TrainState) -> ModuleT | None:
         """Returns the model of a state in the state's dtypes, or None if `model` rounds nothing."""
         shapes = self.partition.shapes
         if all(x.dtype == shapes[path].dtype for path, x in state.params.items()):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
@@ -40,7 +41,7 @@ from fusion_jax.training.engine.run_folder import (
 )
 from fusion_jax.training.engine.step import CompiledStep, TrainState
 
-Evaluate = Callable[[Any], dict[str, float]]
+Evaluate = Callable[[ModuleT], dict[str, float]]
 """Measures a model: metrics by name, of which the first chooses the best model."""
 _FREE_ON_RESUME = {
     "log_every",
@@ -54,7 +55,7 @@ _FREE_ON_RESUME = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(Generic[ModuleT]):
     """The result of training.
 
     Args:
@@ -65,7 +66,7 @@ class Fit:
         data: Fingerprints of the data, by name; empty without a folder.
     """
 
-    model: Any = field(repr=False)
+    model: ModuleT = field(repr=False)
     step: int
     finished: bool
     history: list[dict[str, int | float]]
@@ -74,25 +75,25 @@ class Fit:
 
 @on_auto_axes
 def fit(
-    model: nnx.Module,
+    model: ModuleT,
     batches: BatchSource,
     loss: Loss,
     config: TrainConfig,
     *,
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
-    evaluate: Evaluate | None = None,
+    evaluate: Evaluate[ModuleT] | None = None,
     lowest: bool = False,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     progress: bool | None = None,
-) -> Fit:
+) -> Fit[ModuleT]:
     """Trains a model on any loss; the model itself is not changed.
 
     Runs on the mesh that the caller has set, if any: batches are split over its axes "data" and
     "fsdp", parameters and moments over "fsdp", the widths of MLPs over "model".
 
     Args:
-        model: Any NNX module that the loss can run.
+        model: An NNX module that the loss can run.
         batches: The batches.
         loss: The loss to minimize, see `fusion_jax.training.losses`. The routers' losses of the
             configuration are not added, see `losses.with_routers`.

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from jaxtyping import Array, Key
 from fusion_jax.checkpoint import save
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Provenance
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_tokenizer,
@@ -29,15 +29,15 @@ from fusion_jax.training.tasks.pair_encoding import Pairs
 
 
 def finetune(
-    model: nnx.Module,
-    data: Task,
+    model: ModuleT,
+    data: Task[ModuleT],
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     progress: bool | None = None,
-) -> Fit:
+) -> Fit[ModuleT]:
     """Fine-tunes a model on a task; the model itself is not changed.
 
     Runs on the mesh that the caller has set, if any. With a folder, the run can be stopped at any
@@ -79,9 +79,9 @@ def finetune(
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
         trained = {} if classes is None else classes._asdict()
-        student: Any = nnx.clone(model)
-        student.provenance = dataclasses.replace(provenance, new_head=False, **trained)
-        model = student
+        model = nnx.clone(model)
+        own = dataclasses.replace(provenance, new_head=False, **trained)
+        model.provenance = own  # type: ignore[attr-defined]
     _, dropout = jax.random.split(key)
     if folder is not None:
         about = {**recipe.about, **_facts(model, data)}
@@ -102,7 +102,7 @@ def finetune(
 
 def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     """Returns what the batches do not show of a run's data, as JSON values by name."""
-    dev: Any = getattr(data, "dev", None)
+    dev: object = getattr(data, "dev", None)
     if isinstance(dev, str | os.PathLike):
         dev = Path(dev)
     elif isinstance(dev, Mapping):

@@ -45,7 +45,7 @@ def tune(
     key: Key[Array, ""],
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> Fit:
+) -> Fit[Model]:
     """Tunes the compressed MLPs of a model towards the hidden states of the original model.
 
     Minimizes the mean squared error between the hidden states after every layer, over unlabeled

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.methods.mask_prune import MaskPrune
 from fusion_jax.models.provenance import Provenance
-from fusion_jax.nn.linear_forms import Frozen, Masked
+from fusion_jax.nn.linear_forms import AnyLinear, Frozen, Masked
 from fusion_jax.nn.masking import top_masks
 from fusion_jax.nn.site import select_sites, sites
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.progress import show_progress
 from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.stages import Stages
@@ -27,7 +28,7 @@ from ntk.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ticket:
+class Ticket(Generic[ModuleT]):
     """The result of `lottery`.
 
     Args:
@@ -36,21 +37,21 @@ class Ticket:
         finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
-    model: Any = field(repr=False)
+    model: ModuleT = field(repr=False)
     rounds: int
     finished: bool
 
 
 def lottery(
-    model: Any,
-    train: Callable[[Any, Path | None], Fit | nnx.Module],
+    model: ModuleT,
+    train: Callable[[ModuleT, Path | None], Fit[ModuleT] | ModuleT],
     *,
     keep: float = 0.25,
     rounds: int = 3,
     layers: Selection = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> Ticket:
+) -> Ticket[ModuleT]:
     """Finds a lottery ticket: trains, prunes the smallest weights of the MLPs, rewinds, repeats.
 
     Every round keeps the same share of the remaining weights, with one threshold for all MLPs. The
@@ -86,7 +87,6 @@ def lottery(
     """
     check_at_least(1, rounds=rounds)
     MaskPrune(keep=keep)
-    ticket: Any
     ticket, _ = compress(
         model, MaskPrune(keep=1.0), layers=layers, key=jax.random.key(0), progress=False
     )
@@ -94,9 +94,8 @@ def lottery(
     provenance = getattr(model, "provenance", None)
     if isinstance(provenance, Provenance):
         # Replaces the entry of `compress`, which kept all weights.
-        ticket.provenance = provenance.after(
-            {"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen}
-        )
+        done_so_far = {"lottery": {"keep": keep, "rounds": rounds}, "sites": chosen}
+        ticket.provenance = provenance.after(done_so_far)  # type: ignore[attr-defined]
     settings = {"keep": keep, "rounds": rounds, "sites": chosen}
     with Stages(folder, "ticket", model, settings) as stages:
         record, finished = stages.read_record(), True
@@ -110,14 +109,16 @@ def lottery(
                 trained, finished = stages.train(train, ticket, done)
                 if not finished:
                     break
-                places = _layers_of(trained, chosen)
-                if not places or not all(isinstance(place, Masked) for place in places):
+                found = _layers_of(trained, chosen)
+                places = [place for place in found if isinstance(place, Masked)]
+                if not places or len(places) < len(found):
                     raise InputError("train must return the trained model; the masks are gone")
                 scores = [np.abs(np.asarray(place.matrix(), np.float32)) for place in places]
                 # Weights that are already masked are 0, so that they rank last.
                 masks = top_masks(scores, keep ** ((done + 1) / rounds))
                 ticket = nnx.clone(ticket)
                 for place, mask in zip(_layers_of(ticket, chosen), masks, strict=True):
+                    assert isinstance(place, Masked)
                     place.mask = Frozen(jnp.asarray(mask))
                 done += 1
                 stages.write({"done": done}, model=ticket, done=done)
@@ -127,7 +128,7 @@ def lottery(
     return Ticket(model=ticket, rounds=done, finished=finished)
 
 
-def _layers_of(model: nnx.Module, chosen: list[str]) -> list[Any]:
+def _layers_of(model: nnx.Module, chosen: list[str]) -> list[AnyLinear]:
     """Returns the linear layers of the chosen sites, in order."""
     found = [site.mlp for site in sites(model) if site.path in set(chosen)]
     return [layer for mlp in found for _, layer in sorted(mlp.linears().items())]

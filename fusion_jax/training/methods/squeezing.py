@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
@@ -170,7 +170,7 @@ def cut(model: ModelT, chosen: Cut) -> ModelT:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Squeezed:
+class Squeezed(Generic[ModelT]):
     """The result of `squeeze`.
 
     Args:
@@ -183,7 +183,7 @@ class Squeezed:
         finished: False if training was told to stop; the same call with a folder resumes it.
     """
 
-    model: Any = field(repr=False)
+    model: ModelT = field(repr=False)
     loss: float
     first_loss: float
     cuts: list[tuple[Cut, float]]
@@ -192,9 +192,9 @@ class Squeezed:
 
 
 def squeeze(
-    model: Any,
-    train: Callable[[Any, Path | None], Fit | nnx.Module],
-    measure: Callable[[Any], float],
+    model: ModelT,
+    train: Callable[[ModelT, Path | None], Fit[ModelT] | ModelT],
+    measure: Callable[[ModelT], float],
     *,
     tolerance: float = 0.03,
     two_sided: bool = False,
@@ -202,7 +202,7 @@ def squeeze(
     step: int = 1,
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> Squeezed:
+) -> Squeezed[ModelT]:
     """Squeezes a model: makes the cheapest bond smaller, fine-tunes, and repeats.
 
     Args:

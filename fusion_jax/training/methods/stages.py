@@ -16,8 +16,8 @@ from flax import nnx
 from fusion_jax.checkpoint import load, save
 from fusion_jax.checkpoint.files import write_text
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import Provenance
+from fusion_jax.nn.surgery import ModuleT
 from fusion_jax.training.engine.fingerprints import fingerprint_of_model
 from fusion_jax.training.engine.locks import FolderLock
 from fusion_jax.training.engine.run_folder import SAME_DATA, check_same, replace_artefact
@@ -110,7 +110,7 @@ class Stages:
         self._data = record.get("data", {})
         return record
 
-    def load_model(self, done: int, original: Model) -> Model:
+    def load_model(self, done: int, original: Any) -> Any:
         """Returns the model after some stages, with the name and tokenizer of the original."""
         assert self.folder is not None
         model = load(self.folder / f"{self._name}-{done}")
@@ -120,8 +120,11 @@ class Stages:
         return model
 
     def train(
-        self, train: Callable[[Any, Path | None], Fit | nnx.Module], model: Any, done: int
-    ) -> tuple[Any, bool]:
+        self,
+        train: Callable[[ModuleT, Path | None], Fit[ModuleT] | ModuleT],
+        model: ModuleT,
+        done: int,
+    ) -> tuple[ModuleT, bool]:
         """Trains the model of the stage that follows ``done`` stages, in a folder of its own.
 
         Args:

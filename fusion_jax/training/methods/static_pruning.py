@@ -235,7 +235,7 @@ def static_prune(
     folder: str | os.PathLike[str] | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     progress: bool | None = None,
-) -> Fit:
+) -> Fit[Model]:
     """Prunes a pre-trained model for a task by learning which of its weights to keep.
 
     Only scores train; the head trains too with ``pruning.train_head``. Otherwise use a pre-trained

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.losses import Loss
 from fusion_jax.training.engine.trainer import Evaluate
+
+ModelT_contra = TypeVar("ModelT_contra", bound=nnx.Module, contravariant=True)
 
 
 class Classes(NamedTuple):
@@ -44,10 +47,12 @@ class Prepared(NamedTuple):
 
 
 @runtime_checkable
-class Task(Protocol):
+class Task(Protocol[ModelT_contra]):
     """A task with its data, such as `Classification`, `TextPairs` or `PlainText`."""
 
-    def prepare(self, model: Any, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
+    def prepare(
+        self, model: ModelT_contra, config: TrainConfig, *, key: Key[Array, ""]
+    ) -> Prepared:
         """Returns what training a model on the task needs.
 
         Args:
@@ -63,7 +68,9 @@ class Task(Protocol):
         """
         ...
 
-    def inputs(self, model: Any, config: TrainConfig, *, key: Key[Array, ""]) -> BatchSource:
+    def inputs(
+        self, model: ModelT_contra, config: TrainConfig, *, key: Key[Array, ""]
+    ) -> BatchSource:
         """Returns the training inputs in batches, for layer-wise tuning.
 
         Args:

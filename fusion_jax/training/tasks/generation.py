@@ -252,7 +252,7 @@ def measure_texts(
     Args:
         pairs: The sources with their references.
         texts: The generated text of each source.
-        metrics: Any of ``"bleu"``, ``"chrf"``, ``"chrf++"`` and ``"ter"``.
+        metrics: Some of ``"bleu"``, ``"chrf"``, ``"chrf++"`` and ``"ter"``.
 
     Returns:
         The metrics of ``all`` texts, and of the texts of each group if there are groups.

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -254,7 +253,7 @@ def texts_of(
     return Texts(texts, None if given is None else np.array(values, dtype), names)
 
 
-def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
+def _label(cell: object, numbers: Mapping[str, int] | None) -> int | float:
     name = _class_name(cell)
     if numbers is not None:
         if name not in numbers:
@@ -262,8 +261,8 @@ def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
             raise InputError(f"label {name[:100]!r} is not one of {known}")
         return numbers[name]
     try:
-        number = float(cell)
-    except (TypeError, ValueError, OverflowError):
+        number = float(name)
+    except ValueError:
         number = math.nan
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise InputError(f"label {name[:100]!r} is not a number of float32")
