@@ -187,15 +187,24 @@ def check_context(model: Model, context: int) -> None:
         raise InputError(f"context {context} is above the model's {most} positions")
 
 
+_BATCH = 32
+"""Windows that are evaluated at once."""
+_LOGITS = 1 << 28
+"""The most logits of one batch, 1 GiB in float32."""
+
+
 @on_auto_axes
-def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: int = 32) -> float:
+def nats_per_token(
+    model: Model, ids: PlainTokens, context: int, *, batch_size: int | None = None
+) -> float:
     """Returns the mean of -log p of each token given the tokens before it in its window.
 
     Args:
         model: A language model.
         ids: The tokens of a text.
         context: The number of tokens of a window, see `Windows`.
-        batch_size: The number of windows per batch.
+        batch_size: The number of windows per batch; None for 32, or fewer if their logits would
+            take more than 1 GiB.
 
     Returns:
         Nats per token; the exponential is the perplexity.
@@ -205,6 +214,9 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
             window, or the text is shorter than a window.
     """
     check_context(model, context)
+    if batch_size is None:
+        vocab = model.config.vocab_size
+        batch_size = max(1, min(_BATCH, _LOGITS // (context * vocab)))
     windows = Windows(ids, context, batch_size)
     totals: list[losses.Total] = []
     with show_progress("Evaluating", len(windows), first="compiling") as advance:
