@@ -26,6 +26,8 @@ from fusion_jax.training.engine.trainer import Fit, fit
 from fusion_jax.training.tasks.base import Task
 from fusion_jax.training.tasks.classification import Texts
 from fusion_jax.training.tasks.pair_encoding import Pairs
+from fusion_jax.training.tasks.questions import Questions
+from fusion_jax.training.tasks.tagged_words import TaggedWords
 
 
 def finetune(
@@ -51,7 +53,7 @@ def finetune(
         key: Random key of dropout and of the order of the examples.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` and ``last`` go.
             The first metric chooses ``best``: for classification the first metric of the first dev
-            set, for texts the nats per token. None keeps nothing.
+            set, for texts the nats per token, for tags and answers the F1. None keeps nothing.
         recipe: What a method customizes, such as the loss or which parameters train.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
@@ -107,11 +109,12 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
         dev = Path(dev)
     elif isinstance(dev, Mapping):
         dev = {name: _without_places(texts) for name, texts in dev.items()}
-    elif isinstance(dev, Pairs):
+    elif isinstance(dev, _DATA):
         dev = _without_places(dev)
     elif not isinstance(dev, np.ndarray | jax.Array):
         dev = None  # none, or of a task of one's own
-    labels = getattr(getattr(data, "spec", None), "labels", None)
+    labels = getattr(getattr(data, "spec", data), "labels", None)
+    labels = labels if isinstance(labels, tuple) else None
     return {
         "dev data": fingerprint_of_values(dev),
         "classes": None if labels is None else list(labels),
@@ -121,4 +124,8 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
 
 def _without_places(texts: Any) -> Any:
     """Returns texts or pairs without the names of their files, which may be moved."""
-    return texts._replace(names=()) if isinstance(texts, Texts | Pairs) else None
+    return texts._replace(names=()) if isinstance(texts, _DATA) else None
+
+
+_DATA = (Texts, Pairs, TaggedWords, Questions)
+"""The kinds of data whose examples have names."""
