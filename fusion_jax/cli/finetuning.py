@@ -23,6 +23,11 @@ from fusion_jax.training.methods.layerwise import tune as tune_model
 from fusion_jax.training.tasks import tables
 from fusion_jax.training.tasks.classification import Classification
 from fusion_jax.training.tasks.glue import texts_of
+from fusion_jax.training.tasks.question_answering import QuestionAnswering
+from fusion_jax.training.tasks.token_classification import TokenClassification
+
+_WITH_HEAD = (Classification, TokenClassification, QuestionAnswering)
+"""The tasks whose models get a head of their own."""
 
 
 @resumable
@@ -37,16 +42,18 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task; the same command resumes a run that was stopped.
 
-    There are three kinds of tasks. Labels, for encoders: --task with a GLUE task, or --train-file
-    with --text and --label. Targets from sources, for models that generate text: --task webnlg or
-    e2e, or --train-file with --source and --target. Plain text, for decoder-only models: --task
-    text --data FILE.txt.
+    There are five kinds of tasks. Labels: --task with a GLUE task, or --train-file with --text and
+    --label. Tags of words: --task token-classification --train-file with CoNLL text, or with a
+    jsonl file with lists of words (--text words) and tags (--label tags). Answers to questions:
+    --task question-answering --train-file, in the form of SQuAD. Targets from sources, for models
+    that generate text: --task webnlg or e2e, or --train-file with --source and --target. Plain
+    text, for decoder-only models: --task text --data FILE.txt.
 
     Args:
         model: Hub id, Hugging Face folder, or artefact.
         out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
         config: Settings of training.
-        new_head: Replace the classification head of the model, such as one for other classes.
+        new_head: Replace the head of the model, such as one for other classes.
         seed: Seed of the head, the dropout and the order of the examples.
         data: The task and its data.
         devices: How the devices are used.
@@ -54,8 +61,8 @@ def finetune(
     devices.join()
     loaded = data.read()
     key = jax.random.key(seed)
-    if new_head and not isinstance(loaded, Classification):
-        raise InputError("--new-head is for tasks with labels; leave it out")
+    if new_head and not isinstance(loaded, _WITH_HEAD):
+        raise InputError("--new-head is for tasks with labels, tags or answers; leave it out")
     head = {"new_head": True} if new_head else {}
     before = loaded.load(model, key=key, **head)
     fields = {"model": model, "seed": seed, "task": loaded.to_json()}

@@ -310,7 +310,7 @@ def _forward(model: Any, batch: Any) -> Array:
 
 def logits_of(
     model: Any, encoder: TextEncoder, examples: Examples, batch_size: int, shapes: int = 4
-) -> list[Float[np.ndarray, "*t classes"]]:
+) -> list[Float[np.ndarray, "... _"]]:
     """Returns the logits of each example or of each of its tokens, in order, as float32.
 
     Args:

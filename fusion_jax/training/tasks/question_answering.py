@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ LONGEST = 30
 """The largest number of tokens of an answer by default."""
 _CHUNK = 1000
 """Questions that are tokenized at a time, as the tokenizer's lists need much memory."""
-Spans = Int[np.ndarray, "t 2"]
+Spans = Int[np.ndarray, "_ 2"]
 """Where in the context the tokens of a window are, first and last character; -1 outside of it."""
 
 
@@ -88,6 +89,12 @@ class QuestionAnswering:
             if questions is not None and questions.answers is None:
                 raise InputError(f"the {what} questions have no answers")
 
+    @property
+    def empty(self) -> bool:
+        """Whether there are questions that their context does not answer."""
+        parts = (self.train, self.dev)
+        return not all(own for part in parts if part is not None for own in part.answers or ())
+
     def prepare(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
         """Returns what training needs, see `fusion_jax.training.Task`."""
         check_answers_head(model)
@@ -99,12 +106,11 @@ class QuestionAnswering:
             return Prepared(batches, loss)
         dev, right = list(windows(encoder, self.dev, self.stride)), self.dev.answers
         assert right is not None
-        empty = not all((*right, *(self.train.answers or ())))
 
         def evaluate(model: Model) -> dict[str, float]:
             limits = config.batch_size, config.shapes
             assert self.dev is not None and right is not None
-            found = _answered(model, encoder, self.dev, dev, self.longest, empty, *limits)
+            found = _answered(model, encoder, self.dev, dev, self.longest, self.empty, *limits)
             return measure_answers(found, right)
 
         return Prepared(batches, loss, evaluate)
@@ -115,13 +121,16 @@ class QuestionAnswering:
         examples = self._examples(encoder)._replace(labels=None)
         return _batches(encoder, examples, config, key)
 
-    def load(self, name: str, *, key: Key[Array, ""], new_head: bool = False) -> Model:
+    def load(
+        self, name: str | os.PathLike[str], *, key: Key[Array, ""], new_head: bool = False
+    ) -> Model:
         """Loads a model with a head for the task, see `fusion_jax.load`."""
         return checkpoint.load(name, head="question-answering", key=key, new_head=new_head)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a description of the task as JSON values by name."""
-        return {"kind": "question-answering", "stride": self.stride, "longest": self.longest}
+        fields = {"stride": self.stride, "longest": self.longest, "empty": self.empty}
+        return {"kind": "question-answering", **fields}
 
     def _encoder(self, model: Model, config: TrainConfig) -> TextEncoder:
         if config.truncate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
 from fusion_jax.progress import show_stage
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.batches import Batches, Examples
+from fusion_jax.training.engine.batches import Batches, Examples, TokenIds
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.tasks.base import Classes, Prepared
 from fusion_jax.training.tasks.classification import (
@@ -38,7 +39,7 @@ from fusion_jax.training.tasks.tagged_words import (
 
 _log = logging.getLogger("fusion_jax")
 
-Firsts = Int[np.ndarray, " words"]
+Firsts = Int[np.ndarray, " _"]
 """The position of the first token of each word of a text; -1 for a word without tokens."""
 
 
@@ -109,7 +110,9 @@ class TokenClassification:
         texts = [(" ".join(words),) for words in self.train.words]
         return unlabeled_batches(Texts(texts, None, self.train.names), model, config, key=key)
 
-    def load(self, name: str, *, key: Key[Array, ""], new_head: bool = False) -> Model:
+    def load(
+        self, name: str | os.PathLike[str], *, key: Key[Array, ""], new_head: bool = False
+    ) -> Model:
         """Loads a model with a head for the task, see `fusion_jax.load`."""
         head: Any = {"head": "token-classification", "num_labels": len(self.labels)}
         return checkpoint.load(name, **head, key=key, new_head=new_head)
@@ -235,7 +238,7 @@ def _firsts(words: Sequence[str], spans: Int[np.ndarray, "t 2"]) -> Firsts:
 
 def _labels(
     examples: Examples, firsts: Sequence[Firsts], data: TaggedWords, tags: Sequence[str]
-) -> list[Int[np.ndarray, " t"]]:
+) -> list[TokenIds]:
     """Returns the label of each token, -100 where it does not count."""
     columns = {tag: i for i, tag in enumerate(tags)}
     result = []
