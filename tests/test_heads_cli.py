@@ -39,10 +39,14 @@ def test_tags(model, tmp_path, capsys):
     assert found.keys() == {("dev.jsonl", n) for n in ("f1", "precision", "recall", "accuracy")}
     assert main(["export", f"{run}/best", exported]) == 0
     capsys.readouterr()
-    assert main(["evaluate", exported, *task, *fields]) == 0
-    assert metrics(capsys) == found
+    for given in ([], task):
+        assert main(["evaluate", exported, *given, *fields]) == 0
+        assert metrics(capsys) == found
     out = tmp_path / "out.jsonl"
     assert main(["predict", run, *fields[:4], "--out", str(out)]) == 0
+    again = tmp_path / "again.jsonl"
+    assert main(["predict", exported, *fields[:4], "--out", str(again)]) == 0
+    assert again.read_text() == out.read_text()
     given = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["words"] for row in given] == [row["tokens"] for row in rows]
     pairs = [
@@ -73,6 +77,11 @@ def test_answers(model, tmp_path, capsys):
     assert found.keys() == {("squad.jsonl", name) for name in ("f1", "exact_match")}
     out = tmp_path / "out.jsonl"
     assert main(["predict", run, "--file", str(path), "--out", str(out)]) == 0
+    again = tmp_path / "again.jsonl"
+    artefact = f"{run}/best"
+    arguments = ["predict", artefact, "--file", str(path), "--max-length", "12"]
+    assert main([*arguments, "--out", str(again)]) == 0
+    assert again.read_text() == out.read_text()
     given = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["question"] for row in given] == ["w80"] * 16
     right = [x["answer"] == y["answers"]["text"][0] for x, y in zip(given, rows, strict=True)]

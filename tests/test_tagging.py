@@ -282,3 +282,22 @@ def test_decoders_learn_tags(key, tmp_path):
     fit = fj.finetune(task.load(folder, key=key), task, CONFIG, key=key)
     assert list(fit.history[0]) == ["step", "accuracy"]
     assert fit.history[0]["accuracy"] > 0.9
+
+
+@pytest.mark.full
+@pytest.mark.torch
+def test_tags_are_those_of_the_pipeline_in_transformers(folder, key, tmp_path):
+    import transformers
+
+    wide = fj.load(folder, head="token-classification", num_labels=3, key=key)
+    kernel = jax.random.normal(jax.random.key(1), wide.head.out.kernel.shape)
+    wide.head.out.kernel.set_value(kernel)
+    rng = np.random.RandomState(0)
+    words = [[f"w{i}" for i in rng.randint(0, 90, 9)] for _ in range(8)]
+    options = {"aggregation_strategy": "none", "ignore_labels": []}
+    exported = str(fj.export_hf(wide, tmp_path / "hf"))
+    tagger = transformers.pipeline("token-classification", model=exported, **options)
+    found = [[each["entity"] for each in tagger(" ".join(text))] for text in words]
+    ours = tag_words(wide, words)
+    assert [[f"LABEL_{tag}" for tag in text] for text in ours] == found
+    assert len({tag for text in ours for tag in text}) > 1

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_file, write_text
+from fusion_jax.checkpoint.opening import stated_head
 from fusion_jax.cli.options import (
     ANSWERS,
     PLAIN,
@@ -24,6 +25,7 @@ from fusion_jax.cli.options import (
     ModelName,
     SourceColumn,
     TargetColumn,
+    TaskKind,
     TaskName,
     TextColumns,
 )
@@ -101,7 +103,9 @@ def evaluate(
         target=target,
         context=context,
     )
-    kind = options.kind if task is not None or run is None else run.kind
+    kind = options.kind
+    if task is None:
+        kind = run.kind if run is not None else _kind_of(folder, kind)
     if kind != "pairs" and (out is not None or beams != 1):
         raise InputError("--out and --beams are for generated texts; leave them out")
     if kind == "text":
@@ -216,6 +220,12 @@ def _measure_pairs(
     return results
 
 
+def _kind_of(folder: str, otherwise: TaskKind) -> TaskKind:
+    """Returns the kind of task that the head of a model is for, if it is for tags or answers."""
+    head = stated_head(folder)
+    return head if head in (TOKENS, ANSWERS) else otherwise
+
+
 def _own_file(options: DataOptions, file: Path | None, *names: str) -> Path:
     """Returns the file of tags or questions to measure on."""
     options.check_only("a file with tags or questions", "task", *names)
@@ -318,14 +328,17 @@ def predict(
     if beams != 1 and (run is None or run.kind != "pairs"):
         raise InputError("--beams is for generated texts; leave it out")
     options = DataOptions(text=text)
-    if run is not None and run.kind == TOKENS:
+    kind = run.kind if run is not None else _kind_of(folder, "labels")
+    if kind == TOKENS:
         words = tagged_words_of(file, options.word_fields["words"], tagged=False)
         tags = token_classification.tag_words(checkpoint.load(folder, head=TOKENS), words, **limits)
         rows = [{"words": a, "tags": b} for a, b in zip(words.words, tags, strict=True)]
-    elif run is not None and run.kind == ANSWERS:
+    elif kind == ANSWERS:
         options.check_only("questions")
         questions = questions_of(file, answered=False)
-        found = _answers(folder, run, questions, limits, empty=run.task["empty"])
+        found = _answers(
+            folder, run, questions, limits, empty=run is not None and run.task["empty"]
+        )
         asked = zip(questions.questions, found, strict=True)
         rows = [{"question": question, "answer": answer} for question, answer in asked]
     elif run is not None and run.kind == "pairs":

@@ -242,6 +242,12 @@ class Family:
         heads: tuple[Head, ...] = ("causal-lm", "seq2seq-lm")
         return next((head for head in heads if head in self.architectures), None)
 
+    def stated_head(self, config: Mapping[str, Any]) -> Head | None:
+        """Returns the head that a ``config.json`` states by ``architectures``, or None."""
+        given = config.get("architectures")
+        first = given[0] if isinstance(given, list) and given else None
+        return next((head for head, name in self.architectures.items() if name == first), None)
+
     def check_head(self, head: str | None) -> None:
         """Raises `InputError` if the architecture does not have the head."""
         if head is not None and head not in self.architectures:

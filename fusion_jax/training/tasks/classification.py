@@ -269,7 +269,7 @@ class TextEncoder:
                     "truncate"
                 )
         types = None
-        if "token_type_ids" in out:
+        if "token_type_ids" in out and not isinstance(self.model, Generative):
             types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
         check_tokens(self.model, tokens, types, names=names, tokenizer=self.tokenizer)
         return Examples(tokens, types, labels, names)
