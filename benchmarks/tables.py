@@ -21,9 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fusion_jax.models.registry import coverage
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
-PAGES = (Path("README.md"), Path("docs/results.md"))
+PAGES = (Path("README.md"), Path("docs/results.md"), Path("docs/compress.md"))
 METHODS = {
     "dense": "dense",
     "fusion": "**`Fusion()`, calibrated**",
@@ -114,12 +116,15 @@ def measured(name: str, command: str, note: str = "") -> str:
     return f"`{command}` on {machine}, jax {env['versions']['jax']}; {link}.{notes}"
 
 
-def block(*sources: tuple[str, str] | tuple[str, str, str]) -> Callable[[Any], Any]:
+def block(
+    *sources: tuple[str, str] | tuple[str, str, str], words: bool = False
+) -> Callable[[Any], Any]:
     """Registers a function that makes a block.
 
     Args:
         *sources: For each result file its name, the command without ``python -m benchmarks.``, and
             perhaps a note.
+        words: Whether all columns are words, aligned on the left; otherwise the first one alone.
 
     Returns:
         A decorator.
@@ -130,7 +135,7 @@ def block(*sources: tuple[str, str] | tuple[str, str, str]) -> Callable[[Any], A
             head, *body = make()
             assert isinstance(head, str)
             cells = head.split(" | ")
-            lines = [cells, [":--", *["--:"] * (len(cells) - 1)]]
+            lines = [cells, [":--", *[":--" if words else "--:"] * (len(cells) - 1)]]
             lines += [line for line in body if isinstance(line, list)]
             for line in lines:
                 assert len(line) == len(cells), line
@@ -545,6 +550,14 @@ def mpo() -> Lines:
         flops = numbers(r, ("mflop", "mflop_rebuilt", "mflop_dense"), ",.1f")
         times = [short(r[key]) for key in ("ms", "ms_rebuilt", "ms_dense")]
         yield [str(r["bond"]), f"{r['rows']:,}", *flops, *times]
+
+
+@block(words=True)
+def families() -> Lines:
+    yield "`model_type` | class in `transformers` | heads | tested on"
+    for known in coverage():
+        heads = ", ".join(known.heads)
+        yield [f"`{known.model_type}`", known.model, heads, known.tested]
 
 
 def updated(text: str) -> str:

@@ -25,6 +25,12 @@ from fusion_jax.nn.site import sites as sites
 from fusion_jax.nn.site import Site as Site
 from fusion_jax.nn.site import plain as plain
 
+# Models of others
+from fusion_jax.adoption.adopting import adopt as adopt
+from fusion_jax.adoption.adopting import release as release
+from fusion_jax.adoption.adopting import adoptions as adoptions
+from fusion_jax.adoption.layers import MlpSpec as MlpSpec
+
 # Methods
 from fusion_jax.methods.registry import METHODS as METHODS
 from fusion_jax.methods.fusion import Fusion as Fusion

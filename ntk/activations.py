@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ntk.errors import InputError, nearest
+
+T = TypeVar("T")
 
 FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
@@ -25,19 +28,42 @@ FUNCTIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
         "tanh": jnp.tanh,
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     }
 )
 """Activations by canonical name."""
 
+PROVEN = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+"""The activations whose constants are proven here, so that there are bounds for them."""
+
+Activation = str | Callable[[Any], Any]
+"""An activation: its name, or a function of arrays that works on each number alone."""
+
 _ALIASES = {
     "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "swish": "silu",
 }
 
 
-def canonical(name: str) -> str:
+def function(act: Activation) -> Callable[[Array], Array]:
+    """Returns the function of an activation, which is given by its name or is the function.
+
+    Raises:
+        InputError: The name is unknown.
+
+    Example:
+        >>> function("relu")(jnp.array(-1.0)).item(), function(jnp.sin)(jnp.array(0.0)).item()
+        (0.0, 0.0)
+    """
+    return act if callable(act) else FUNCTIONS[canonical(act)]
+
+
+def canonical(name: Activation) -> str:
     """Returns the canonical name of an activation, a key of `FUNCTIONS`.
 
     Args:
@@ -45,19 +71,44 @@ def canonical(name: str) -> str:
             (tanh form) or ``"swish"``.
 
     Raises:
-        InputError: The name is unknown.
+        InputError: The name is unknown, or a function is given instead of a name.
 
     Example:
         >>> canonical("gelu_new"), canonical("swish")
         ('gelu_tanh', 'silu')
     """
+    if not isinstance(name, str):
+        raise InputError(
+            f"bounds need the name of an activation, whose constants are proven "
+            f"({', '.join(PROVEN)}); got the function {describe(name)}"
+        )
     name = _ALIASES.get(name, name)
     if name not in FUNCTIONS:
         raise InputError(f"unknown activation {name!r}{nearest(name, [*FUNCTIONS, *_ALIASES])}")
     return name
 
 
-def slope(name: str) -> float:
+def _constant(table: Mapping[str, T], name: Activation) -> T:
+    """Returns the constant of an activation; raises `InputError` if none is proven."""
+    known = canonical(name)
+    if known not in PROVEN:
+        raise InputError(
+            f"there are no bounds for the activation {name}, only for {', '.join(PROVEN)}"
+        )
+    return table[known]
+
+
+def describe(act: Activation) -> str:
+    """Returns the name of an activation for messages, also of a function.
+
+    Example:
+        >>> describe("gelu"), describe(jnp.sin)
+        ('gelu', 'sin')
+    """
+    return act if isinstance(act, str) else getattr(act, "__name__", repr(act))
+
+
+def slope(name: Activation) -> float:
     """Returns L1 = sup |s'|, the Lipschitz constant of the activation.
 
     - gelu: s' = Phi + z phi, s'' = (2 - z^2) phi, so that s' is extreme at z = +-sqrt(2), where it
@@ -71,10 +122,10 @@ def slope(name: str) -> float:
         1.0
     """
     table = {"gelu": 1.12891, "gelu_tanh": 1.129, "silu": 1.09984, "relu": 1.0, "tanh": 1.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def slope_spread(name: str) -> float:
+def slope_spread(name: Activation) -> float:
     """Returns sup s' - inf s', the largest difference of s' between two points.
 
     The lower ends are -0.128905 for gelu, -0.128994 for gelu_tanh and -0.099840 for silu: in these,
@@ -86,10 +137,10 @@ def slope_spread(name: str) -> float:
         1.0
     """
     table = {"gelu": 1.25782, "gelu_tanh": 1.258, "silu": 1.19968, "relu": 1.0, "tanh": 1.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def slope_zero(name: str) -> tuple[float, float]:
+def slope_zero(name: Activation) -> tuple[float, float]:
     """Returns an interval that holds the one point where s' changes its sign, from - to +.
 
     - gelu, gelu_tanh, silu: s' falls from 0 to its minimum (at -1.4142, -1.4185 and -2.3994, see
@@ -107,10 +158,10 @@ def slope_zero(name: str) -> tuple[float, float]:
         "relu": (0.0, 0.0),
         "tanh": (-inf, -inf),
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def curvature(name: str) -> float:
+def curvature(name: Activation) -> float:
     """Returns L2 = sup |s''|, infinite if s' jumps.
 
     - gelu: s'' = (2 - z^2) phi and s''' = z (z^2 - 4) phi, so that s'' is extreme at 0, where it is
@@ -131,10 +182,10 @@ def curvature(name: str) -> float:
         "relu": inf,
         "tanh": 0.769801,
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def jerk(name: str) -> float:
+def jerk(name: Activation) -> float:
     """Returns L3 = sup |s'''|, infinite if s' jumps.
 
     - gelu: s''' = z (z^2 - 4) phi and s'''' = (-z^4 + 7 z^2 - 4) phi, so that s''' is extreme at
@@ -148,10 +199,10 @@ def jerk(name: str) -> float:
         2.0
     """
     table = {"gelu": 0.77877, "gelu_tanh": 0.7767, "silu": 0.30819, "relu": inf, "tanh": 2.0}
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def steepness(name: str) -> tuple[float, float]:
+def steepness(name: Activation) -> tuple[float, float]:
     """Returns k and a with s'(z)^2 <= max((L1 - 1)^2, k + a z) everywhere, with L1 of `slope`.
 
     - gelu, gelu_tanh, silu: k = sup (s'(z)^2 - a z) over the z with s'(z) > L1 - 1, for a suitable
@@ -169,10 +220,10 @@ def steepness(name: str) -> tuple[float, float]:
         "relu": (1.0, 1.0),
         "tanh": (1.0, 0.0),
     }
-    return table[canonical(name)]
+    return _constant(table, name)
 
 
-def secant(name: str) -> float:
+def secant(name: Activation) -> float:
     """Returns sup |s(z) / z|, which is 1 for all activations here; also, s(0) = 0.
 
     s(z) / z is Phi(z), its tanh form and sigma(z) in gelu, gelu_tanh and silu, all in [0, 1]; it is
@@ -182,21 +233,20 @@ def secant(name: str) -> float:
         >>> secant("gelu")
         1.0
     """
-    canonical(name)
-    return 1.0
+    return _constant(dict.fromkeys(PROVEN, 1.0), name)
 
 
-def ceiling(name: str) -> float:
+def ceiling(name: Activation) -> float:
     """Returns sup |s|: 1 for tanh, infinite for the others.
 
     Example:
         >>> ceiling("tanh")
         1.0
     """
-    return 1.0 if canonical(name) == "tanh" else inf
+    return _constant({**dict.fromkeys(PROVEN, inf), "tanh": 1.0}, name)
 
 
-def relu_gap(name: str) -> float:
+def relu_gap(name: Activation) -> float:
     """Returns sup |max(z, 0) - s(z)|, the distance from the convex function relu.
 
     For gelu, gelu_tanh and silu, relu(z) - s(z) is even, so that the gap is -min s, attained where
@@ -208,4 +258,4 @@ def relu_gap(name: str) -> float:
         0.0
     """
     table = {"gelu": 0.169972, "gelu_tanh": 0.170041, "silu": 0.278465, "relu": 0.0, "tanh": inf}
-    return table[canonical(name)]
+    return _constant(table, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -25,14 +26,18 @@ def row_norms(x: Float[Array, "*n k"]) -> Float[Array, "*n"]:
     return largest[..., 0] * jnp.sqrt(jnp.square(x / largest).sum(-1))
 
 
-def host_norms(x: np.ndarray, axis: int | None = None) -> Any:
+@overload
+def host_norms(x: np.ndarray, axis: int) -> np.ndarray: ...
+@overload
+def host_norms(x: np.ndarray) -> np.floating: ...
+def host_norms(x: np.ndarray, axis: int | None = None) -> np.ndarray | np.floating:
     """Returns Euclidean norms along an axis, or of all numbers, as `row_norms` does."""
     largest = np.abs(x).max(axis=axis, keepdims=True, initial=0)
     largest = np.where(largest > 0, largest, 1)
     return np.squeeze(largest, axis) * np.sqrt(np.square(x / largest).sum(axis))
 
 
-def host_float64(x: Any) -> np.ndarray:
+def host_float64(x: npt.ArrayLike) -> np.ndarray:
     """Returns an array, of any dtype, as float64 on the host."""
     return np.asarray(x).astype(np.float64)
 

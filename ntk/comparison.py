@@ -13,9 +13,10 @@ Fine-Tuning, section 3). These dynamics are predicted for it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Float
 
 from ntk.arrays import host_float64
@@ -100,12 +101,12 @@ class Comparison:
 
 
 def compare(
-    kernel: Any,
-    kernel2: Any,
+    kernel: npt.ArrayLike,
+    kernel2: npt.ArrayLike,
     *,
-    targets: Any = None,
-    outputs: Any = None,
-    times: Any = None,
+    targets: npt.ArrayLike | None = None,
+    outputs: npt.ArrayLike | None = None,
+    times: npt.ArrayLike | None = None,
     learning_rate: float | None = None,
     steps: int | None = None,
 ) -> Comparison:
@@ -182,7 +183,7 @@ def compare(
     )
 
 
-def apart_bound(change: float, times: Any) -> Float[np.ndarray, " t"]:
+def apart_bound(change: float, times: npt.ArrayLike) -> Float[np.ndarray, " t"]:
     """Returns bounds on the distance of the outputs of two kernels in gradient flow.
 
     Args:
@@ -205,7 +206,7 @@ def apart_bound(change: float, times: Any) -> Float[np.ndarray, " t"]:
     return np.minimum(change * np.asarray(times, np.float64), 1.0)
 
 
-def _matrix(name: str, kernel: Any) -> tuple[np.ndarray, int, int]:
+def _matrix(name: str, kernel: npt.ArrayLike) -> tuple[np.ndarray, int, int]:
     """Returns a kernel as a matrix (n o, n o), and n and o."""
     k = host_float64(kernel)
     square = k.ndim in (2, 4) and k.shape[0] == k.shape[1] and k.shape[2:3] == k.shape[3:4]
@@ -241,9 +242,9 @@ def _training(
     symmetric: bool,
     n: int,
     o: int,
-    targets: Any,
-    outputs: Any,
-    times: Any,
+    targets: npt.ArrayLike,
+    outputs: npt.ArrayLike | None,
+    times: npt.ArrayLike | None,
     learning_rate: float | None,
     steps: int | None,
 ) -> TrainingPrediction:
@@ -291,7 +292,7 @@ def _training(
     )
 
 
-def _start(targets: np.ndarray, outputs: Any, n: int, o: int) -> np.ndarray:
+def _start(targets: np.ndarray, outputs: npt.ArrayLike | None, n: int, o: int) -> np.ndarray:
     """Returns the outputs before training, after checking that they and the targets fit."""
     start = np.zeros_like(targets) if outputs is None else host_float64(outputs)
     shapes = [(n,), (n, 1)] if o == 1 else [(n, o)]

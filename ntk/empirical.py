@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
-from ntk.engines.base import BlockPlan, Engine, KernelTask
+from ntk.engines.base import BlockPlan, Engine, Examples, KernelTask, Values
 from ntk.engines.blocks import (
     automatic_mesh,
     caller_mesh,
@@ -39,10 +41,10 @@ DEFAULT_MEMORY = 4 * 2**30
 
 
 def kernel(
-    f: Callable[[Any, Any], Any],
-    params: Any,
-    x1: Any = None,
-    x2: Any = None,
+    f: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    x1: PyTree = None,
+    x2: PyTree = None,
     *,
     kind: KernelKind = "sgd",
     trace_axes: int | Sequence[int] = (),
@@ -146,14 +148,14 @@ class _Traced:
     kept: tuple[int, ...]
 
 
-_TRACED: WeakKeyDictionary[Any, dict[Any, _Traced]] = WeakKeyDictionary()
+_TRACED: WeakKeyDictionary[Callable, dict[Hashable, _Traced]] = WeakKeyDictionary()
 
 
 def _traced(
-    f: Callable[[Any, Any], Any],
-    params: Any,
+    f: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
     leaves: Sequence[Array],
-    x: Any,
+    x: PyTree,
     arrays: Sequence[Array],
     trace_axes: int | Sequence[int],
 ) -> _Traced:
@@ -167,14 +169,14 @@ def _traced(
     except TypeError:  # not every callable can be referenced weakly
         known = {}
     if key not in known:
-        known[key] = _trace(f, *trees, leaves, arrays, axes)
+        known[key] = _trace(f, trees[0].unflatten, trees[1].unflatten, leaves, arrays, axes)
     return known[key]
 
 
 def _trace(
-    f: Callable[[Any, Any], Any],
-    params: Any,
-    x: Any,
+    f: Callable[[PyTree, PyTree], Array],
+    to_params: Callable[[Sequence[Array]], PyTree],
+    to_inputs: Callable[[Sequence[Array]], PyTree],
     leaves: Sequence[Array],
     arrays: Sequence[Array],
     axes: tuple[int, ...],
@@ -182,8 +184,8 @@ def _trace(
     def abstract(arrays: Sequence[Array], start: int = 0) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(a.shape[start:], a.dtype) for a in arrays]
 
-    def batch(leaves: Sequence[Array], arrays: Sequence[Array]) -> Any:
-        return f(params.unflatten(leaves), x.unflatten(arrays))
+    def batch(leaves: Sequence[Array], arrays: Sequence[Array]) -> PyTree:
+        return f(to_params(leaves), to_inputs(arrays))
 
     with jax.default_matmul_precision("highest"):
         n = arrays[0].shape[0]
@@ -204,7 +206,7 @@ def _trace(
     return _Traced(program, tuple(shape[i] for i in stay))
 
 
-def _output_shape(out: Any, n: int) -> tuple[int, ...]:
+def _output_shape(out: PyTree, n: int) -> tuple[int, ...]:
     """Returns the shape of f's result, after checking that it has a kernel."""
     if not hasattr(out, "shape") or not hasattr(out, "dtype"):
         raise InputError(
@@ -236,7 +238,7 @@ def _canonical(axes: tuple[int, ...], ndim: int) -> list[int]:
 
 def _engines(
     engine: EngineName, implementation: Implementation | None, task: KernelTask
-) -> list[Engine[Any]]:
+) -> list[Engine[Any, Any]]:
     """Returns the engines to try, the cheapest first."""
     # The engines named below contract in the parameters' own dtype.
     narrow = [str(leaf.dtype) for leaf in task.leaves if leaf.dtype.itemsize < 4]
@@ -261,8 +263,12 @@ def _engines(
 
 
 def _first_that_fits(
-    engines: Sequence[Engine[Any]], values: Any, inputs: Any, max_block: int, limit: int | None
-) -> tuple[Engine[Any], BlockPlan]:
+    engines: Sequence[Engine[Any, Any]],
+    values: Values,
+    inputs: tuple[Examples, Examples],
+    max_block: int,
+    limit: int | None,
+) -> tuple[Engine[Any, Any], BlockPlan]:
     """Returns the first engine that has a plan within the limit, and the plan."""
     if limit is None:
         plan = engines[0].plan(max_block, DEFAULT_MEMORY / 16)
@@ -283,7 +289,7 @@ def _first_that_fits(
     )
 
 
-def _parameters(params: Any) -> list[Array]:
+def _parameters(params: PyTree) -> list[Array]:
     """Returns the leaves of the parameters, after checking that they have a kernel."""
     with_paths = jax.tree_util.tree_flatten_with_path(params)[0]
     if not with_paths:
@@ -303,12 +309,12 @@ def _parameters(params: Any) -> list[Array]:
     return leaves
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name.removesuffix(".value") or "params"
 
 
-def _concrete(leaves: Sequence[Any]) -> list[Array]:
+def _concrete(leaves: Sequence[ArrayLike]) -> list[Array]:
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise InputError("a kernel cannot be computed under jax.jit or another transformation")
     return [jnp.asarray(leaf) for leaf in leaves]
@@ -319,7 +325,7 @@ def _finite(leaves: list[Array]) -> list[Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
-def _inputs(name: str, x: Any) -> list[Array]:
+def _inputs(name: str, x: PyTree) -> list[Array]:
     """Returns the leaves of inputs, after checking that each has the same number of examples."""
     leaves = _concrete(jax.tree.leaves(x))
     if not leaves:
@@ -333,7 +339,7 @@ def _inputs(name: str, x: Any) -> list[Array]:
     return leaves
 
 
-def _check_pair(x1: Any, x2: Any, arrays: Sequence[Sequence[Array]]) -> None:
+def _check_pair(x1: PyTree, x2: PyTree, arrays: Sequence[Sequence[Array]]) -> None:
     if x2 is None:
         return
     if jax.tree.structure(x1) != jax.tree.structure(x2):

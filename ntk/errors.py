@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import get_args
 
 
 class InputError(ValueError):
@@ -37,7 +37,7 @@ def check_at_least(least: int, **values: int | None) -> None:
             raise InputError(f"{name} must be at least {least}; got {value}")
 
 
-def check_choice(argument: str, value: object, literal: Any) -> None:
+def check_choice(argument: str, value: object, literal: object) -> None:
     """Checks that the value of an argument is one of those of a `typing.Literal`.
 
     Raises:

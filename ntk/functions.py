@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import EllipsisType
 from typing import Any, SupportsIndex
@@ -12,21 +12,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ntk.errors import InputError, nearest
 from ntk.selection import select
 
-Outputs = str | Callable[[Any], Array] | None
+Outputs = str | Callable[[PyTree], Array] | None
 
 
 def functional(
-    model: Any,
-    params: Any = None,
+    model: nnx.Module | Callable[..., PyTree],
+    params: PyTree = None,
     *,
     wrt: Any = None,
     outputs: Outputs = None,
-) -> tuple[Callable[[Any, Any], Array], Any]:
+) -> tuple[Callable[[PyTree, PyTree], Array], PyTree]:
     r"""Returns a model as a function ``f(params, x)`` of the chosen parameters, and these.
 
     Everything else is a constant of ``f``: all other parameters, and variables that are not an
@@ -69,7 +69,7 @@ def functional(
         chosen = nnx.filterlib.PathIn(*(flat[i][0] for i in _choose(wrt, flat)))
         graph, params, rest = nnx.split(model, chosen, ...)
 
-        def of_module(params: Any, x: Any) -> Any:
+        def of_module(params: PyTree, x: PyTree) -> PyTree:
             try:
                 return get_output(_call(nnx.merge(graph, params, rest), x))
             except TraceContextError:
@@ -89,14 +89,14 @@ def functional(
     values = [jnp.asarray(value) for _, value in leaves]
     counted = {names[i]: values[i] for i in _choose(wrt, list(zip(keys, values, strict=True)))}
 
-    def f(params: Any, x: Any) -> Array:
+    def f(params: Mapping[str, Array], x: PyTree) -> Array:
         merged = [params.get(name, value) for name, value in zip(names, values, strict=True)]
         return get_output(_call(model, x, tree.unflatten(merged)))
 
     return f, counted
 
 
-def check_function(f: Any) -> None:
+def check_function(f: object) -> None:
     """Raises `InputError` if a module is given where a function of parameters is needed."""
     if isinstance(f, nnx.Module):
         raise InputError(
@@ -110,7 +110,7 @@ def check_function(f: Any) -> None:
         )
 
 
-def token(position: int, of: str | None = None) -> Callable[[Any], Array]:
+def token(position: int, of: str | None = None) -> Callable[[PyTree], Array]:
     """Returns a function that takes the outputs at one position of a sequence.
 
     Args:
@@ -128,7 +128,7 @@ def token(position: int, of: str | None = None) -> Callable[[Any], Array]:
     return lambda result: get_output(result)[:, position]
 
 
-def probability(label: int, of: str | None = "logits") -> Callable[[Any], Array]:
+def probability(label: int, of: str | None = "logits") -> Callable[[PyTree], Array]:
     """Returns a function that takes the softmax probability of one class, a scalar output.
 
     Args:
@@ -148,13 +148,13 @@ def probability(label: int, of: str | None = "logits") -> Callable[[Any], Array]
     """
     get_output = _output_getter(of)
 
-    def class_probability(result: Any) -> Float[Array, " n *o"]:
+    def class_probability(result: PyTree) -> Float[Array, " n *o"]:
         return jax.nn.softmax(get_output(result), axis=-1)[..., label]
 
     return class_probability
 
 
-def _choose(wrt: Any, parameters: Sequence[tuple[tuple[Any, ...], Any]]) -> list[int]:
+def _choose(wrt: Any, parameters: Sequence[tuple[tuple[Hashable, ...], object]]) -> list[int]:
     """Returns the positions of the chosen parameters; each is given by its path and value."""
     choose = partial(select, paths=[_dotted(path) for path, _ in parameters], argument="wrt")
     if not _is_nnx_filter(wrt):
@@ -175,14 +175,14 @@ def _is_nnx_filter(wrt: Any) -> bool:
     return len(required) > 1
 
 
-def _output_getter(outputs: Outputs) -> Callable[[Any], Array]:
+def _output_getter(outputs: Outputs) -> Callable[[PyTree], Array]:
     """Returns a function that takes the chosen output of a model's result."""
     if outputs is None:
         return lambda result: result
     if not isinstance(outputs, str):
         return outputs
 
-    def named_output(result: Any) -> Array:
+    def named_output(result: PyTree) -> Array:
         if isinstance(result, Mapping):
             fields = dict(result)
         else:
@@ -197,7 +197,7 @@ def _output_getter(outputs: Outputs) -> Callable[[Any], Array]:
     return named_output
 
 
-def _call(model: Callable[..., Any], x: Any, *params: Any) -> Any:
+def _call(model: Callable[..., PyTree], x: PyTree, *params: PyTree) -> PyTree:
     if isinstance(x, Mapping):
         return model(*params, **x)
     if isinstance(x, tuple | list):
@@ -208,5 +208,5 @@ def _call(model: Callable[..., Any], x: Any, *params: Any) -> Any:
 _name = partial(jax.tree_util.keystr, simple=True)
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
+def _dotted(path: tuple[Hashable, ...]) -> str:
     return ".".join(map(str, path))

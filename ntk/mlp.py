@@ -24,6 +24,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -242,7 +243,10 @@ def _upstream_sequences(
         a = jnp.pad(a, [(0, count * block - mlp.width)] + [(0, 0)] * (a.ndim - 1))
         return a.reshape(count, block, *a.shape[1:])
 
-    # The padding is units of zero weights, which have no gradient, as s(0) = 0.
+    # The padding is units of zero weights, which have no gradient where s(0) = 0, as in all
+    # activations with a name; factors of zero make sure of it for others.
+    if callable(mlp.act) and mlp.outer is None:
+        mlp = dataclasses.replace(mlp, outer=jnp.ones(mlp.width, mlp.up.dtype))
     rows = jax.tree.map(in_blocks, mlp)
 
     def gradients(part: MlpWeights, side: _WithUpstream) -> list[Array]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from ntk.errors import InputError
 
-Selection = str | SupportsIndex | slice | Iterable[SupportsIndex] | Callable[[Any], bool] | None
+Selection = str | SupportsIndex | slice | Iterable[SupportsIndex] | Callable[..., bool] | None
 """A regular expression that matches whole paths; an index, several indices or a slice, where
 negative numbers count from the end; a function that returns whether to choose an item; None for
 all."""
@@ -23,7 +23,7 @@ def select(
     *,
     argument: str,
     noun: str,
-    items: Sequence[Any] | None = None,
+    items: Sequence[object] | None = None,
 ) -> list[int]:
     r"""Returns the positions of the chosen paths, in order.
 

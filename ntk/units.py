@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ntk.activations import FUNCTIONS, canonical
+from ntk.activations import Activation, canonical, function
 from ntk.arrays import inner_products
 from ntk.errors import InputError
 
@@ -41,7 +41,8 @@ class MlpWeights:
         outer: Positive factors of the hidden units, (p,), or None for 1.
         inner: Positive factors of the activation's arguments, (p,), or None for 1.
         middle: Positive factors of a gated MLP's linear values, (p,), or None for 1.
-        act: Activation, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
+        act: Activation: a name such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form), or a
+            function of arrays that works on each number alone; bounds need a name.
         out_bias: Whether there is a trainable output bias.
 
     Example:
@@ -58,7 +59,7 @@ class MlpWeights:
     outer: Array | None = None
     inner: Array | None = None
     middle: Array | None = None
-    act: str = field(metadata=_STATIC)
+    act: Activation = field(metadata=_STATIC)
     out_bias: bool = field(default=True, metadata=_STATIC)
 
     @property
@@ -78,7 +79,8 @@ class MlpWeights:
         Raises:
             InputError: A field does not fit; the message names it.
         """
-        canonical(self.act)
+        if not callable(self.act):
+            canonical(self.act)
         if self.up.ndim != 2 or 0 in self.up.shape:
             raise InputError(f"up must be (p, d) and not empty; got {self.up.shape}")
         width = self.width
@@ -105,8 +107,8 @@ def mlp_weights(module: Any) -> MlpWeights:
 
     Args:
         module: An MLP, such as those of ``fusion_jax``. It has ``up`` and ``down`` (each an
-            ``nnx.Linear``), ``gate`` too if it is gated, the activation's name as ``act``, and
-            factors as ``outer``, ``inner`` and ``middle`` if it is fused.
+            ``nnx.Linear``), ``gate`` too if it is gated, the activation as ``act`` (a name or a
+            function), and factors as ``outer``, ``inner`` and ``middle`` if it is fused.
 
     Raises:
         InputError: An attribute is missing or does not fit.
@@ -123,8 +125,8 @@ def mlp_weights(module: Any) -> MlpWeights:
     for name in ("up", "down", "act"):
         if not hasattr(module, name):
             raise InputError(f"{type(module).__name__} has no {name}; an MLP has up, down and act")
-    if not isinstance(module.act, str):
-        raise InputError(f"act must be the name of an activation; got {module.act!r}")
+    if not isinstance(module.act, str) and not callable(module.act):
+        raise InputError(f"act must be an activation's name or function; got {module.act!r}")
 
     def linear(layer: Any) -> tuple[Array, Array | None]:
         if hasattr(layer, "matrix") or not hasattr(layer, "kernel"):
@@ -197,5 +199,5 @@ def _hidden(mlp: MlpWeights, *z: Array) -> Array:
     def times(x: Array, factor: Array | None) -> Array:
         return x if factor is None else x * factor.astype(x.dtype)[None]
 
-    hidden = FUNCTIONS[canonical(mlp.act)](times(z[0], mlp.inner))
+    hidden = function(mlp.act)(times(z[0], mlp.inner))
     return times(hidden * times(z[1], mlp.middle) if len(z) == 2 else hidden, mlp.outer)

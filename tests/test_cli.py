@@ -11,6 +11,7 @@ import fusion_jax as fj
 from fusion_jax.cli.compressing import parse_layers
 from fusion_jax.cli.demo import _MARK, HUB_ID, bit_equal, find_model
 from fusion_jax.cli.main import main
+from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
 
@@ -212,3 +213,10 @@ print(sorted(heavy & set(sys.modules)))
 def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_models_lists_every_type(capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == sorted(FAMILIES)
+    assert "gemma3_text          Gemma 3 270M         causal-lm, classification" in lines

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.models.llama import LlamaConfig
 from fusion_jax.models.rope import Rope
 from tests import tiny
 
@@ -53,13 +52,13 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 
 def test_windows_follow_the_types_of_layers():
     config = {**tiny.CONFIGS["mistral"], "layer_types": [FULL, SLIDING, FULL]}
-    assert LlamaConfig.from_json(config).sliding_windows == (None, 4, None)
-    assert LlamaConfig.from_json(tiny.CONFIGS["mistral"]).sliding_windows == (4, 4, 4)
+    assert tiny.decoder_config(config).sliding_windows == (None, 4, None)
+    assert tiny.decoder_config(tiny.CONFIGS["mistral"]).sliding_windows == (4, 4, 4)
     mixtral = {**tiny.CONFIGS["mixtral"], "sliding_window": 4, "layer_types": [FULL] * 3}
-    assert LlamaConfig.from_json(mixtral).sliding_windows == (4, 4, 4)
+    assert tiny.decoder_config(mixtral).sliding_windows == (4, 4, 4)
     for types in ([FULL], [FULL, SLIDING, "other"]):
         with pytest.raises(fj.InputError, match="layer_types must be sliding_attention or full"):
-            LlamaConfig.from_json({**config, "layer_types": types})
+            tiny.decoder_config({**config, "layer_types": types})
 
 
 def test_precedence_of_rope_settings():

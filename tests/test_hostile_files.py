@@ -17,7 +17,6 @@ from fusion_jax.checkpoint.opening import open_checkpoint
 from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.cli.main import main
 from fusion_jax.cli.run_folders import read_run
-from fusion_jax.models.llama import LlamaConfig
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.report import Report
 from fusion_jax.training import read_task
@@ -275,8 +274,8 @@ def test_a_type_with_a_typo(tmp_path):
 def test_fields_of_other_types_count_for_nothing():
     """As in transformers."""
     qwen2 = {**tiny.CONFIGS["qwen2"], "attention_bias": True, "num_experts": 8, "mlp_bias": True}
-    assert LlamaConfig.from_json(qwen2) == LlamaConfig.from_json(tiny.CONFIGS["qwen2"])
+    assert tiny.decoder_config(qwen2) == tiny.decoder_config(tiny.CONFIGS["qwen2"])
     llama = {**tiny.LLAMA, "num_experts": 8, "num_local_experts": 4, "qkv_bias": True}
-    assert LlamaConfig.from_json(llama) == LlamaConfig.from_json(tiny.LLAMA)
-    assert LlamaConfig.from_json({**tiny.LLAMA, "attention_bias": True}).out_bias
+    assert tiny.decoder_config(llama) == tiny.decoder_config(tiny.LLAMA)
+    assert tiny.decoder_config({**tiny.LLAMA, "attention_bias": True}).out_bias
     assert set(FAMILIES) >= {"qwen2", "llama"}

@@ -14,7 +14,6 @@ from safetensors import safe_open
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import HUB_ID, find_model
-from fusion_jax.models.llama import LlamaConfig
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.models.rope import Rope
 from tests import tiny
@@ -236,34 +235,34 @@ def test_layers_of_qwen_with_experts():
         (3, [0, 5], [2]),
         (1, [1, 2], [0, 3, 4, 5]),
     ):
-        config = LlamaConfig.from_json(
+        config = tiny.decoder_config(
             {**fields, "decoder_sparse_step": step, "mlp_only_layers": dense}
         )
         assert [i for i, has in enumerate(config.sparse) if has] == sparse
     with pytest.raises(fj.InputError, match="decoder_sparse_step must be at least 1; got 0"):
-        LlamaConfig.from_json({**fields, "decoder_sparse_step": 0})
+        tiny.decoder_config({**fields, "decoder_sparse_step": 0})
 
 
 def test_both_names_of_the_number_of_experts():
     """transformers 5.24 writes num_local_experts for Qwen3-MoE, too."""
     fields = {**tiny.CONFIGS["qwen3-moe"], "num_local_experts": 6}
     del fields["num_experts"]
-    assert LlamaConfig.from_json(fields).num_experts == 6
+    assert tiny.decoder_config(fields).num_experts == 6
 
 
 def test_fields_that_qwen2_moe_may_leave_out():
     """transformers' defaults, and that only a switch turns windows on."""
-    config = LlamaConfig.from_json({"model_type": "qwen2_moe", "num_hidden_layers": 3})
+    config = tiny.decoder_config({"model_type": "qwen2_moe", "num_hidden_layers": 3})
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (60, 4, False)
     assert (config.moe_intermediate_size, config.shared_expert_intermediate_size) == (1408, 5632)
     assert config.qkv_bias and not config.out_bias and config.sparse == (True,) * 3
     assert config.sliding_windows == (None,) * 3
     fields = {"model_type": "qwen2_moe", "num_hidden_layers": 3, "use_sliding_window": True}
-    assert LlamaConfig.from_json(fields).sliding_windows == (4096, None, 4096)
+    assert tiny.decoder_config(fields).sliding_windows == (4096, None, 4096)
     fields["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
-    assert LlamaConfig.from_json(fields).sliding_windows == (None, 4096, None)
+    assert tiny.decoder_config(fields).sliding_windows == (None, 4096, None)
 
 
 def test_rope_of_an_unknown_type():
-    with pytest.raises(fj.InputError, match="rope_type 'dynamic' is not implemented"):
-        Rope.from_json({"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    with pytest.raises(fj.InputError, match="rope_type 'spiral' is not implemented"):
+        Rope.from_json({"rope_scaling": {"type": "spiral", "factor": 2.0}})

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fusion_jax.models import moe
-from fusion_jax.models.llama import Llama, LlamaConfig
+from fusion_jax.models.decoder import Decoder
 from fusion_jax.nn.mlp import GatedMlp
+from tests import tiny
 
 EXPERTS, TOP_K, D = 8, 2, 6
 
@@ -95,11 +96,11 @@ def test_padding_crowds_no_expert(key, monkeypatch):
     assert logits.shape == (2, 32, EXPERTS)
     made(x, None)
     assert used == [0, 1]
-    config = LlamaConfig.from_json(
+    config = tiny.decoder_config(
         {"model_type": "qwen3_moe", "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 4,
          "moe_intermediate_size": 5, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
          "num_hidden_layers": 2}
     )  # fmt: skip
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = Decoder(config, rngs=nnx.Rngs(0))
     model(jnp.where(real, jax.random.randint(key, (2, 32), 1, 50), 0), real)
     assert used[2:] == [0, 0]

@@ -8,7 +8,7 @@ import pytest
 from ntk import activations
 from ntk.bounds.balls import EVALUATION
 
-ACTS = list(activations.FUNCTIONS)
+ACTS = activations.PROVEN
 
 
 @pytest.mark.parametrize("name", ACTS)
@@ -177,3 +177,14 @@ def test_an_activation_is_no_longer_than_its_argument(name):
     assert (np.abs(s) <= activations.secant(name) * np.abs(z) + 1e-15).all()
     assert (np.abs(s) <= activations.ceiling(name)).all()
     assert reference(name, np.zeros(1))[0] == 0
+
+
+def test_activations_without_proven_constants():
+    """As transformers defines them; bounds say that they do not know them."""
+    z = jnp.array([-2.0, -0.5, 0.0, 1.5])
+    sigmoid = 1 / (1 + np.exp(-1.702 * np.asarray(z)))
+    np.testing.assert_allclose(activations.FUNCTIONS["quick_gelu"](z), z * sigmoid, rtol=1e-6)
+    assert activations.FUNCTIONS["relu2"](z).tolist() == [0, 0, 0, 2.25]
+    for constant in (activations.slope, activations.secant, activations.ceiling):
+        with pytest.raises(ValueError, match="no bounds for the activation relu2, only for gelu"):
+            constant("relu2")

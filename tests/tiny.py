@@ -128,12 +128,38 @@ CONFIGS = {
                   "shared_expert_intermediate_size": 20, "num_hidden_layers": 4,
                   "decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True,
                   "sliding_window": 3, "max_window_layers": 2},
+    "gemma": {**LLAMA, **rope("default"), "model_type": "gemma", "head_dim": 6,
+              "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma2": {**LLAMA, **rope("default"), "model_type": "gemma2", "head_dim": 4,
+               "sliding_window": 3, "tie_word_embeddings": True},
+    "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 6, "sliding_window": 3,
+               "rope_parameters": {
+                   "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+                   "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+               "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "granite": {**LLAMA, **rope("default"), "model_type": "granite", "embedding_multiplier": 12.0,
+                "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125,
+                "tie_word_embeddings": True},
+    "ministral": {**LLAMA, **rope("default"), "model_type": "ministral", "head_dim": 4,
+                  "sliding_window": 3,
+                  "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "olmo2": {**LLAMA, **rope("default"), "model_type": "olmo2"},
+    "phi3": {**LLAMA, **rope("default"), "model_type": "phi3", "pad_token_id": 0},
+    "seed_oss": {**LLAMA, **rope("default"), "model_type": "seed_oss", "head_dim": 6},
+    "smollm3": {**LLAMA, **rope("default"), "model_type": "smollm3", "no_rope_layers": [1, 0, 1],
+                "tie_word_embeddings": True, "pad_token_id": 0},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
                "router_jitter_noise": 0.1},
 }  # fmt: skip
+
+
+def decoder_config(fields):
+    """The configuration of a model with these fields in its config.json."""
+    return FAMILIES[fields["model_type"]].config(fields)
 
 
 def _cases(*heads):
@@ -181,9 +207,10 @@ ENCODERS = [
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
-WITHOUT_DROPOUT = ("llama", "mixtral")
+WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
-RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1")
+RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
+             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
 
 
 def architecture(family, head):

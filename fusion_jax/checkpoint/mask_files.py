@@ -80,6 +80,13 @@ class MaskFiles(TensorFiles):
             "differs"
         )
 
+    def read_into(
+        self, name: str, out: np.ndarray, *, transposed: bool = False, first: int = 0
+    ) -> None:
+        """Reads one tensor into an array, whose dtype it gets."""
+        assert not transposed and not first  # artefacts have our layout
+        out[...] = self.read(name)
+
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
         if name in self._masks:

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
-from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles
+from fusion_jax.checkpoint.tensor_files import FLOATS, TensorFiles, aligned
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import LINEAR_FORMS, MODULES
 from fusion_jax.models.base import Family, Model
@@ -49,10 +48,13 @@ class FoundTensors(NamedTuple):
     Args:
         names: One tensor, or one for each expert; empty if the files do not have the variable.
         location: How the tensors are laid out.
+        outputs: Where a layer joins several of the model: the first output of the variable, the one
+            after its last, and the number of them in the files' layer.
     """
 
     names: list[str]
     location: TensorLocation
+    outputs: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,19 @@ class Checkpoint:
         ordered = sorted(location.names, key=lambda name: name not in decisive)
         candidates = (location.tensors(name, shape) for name in ordered)
         names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
-        return FoundTensors(names, location)
+        outputs = self._outputs(path, location.joined) if location.joined else None
+        return FoundTensors(names, location, outputs)
+
+    def _outputs(self, path: str, joined: Sequence[str]) -> tuple[int, int, int]:
+        sizes = [self._shapes[other][-1] for other in joined]
+        at = joined.index(path)
+        return sum(sizes[:at]), sum(sizes[: at + 1]), sum(sizes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each variable of the model."""
+        state = nnx.to_flat_state(nnx.state(self.abstract))
+        return {path_name(path): variable.get_value().shape for path, variable in state}
 
     def untied(self) -> Checkpoint:
         """Returns the checkpoint with its tied tensors apart where the files have different ones.
@@ -138,7 +152,7 @@ class Checkpoint:
         names = [n for n in self.locate(path).names if n in self.tensors.shapes and n != twin]
         if twin not in self.tensors.shapes or not names or twin in self._rules.decisive:
             return False
-        return not np.array_equal(self.tensors.read(twin), self.tensors.read(names[0]))
+        return not self.tensors.equal(twin, names[0])
 
     def has(self, layer: str) -> bool:
         """Returns whether the files have a linear layer, plain or in another form."""
@@ -242,13 +256,14 @@ class Checkpoint:
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
-        if not found.location.stacked:
-            return _laid_out(self.tensors.read(found.names[0]), found.location, want.dtype)
-        # Expert by expert, so that there is no second copy of all experts.
-        whole = np.empty(want.shape, want.dtype)
-        for i, name in enumerate(found.names):
-            whole[i] = _laid_out(self.tensors.read(name), found.location, want.dtype)
-        return jnp.asarray(whole)
+        whole = aligned(want.shape, want.dtype)
+        first = 0 if found.outputs is None else found.outputs[0]
+        transposed = found.location.transposed
+        for name, part in zip(
+            found.names, whole if found.location.stacked else [whole], strict=True
+        ):
+            self.tensors.read_into(name, part, transposed=transposed, first=first)
+        return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
 
     def _check(
         self,
@@ -279,8 +294,9 @@ class Checkpoint:
                 head = self.artefact["head"]
                 _log.warning("%s: the head %s is left out", self.tensors.folder, head)
         wrong, absent, misfits = [], [], []
-        for path, (names, location) in found.items():
+        for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
+            want = want if outputs is None else (*want[:-1], outputs[-1])
             want = want[::-1] if location.transposed else want
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]
@@ -360,7 +376,3 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)
-
-
-def _laid_out(value: np.ndarray, location: TensorLocation, dtype: Any) -> Array:
-    return jnp.asarray(value.T if location.transposed else value).astype(dtype)

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.typing import DTypeLike
 
 from fusion_jax.checkpoint.files import INDEX, WEIGHTS, shard_names
 from fusion_jax.errors import InputError
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The floating-point dtypes that can be read, as safetensors calls them."""
+FLOATS: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+"""The floating-point dtypes that can be read, by the names that safetensors gives them."""
+
+_CHUNK = 1 << 22
+"""Bytes that are read at once where values are transposed or cast."""
+_ROWS = 64
+"""Rows that are transposed at once, so that what is read and written stays in caches."""
+
+
+def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Returns an array without values, which JAX can take on a CPU without copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class TensorFiles:
@@ -34,6 +55,8 @@ class TensorFiles:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._starts: dict[str, int] = {}
         places = self._places()
         for file in sorted(set(places.values())) or [WEIGHTS]:
             try:
@@ -42,6 +65,7 @@ class TensorFiles:
                 raise InputError(
                     f"{folder / file} is truncated or corrupt ({error}); download it again"
                 ) from None
+            starts = _starts(folder / file)  # of a file that safetensors has checked
             for name in handle.keys():
                 if places.get(name, file) != file:
                     continue  # the index says which of several shards counts
@@ -54,6 +78,7 @@ class TensorFiles:
                 self._shapes[name] = tuple(view.get_shape())
                 self._dtypes[name] = view.get_dtype()
                 self._open[name] = handle
+                self._files[name], self._starts[name] = folder / file, starts[name]
         absent = [name for name in places if name not in self._open]
         if absent:
             raise InputError(f"{folder}: {places[absent[0]]} lacks {absent[0]}, against {INDEX}")
@@ -91,3 +116,73 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
         return self._open[name].get_tensor(name)
+
+    def read_into(
+        self, name: str, out: np.ndarray, *, transposed: bool = False, first: int = 0
+    ) -> None:
+        """Reads rows of one tensor into an array, whose dtype they get; there is no second copy.
+
+        The file is not mapped into memory, so that its pages do not count as memory of the process.
+
+        Args:
+            name: The tensor.
+            out: (rows, ...) the array; with ``transposed`` (columns, rows).
+            transposed: Whether to write the transposed matrix.
+            first: The first row to read; the shape of ``out`` says how many.
+        """
+        target = out.T if transposed else out
+        stored = FLOATS.get(self._dtypes[name])
+        if stored is None or not target.ndim:
+            value = self.read(name)
+            target[...] = value[first : first + len(target)] if target.ndim else value
+            return
+        row = math.prod(target.shape[1:]) * stored.itemsize
+        count = max(1, _CHUNK // max(row, 1))
+        with open(self._files[name], "rb", buffering=0) as file:
+            file.seek(self._starts[name] + first * row)
+            if target.flags.c_contiguous and stored == target.dtype:
+                _fill(file, target)
+                return
+            buffer = np.empty((min(count, len(target)), *target.shape[1:]), stored)
+            for i in range(0, len(target), count):
+                part = buffer[: min(count, len(target) - i)]
+                _fill(file, part)
+                for j in range(0, len(part), _ROWS):
+                    target[i + j : i + j + _ROWS] = part[j : j + _ROWS]
+
+    def equal(self, a: str, b: str) -> bool:
+        """Returns whether two tensors have the same values, without reading all of them at once."""
+        shape = self._shapes[a]
+        if shape != self._shapes[b]:
+            return False
+        rows = max(1, _CHUNK // max(1, math.prod(shape[1:]) * 4))
+        for i in range(0, shape[0] if shape else 1, rows):
+            part = (min(rows, shape[0] - i), *shape[1:]) if shape else ()
+            parts = [np.empty(part, FLOATS.get(self._dtypes[name], np.float64)) for name in (a, b)]
+            for name, values in zip((a, b), parts, strict=True):
+                self.read_into(name, values, first=i)
+            if not np.array_equal(parts[0], parts[1]):
+                return False
+        return True
+
+
+def _fill(file: Any, array: np.ndarray) -> None:
+    """Reads as many bytes as an array has."""
+    view = array.view(np.uint8).reshape(-1).data
+    while len(view):
+        got = file.readinto(view)
+        if not got:
+            raise InputError(f"{file.name} is truncated; download it again")
+        view = view[got:]
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Returns where the values of each tensor of a safetensors file begin, in bytes."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

@@ -186,12 +186,17 @@ def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, Any]:
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a model under their Hugging Face names, one after the other."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        location = rules.locate(path_name(path))
-        value = np.asarray(variable.get_value())
+    params = {path_name(p): v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for path in params:
+        location = rules.locate(path)
+        joined = location.joined or (path,)
+        if path != joined[0]:
+            continue  # written with the first one
+        arrays = [np.asarray(params[other].get_value()) for other in joined]
+        value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
-        yield from ((copy, value) for copy in rules.copies.get(path_name(path), ()))
+        yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
             yield name, part.T if location.transposed else part
 

@@ -22,6 +22,7 @@ from fusion_jax.cli import (
     evaluating,
     finetuning,
     generating,
+    listing,
     static_pruning,
     verifying,
 )
@@ -37,6 +38,7 @@ COMMANDS = {
     **static_pruning.COMMANDS,
     **evaluating.COMMANDS,
     **generating.COMMANDS,
+    **listing.COMMANDS,
     **verifying.COMMANDS,
 }
 

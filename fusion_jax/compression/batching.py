@@ -21,6 +21,7 @@ from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide_dtype
 from fusion_jax.nn.programs import few_programs
 from fusion_jax.nn.submlps import SubMLPs
+from ntk.activations import Activation
 
 TreeT = TypeVar("TreeT")
 
@@ -44,7 +45,7 @@ class Problems(NamedTuple):
     gradients: SubMLPs | None = None
 
 
-def solve_stacked(method: Method, act: str | None, problems: Problems) -> Solution:
+def solve_stacked(method: Method, act: Activation | None, problems: Problems) -> Solution:
     """Returns the solutions of stacked problems, stacked in the same way; one call solves all.
 
     Raises:
@@ -118,7 +119,7 @@ def working_memory() -> int:
 
 
 def _solve_along_one_axis(
-    method: Method, act: str | None, problems: Problems
+    method: Method, act: Activation | None, problems: Problems
 ) -> tuple[Solution, Any]:
     """Solves problems stacked along one axis; each device of a mesh solves those that it holds.
 
@@ -149,7 +150,9 @@ def _batch(method: Method, problems: Problems, count: int) -> int | None:
 
 
 @few_programs
-def _program(method: Method, act: str | None) -> Callable[[Problems], tuple[Solution, Array]]:
+def _program(
+    method: Method, act: Activation | None
+) -> Callable[[Problems], tuple[Solution, Array]]:
     """Returns the compiled function from one problem to its solution, and whether it is finite."""
     return jax.jit(partial(_solve_one, method, act))
 
@@ -157,7 +160,7 @@ def _program(method: Method, act: str | None) -> Callable[[Problems], tuple[Solu
 @few_programs
 def _program_for_all(
     method: Method,
-    act: str | None,
+    act: Activation | None,
     batch: int | None,
     mesh: Mesh | AbstractMesh | None = None,
     spec: PartitionSpec | None = None,
@@ -174,7 +177,7 @@ def _program_for_all(
     )
 
 
-def _solve_one(method: Method, act: str | None, problem: Problems) -> tuple[Solution, Array]:
+def _solve_one(method: Method, act: Activation | None, problem: Problems) -> tuple[Solution, Array]:
     subs, key, calibration, gradients = problem
     more: dict[str, Any] = {"gradients": gradients} if method.takes_gradients else {}
     if method.takes_calibration:

@@ -52,7 +52,7 @@ def weight_matrices(model: nnx.Module) -> dict[str, AnyLinear | nnx.Embed]:
     return {**find_modules(model, nnx.Embed), **find_linears(model)}
 
 
-def select_matrices(model: nnx.Module, matrices: Selection) -> dict[str, Any]:
+def select_matrices(model: nnx.Module, matrices: Selection) -> dict[str, AnyLinear | nnx.Embed]:
     """Returns the chosen ones of the layers that have a matrix, by path.
 
     Args:

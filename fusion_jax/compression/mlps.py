@@ -28,6 +28,7 @@ from fusion_jax.nn.surgery import replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, size_of
+from ntk.activations import Activation
 from ntk.selection import Selection
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -259,7 +260,7 @@ def compress_mlp(
     method: Method,
     *,
     key: Key[Array, ""],
-    act: str | None = None,
+    act: Activation | None = None,
     calibration: Calibration | Float[Array, "*s t d"] | None = None,
     gradients: SubMLPs | None = None,
 ) -> Solution:
@@ -272,7 +273,7 @@ def compress_mlp(
         subs: Sub-MLPs; along leading axes (layers, experts), each MLP is compressed on its own.
         method: The method, such as ``Fusion(width=0.25, scaling="folded")``.
         key: Random key.
-        act: The activation's name, such as ``"gelu"``; needed with calibration.
+        act: The activation: a name such as ``"gelu"``, or a function; needed with calibration.
         calibration: The inputs of each MLP, (..., t, d), or a `Calibration`.
         gradients: The gradients of a loss, laid out as the sub-MLPs, for methods that use them.
 

@@ -12,6 +12,7 @@ from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.nn.mlp import AnyMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs
+from ntk.activations import Activation
 
 
 class Solution(NamedTuple):
@@ -121,7 +122,7 @@ class Method:
         subs: SubMLPs,
         *,
         key: Key[Array, ""],
-        act: str | None = None,
+        act: Activation | None = None,
         calibration: Calibration | None = None,
         gradients: SubMLPs | None = None,
     ) -> Solution:
@@ -130,7 +131,7 @@ class Method:
         Args:
             subs: The sub-MLPs.
             key: Random key.
-            act: The activation's name, for methods that take calibration; given together with it.
+            act: The activation, for methods that take calibration; given together with it.
             calibration: The inputs of the MLP, for methods that take calibration.
             gradients: The gradients of a loss, for methods that take gradients.
         """

@@ -30,6 +30,7 @@ from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, facto
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs
 from fusion_jax.nn.uneven_experts import widths_by_use
+from ntk.activations import Activation
 
 
 class FusionParts(NamedTuple):
@@ -217,7 +218,7 @@ class Fusion(Method):
         subs: SubMLPs,
         *,
         key: Key[Array, ""],
-        act: str | None = None,
+        act: Activation | None = None,
         calibration: Calibration | None = None,
     ) -> Solution:
         """Clusters the sub-MLPs of one MLP, and fits the result to calibration inputs.
@@ -225,7 +226,7 @@ class Fusion(Method):
         Args:
             subs: The p sub-MLPs.
             key: Random key of the clustering's starts.
-            act: The activation's name; needed with calibration.
+            act: The activation; needed with calibration.
             calibration: The inputs of the MLP, or None.
 
         Returns:

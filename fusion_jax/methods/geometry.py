@@ -15,13 +15,14 @@ from jaxtyping import Array, Float
 from fusion_jax.calibration.data import POSITIONS, Calibration
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
+from ntk.activations import Activation
 
 Metric = Literal["raw", "sensitivity", "function"]
 
 
 @partial(jax.jit, static_argnames=("metric", "act"))
 def points(
-    metric: Metric, subs: SubMLPs, calibration: Calibration | None, act: str
+    metric: Metric, subs: SubMLPs, calibration: Calibration | None, act: Activation
 ) -> Float[Array, "p _"]:
     r"""Returns the sub-MLPs as points of a geometry, one row each.
 

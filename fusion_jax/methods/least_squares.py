@@ -22,6 +22,7 @@ from fusion_jax.clustering.labels import sum_by_label
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.fused import Factors, Scaling, factors
 from fusion_jax.nn.submlps import SubMLPs, responses
+from ntk.activations import Activation
 
 BLOCK = 1024
 """The number of positions whose activations are in memory at a time."""
@@ -64,7 +65,7 @@ def _sum_over_blocks(f: Callable[..., Any], *arrays: Array) -> Any:
 
 @partial(jax.jit, static_argnames="act")
 def refitted(
-    effective: SubMLPs, subs: SubMLPs, calibration: Calibration, act: str, ridge: Any
+    effective: SubMLPs, subs: SubMLPs, calibration: Calibration, act: Activation, ridge: Any
 ) -> SubMLPs:
     r"""Fits the output weights of the units left to the original's outputs, by ridge regression.
 
@@ -76,7 +77,7 @@ def refitted(
         effective: The c units left, with the sizes of clusters in their output weights.
         subs: The p original units; their outputs are the target if the calibration has none.
         calibration: Inputs, and perhaps outputs.
-        act: The activation's name.
+        act: The activation.
         ridge: The strength, above 0.
 
     Returns:
@@ -160,7 +161,7 @@ def matched(
     labels: Int[Array, " p"],
     sizes: Float[Array, " c"],
     calibration: Calibration,
-    act: str,
+    act: Activation,
     scaling: Scaling,
 ) -> Factors:
     r"""Returns the factors that bring the fused kernel nearest to the original's.
@@ -191,7 +192,7 @@ def matched(
         labels: The cluster of each original unit.
         sizes: Cluster sizes.
         calibration: Inputs.
-        act: The activation's name.
+        act: The activation.
         scaling: The kernel to match, ``"adam"`` or ``"sgd"``; ``"folded"`` has no factors.
 
     Returns:

@@ -15,6 +15,7 @@ from fusion_jax.methods.base import Solution, check_choice
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
+from ntk.activations import Activation
 
 UnitScore = Literal["magnitude", "activation", "gradient"]
 
@@ -88,7 +89,7 @@ class Prune(Narrower):
         subs: SubMLPs,
         *,
         key: Key[Array, ""],
-        act: str | None = None,
+        act: Activation | None = None,
         calibration: Calibration | None = None,
         gradients: SubMLPs | None = None,
     ) -> Solution:

@@ -154,7 +154,7 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
     if "num_labels" in known and config.get("id2label") is not None:
         class_names(config)  # raises if it is not a JSON object
         config = {"num_labels": len(config["id2label"]), **config}
-    read = {name: x for name, x in config.items() if name in known and x is not None}
+    read = {n: x for n, x in config.items() if n in known and n not in given and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     hints = _hints(cls)

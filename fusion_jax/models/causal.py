@@ -58,9 +58,10 @@ def decoder_architectures(
     Args:
         name: What the names of the classes begin with.
         heads: The heads that the family has in `transformers`.
-        other: The end of the name of a class that is not as usual, by head with underscores.
+        other: The end of the name of a class that is not as usual, by head with underscores;
+            ``base`` for the class without a head.
     """
-    result: dict[Head | None, str] = {None: f"{name}Model"}
+    result: dict[Head | None, str] = {None: name + other.get("base", "Model")}
     for head in heads:
         result[head] = name + other.get(head.replace("-", "_"), _CLASSES[head])
     return result
@@ -161,8 +162,14 @@ class CausalLm(Generative):
         """Returns the input of the first layer."""
         raise NotImplementedError
 
-    def context(self, positions: Int[Array, "b t"]) -> Any:
-        """Returns the argument ``context`` of all layers, which depends on the positions."""
+    def context(self, positions: Int[Array, "b t"], slots: int | None) -> Any:
+        """Returns the argument ``context`` of all layers.
+
+        Args:
+            positions: (b, t) the position of each token in its text.
+            slots: The number of slots of the cache, the most tokens that a text will have; None
+                without a cache.
+        """
 
     def __call__(
         self,
@@ -233,7 +240,7 @@ class CausalLm(Generative):
         positions = any_window.positions if position_ids is None else jnp.asarray(position_ids)
         *keys, embed_key = split_key(key, len(self.layers) + 1)
         update = CacheUpdate(cache)
-        context = self.context(positions)
+        context = self.context(positions, None if cache is None else cache.real.shape[1])
         x = self.embed(ids, positions, embed_key)
         states, routers = [x], []
         for layer, size, layer_key in zip(self.layers, self.sliding_windows, keys, strict=True):

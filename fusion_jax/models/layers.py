@@ -74,6 +74,35 @@ class RmsNorm(nnx.RMSNorm):
         return scale.reshape((1,) * (y.ndim - 1) + (-1,)) * y.astype(scale.dtype)
 
 
+class WideRmsNorm(RmsNorm):
+    """Root-mean-square normalization that is rounded to the dtype of the input after the scale.
+
+    Args:
+        d: The number of features.
+        offset: Added to the scale; the parameter begins at 1 - offset.
+        **options: Further arguments of `flax.nnx.RMSNorm`.
+    """
+
+    def __init__(self, d: int, *, offset: float = 0.0, **options: Any):
+        begin = nnx.initializers.constant(1.0 - offset)
+        super().__init__(d, scale_init=begin, **options)
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
+        """Normalizes the last axis."""
+        y = wide(x)
+        mean = jnp.square(y).mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))
+        assert self.scale is not None
+        scale = self.scale[...].astype(y.dtype) + self.offset
+        return (scale.reshape((1,) * (y.ndim - 1) + (-1,)) * y).astype(x.dtype)
+
+
+def soft_capped(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
+    """Returns cap * tanh(x / cap), which is between -cap and cap; x if there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attention(
     query: Float[Array, "b t h f"],
     key: Float[Array, "b s g f"],
@@ -83,6 +112,7 @@ def attention(
     dropout_key: Key[Array, ""] | None,
     *,
     scale: float | None = None,
+    cap: float | None = None,
     bias: Float[Array, "1 h t s"] | None = None,
 ) -> Float[Array, "b t h f"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
@@ -96,6 +126,7 @@ def attention(
         dropout: Dropout of the attention weights.
         dropout_key: Its random key; None for no dropout.
         scale: The factor of the scores; None for 1 / sqrt(f).
+        cap: The soft cap of the scores, see `soft_capped`; None for none.
         bias: (1, h, t, s), added to the scores.
 
     Returns:
@@ -104,7 +135,7 @@ def attention(
     b, t, h, f = query.shape
     grouped = query.reshape(b, t, key.shape[2], -1, f)
     scores = wide(jnp.einsum("btgrf,bsgf->bgrts", grouped, key))
-    scores = scores * (1 / math.sqrt(f) if scale is None else scale)
+    scores = soft_capped(scores * (1 / math.sqrt(f) if scale is None else scale), cap)
     if bias is not None:
         scores = scores + wide(bias).reshape(1, *scores.shape[1:])
     # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.

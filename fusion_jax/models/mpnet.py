@@ -42,7 +42,9 @@ def _config(config: Mapping[str, Any]) -> BertConfig:
         "lm_act": "gelu",
         "classifier_dropout": None,
     }
-    return BertConfig.from_json({"vocab_size": 30527, "pad_token_id": 1, **config}, **own)
+    # transformers counts positions from 2, without tokens of id 1, whatever pad_token_id says.
+    fields = {"vocab_size": 30527, **config, "pad_token_id": 1}
+    return BertConfig.from_json(fields, **own)
 
 
 def _rules(config: BertConfig, head: Head | None) -> KeyRules:

@@ -2,16 +2,88 @@
 
 from __future__ import annotations
 
-from fusion_jax.models import bert, distilbert, electra, gpt2, llama, mpnet, t5
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fusion_jax.models import (
+    bert,
+    distilbert,
+    electra,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    mpnet,
+    olmo2,
+    phi3,
+    qwen,
+    seed_oss,
+    smollm3,
+    t5,
+)
 from fusion_jax.models.base import Family as Family
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
+    **gemma.FAMILIES,
     **gpt2.FAMILIES,
+    **granite.FAMILIES,
     **llama.FAMILIES,
     **mpnet.FAMILIES,
+    **olmo2.FAMILIES,
+    **phi3.FAMILIES,
+    **qwen.FAMILIES,
+    **seed_oss.FAMILIES,
+    **smollm3.FAMILIES,
     **t5.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
+
+TESTED: Mapping[str, str] = {
+    "bert": "all-MiniLM-L6-v2",
+    "gemma3_text": "Gemma 3 270M",
+    "gpt2": "tinygpt-shakespeare",
+    "llama": "stories260K",
+    "mpnet": "all-mpnet-base-v2",
+    "qwen2": "Qwen2.5-Coder-0.5B",
+}
+"""A checkpoint with trained weights whose outputs were compared, by ``model_type``."""
+
+
+class Coverage(NamedTuple):
+    """What is supported of one ``model_type``.
+
+    Args:
+        model_type: The field of ``config.json``.
+        model: The class in `transformers`, without a head.
+        heads: The heads.
+        tested: The weights that outputs were compared with `transformers` on.
+    """
+
+    model_type: str
+    model: str
+    heads: tuple[str, ...]
+    tested: str
+
+
+def coverage() -> list[Coverage]:
+    """Returns what is supported, in the order of the names.
+
+    Every type is loaded, compressed, fine-tuned, saved and exported, and generates text if it has
+    the head ``causal-lm`` or ``seq2seq-lm``.
+
+    Example:
+        >>> coverage()[0].model_type, coverage()[0].heads[:2]
+        ('bert', ('classification', 'masked-lm'))
+    """
+    return [
+        Coverage(
+            model_type,
+            str(family.architectures[None]),
+            tuple(head for head in family.architectures if head is not None),
+            TESTED.get(model_type, "random weights"),
+        )
+        for model_type, family in sorted(FAMILIES.items())
+    ]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.models.base import config_from_fields
 
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 TYPES: tuple[RopeType, ...] = get_args(RopeType)
 
 
@@ -34,14 +34,22 @@ class Rope:
             positions stay unchanged.
         beta_slow: For ``yarn``: features that rotate fewer times than this are stretched by
             ``factor``.
-        attention_factor: For ``yarn``: a factor of both rotated vectors; None for the paper's.
+        attention_factor: For ``yarn`` and ``longrope``: a factor of both rotated vectors; None for
+            the papers'.
         mscale: For ``yarn``, together with ``mscale_all_dim``: another formula for that factor.
         mscale_all_dim: See ``mscale``.
         truncate: For ``yarn``: whether the first and last feature between the two limits are
             rounded to whole numbers.
+        short_factor: For ``longrope``: what the wavelength of each pair of features is multiplied
+            by in texts of at most ``original_max_position_embeddings`` tokens.
+        long_factor: The same for longer texts.
+        max_position_embeddings: For ``dynamic``: from this number of tokens on the base grows.
+        partial_rotary_factor: The part of the features that is rotated, the first ones.
+        interleaved: Whether features 2i and 2i + 1 are a pair, instead of i and i + f/2.
 
     References:
-        RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); Llama 3 (arXiv 2407.21783).
+        RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); Llama 3 (arXiv 2407.21783); LongRoPE
+        (arXiv 2402.13753).
     """
 
     rope_type: RopeType = "default"
@@ -56,10 +64,19 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    max_position_embeddings: int = 0
+    partial_rotary_factor: float = 1.0
+    interleaved: bool = False
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> Rope:
+    def from_json(cls, config: Mapping[str, Any], *, partial_rotary: bool = False) -> Rope:
         """Reads ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
+
+        Args:
+            config: The fields of a ``config.json``.
+            partial_rotary: Whether a ``partial_rotary_factor`` is possible.
 
         Raises:
             InputError: The type of the embedding is not implemented.
@@ -77,24 +94,55 @@ class Rope:
             "original_max_position_embeddings",
         )
         given[original] = config.get(original) or given.get(original) or positions
+        given["max_position_embeddings"] = positions
+        given.pop("interleaved", None)
         name = given["rope_type"]
         if name not in TYPES:
             raise InputError(f"rope_type {name!r} is not implemented{nearest(str(name), TYPES)}")
-        if (
-            given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        ) != 1.0:
+        part = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        given["partial_rotary_factor"] = part
+        if part != 1.0 and not partial_rotary:
             raise InputError("a partial_rotary_factor is not implemented")
         if name != "default" and given.get("factor") is None:
-            if name != "yarn" or not positions:
+            if name not in ("yarn", "longrope") or not positions:
                 raise InputError(f"rope_type {name} needs a factor")
             given["factor"] = positions / given[original]
+        if name == "dynamic" and not positions:
+            raise InputError("rope_type dynamic needs max_position_embeddings")
         return config_from_fields(cls, given)
 
-    def frequencies(self, features: int) -> np.ndarray:
+    def rotary(self, features: int) -> int:
+        """Returns how many features of a head are rotated, the first ones."""
+        return int(features * self.partial_rotary_factor)
+
+    def check(self, features: int) -> None:
+        """Raises `InputError` if the embedding does not fit heads with this many features."""
+        rotary = self.rotary(features)
+        if rotary < 2 or rotary % 2 or rotary > features:
+            raise InputError(
+                "the number of features of a head that are rotated, head_dim times "
+                f"partial_rotary_factor, must be even and above 0; got {rotary}"
+            )
+        if self.rope_type == "dynamic" and rotary < 4:
+            raise InputError(f"rope_type dynamic needs at least 4 rotated features; got {rotary}")
+        if self.rope_type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(self, name)
+                if len(factors) != rotary // 2 or not all(factor > 0 for factor in factors):
+                    raise InputError(
+                        f"{name} must be {rotary // 2} numbers above 0, one for each pair of "
+                        f"rotated features; got {len(factors)}"
+                    )
+
+    def frequencies(self, features: int, *, long: bool = False) -> np.ndarray:
         """Returns the frequency of each pair of features, in radians per position.
 
+        Those of ``dynamic`` are for texts of at most ``max_position_embeddings`` tokens.
+
         Args:
-            features: The number of features of a head.
+            features: The number of features that are rotated.
+            long: Whether a text has more than ``original_max_position_embeddings`` tokens, which
+                counts for ``longrope``.
 
         Returns:
             (features / 2,) in float64.
@@ -104,8 +152,10 @@ class Rope:
             array([1.  , 0.01])
         """
         plain = self.rope_theta ** -(np.arange(0, features, 2) / features)
-        if self.rope_type == "default":
+        if self.rope_type in ("default", "dynamic"):
             return plain
+        if self.rope_type == "longrope":
+            return plain / np.array(self.long_factor if long else self.short_factor)
         stretched = plain / self.factor
         if self.rope_type == "linear":
             return stretched
@@ -129,10 +179,13 @@ class Rope:
     @property
     def scale(self) -> float:
         """The factor of both rotated vectors."""
-        if self.rope_type != "yarn":
+        if self.rope_type not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.rope_type == "longrope":
+            grown, original = max(self.factor, 1.0), self.original_max_position_embeddings
+            return math.sqrt(1 + math.log(grown) / math.log(original)) if grown > 1 else 1.0
 
         def stretch(m: float) -> float:
             return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
@@ -141,17 +194,44 @@ class Rope:
             return stretch(self.mscale) / stretch(self.mscale_all_dim)
         return stretch(1.0)
 
-    def angles(self, positions: Int[Array, "b t"], features: int) -> Float[Array, "b t half"]:
-        """Returns the angle of each pair of features at each position, in float32."""
-        frequencies = jnp.asarray(self.frequencies(features).astype(np.float32))
+    def angles(
+        self, positions: Int[Array, "b t"], features: int, slots: int | None = None
+    ) -> Float[Array, "b t half"]:
+        """Returns the angle of each pair of features at each position, in float32.
+
+        The frequencies of ``dynamic`` and ``longrope`` depend on the length of the longest text.
+        With a cache, ``longrope`` takes its size for the length, so that keys from before and after
+        the limit fit together; `transformers` reads a text again once it comes to the limit.
+
+        Args:
+            positions: (b, t) the position of each token in its text.
+            features: The number of features of a head.
+            slots: The number of slots of the cache; None without a cache.
+        """
+        rotary = self.rotary(features)
+        frequencies = jnp.asarray(self.frequencies(rotary).astype(np.float32))
+        length = positions.max() + 1
+        if self.rope_type == "longrope":
+            long = jnp.asarray(self.frequencies(rotary, long=True).astype(np.float32))
+            limit = self.original_max_position_embeddings
+            frequencies = jnp.where((length if slots is None else slots) > limit, long, frequencies)
+        if self.rope_type == "dynamic":
+            longest = self.max_position_embeddings
+            over = jnp.maximum(length, longest).astype(jnp.float32) / longest - 1
+            # The base times `growth` to the power of rotary / (rotary - 2).
+            growth = jnp.arange(0, -rotary, -2) / (rotary - 2)
+            frequencies = frequencies * (1 + self.factor * over) ** growth.astype(jnp.float32)
         return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
 
     def rotated(
         self, x: Float[Array, "b t h f"], angles: Float[Array, "b t half"]
     ) -> Float[Array, "b t h f"]:
-        """Rotates feature i with feature i + f/2, in the layout of Hugging Face."""
+        """Rotates pairs of features, i and i + f/2 unless they are interleaved."""
         cos, sin = (
             (self.scale * f(angles)).astype(x.dtype)[:, :, None] for f in (jnp.cos, jnp.sin)
         )
-        a, b = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        x, rest = jnp.split(x, [2 * angles.shape[-1]], axis=-1)
+        a, b = (x[..., ::2], x[..., 1::2]) if self.interleaved else jnp.split(x, 2, axis=-1)
+        a, b = a * cos - b * sin, b * cos + a * sin
+        turned = (jnp.stack([a, b], -1).reshape(x.shape),) if self.interleaved else (a, b)
+        return jnp.concatenate([*turned, rest], axis=-1)

@@ -45,12 +45,15 @@ class KeyRule:
         leaves: The variables of the layer. The key ``""`` means that ``ours`` is a variable, not a
             layer.
         in_base: Whether the layer belongs to the base model, whose names may have a prefix.
+        joined: The paths of linear layers that are one layer in a checkpoint, in the order of their
+            outputs; ``ours`` is one of them.
     """
 
     ours: str
     theirs: str
     leaves: dict[str, Leaf]
     in_base: bool = True
+    joined: tuple[str, ...] = ()
 
 
 class TensorLocation(NamedTuple):
@@ -60,11 +63,14 @@ class TensorLocation(NamedTuple):
         names: The possible names, the one to write first.
         transposed: Whether the matrix is (out, in) in the checkpoint.
         stacked: Whether there is one tensor for each expert; the names contain ``{e}``.
+        joined: The paths of the variables that are one tensor in the checkpoint, one after the
+            other along the last axis of ours; empty if the variable has a tensor of its own.
     """
 
     names: tuple[str, ...]
     transposed: bool
     stacked: bool = False
+    joined: tuple[str, ...] = ()
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the tensors that make up the variable."""
@@ -116,7 +122,8 @@ class KeyRules:
                 match = re.fullmatch(pattern, path)
                 if match is None:
                     continue
-                base = rule.theirs.format(**{"e": "{e}", **match.groupdict()})
+                indices = {"e": "{e}", **match.groupdict()}
+                base = rule.theirs.format(**indices)
                 stacked = "{e}" in base
                 full = [f"{base}.{n}" if name else base for n in leaf.names]
                 if rule.in_base:
@@ -125,7 +132,9 @@ class KeyRules:
                     full = prefixed + full if self.write_prefix else full + prefixed
                     full += others
                 full += [twin for twin, original in self.twins.items() if original == path]
-                return TensorLocation(tuple(dict.fromkeys(full)), leaf.transposed, stacked)
+                joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
+                names = tuple(dict.fromkeys(full))
+                return TensorLocation(names, leaf.transposed, stacked, joined)
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:

@@ -93,6 +93,13 @@ class T5Config:
             given |= {"act": config.get("dense_act_fn", "relu"), "scaled": tied}
             given["num_decoder_layers"] = config["num_decoder_layers"] or config["num_layers"]
         else:
+            multilingual = config["model_type"] == "mt5"
+            config = {**(_MT5 if multilingual else {}), **config}
+            if multilingual:  # as transformers: tied, whatever the configuration says
+                config |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+                given["num_decoder_layers"] = (
+                    config.get("num_decoder_layers") or config["num_layers"]
+                )
             gated, _, act = str(config.get("feed_forward_proj", "relu")).rpartition("-")
             if gated not in ("", "gated"):
                 raise InputError(f"feed_forward_proj {gated}-{act} is not implemented")
@@ -116,6 +123,8 @@ class T5Config:
         return [step > 0 and (step == 1 or i % step == 1) for i in range(layers)]
 
 
+_MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
+        "feed_forward_proj": "gated-gelu"}  # fmt: skip
 _SWITCH = {"d_model": 768, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12,
            "num_experts": 8}  # fmt: skip
 
@@ -492,7 +501,7 @@ def _untied(config: T5Config, names: Sequence[str]) -> T5Config:
 
 
 def _rules(config: T5Config, head: Head | None) -> KeyRules:
-    mlp = "DenseReluDense" if config.model_type == "t5" else "mlp"
+    mlp = "mlp" if config.model_type == "switch_transformers" else "DenseReluDense"
     rules = [KeyRule("word", "shared", EMBED), KeyRule("lm_head", "lm_head", LINEAR)]
     for stack, last in (("encoder", 1), ("decoder", 2)):
         rules += _stack_rules(stack, last, mlp, _GATED if config.gated else _PLAIN)
@@ -517,6 +526,7 @@ def _family(name: str) -> Family:
 
 
 FAMILIES = {
+    "mt5": _family("MT5"),
     "switch_transformers": _family("SwitchTransformers"),
     "t5": _family("T5"),
 }

@@ -88,10 +88,15 @@ class _Fused(Mlp):
         """Returns the fixed factors around the parameters."""
         return Factors(self.outer[...], self.inner[...], self.middle[...])
 
-    def _effective(self) -> SubMLPs:
+    def factor(self, name: str) -> Float[Array, "*s c"]:
+        """Returns the fixed factors of the units at a linear layer, see `Mlp.factor`."""
         f = self.factors()
         up = f.middle if isinstance(self, GatedMlp) else f.inner
-        return self.sub_mlps().scaled(down=f.outer, up=up, gate=f.inner)
+        return {"down": f.outer, "up": up, "gate": f.inner}[name]
+
+    def _effective(self) -> SubMLPs:
+        scales = {name: self.factor(name) for name in ("down", "up", "gate")}
+        return self.sub_mlps().scaled(**scales)
 
     def centroids(self) -> SubMLPs:
         """Returns the centroids of the clusters for any scaling, in float32 or float64."""

@@ -310,6 +310,39 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
     return new
 
 
+def take_settings(new: AnyLinear, old: AnyLinear) -> None:
+    """Gives a new layer the other settings of an old one: its dtype, precision and so on.
+
+    The bias goes if the old layer has none. Nothing happens where a layer is not plain.
+    """
+    if not (isinstance(new, nnx.Linear) and isinstance(old, nnx.Linear)):
+        return
+    for name in _SETTINGS:
+        setattr(new, name, getattr(old, name))
+    if old.bias is None:
+        new.bias, new.use_bias = nnx.data(None), False
+
+
+_SETTINGS = ("dtype", "precision", "dot_general", "promote_dtype", "preferred_element_type")
+
+
+def with_matrix(
+    linear: AnyLinear, kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | None
+) -> nnx.Linear:
+    """Returns a plain layer with given arrays, and with the other settings of a layer.
+
+    There is a bias if the layer has one.
+    """
+    if not isinstance(linear, nnx.Linear):
+        return plain_linear(kernel, bias)
+    new = nnx.clone(linear)
+    new.kernel.set_value(kernel)
+    if new.bias is not None:
+        new.bias.set_value(bias)
+    new.in_features, new.out_features = kernel.shape[-2:]
+    return new
+
+
 def find_linears(model: nnx.Module) -> dict[str, AnyLinear]:
     """Returns the linear layers of a model by path, plain or not, in the order of its layers.
 
@@ -337,7 +370,7 @@ def multiplied_out(model: Any) -> Any:
     return model
 
 
-def check_plain(linear: AnyLinear, path: str) -> None:
+def check_plain(linear: AnyLinear | nnx.Embed, path: str) -> None:
     """Raises `InputError` if a layer is not plain."""
     if isinstance(linear, LinearForm):
         raise InputError(

@@ -17,8 +17,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fusion_jax.nn.linear_forms import AnyLinear, dtype_of, flops_of, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import (
+    AnyLinear,
+    dtype_of,
+    flops_of,
+    matrix_of,
+    stack_of,
+    take_settings,
+)
 from fusion_jax.nn.submlps import SubMLPs, activation
+from ntk.activations import Activation
 
 MlpT = TypeVar("MlpT", bound="Mlp")
 
@@ -29,7 +37,7 @@ class AnyMlp(nnx.Module):
     """Base of the modules at the sites of a model: MLPs, and experts of different widths.
 
     Attributes:
-        act: The activation, a key of `ACTIVATIONS`.
+        act: The activation, a key of `ACTIVATIONS` or a function.
         d_in: The number d of inputs.
         d_out: The number o of outputs.
         width: The number p of hidden units; of the widest expert where experts differ.
@@ -40,7 +48,7 @@ class AnyMlp(nnx.Module):
             those that one position is routed to count.
     """
 
-    act: str
+    act: Activation
     d_in: int
     d_out: int
     width: int
@@ -91,7 +99,8 @@ class Mlp(AnyMlp):
         d_in: Inputs d.
         width: Hidden units p.
         d_out: Outputs o; None for d.
-        act: Activation, a key of `ACTIVATIONS`.
+        act: Activation: a key of `ACTIVATIONS`, such as ``"gelu"``, or a function of arrays that
+            works on each number alone, such as ``jax.nn.softplus``.
         use_bias: Whether there are biases.
         param_dtype: The dtype of the parameters, in which the module also computes.
         kernel_init: Initializer of both matrices.
@@ -109,7 +118,7 @@ class Mlp(AnyMlp):
         width: int,
         d_out: int | None = None,
         *,
-        act: str,
+        act: Activation,
         use_bias: bool = True,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = _lecun,
@@ -180,6 +189,14 @@ class Mlp(AnyMlp):
         """Operations of the matrix products for one position, see `AnyMlp`."""
         return self.top_k * sum(flops_of(linear) for linear in self.linears().values())
 
+    def factor(self, name: str) -> Float[Array, "*s p"] | None:
+        """Returns the fixed factors of the units at a linear layer; None for 1.
+
+        The function is that of the plain MLP whose ``up`` and ``gate`` have their outputs, and
+        ``down`` its inputs, multiplied by them.
+        """
+        return None
+
     def sub_mlps(self) -> SubMLPs:
         """Returns the sub-MLPs as rows, in the module's dtype; the output bias is not in them."""
         bias = self.up.bias
@@ -206,6 +223,8 @@ class Mlp(AnyMlp):
     def abstract(self, cls: type[MlpT], width: int, **fields: Any) -> MlpT:
         """Returns a module of another class with this one's sizes, activation, dtype and experts.
 
+        Its plain layers have biases where this one's have, and compute in the same dtype.
+
         Args:
             cls: The class of the new module.
             width: Its width.
@@ -220,18 +239,21 @@ class Mlp(AnyMlp):
             width,
             self.d_out,
             act=self.act,
-            use_bias=self.use_bias,
+            use_bias=any(linear.bias is not None for linear in self.linears().values()),
             param_dtype=self.dtype,
             **fields,
         )
         count = self.stack[0] if self.stack else None
-        return nnx.eval_shape(
+        new = nnx.eval_shape(
             lambda: (
                 experts(make, count, top_k=self.top_k, rngs=nnx.Rngs(0))
                 if count
                 else make(rngs=nnx.Rngs(0))
             )
         )
+        for name, linear in self.linears().items():
+            take_settings(new.linears()[name], linear)
+        return new
 
     def spec(self) -> dict[str, Any]:
         """Returns how to build this module from the original one, see `AnyMlp.spec`."""

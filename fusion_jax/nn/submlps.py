@@ -20,21 +20,25 @@ from jaxtyping import Array, Float
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.nn.dtypes import wide
-from ntk.activations import FUNCTIONS, canonical
+from ntk.activations import FUNCTIONS, Activation, canonical
 from ntk.units import HiddenUnits, MlpWeights, hidden_units
 
-_NAMES = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
+_NAMES = (
+    "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "quick_gelu", "relu", "relu2", "silu", "swish", "tanh",
+)  # fmt: skip
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {name: FUNCTIONS[canonical(name)] for name in _NAMES}
 )
 """Activations by their Hugging Face names."""
 
 
-def activation(name: str) -> Callable[[Array], Array]:
+def activation(name: Activation) -> Callable[[Array], Array]:
     """Returns the activation function with a Hugging Face name, elementwise.
 
     Args:
-        name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form).
+        name: A key of `ACTIVATIONS`, such as ``"gelu"`` (exact) or ``"gelu_new"`` (tanh form); or
+            the function itself, which works on each number alone.
 
     Raises:
         InputError: The name is unknown.
@@ -43,8 +47,13 @@ def activation(name: str) -> Callable[[Array], Array]:
         >>> float(activation("relu")(jnp.array(-1.0)))
         0.0
     """
-    if name not in ACTIVATIONS:
-        raise InputError(f"unknown activation {name!r}{nearest(name, ACTIVATIONS)}")
+    if callable(name):
+        return name
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise InputError(
+            f"unknown activation {name!r}{nearest(str(name), ACTIVATIONS)}; it is a name or a "
+            "function"
+        )
     return ACTIVATIONS[name]
 
 
@@ -166,7 +175,7 @@ class SubMLPs(NamedTuple):
         return self
 
 
-def responses(subs: SubMLPs, x: Float[Array, "t d"], act: str) -> HiddenUnits:
+def responses(subs: SubMLPs, x: Float[Array, "t d"], act: Activation) -> HiddenUnits:
     """Returns the values and slopes of the units of an MLP at given inputs, see `HiddenUnits`.
 
     Example:

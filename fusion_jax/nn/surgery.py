@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -9,7 +10,7 @@ from flax import nnx
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Hashable, ...]) -> str:
     """Returns a path of the module tree as one string, such as ``"layers.3.mlp"``.
 
     Example:
@@ -38,17 +39,24 @@ def find_modules(model: nnx.Module, *kinds: type[ModuleT]) -> dict[str, ModuleT]
 def at(model: Any, path: str) -> Any:
     """Returns the module at a path, such as ``"layers.3.mlp"``; the model for an empty path."""
     for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
+        model = own(model, name)
     return model
 
 
-def replaced(model: Any, path: str, new: nnx.Module) -> Any:
+def own(module: Any, name: str) -> Any:
+    """Returns what a module holds under a name, even if a property of its class has the name."""
+    if name in vars(module):
+        return vars(module)[name]
+    return module[int(name)] if name.isdigit() else getattr(module, name)
+
+
+def replaced(model: ModuleT, path: str, new: nnx.Module) -> ModuleT:
     """Puts another module at a path, and at all other places that share the old module.
 
     Returns the model, which is changed in place; the new module if the path is empty.
     """
     if not path:
-        return new
+        return new  # type: ignore[return-value] - the whole model is the layer
     old = at(model, path)
     for _, holder in list(nnx.iter_modules(model)):
         for name, value in list(vars(holder).items()):

@@ -16,14 +16,15 @@ infinite or NaN in the end, which is an error.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from ntk.activations import FUNCTIONS, canonical, curvature, slope, slope_zero
+from ntk.activations import FUNCTIONS, Activation, canonical, curvature, slope, slope_zero
 from ntk.arrays import row_norms
 from ntk.units import MlpWeights, linear_values
 
@@ -97,7 +98,7 @@ class Enclosure(NamedTuple):
     radius: Float[Array, "n m"]
 
 
-def gamma(terms: int, dtype: Any) -> float:
+def gamma(terms: int, dtype: DTypeLike) -> float:
     """Returns the relative error of a sum of this many products, with a factor of two to spare.
 
     Example:
@@ -107,7 +108,7 @@ def gamma(terms: int, dtype: Any) -> float:
     return terms * float(jnp.finfo(dtype).eps)
 
 
-def tiny(dtype: Any) -> float:
+def tiny(dtype: DTypeLike) -> float:
     """Returns the smallest normal number of a dtype.
 
     Example:
@@ -171,9 +172,9 @@ def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Bal
     return s.times(up).scaled(outer), (a.times(up).scaled(outer * inner), s.scaled(outer))
 
 
-def _activation(name: str, z: Ball) -> tuple[Ball, Ball]:
+def _activation(act: Activation, z: Ball) -> tuple[Ball, Ball]:
     """Returns an activation and its slope at uncertain points."""
-    name = canonical(name)
+    name = canonical(act)
     s, a = jax.jvp(FUNCTIONS[name], (z.value,), (jnp.ones_like(z.value),))
     near = _near(z.value, z.error)
     never = jnp.zeros_like(near)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ntk.arrays import host_float64, host_norms, require_finite, row_norms
@@ -284,7 +285,7 @@ def _feature_bounds(
     ]
 
 
-def _at_most(x: np.ndarray, dtype: Any) -> Array:
+def _at_most(x: np.ndarray, dtype: DTypeLike) -> Array:
     """Returns upper bounds in a narrower dtype, which would round down or to zero."""
     with np.errstate(over="ignore"):  # infinite bounds are an error where they are used
         return jnp.asarray(x * OUTWARD + 2 * tiny(dtype), dtype)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.activations import FUNCTIONS, canonical, relu_gap, slope, steepness
+from ntk.activations import FUNCTIONS, Activation, canonical, relu_gap, slope, steepness
 from ntk.arrays import row_norms
 from ntk.bounds.balls import EVALUATION, ball_products, gamma, tiny
 from ntk.units import MlpWeights
@@ -88,7 +88,7 @@ def _norm(x: Array, q: int) -> Array:
     return largest[:, 0] * (share**q).sum(1) ** (1 / q)
 
 
-def _hidden(act: str, z: Array, shift: Array, size: Array, q: int) -> Array:
+def _hidden(act: Activation, z: Array, shift: Array, size: Array, q: int) -> Array:
     """Returns a bound on the root of the sum of (size |s|)^q."""
     most = jnp.maximum(z + shift, 0)
     if q > 1:
@@ -98,6 +98,6 @@ def _hidden(act: str, z: Array, shift: Array, size: Array, q: int) -> Array:
     return jnp.minimum(*(_norm(size * a, q) for a in bounds))
 
 
-def _steep(act: str, z: Array) -> Array:
+def _steep(act: Activation, z: Array) -> Array:
     k, a = steepness(act)
     return jnp.maximum((slope(act) - 1) ** 2, k + a * z)

@@ -23,8 +23,10 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Float
 
+from ntk.activations import Activation
 from ntk.arrays import host_float64, host_norms
 from ntk.bounds.pairs import Pair, check_pair
 from ntk.kinds import KernelKind
@@ -107,7 +109,7 @@ class WeightNorms(NamedTuple):
         mismatch: For each kind of kernel, the largest |1 - omega_c / n_c| of each term.
     """
 
-    act: str
+    act: Activation
     inputs: int
     width: int
     outputs: int
@@ -166,7 +168,7 @@ def weight_norms(pair: Pair) -> WeightNorms:
     )
 
 
-def upstream_norms(pair: Pair, g: object) -> tuple[OutputNorms, np.ndarray]:
+def upstream_norms(pair: Pair, g: npt.ArrayLike) -> tuple[OutputNorms, np.ndarray]:
     """Returns norms of the output weights times upstream vectors.
 
     Args:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from ntk.activations import canonical
 from ntk.arrays import require_finite
 from ntk.errors import InputError
 from ntk.mlp import prepare
@@ -43,7 +45,7 @@ class Inputs(NamedTuple):
     g: Float[Array, "n o"] | None
 
 
-def pair(original: Any, fused: Any) -> Pair:
+def pair(original: nnx.Module, fused: nnx.Module) -> Pair:
     """Returns an MLP and its fused version, read from Flax NNX modules.
 
     Args:
@@ -53,9 +55,10 @@ def pair(original: Any, fused: Any) -> Pair:
     Raises:
         InputError: The two do not fit together.
     """
-    if not hasattr(fused, "labels"):
+    labels = getattr(fused, "labels", None)
+    if labels is None:
         raise InputError(f"{type(fused).__name__} has no labels of the original's units")
-    return check_pair(Pair(mlp_weights(original), mlp_weights(fused), fused.labels[...]))
+    return check_pair(Pair(mlp_weights(original), mlp_weights(fused), labels[...]))
 
 
 def check_pair(pair: Pair) -> Pair:
@@ -65,9 +68,10 @@ def check_pair(pair: Pair) -> Pair:
     kernels, as s(0) = 0.
 
     Raises:
-        InputError: The parts do not fit together.
+        InputError: The parts do not fit together, or the activation is a function without a name.
     """
     a, b, labels = pair.original.check(), pair.fused.check(), pair.labels
+    canonical(a.act)
     if any(factor is not None for factor in (a.outer, a.inner, a.middle)):
         raise InputError("the original has factors: it is a fused MLP itself")
     for name, x, y in (

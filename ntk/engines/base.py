@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.stages import Wrapped
+from jaxtyping import Array, PyTree
 
 from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
@@ -74,9 +76,20 @@ class BlockPlan:
 
 
 PlanT = TypeVar("PlanT", bound=BlockPlan)
+SideT = TypeVar("SideT")
+"""What an engine needs of a block of examples."""
+
+Values = tuple[Sequence[Array], Sequence[Array]]
+"""The parameters and the constants of a program."""
+
+Examples = Sequence[Array]
+"""The arrays of the inputs, or of a block of them."""
+
+Abstract = Sequence[jax.ShapeDtypeStruct]
+"""Shapes and dtypes of the arrays of a block."""
 
 
-class Engine(ABC, Generic[PlanT]):
+class Engine(ABC, Generic[PlanT, SideT]):
     """A way to compute the kernel of a task block by block.
 
     In all methods, ``values`` are the parameters and the program's constants, and ``group`` is the
@@ -97,15 +110,15 @@ class Engine(ABC, Generic[PlanT]):
         """
 
     @abstractmethod
-    def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
+    def memory(self, plan: PlanT, values: Values, blocks: tuple[Abstract, Abstract]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result.
 
         ``blocks`` are shapes and dtypes of a block of each argument; the compiler counts the bytes.
         """
 
-    def prepare(self, plan: PlanT, group: int, values: Any, block: Any) -> Any:
-        """Returns what `add` needs of a block of examples; by default, the block itself."""
-        return values, block
+    @abstractmethod
+    def prepare(self, plan: PlanT, group: int, values: Values, block: Examples) -> SideT:
+        """Returns what `add` needs of a block of examples."""
 
     def steps(self, plan: PlanT, group: int) -> int:
         """Returns how often `add` calls ``advance``."""
@@ -117,7 +130,7 @@ class Engine(ABC, Generic[PlanT]):
         plan: PlanT,
         group: int,
         total: KernelArray,
-        sides: tuple[Any, Any],
+        sides: tuple[SideT, SideT | None],
         advance: Callable[[], None],
     ) -> KernelArray:
         """Returns a total plus the part of a group of parameters in the kernel of two blocks.
@@ -127,21 +140,34 @@ class Engine(ABC, Generic[PlanT]):
         """
 
 
-class OneCallEngine(Engine[PlanT]):
+class OneCallEngine(Engine[PlanT, tuple[Values, Examples]]):
     """Base of engines that compute the kernel of two blocks in one call of a jitted function."""
 
-    _add: Any
+    _add: Wrapped
 
     @abstractmethod
-    def _arguments(self, plan: PlanT, total: Any, values: Any, first: Any, second: Any) -> tuple:
+    def _arguments(
+        self,
+        plan: PlanT,
+        total: KernelArray | jax.ShapeDtypeStruct,
+        values: Values,
+        first: Examples | Abstract,
+        second: Examples | Abstract | None,
+    ) -> tuple:
         """Returns the arguments of the function; the second block is None if it is the first."""
+
+    def prepare(
+        self, plan: PlanT, group: int, values: Values, block: Examples
+    ) -> tuple[Values, Examples]:
+        """Returns what `add` needs of a block of examples: the block itself."""
+        return values, block
 
     def add(
         self,
         plan: PlanT,
         group: int,
         total: KernelArray,
-        sides: tuple[Any, Any],
+        sides: tuple[tuple[Values, Examples], tuple[Values, Examples] | None],
         advance: Callable[[], None],
     ) -> KernelArray:
         """Returns a total plus the kernel of two blocks."""
@@ -152,7 +178,7 @@ class OneCallEngine(Engine[PlanT]):
         advance()
         return total
 
-    def memory(self, plan: PlanT, values: Any, blocks: tuple[Any, Any]) -> int:
+    def memory(self, plan: PlanT, values: Values, blocks: tuple[Abstract, Abstract]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result."""
         second = None if self.task.same and plan.rows >= self.task.n1 else blocks[1]
         total = self.task.block(plan.rows, plan.columns)
@@ -193,7 +219,9 @@ def cut(n: int, max_block: int, chunk: int, shards: int) -> tuple[int, int]:
     return -(-block // chunk) * chunk, chunk
 
 
-def map_chunks(function: Callable[[Any], Any], xs: Any, chunk: int, shards: int = 1) -> Any:
+def map_chunks(
+    function: Callable[[PyTree], PyTree], xs: PyTree, chunk: int, shards: int = 1
+) -> PyTree:
     """Applies a batched function to chunks of a batch, one after the other.
 
     Args:
@@ -215,25 +243,25 @@ def map_chunks(function: Callable[[Any], Any], xs: Any, chunk: int, shards: int 
         return function(xs)
     steps = -(-n // chunk)
 
-    def split(x: Any) -> Any:
+    def split(x: Array) -> Array:
         x = jnp.pad(x, ((0, steps * chunk - n), *((0, 0),) * (x.ndim - 1)))
         x = x.reshape(shards, steps, chunk // shards, *x.shape[1:])
         return x.swapaxes(0, 1).reshape(steps, chunk, *x.shape[3:])
 
-    def joined(x: Any) -> Any:
+    def joined(x: Array) -> Array:
         x = x.reshape(steps, shards, chunk // shards, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(steps * chunk, *x.shape[3:])[:n]
 
     return jax.tree.map(joined, lax.map(function, jax.tree.map(split, xs)))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree) -> int:
     """Returns the bytes of the arrays of a pytree, which may be abstract."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def temporary_bytes(function: Any, *arguments: Any) -> int:
+def temporary_bytes(function: Wrapped, *arguments: PyTree) -> int:
     """Returns the bytes that a jitted function needs while it runs, beside arguments and results.
 
     Args:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_mesh
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from ntk.engines.base import Engine, PlanT
+from ntk.engines.base import Engine, Examples, PlanT, SideT, Values
 from ntk.engines.contraction import KernelArray
 from ntk.progress import show_progress
 
 
-def caller_mesh(arrays: Any) -> Mesh | None:
+def caller_mesh(arrays: PyTree) -> Mesh | None:
     """Returns the mesh that the caller works on.
 
     Returns:
@@ -33,7 +32,7 @@ def caller_mesh(arrays: Any) -> Mesh | None:
 
 
 @contextmanager
-def automatic_mesh(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
+def automatic_mesh(mesh: Mesh | None) -> Iterator[Callable[[PyTree], PyTree]]:
     """Sets the same mesh with axes of type Auto, on which the compiler shards the results.
 
     With explicit axes, a function would have to state the sharding of each of its results.
@@ -72,7 +71,11 @@ def count_shards(inputs: Sequence[Array]) -> int:
 
 
 def largest_plan(
-    engine: Engine[PlanT], values: Any, inputs: tuple[Any, Any], max_block: int, limit: int
+    engine: Engine[PlanT, SideT],
+    values: Values,
+    inputs: tuple[Examples, Examples],
+    max_block: int,
+    limit: int,
 ) -> tuple[PlanT, int]:
     """Returns the largest plan that an engine finds for a memory limit, and the bytes it needs.
 
@@ -102,10 +105,10 @@ def largest_plan(
 
 
 def compute_blocks(
-    engine: Engine[PlanT],
+    engine: Engine[PlanT, SideT],
     plan: PlanT,
-    values: Any,
-    inputs: tuple[Any, Any],
+    values: Values,
+    inputs: tuple[Examples, Examples],
     progress: bool | None,
 ) -> KernelArray:
     """Computes a kernel (n, r, m, r) block by block, from the arrays of both arguments."""
@@ -128,6 +131,7 @@ def compute_blocks(
                     second = None
                     second = engine.prepare(plan, group, values, _block(inputs[1], j, plan.columns))
                 at = (i, j)
+                assert first is not None
                 start = blocks.get((i, j))
                 if start is None:
                     shape = task.block(plan.rows, plan.columns)

@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
@@ -98,14 +99,14 @@ def add_factored(
     """
     contract = _by_grams if how.grams else _by_forming
 
-    def add_expert(k: Any, total: KernelArray) -> KernelArray:
+    def add_expert(k: Array, total: KernelArray) -> KernelArray:
         other = None if second is None else _expert(second, k)
         return contract(how, total, _expert(first, k), other)
 
     return lax.fori_loop(0, first.cotangents.shape[3], add_expert, total)
 
 
-def _expert(factors: GradientFactors, k: Any) -> GradientFactors:
+def _expert(factors: GradientFactors, k: Array) -> GradientFactors:
     inputs, cotangents = factors
     if inputs.ndim == 4:
         inputs = lax.dynamic_index_in_dim(inputs, k, 1, keepdims=False)
@@ -212,7 +213,7 @@ def _column_slices(xs: list[Array], width: int) -> tuple[int, TakeSlice]:
 
 
 def _row_slices(
-    ids: list[Array], table_rows: int, width: int, dtype: Any
+    ids: list[Array], table_rows: int, width: int, dtype: np.dtype
 ) -> tuple[Array, TakeSlice]:
     """Returns slices of one-hot inputs (n, t, a), of only those rows that an example looks up."""
     every = jnp.concatenate([x.ravel() for x in ids])

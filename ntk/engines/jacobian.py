@@ -11,20 +11,24 @@ groups, and the backward pass is repeated for each group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 from jaxtyping import Array, Float, Shaped
 
 from ntk.engines.base import (
+    Abstract,
     BlockPlan,
     Engine,
+    Examples,
     KernelTask,
+    Values,
     cut,
     map_chunks,
     nbytes,
@@ -94,7 +98,7 @@ class BlockGradients(NamedTuple):
         full: The gradients in full of all other parameters, joined.
     """
 
-    inputs: dict[Any, Shaped[Array, "n ..."]]
+    inputs: dict[Hashable, Shaped[Array, "n ..."]]
     cotangents: dict[int, Float[Array, "n r s e t b"]]
     full: Float[Array, "n r sp"]
 
@@ -121,7 +125,7 @@ class JacobianPlan(BlockPlan):
         return len(self.terms)
 
 
-class JacobianEngine(Engine[JacobianPlan]):
+class JacobianEngine(Engine[JacobianPlan, BlockGradients]):
     """Computes kernels from per-example gradients; see the module."""
 
     def __init__(self, task: KernelTask):
@@ -223,7 +227,9 @@ class JacobianEngine(Engine[JacobianPlan]):
             for start in range(0, term.stop, size)
         ]
 
-    def prepare(self, plan: JacobianPlan, group: int, values: Any, block: Any) -> BlockGradients:
+    def prepare(
+        self, plan: JacobianPlan, group: int, values: Values, block: Examples
+    ) -> BlockGradients:
         """Returns the gradients, or their factors, of a block of examples."""
         return self._gradients(*self._static(plan, group), *values, block)
 
@@ -240,7 +246,7 @@ class JacobianEngine(Engine[JacobianPlan]):
         advance: Callable[[], None],
     ) -> KernelArray:
         """Returns a total plus the part of a group of parameters in the kernel of two blocks."""
-        for function, how, *gradients in self._calls(plan, group, sides):
+        for function, how, gradients in self._calls(plan, group, sides):
             total = jax.block_until_ready(function(how, total, *gradients))
             advance()
         return total
@@ -252,9 +258,9 @@ class JacobianEngine(Engine[JacobianPlan]):
 
     def _calls(
         self, plan: JacobianPlan, group: int, sides: tuple[BlockGradients, BlockGradients | None]
-    ) -> list[tuple[Any, ...]]:
+    ) -> list[_Call]:
         """Returns the functions that add to a total, with all their other arguments."""
-        calls: list[tuple[Any, ...]] = []
+        calls = []
         given = [side for side in sides if side is not None]
         for term in plan.terms[group]:
             if not isinstance(term, FactoredTerm):
@@ -269,12 +275,13 @@ class JacobianEngine(Engine[JacobianPlan]):
                 table_rows=term.sizes[2] if term.lookup else None,
                 piece_bytes=plan.piece_bytes,
             )
-            calls.append((add_factored, how, *factors))
+            calls.append(_Call(add_factored, how, tuple(factors)))
         if any(isinstance(term, FullTerm) for term in plan.terms[group]):
-            calls.append((add_full, self.task.sign, given[0].full, given[-1].full))
+            both = given[0].full, given[-1].full
+            calls.append(_Call(add_full, self.task.sign, both))
         return calls
 
-    def memory(self, plan: JacobianPlan, values: Any, blocks: tuple[Any, Any]) -> int:
+    def memory(self, plan: JacobianPlan, values: Values, blocks: tuple[Abstract, Abstract]) -> int:
         """Returns the bytes that a plan needs beside parameters, inputs and result."""
         alone = self.task.same and plan.rows >= self.task.n1
         total = self.task.block(plan.rows, plan.columns)
@@ -286,10 +293,18 @@ class JacobianEngine(Engine[JacobianPlan]):
             steps = [temporary_bytes(self._gradients, *static, *values, x) for x in blocks]
             steps += [
                 temporary_bytes(function, how, total, *gradients) + nbytes(total)
-                for function, how, *gradients in self._calls(plan, group, sides)
+                for function, how, gradients in self._calls(plan, group, sides)
             ]
             peak = max(peak, nbytes(sides) + max(steps))
         return peak
+
+
+class _Call(NamedTuple):
+    """A function that adds to a total, how it does, and the gradients that it takes."""
+
+    function: Wrapped
+    how: Contraction | bool
+    gradients: tuple[GradientFactors | Array, ...]
 
 
 class _GroupPlan(NamedTuple):
@@ -315,7 +330,10 @@ def _gradients(
     full = [term for term in plan.terms if isinstance(term, FullTerm)]
 
     def of_example(example: Sequence[Array]) -> BlockGradients:
-        def function(taps: dict[int, Array], free: dict[int, Array]) -> Any:
+
+        def function(
+            taps: dict[int, Array], free: dict[int, Array]
+        ) -> tuple[Array, dict[int, Array]]:
             current = [free.get(i, leaf) for i, leaf in enumerate(leaves)]
             return program(current, constants, example, taps)
 
@@ -354,6 +372,6 @@ def _gradients(
     return map_chunks(jax.vmap(of_example), examples, plan.chunk, plan.shards)
 
 
-def _key(term: FactoredTerm) -> tuple[Any, ...]:
+def _key(term: FactoredTerm) -> Hashable:
     """Returns a key that is the same for parameters that are multiplied with the same inputs."""
     return tuple((use.other, use.perm, use.shape[:3], use.clipped) for use in term.uses)

@@ -34,9 +34,19 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 from jax.interpreters import ad
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
-from ntk.engines.base import BlockPlan, KernelTask, OneCallEngine, cut, nbytes
+from ntk.engines.base import (
+    Abstract,
+    BlockPlan,
+    Examples,
+    KernelTask,
+    OneCallEngine,
+    Values,
+    cut,
+    nbytes,
+)
 from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 from ntk.errors import InputError
@@ -84,17 +94,31 @@ class NeuralTangentsEngine(OneCallEngine[BlockPlan]):
         rows, columns = (cut(n, largest, n, task.shards)[0] for n in (task.n1, task.n2))
         return BlockPlan(rows=rows, columns=columns)
 
-    def _arguments(self, plan: BlockPlan, total: Any, values: Any, *blocks: Any) -> tuple:
-        return self._number, self.task.kept, total, *values, *blocks
+    def _arguments(
+        self,
+        plan: BlockPlan,
+        total: KernelArray | jax.ShapeDtypeStruct,
+        values: Values,
+        first: Examples | Abstract,
+        second: Examples | Abstract | None,
+    ) -> tuple:
+        return self._number, self.task.kept, total, *values, first, second
 
-    def add(self, plan: BlockPlan, group: int, total: KernelArray, *rest: Any) -> KernelArray:
+    def add(
+        self,
+        plan: BlockPlan,
+        group: int,
+        total: KernelArray,
+        sides: tuple[tuple[Values, Examples], tuple[Values, Examples] | None],
+        advance: Callable[[], None],
+    ) -> KernelArray:
         """Returns a total plus the kernel of two blocks.
 
         Raises:
             InputError: Structured derivatives met an infinite value or slope in a branch that is
                 not taken. They multiply derivatives, where the others select.
         """
-        total = super().add(plan, group, total, *rest)
+        total = super().add(plan, group, total, sides, advance)
         structured = self._implementation == "structured-derivatives"
         if structured and self.task.program.branches and not jnp.isfinite(total).all():
             raise InputError(
@@ -215,7 +239,7 @@ def _old_names() -> Iterator[None]:
         "jax.util": util,
         "neural_tangents.experimental": types.ModuleType("neural_tangents.experimental"),
     }
-    names: dict[tuple[Any, str], Any] = {
+    names: dict[tuple[types.ModuleType, str], object] = {
         (jax.core, name): getattr(jex_core, name)
         for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
     }
@@ -236,7 +260,7 @@ def _old_names() -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _overlay(module: types.ModuleType, **names: Any) -> types.ModuleType:
+def _overlay(module: types.ModuleType, **names: object) -> types.ModuleType:
     """Returns a module that looks names up in ``names`` first, then in ``module``."""
     over: Any = types.ModuleType(module.__name__)
     over.__getattr__ = lambda name: getattr(module, name)
@@ -244,18 +268,20 @@ def _overlay(module: types.ModuleType, **names: Any) -> types.ModuleType:
     return over
 
 
-def _bind(eqn: Any, args: Sequence[Any]) -> Any:
+def _bind(eqn: jex_core.JaxprEqn, args: Sequence[ArrayLike]) -> PyTree:
     return eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
 
 
-def _linear(function: Callable[..., Any], primals: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
+def _linear(
+    function: Callable[..., PyTree], primals: Sequence[PyTree]
+) -> tuple[PyTree, types.SimpleNamespace, list[ArrayLike]]:
     """Returns the value of a function, and its derivative as a jaxpr with constants.
 
     Equations of the derivative that do not depend on its inputs are evaluated and become constants,
     since the package assumes that every other variable is linear.
     """
 
-    def literal(atom: Any) -> bool:
+    def literal(atom: object) -> bool:
         return isinstance(atom, jex_core.Literal)
 
     with jax.disable_jit():  # so that the jaxpr has no calls
@@ -277,15 +303,20 @@ def _linear(function: Callable[..., Any], primals: Sequence[Any]) -> tuple[Any, 
     return out, jaxpr, list(known.values())
 
 
-def _primals_out_and_pullback(backward_pass: Callable[..., Any]) -> Callable[..., Any]:
+def _primals_out_and_pullback(backward_pass: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Returns a replacement of the package's function of that name, based on `_linear`."""
 
     def primals_out_and_pullback(
-        fn: Callable[..., Any], mode: Any, _j_rules: bool, _s_rules: bool, _fwd: Any, *primals: Any
-    ) -> tuple[Any, Callable[..., Any]]:
+        fn: Callable[..., PyTree],
+        mode: object,
+        _j_rules: bool,
+        _s_rules: bool,
+        _fwd: object,
+        *primals: PyTree,
+    ) -> tuple[PyTree, Callable[..., PyTree]]:
         out, jaxpr, consts = _linear(fn, primals)
 
-        def pullback(*cotangents: Any) -> Any:
+        def pullback(*cotangents: PyTree) -> PyTree:
             result = backward_pass(
                 jaxpr,
                 mode=mode,

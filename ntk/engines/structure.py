@@ -14,7 +14,7 @@ b outputs of a product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
-from jaxtyping import Array, Num
+from jax.stages import Wrapped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Num, PyTree
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 # These place the values of a batch of one example, and do not apply to a block of examples.
@@ -72,7 +74,8 @@ class ParameterUse:
     shape: tuple[int, int, int, int]
     first: bool
     clipped: bool
-    layout: Any
+
+    layout: Hashable
 
     def inputs(self, value: Array) -> Array:
         """Returns inputs X (e, t, a) of a product, or rows (t,) of a look-up, a if ignored."""
@@ -114,19 +117,19 @@ class Program:
     """By number, the parameters that are only used in products or look-ups of one layout."""
     unused: frozenset[int]
     """The parameters that the output does not depend on."""
-    plan_bytes: dict[Any, int]
+    plan_bytes: dict[Hashable, int]
     """A cache for callers: the memory of plans of this program."""
 
     def __init__(
         self,
-        function: Callable[[list[Any], list[Any]], Any],
+        function: Callable[[list[Array], list[Array]], Array],
         leaves: Sequence[jax.ShapeDtypeStruct],
         example: Sequence[jax.ShapeDtypeStruct],
     ):
         closed = jax.make_jaxpr(function)(list(leaves), list(example))
         self.constants = []
         self.plan_bytes = {}
-        self._jitted: dict[Any, Any] = {}
+        self._jitted: dict[Callable, Wrapped] = {}
         self._literals: dict[int, Any] = {}
         self._constant_ids: list[int] = []
         self._count = 0
@@ -145,19 +148,19 @@ class Program:
 
     def _inline(
         self,
-        jaxpr: Any,
-        consts: Sequence[Any],
+        jaxpr: jex_core.Jaxpr,
+        consts: Sequence[ArrayLike],
         arguments: Sequence[int],
         taken: int | None = None,
     ) -> list[int]:
-        numbers: dict[Any, int] = {}
+        numbers: dict[jex_core.Var, int] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = self._new()
             self._constant_ids.append(numbers[var])
             self.constants.append(jnp.asarray(const))
         numbers.update(zip(jaxpr.invars, arguments, strict=True))
 
-        def number(atom: Any) -> int:
+        def number(atom: jex_core.Var | jex_core.Literal) -> int:
             if not isinstance(atom, jex_core.Literal):
                 return numbers[atom]
             new = self._new()
@@ -209,7 +212,9 @@ class Program:
             outs += self._traced(lax.select_n, avals, [index, *cases])
         return outs
 
-    def _traced(self, function: Any, avals: Sequence[Any], ins: Sequence[int]) -> list[int]:
+    def _traced(
+        self, function: Callable[..., Array], avals: Sequence[Any], ins: Sequence[int]
+    ) -> list[int]:
         """Adds the operations of a function of numbered values."""
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         return self._inline(jax.make_jaxpr(function)(*shapes).jaxpr, (), ins)
@@ -225,7 +230,7 @@ class Program:
     def _find_uses(
         self, leaves: Sequence[jax.ShapeDtypeStruct]
     ) -> tuple[dict[int, tuple[ParameterUse, ...]], frozenset[int]]:
-        laid_out: dict[int, tuple[int, tuple[Any, ...]]] = {
+        laid_out: dict[int, tuple[int, tuple[Hashable, ...]]] = {
             number: (leaf, ()) for leaf, number in enumerate(self._leaf_ids)
         }
         found: dict[int, list[ParameterUse]] = {}
@@ -300,7 +305,7 @@ class Program:
             values.update(zip(op.outs, results, strict=True))
         return values[self._out], operands
 
-    def jitted(self, function: Callable[..., Any], static: int) -> Any:
+    def jitted(self, function: Callable[..., PyTree], static: int) -> Wrapped:
         """Returns a jitted function of this program, the same one at every call.
 
         The function takes the program, then ``static`` hashable arguments, then pytrees of arrays.
@@ -357,12 +362,12 @@ def _gate(taken: Array, x: Array) -> Array:
 
 
 @_gate.defjvp
-def _gate_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _gate_jvp(primals: tuple[Array, Array], tangents: tuple[PyTree, Array]) -> tuple[Array, Array]:
     (taken, x), (_, tangent) = primals, tangents
     return x, _where(taken, tangent)
 
 
-def _run(eqn: Any, args: list[Any]) -> list[Any]:
+def _run(eqn: Any, args: list[ArrayLike]) -> list[Array]:
     if eqn.primitive.name == "broadcast_in_dim" and len(args) == 1:
         # Broadcast axes of size 1 are removed from the operand first, since neural-tangents assumes
         # that every axis of the operand has the size of the result's.

@@ -10,14 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ntk.engines.base import BlockPlan, KernelTask, OneCallEngine, cut, map_chunks, nbytes
+from ntk.engines.base import (
+    Abstract,
+    BlockPlan,
+    Examples,
+    KernelTask,
+    OneCallEngine,
+    Values,
+    cut,
+    map_chunks,
+    nbytes,
+)
 from ntk.engines.contraction import KernelArray
 from ntk.engines.structure import Program
 
@@ -57,8 +66,14 @@ class VectorEngine(OneCallEngine[VectorPlan]):
             rows=rows, columns=columns, seeds=max(1, min(task.kept, int(budget / 2 / gradient)))
         )
 
-    def _arguments(self, plan: VectorPlan, total: Any, values: Any, *blocks: Any) -> tuple:
-        first, second = blocks
+    def _arguments(
+        self,
+        plan: VectorPlan,
+        total: KernelArray | jax.ShapeDtypeStruct,
+        values: Values,
+        first: Examples | Abstract,
+        second: Examples | Abstract | None,
+    ) -> tuple:
         static = plan.seeds, self.task.kept, self.task.sign
         return *static, total, *values, first, first if second is None else second
 
@@ -77,13 +92,13 @@ def _added(
     """Returns a total plus the kernel of two blocks of examples."""
     summed = program.outputs // kept
 
-    def batch(leaves: Any) -> Float[Array, "n o"]:
+    def batch(leaves: Sequence[Array]) -> Float[Array, "n o"]:
         one = partial(program, leaves, constants, gates=False)
         return jax.vmap(lambda example: one(example)[0])(first)
 
     _, along = jax.linearize(batch, leaves)
 
-    def columns(example: Any) -> Float[Array, "q n r"]:
+    def columns(example: Sequence[Array]) -> Float[Array, "q n r"]:
         out, pull = jax.vjp(lambda leaves: program(leaves, constants, example)[0], leaves)
 
         def column(q: Array) -> Float[Array, "n r"]:

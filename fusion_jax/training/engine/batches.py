@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -138,7 +138,7 @@ class Batches:
         # Padded rows see one token, so that their softmax and norms are finite.
         mask = np.arange(length)[None] < np.ones((self.batch_size, 1), int)
         mask[: len(rows)] = np.arange(length)[None] < self._lengths[rows, None]
-        batch: dict[str, Any] = {"attention_mask": mask}
+        batch: dict[str, np.ndarray] = {"attention_mask": mask}
         columns = {"input_ids": (self.examples.tokens, self.pad_id)}
         if self.examples.types is not None:
             columns["token_type_ids"] = (self.examples.types, 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from fusion_jax.errors import InputError, nearest
 
+JsonT = TypeVar("JsonT")
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["linear", "polynomial", "cosine", "constant"]
 ComputeDType = Literal["float32", "bfloat16"]
@@ -155,13 +156,13 @@ class TrainConfig:
         steps = self.epochs * per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the settings as JSON values by name."""
         fields = dataclasses.asdict(self)
         return {**fields, "multipliers": [list(pair) for pair in self.multipliers]}
 
 
-def with_current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(fields: Mapping[str, JsonT]) -> dict[str, JsonT]:
     """Returns the JSON values of a `TrainConfig` under its present field names.
 
     Example:

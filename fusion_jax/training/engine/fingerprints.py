@@ -7,7 +7,6 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +120,7 @@ def fingerprint_of_tokenizer(model: nnx.Module) -> str | None:
     return fingerprint_of_values(found) if found else None
 
 
-def fingerprint_of_values(values: Any) -> str:
+def fingerprint_of_values(values: object) -> str:
     """Returns 8 hexadecimal digits made from nested values.
 
     Args:
@@ -131,7 +130,7 @@ def fingerprint_of_values(values: Any) -> str:
     return f"{_checksum(values, 0):08x}"
 
 
-def _checksum(value: Any, start: int) -> int:
+def _checksum(value: object, start: int) -> int:
     # What the value is, and how long it is, so that parts cannot move from one value to the next.
     def text(value: str) -> int:
         raw = value.encode("utf-8", "surrogatepass")

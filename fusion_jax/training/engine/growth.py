@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from flax import nnx
+from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -36,7 +37,7 @@ class Growth(Protocol):
         """Returns the paths of all parameters that changes may replace, before training."""
         ...
 
-    def choose(self, model: nnx.Module, step: int) -> Any:
+    def choose(self, model: nnx.Module, step: int) -> object:
         """Returns the change to make after this step as a JSON value, or None for no change."""
         ...
 
@@ -44,7 +45,7 @@ class Growth(Protocol):
         """Returns the model with a change made; must give the same result each time."""
         ...
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the settings that must match on resume, as JSON values by name."""
         ...
 
@@ -76,7 +77,7 @@ class GrowingStep:
     ):
         self.every = growth.every
         """Steps between changes."""
-        self.changes: list[Any] = []
+        self.changes: list[object] = []
         """The changes so far."""
         self._growth, self._cohorts = growth, {}
         self.compiled = first = make(
@@ -92,7 +93,7 @@ class GrowingStep:
             model, config=config, cohorts=self._cohorts, **options
         )
 
-    def resume(self, model: nnx.Module, changes: Sequence[Any]) -> TrainState:
+    def resume(self, model: nnx.Module, changes: Sequence[object]) -> TrainState:
         """Returns a state of the structure that the model has after some changes."""
         for change in changes:
             model = self._apply(model, change)
@@ -121,7 +122,7 @@ class GrowingStep:
         self._recompile(model)
         return _transfer(state, self.compiled.start(model, unrounded))
 
-    def _apply(self, model: nnx.Module, change: Any) -> nnx.Module:
+    def _apply(self, model: nnx.Module, change: object) -> nnx.Module:
         self.changes.append(change)
         model = self._growth.apply(model, change)
         for path in Partition(model).parameters:
@@ -143,7 +144,7 @@ def _transfer(old: TrainState, new: TrainState) -> TrainState:
     """Returns a new state with the arrays of the old one where path and shape are the same."""
     known = dict(jax.tree_util.tree_leaves_with_path(old))
 
-    def leaf(path: Any, x: Array) -> Array:
+    def leaf(path: KeyPath, x: Array) -> Array:
         # Weights too: the model between the two states may have them rounded to its own dtype.
         return known[path] if path in known and known[path].shape == x.shape else x
 

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import DecoderOutput, Model
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.models.provenance import class_order
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.training.engine.config import TrainConfig
 
-Batch = Mapping[str, Any]
+Forward = Callable[..., PyTree]
+"""A model, or what stands for one: it takes inputs by name, and returns its output."""
+
+Batch = Mapping[str, Array | np.ndarray]
 """Arrays by name: the model's inputs, ``labels``, and ``weights`` (b,), 0 for padded rows."""
 
 
@@ -43,7 +47,7 @@ class Total(NamedTuple):
 
 Coefficient = float | Float[Array, ""]
 
-Loss = Callable[[Any, Batch, Key[Array, ""] | None], Total]
+Loss = Callable[[PyTree, Batch, Key[Array, ""] | None], Total]
 """A function of (model, batch, dropout key or None)."""
 
 
@@ -52,7 +56,7 @@ def bound(loss: Loss) -> jax.tree_util.Partial:
     return loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
 
 
-def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: Any) -> Any:
+def run(model: Forward, batch: Batch, key: Key[Array, ""] | None = None, **options: bool) -> PyTree:
     """Runs a model on the inputs in a batch, without labels and weights.
 
     The decoder of an encoder-decoder reads the labels shifted by one position, after the
@@ -67,20 +71,20 @@ def run(model: Any, batch: Batch, key: Key[Array, ""] | None = None, **options: 
     return model(**inputs, key=key, **options)
 
 
-def classification(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def classification(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the cross-entropy of the logits (b, classes), for integer labels (b,)."""
     logits = wide(run(model, batch, key).logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     return _weighted(losses, batch)
 
 
-def regression(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def regression(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the squared error of the single logit (b, 1), for labels (b,)."""
     logits = wide(run(model, batch, key).logits)
     return _weighted(jnp.square(logits[:, 0] - batch["labels"]), batch)
 
 
-def token_classification(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def token_classification(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the cross-entropy of the logits (b, t, classes), for integer labels (b, t).
 
     Labels are -100 where a token does not count.
@@ -90,7 +94,7 @@ def token_classification(model: Any, batch: Batch, key: Key[Array, ""] | None) -
     return _of_tokens(logits, jnp.maximum(labels, 0), labels != -100, batch)
 
 
-def question_answering(model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def question_answering(model: Forward, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the cross-entropy of where answers start and end, the mean of both.
 
     ``labels`` (b, 2) are the positions of the first and the last token. Padding is no place for an
@@ -104,7 +108,7 @@ def question_answering(model: Any, batch: Batch, key: Key[Array, ""] | None) -> 
 
 
 def next_token(
-    model: Any,
+    model: Model,
     batch: Batch,
     key: Key[Array, ""] | None,
     *,
@@ -125,7 +129,7 @@ def next_token(
 
 
 def sequence_to_sequence(
-    model: Any,
+    model: Model,
     batch: Batch,
     key: Key[Array, ""] | None,
     *,
@@ -145,7 +149,7 @@ def sequence_to_sequence(
 
 
 def router_losses(
-    model: Any, out: Any, batch: Batch, *, balance: Coefficient, router_z: Coefficient
+    model: Model, out: DecoderOutput, batch: Batch, *, balance: Coefficient, router_z: Coefficient
 ) -> Float[Array, ""]:
     """Returns the weighted auxiliary losses of a model's routers; 0 for a model without experts.
 
@@ -189,7 +193,7 @@ def router_losses(
     return total
 
 
-def with_routers(loss: Loss, model: Any, config: TrainConfig) -> Loss:
+def with_routers(loss: Loss, model: nnx.Module, config: TrainConfig) -> Loss:
     """Returns a loss with the auxiliary losses of routers that a configuration asks for.
 
     Args:
@@ -218,13 +222,13 @@ def _plus(result: Total, auxiliary: Array) -> Total:
     return result._replace(total=result.total + auxiliary.astype(result.total.dtype) * result.count)
 
 
-def _decoder_mask(batch: Batch) -> Any:
+def _decoder_mask(batch: Batch) -> Array | np.ndarray | None:
     if "labels" in batch:
         return jnp.asarray(batch["labels"]) != -100
     return batch.get("decoder_attention_mask")
 
 
-def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | None) -> Total:
+def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the mean squared error between the hidden states of two models, summed over layers.
 
     The means are over tokens and features; padding does not count. In an encoder-decoder, the
@@ -252,12 +256,12 @@ def hidden_states(teacher: Any, model: Any, batch: Batch, key: Key[Array, ""] | 
     return result
 
 
-def _has_encoder(model: Any) -> bool:
+def _has_encoder(model: object) -> TypeGuard[Model]:
     return not getattr(model, "reads_prompts", True)
 
 
 def distilled(
-    teacher: Any,
+    teacher: Model,
     loss: Loss,
     weight: float = 0.5,
     temperature: float = 2.0,
@@ -302,7 +306,14 @@ def distilled(
 
 
 def _distilled(
-    teacher: Any, loss: Loss, numbers: Array, model: Any, batch: Batch, key: Any, *, reverse: bool
+    teacher: Model,
+    loss: Loss,
+    numbers: Array,
+    model: Model,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    *,
+    reverse: bool,
 ) -> Total:
     out = run(model, batch, key)
     own = loss(lambda **_: out, batch, key)
@@ -322,7 +333,7 @@ def _distilled(
     return Total((1 - weight) * own.total + weight * taught.total, own.count)
 
 
-def _teacher_columns(model: Any, teacher: Any) -> Any:
+def _teacher_columns(model: Model, teacher: Model) -> slice | np.ndarray:
     """Returns the teacher's logits of the model's classes, by name where both have names."""
     ours, theirs = (
         getattr(getattr(m, "provenance", None), "labels", None) for m in (model, teacher)

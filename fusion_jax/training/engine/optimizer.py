@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.config import TrainConfig
@@ -94,9 +94,9 @@ def make_optimizer(
 class _Moments(NamedTuple):
     """The state of `_adam`: `optax.ScaleByAdamState` with a count for each cohort."""
 
-    counts: Mapping[str, Any]
-    mu: Any
-    nu: Any
+    counts: Mapping[str, ArrayLike]
+    mu: PyTree
+    nu: PyTree
 
 
 def _adam(
@@ -108,13 +108,13 @@ def _adam(
     state belong to parameters.
     """
 
-    def init(params: Any) -> _Moments:
+    def init(params: PyTree) -> _Moments:
         # `tree.map_params` calls this with one placeholder for all parameters.
         numbers = {"0", *map(str, cohorts.values())}
         counts = {number: jnp.zeros((), jnp.int32) for number in sorted(numbers)}
         return _Moments(counts, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, _Moments]:
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         counts = {number: optax.safe_increment(n) for number, n in state.counts.items()}
@@ -147,7 +147,7 @@ def _scaling(factors: Mapping[str, Sequence[ArrayLike]]) -> Callable[..., dict[s
 
 
 def find_multipliers(
-    config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, Any]
+    config: TrainConfig, multipliers: Multipliers | None, params: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, list[ArrayLike]]:
     """Returns the learning-rate multipliers of each parameter.
 

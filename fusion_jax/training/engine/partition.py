@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
@@ -51,7 +51,7 @@ class Partition:
         model: nnx.Module,
         trains: Trains = "all",
         *,
-        compute_dtype: Any = None,
+        compute_dtype: DTypeLike | None = None,
         remat: bool = False,
     ):
         abstract = jax.eval_shape(lambda m: m, nnx.clone(model))
@@ -85,22 +85,24 @@ class Partition:
         params = {path: wide(flat[path]) for path in self.training}
         return params, {path: x for path, x in flat.items() if path not in params}
 
-    def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
+    def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
         """Returns the model with these arrays, each in the own dtype of its variable."""
         return self._merged(self._own, {**params, **rest}, None)
 
-    def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
+    def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
         """Returns the model with these arrays, each in the dtype it has now."""
         arrays = {**params, **rest}
         flat = {path: v.replace(arrays[name]) for name, (path, v) in self._flat.items()}
         return nnx.merge(self._own, nnx.from_flat_state(flat))
 
-    def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> Any:
+    def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
         """Returns the model for a training step: in the dtype to compute in, and with remat."""
         model = self._merged(self._graph, {**params, **rest}, self._compute_dtype)
         return _remat(model) if self._remat else model
 
-    def _merged(self, graph: Any, arrays: Mapping[str, Array], dtype: Any) -> Any:
+    def _merged(
+        self, graph: nnx.GraphDef, arrays: Mapping[str, Array], dtype: DTypeLike | None
+    ) -> nnx.Module:
         flat = {}
         for name, (path, variable) in self._flat.items():
             # These keep their dtype: bfloat16 would round cluster sizes and make scores equal.
@@ -149,7 +151,7 @@ class _Remat(nnx.Module):
     def __init__(self, layer: nnx.Module):
         self.layer = layer
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyTree) -> PyTree:
         graph, state = nnx.split(self.layer)
         # A decoder's cache is not an array; there is no cache in training, so none is written.
         arrays = {
@@ -158,13 +160,13 @@ class _Remat(nnx.Module):
             if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(a))
         }
 
-        def run(state: Any, arrays: Any) -> Any:
+        def run(state: PyTree, arrays: dict[int, PyTree]) -> PyTree:
             return nnx.merge(graph, state)(*(arrays.get(i, a) for i, a in enumerate(args)))
 
         return jax.checkpoint(run)(state, arrays)
 
 
-def _remat(model: Any) -> Any:
+def _remat(model: nnx.Module) -> nnx.Module:
     modules = [m for _, m in nnx.iter_modules(model)]
     inner = {id(m.groups) for m in modules if isinstance(m, UnevenExperts)}
     for layers in modules:

@@ -16,7 +16,7 @@ from fusion_jax.training.engine.step import TrainState, VariableUpdate
 
 OnStep = Callable[[int, TrainState], TrainState | None]
 """Called after each step with the steps done and the state; may return a state to continue with."""
-Save = Callable[[Any, Path], Any]
+Save = Callable[[Any, Path], object]
 """Writes a model into a folder that does not exist yet, as `fusion_jax.save` does."""
 
 
@@ -51,7 +51,7 @@ class Recipe:
     on_step: OnStep | None = None
     save: Save | None = None
     best_from: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
 
     def check_only(self, *names: str, method: str) -> None:
         """Raises `InputError` if another field than these is set, which a method would not use."""

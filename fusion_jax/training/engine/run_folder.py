@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from fusion_jax.checkpoint.files import read_json, write_text
 from fusion_jax.errors import InputError
@@ -70,7 +71,7 @@ class Metrics:
             self._board = writer(str(folder / "tensorboard"), purge_step=after + 1)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, **values: Any) -> None:
+    def write(self, step: int, **values: object) -> None:
         """Writes one line: the steps done, and values by name."""
         if self._file is not None:
             try:
@@ -90,7 +91,7 @@ class Metrics:
                     file.close()
 
 
-def check_tensorboard() -> Any:
+def check_tensorboard() -> type:
     """Returns TensorBoard's writer; raises `InputError` if it is not installed."""
     try:
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
@@ -124,13 +125,13 @@ class RunFolder:
             or every checkpoint is damaged.
     """
 
-    def __init__(self, folder: Path | None, config: TrainConfig, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path | None, config: TrainConfig, settings: Mapping[str, object]):
         self.path, self._settings, self._manager = folder, dict(settings), None
         self.done = 0
         """The steps of the checkpoint to resume from."""
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, int | float]] = []
         """The evaluations: the step, and metrics by name."""
-        self.changes: list[Any] = []
+        self.changes: list[object] = []
         """The changes of the model's structure up to the checkpoint."""
         self.metrics = Metrics(None)
         self._config, self._sums, self._damaged = config, None, {}
@@ -217,11 +218,11 @@ class RunFolder:
                 "another folder, or remove this one to train from the start"
             )
 
-    def _restore(self, step: int, item: str, how: Any) -> Any:
+    def _restore(self, step: int, item: str, how: object) -> PyTree:
         assert self._manager is not None
         return self._manager.restore(step, args=self._args.Composite(**{item: how}))[item]
 
-    def restore(self, start: Callable[[Sequence[Any]], TrainState]) -> TrainState:
+    def restore(self, start: Callable[[Sequence[object]], TrainState]) -> TrainState:
         """Returns the state of the newest checkpoint that is not damaged; opens ``metrics``.
 
         Args:
@@ -270,7 +271,7 @@ class RunFolder:
             raise ValueError("its numbers do not have the checksums that were written")
         return jax.tree.unflatten(tree, leaves)
 
-    def write_checkpoint(self, step: int, state: TrainState, changes: Sequence[Any]) -> None:
+    def write_checkpoint(self, step: int, state: TrainState, changes: Sequence[object]) -> None:
         """Starts to write a checkpoint; it is complete after `wait`.
 
         Args:
@@ -313,7 +314,7 @@ class RunFolder:
                 f"{self.path} has {free / 1e6:,.1f} MB; {self._way_out()}"
             )
 
-    def _write(self, step: int | None, call: Callable[[], Any]) -> None:
+    def _write(self, step: int | None, call: Callable[[], object]) -> None:
         """Calls Orbax; turns its errors, of many kinds and lines, into an `OSError` of one line."""
         reason = None
         try:
@@ -357,7 +358,7 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _checksum(meta: Mapping[str, Any]) -> int:
+def _checksum(meta: Mapping[str, object]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
@@ -371,7 +372,7 @@ def _quiet_orbax() -> Iterator[None]:
             "orbax" in record.pathname or _is_of_orbax(trace)
         )
 
-    def hook(error: Any) -> None:
+    def hook(error: sys.UnraisableHookArgs) -> None:
         # Parts of a checkpoint that were being read or written when another failed end up here.
         code = getattr(error.object, "cr_code", None)
         if not (

@@ -10,17 +10,19 @@ import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.stages import Wrapped
+from jaxtyping import Array, PyTree
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import auto_mesh
 
+TreeT = TypeVar("TreeT")
 AXES = ("data", "fsdp", "model")
 
 
@@ -45,7 +47,7 @@ class Placement:
                 raise InputError(f"the mesh has an axis {name!r}{nearest(str(name), AXES)}")
         self.mesh = auto_mesh(mesh)
 
-    def active(self) -> Any:
+    def active(self) -> contextlib.AbstractContextManager[object]:
         """Returns a context in which jitted functions see the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
@@ -86,7 +88,7 @@ class Placement:
                 spec[max(free, key=lambda i: shape[i])] = "fsdp"
         return PartitionSpec(*spec)
 
-    def shardings(self, arrays: Mapping[str, Any]) -> Any:
+    def shardings(self, arrays: Mapping[str, Array]) -> PyTree:
         """Returns the shardings of variables by path; None without a mesh."""
         if self.mesh is None:
             return None
@@ -113,13 +115,13 @@ class Placement:
             )
         return found
 
-    def everywhere(self, tree: Any) -> Any:
+    def everywhere(self, tree: TreeT) -> TreeT:
         """Returns a pytree of arrays that are whole on every device."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: _put(np.asarray(x), self.replicated), tree)
 
-    def placed(self, tree: Any) -> Any:
+    def placed(self, tree: TreeT) -> TreeT:
         """Returns a pytree on the mesh; arrays not yet on a mesh become whole on every device."""
         if self.mesh is None:
             return tree
@@ -148,7 +150,7 @@ class Placement:
 
 
 @lru_cache
-def _gather(sharding: NamedSharding) -> Any:
+def _gather(sharding: NamedSharding) -> Wrapped:
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.losses import Loss, Total, bound
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
     params: dict[str, Array]
     rest: dict[str, Array]
-    opt_state: Any
+    opt_state: PyTree
 
 
 class CompiledStep:
@@ -134,11 +134,11 @@ class CompiledStep:
         placed = self.placement.batch(batch)
         return self._step(state, placed, self._loss, self._key, np.int32(step))
 
-    def compute_model(self, state: TrainState) -> Any:
+    def compute_model(self, state: TrainState) -> nnx.Module:
         """Returns the model of a state as the step computes it; it shares the state's arrays."""
         return self.partition.compute(state.params, state.rest)
 
-    def model(self, state: TrainState) -> Any:
+    def model(self, state: TrainState) -> nnx.Module:
         """Returns the model of a state in its own dtypes, with arrays of its own."""
         arrays = self.placement.gathered({**state.params, **state.rest})
         own = {
@@ -148,7 +148,7 @@ class CompiledStep:
         }
         return self.partition.merge(own, {})
 
-    def unrounded_model(self, state: TrainState) -> Any:
+    def unrounded_model(self, state: TrainState) -> nnx.Module | None:
         """Returns the model of a state in the state's dtypes, or None if `model` rounds nothing."""
         shapes = self.partition.shapes
         if all(x.dtype == shapes[path].dtype for path, x in state.params.items()):
@@ -172,7 +172,7 @@ class CompiledStep:
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
+            params: PyTree = optax.apply_updates(state.params, updates)
         numbers = {"loss": value / count, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(params, rest, opt_state), numbers
 
@@ -182,7 +182,7 @@ class CompiledStep:
         params: dict[str, Array],
         batch: dict[str, Array],
         key: Array,
-    ) -> Any:
+    ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Returns the totals of a batch and their gradients, added up over accumulated parts."""
         gradient = jax.value_and_grad(total, has_aux=True)
         n = self._config.accumulate
@@ -193,7 +193,7 @@ class CompiledStep:
             lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        def add(sums: Any, piece: Any) -> Any:
+        def add(sums: PyTree, piece: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
             result = gradient(params, piece[0], piece[1])
             return jax.tree.map(jnp.add, sums, result), None
 

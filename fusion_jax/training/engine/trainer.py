@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ class Fit:
     model: Any = field(repr=False)
     step: int
     finished: bool
-    history: list[dict[str, Any]]
-    data: Mapping[str, Any] = field(default_factory=dict)
+    history: list[dict[str, int | float]]
+    data: Mapping[str, object] = field(default_factory=dict)
 
 
 @on_auto_axes
@@ -194,7 +194,7 @@ class _Run:
         self.growing = self._growing()
         self.step = self.growing.compiled
 
-    def settings(self, model: nnx.Module, key: Array) -> dict[str, Any]:
+    def settings(self, model: nnx.Module, key: Array) -> dict[str, object]:
         """Returns the settings that must match on resume, as JSON values by name."""
         fields = self.config.to_json()
         growth = self.recipe.growth
@@ -216,7 +216,7 @@ class _Run:
         """Starts from a model, or from the newest checkpoint in a folder."""
         self.kept = kept
 
-        def start(changes: Sequence[Any]) -> TrainState:
+        def start(changes: Sequence[object]) -> TrainState:
             if self.growing is None:
                 return self.step.start(model)
             if self.growing.changes:  # of a checkpoint that turned out to be damaged
@@ -318,7 +318,7 @@ class _Monitor:
         """Restarts the clock for tokens per second; without ``compiled``, steps compile again."""
         self._tokens, self._seconds, self._start = 0, 0.0, time.perf_counter()
         if not compiled:
-            self._shapes: set[Any] = set()
+            self._shapes: set[Hashable] = set()
 
     def is_new(self, batch: Mapping[str, np.ndarray]) -> bool:
         """Returns whether a step on this batch compiles first; stops the clock if it does."""

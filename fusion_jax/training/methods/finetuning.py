@@ -28,6 +28,7 @@ from fusion_jax.training.tasks.classification import Texts
 from fusion_jax.training.tasks.pair_encoding import Pairs
 from fusion_jax.training.tasks.questions import Questions
 from fusion_jax.training.tasks.tagged_words import TaggedWords
+from fusion_jax.training.tasks.token_classification import TokenClassification
 
 
 def finetune(
@@ -102,7 +103,7 @@ def finetune(
     )
 
 
-def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
+def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     """Returns what the batches do not show of a run's data, as JSON values by name."""
     dev: Any = getattr(data, "dev", None)
     if isinstance(dev, str | os.PathLike):
@@ -113,8 +114,8 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
         dev = _without_places(dev)
     elif not isinstance(dev, np.ndarray | jax.Array):
         dev = None  # none, or of a task of one's own
-    labels = getattr(getattr(data, "spec", data), "labels", None)
-    labels = labels if isinstance(labels, tuple) else None
+    named: Any = data if isinstance(data, TokenClassification) else getattr(data, "spec", None)
+    labels = getattr(named, "labels", None)
     return {
         "dev data": fingerprint_of_values(dev),
         "classes": None if labels is None else list(labels),
@@ -122,8 +123,8 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, Any]:
     }
 
 
-def _without_places(texts: Any) -> Any:
-    """Returns texts or pairs without the names of their files, which may be moved."""
+def _without_places(texts: object) -> Texts | Pairs | TaggedWords | Questions | None:
+    """Returns texts or other data without the names of their files, which may be moved."""
     return texts._replace(names=()) if isinstance(texts, _DATA) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.training.engine.batches import BatchSource
-from fusion_jax.training.engine.losses import Loss, bound
+from fusion_jax.training.engine.losses import Batch, Loss, Total, bound
 from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.engine.sharding import Placement
 from ntk.selection import Selection
@@ -36,13 +35,15 @@ class _MeanLoss:
             (*partition.split(model), bound(loss))
         )
 
-        def total(params: Any, rest: Any, batch: Any, loss: Any) -> tuple[Array, Array]:
+        def total(
+            params: dict[str, Array], rest: dict[str, Array], batch: Batch, loss: Loss
+        ) -> Total:
             return loss(partition.compute(params, rest), batch, None)
 
         self._total = jax.jit(total)
         self._grad = jax.jit(jax.value_and_grad(total, has_aux=True))
 
-    def _batch(self, step: int) -> Mapping[str, Array]:
+    def _batch(self, step: int) -> Batch:
         """Returns a batch, split over the mesh if its rows can be split evenly."""
         batch, placement = self._source(step), self._placement
         if any(len(x) % placement.batch_shards for x in batch.values()):
@@ -59,7 +60,7 @@ class _MeanLoss:
 
     def gradients(self) -> dict[str, Array]:
         """Returns the gradients of the mean loss."""
-        sums: Any = jax.tree.map(jnp.zeros_like, self.params)
+        sums = jax.tree.map(jnp.zeros_like, self.params)
         divisor = 0.0
         for i in range(self._count):
             (_, count), grads = self._grad(self.params, self._rest, self._batch(i), self._loss)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,12 +144,12 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
     return places
 
 
-def _structure(mlp: AnyMlp) -> tuple[Any, ...]:
+def _structure(mlp: AnyMlp) -> tuple[object, ...]:
     """Returns the kind and shape of an MLP and of its matrices in other forms."""
     return mlp.spec(), {path: form.spec() for path, form in find_forms(mlp).items()}
 
 
-def _in_dtype(teacher: Model, config: TrainConfig) -> Any:
+def _in_dtype(teacher: Model, config: TrainConfig) -> nnx.Module:
     dtype = config.compute_dtype and jnp.dtype(config.compute_dtype)
     partition = Partition(teacher, compute_dtype=dtype)
     return partition.compute(*partition.split(teacher))

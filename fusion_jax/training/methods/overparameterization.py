@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from fusion_jax.compression.matrices import LAYERS, select_matrices
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import LinearForm, check_plain, matrix_of, stack_of
+from fusion_jax.nn.linear_forms import AnyLinear, LinearForm, check_plain, matrix_of, stack_of
 from fusion_jax.nn.surgery import at, replaced
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.losses import Loss
@@ -60,7 +60,7 @@ def overparameterize(model: ModelT, paths: Sequence[str], *, cores: int = 11) ->
         raise InputError(f"a chain has at least 2 cores; got {cores}")
     if isinstance(paths, str) or not paths:
         raise InputError(f"paths must be a list of paths of linear layers; got {paths!r}")
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     for path in paths:
         try:
             layer = at(new, path)
@@ -130,7 +130,7 @@ class Chains:
         check_at_least(2, cores=self.cores)
         check_at_least(1, batches=self.batches)
 
-    def replaceable(self, model: Any) -> list[str]:
+    def replaceable(self, model: nnx.Module) -> list[str]:
         """Returns the paths of the matrices that may become chains."""
         return [
             f"{path}.kernel"
@@ -138,22 +138,23 @@ class Chains:
             if isinstance(layer, nnx.Linear)
         ]
 
-    def _found(self, model: Any) -> dict[str, Any]:
-        found = select_matrices(model, self.matrices)
-        for path, layer in found.items():
+    def _found(self, model: nnx.Module) -> dict[str, AnyLinear]:
+        found = {}
+        for path, layer in select_matrices(model, self.matrices).items():
             if isinstance(layer, nnx.Embed | mpo.MpoEmbed):
                 raise InputError(f"{path} is an embedding; only linear layers become chains")
             if not isinstance(layer, mpo.Mpo):
                 check_plain(layer, path)
+            found[path] = layer
         return found
 
-    def _is_chain(self, layer: Any) -> bool:
+    def _is_chain(self, layer: nnx.Module) -> bool:
         """Returns whether a layer is a chain of this growth, not of another kind."""
         if not isinstance(layer, mpo.Mpo):
             return False
         return layer.layout == mpo.chain(layer.in_features, layer.out_features, self.cores)
 
-    def choose(self, model: Any, step: int) -> list[str] | None:
+    def choose(self, model: nnx.Module, step: int) -> list[str] | None:
         """Returns the paths of the matrices to change now, or None if none is left."""
         found = self._found(model)
         grown: dict[str, int] = {}
@@ -179,11 +180,11 @@ class Chains:
             chosen += top_of_each_type(each, room)
         return chosen
 
-    def apply(self, model: Any, change: Sequence[str]) -> Any:
+    def apply(self, model: ModelT, change: Sequence[str]) -> ModelT:
         """Returns the model with these matrices as chains."""
         return overparameterize(model, change, cores=self.cores)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the settings that must match on resume; ``matrices`` unless it is a function."""
         names = ("every", "per_round", "total", "cores", "batches")
         given = {} if callable(self.matrices) else {"matrices": self.matrices}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from fusion_jax.compression.matrices import LAYERS, select_matrices
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import auto_mesh, on_auto_axes
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import Masked, Scored, check_plain, find_forms
+from fusion_jax.nn.linear_forms import Masked, Scored, check_plain, find_forms, matrix_of
 from fusion_jax.nn.surgery import replaced
 from fusion_jax.training.engine.losses import Batch, Loss, Total, bound
 from ntk.selection import Selection
@@ -53,12 +53,12 @@ def with_scores(model: ModelT, *, matrices: Selection = LAYERS) -> ModelT:
         >>> type(mlp.up).__name__, type(mlp.up.kernel).__name__, type(mlp.down).__name__
         ('Scored', 'Frozen', 'Linear')
     """
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     for path, layer in select_matrices(model, matrices).items():
         if isinstance(layer, nnx.Embed):
             raise InputError(f"{path} is an embedding; only linear layers have scores")
         check_plain(layer, path)
-        kernel = layer.kernel[...]
+        kernel = matrix_of(layer)
         one = jnp.ones(kernel.shape[:-2], jnp.float32)
         values = [kernel, wide(jnp.zeros_like(kernel)), one, jnp.zeros_like(one)]
         new = replaced(new, path, Scored.replacing(layer, values))
@@ -84,7 +84,7 @@ def with_masks(model: ModelT) -> ModelT:
         >>> type(with_masks(mlp).up).__name__
         'Masked'
     """
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     for path, form in scored_layers(model).items():
         mask, kernel = _mask(form), np.asarray(form.kernel[...])
         kept = np.where(mask, kernel, np.zeros((), kernel.dtype))
@@ -120,7 +120,9 @@ def penalized(loss: Loss, *, of: PenaltyOf = "mean") -> jax.tree_util.Partial:
     return jax.tree_util.Partial(partial(_penalized, of), bound(loss))
 
 
-def _penalized(of: PenaltyOf, loss: Loss, model: Any, batch: Batch, key: Any) -> Total:
+def _penalized(
+    of: PenaltyOf, loss: Loss, model: nnx.Module, batch: Batch, key: Key[Array, ""] | None
+) -> Total:
     own = loss(model, batch, key)
     add = jnp.sum if of == "sum" else jnp.mean
     parts = []

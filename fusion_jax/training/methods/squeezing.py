@@ -53,7 +53,7 @@ def lightweight(model: ModelT) -> ModelT:
         >>> type(lightweight(chains).up.cores[1]).__name__
         'Frozen'
     """
-    new: Any = nnx.clone(model)
+    new = nnx.clone(model)
     for path, form in chains(model).items():
         if len(form.cores) < 2:
             raise InputError(f"{path} is a chain of one core: nothing of it would train")
@@ -78,7 +78,7 @@ def chains(model: nnx.Module) -> dict[str, Mpo]:
 
 def _rebuilt(form: Mpo, layout: Layout, frozen: tuple[int, ...], cores: Sequence[Array]) -> Mpo:
     """Returns the layer with other bonds, cores or Frozen cores."""
-    new: Any = nnx.clone(form)
+    new = nnx.clone(form)
     new.layout, new.frozen = layout, frozen
     dtype = form.dtype
     kinds = [Frozen if k in frozen else nnx.Param for k in range(len(cores))]
@@ -239,7 +239,7 @@ def squeeze(
     if not tolerance > 0:
         raise InputError(f"tolerance must be above 0; got {tolerance}")
     found = chains(model)
-    settings: dict[str, Any] = {"tolerance": tolerance, "two-sided": two_sided, "step": step}
+    settings: dict[str, object] = {"tolerance": tolerance, "two-sided": two_sided, "step": step}
     settings["chains"] = len(found)
     for path, form in found.items():
         settings[f"bonds of {path}"] = list(form.layout.bonds)

@@ -62,11 +62,11 @@ class Stages:
         folder: str | os.PathLike[str] | None,
         name: str,
         model: nnx.Module,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
     ):
         self.folder = None if folder is None else Path(folder)
         self._name, self._settings = name, dict(settings)
-        self._data: dict[str, Any] = {}
+        self._data: dict[str, object] = {}
         self._lock: FolderLock | None = None
         if folder is not None:
             if not isinstance(getattr(model, "provenance", None), Provenance):
@@ -148,7 +148,7 @@ class Stages:
         return None if self.folder is None else self.folder / f"round-{done}"
 
     def write(
-        self, record: Mapping[str, Any], *, model: nnx.Module | None = None, done: int = 0
+        self, record: Mapping[str, object], *, model: nnx.Module | None = None, done: int = 0
     ) -> None:
         """Writes the record, and the model after ``done`` stages if it is given.
 

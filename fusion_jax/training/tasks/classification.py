@@ -56,7 +56,7 @@ class TaskSpec:
         """Whether the names of the classes are just their numbers 0, 1, ..."""
         return self.labels == tuple(map(str, range(self.num_labels)))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns the fields as JSON values by name."""
         return dataclasses.asdict(self)
 
@@ -133,7 +133,7 @@ class Classification:
         head = {"head": "classification", "num_labels": self.spec.num_labels}
         return checkpoint.load(name, **head, key=key, new_head=new_head)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns a description of the task as JSON values by name."""
         return self.spec.to_json()
 
@@ -304,12 +304,12 @@ def unlabeled_batches(
 
 
 @jax.jit
-def _forward(model: Any, batch: Any) -> Array:
+def _forward(model: Model, batch: losses.Batch) -> Array:
     return losses.run(model, batch).logits
 
 
 def logits_of(
-    model: Any, encoder: TextEncoder, examples: Examples, batch_size: int, shapes: int = 4
+    model: Model, encoder: TextEncoder, examples: Examples, batch_size: int, shapes: int = 4
 ) -> list[Float[np.ndarray, "... _"]]:
     """Returns the logits of each example or of each of its tokens, in order, as float32.
 
@@ -326,7 +326,7 @@ def logits_of(
     placement = Placement()
     placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
-    found: dict[int, Any] = {}
+    found: dict[int, np.ndarray] = {}
     count = len(batches)
     with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
         for step in range(count):

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Array, Key
 from fusion_jax import checkpoint
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.models.base import Model
+from fusion_jax.models.base import Generative, Model
 from fusion_jax.models.decoding import Beams, Sampling, generate
 from fusion_jax.models.tokens import check_finite
 from fusion_jax.progress import show_progress
@@ -67,7 +66,7 @@ class TextPairs:
         """Loads a model with its language-model head, see `fusion_jax.load`."""
         return load_generative(name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns a description of the task as JSON values by name."""
         return {"kind": "pairs", "name": self.name, "metrics": list(TEXT_METRICS)}
 
@@ -81,7 +80,7 @@ def tuning_batches(
     return encoder.batches(pairs, config.batch_size, shapes=config.shapes, seed=seed)
 
 
-def load_generative(name: str | os.PathLike[str]) -> Any:
+def load_generative(name: str | os.PathLike[str]) -> Generative:
     """Loads a model with its language-model head.
 
     Raises:
@@ -90,7 +89,9 @@ def load_generative(name: str | os.PathLike[str]) -> Any:
     head = checkpoint.open_checkpoint(name).family.text_head
     if head is None:
         raise InputError(f"{name} is not a model that generates text")
-    return checkpoint.load(name, head=head)
+    model = checkpoint.load(name, head=head)
+    assert isinstance(model, Generative)
+    return model
 
 
 def _encoder_of(model: Model, max_length: int | None, truncate: bool) -> PairEncoder:
@@ -102,14 +103,14 @@ def _encoder_of(model: Model, max_length: int | None, truncate: bool) -> PairEnc
 
 
 @partial(jax.jit, static_argnames="loss")
-def _total(model: Model, batch: Any, loss: losses.Loss) -> losses.Total:
+def _total(model: Model, batch: losses.Batch, loss: losses.Loss) -> losses.Total:
     return loss(model, batch, None)
 
 
-def _nats(model: Any, batches: PairBatches, loss: losses.Loss) -> dict[str, float]:
+def _nats(model: Model, batches: PairBatches, loss: losses.Loss) -> dict[str, float]:
     placement = Placement()
     placement.check_batch(batches.batch_size)
-    totals: list[Any] = []
+    totals: list[dict[str, Array]] = []
     count = len(batches)
     with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
         for step in range(count):

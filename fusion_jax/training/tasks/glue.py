@@ -270,7 +270,7 @@ def _label(cell: Any, numbers: Mapping[str, int] | None) -> int | float:
     return number
 
 
-def _class_name(cell: Any) -> str:
+def _class_name(cell: object) -> str:
     """Returns the name of a class; 1, 1.0, "1" and " 1.0 " are the same one."""
     if isinstance(cell, bool) or cell is None or not isinstance(cell, str | int | float):
         what = "no label" if cell is None else f"label {str(cell)[:100]} is not a word or a number"

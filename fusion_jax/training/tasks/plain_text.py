@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -152,7 +151,7 @@ class PlainText:
         """Loads a model with its language-model head, see `fusion_jax.load`."""
         return load_generative(name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Returns a description of the task as JSON values by name."""
         file = self.train if isinstance(self.train, str | os.PathLike) else None
         name = None if file is None else Path(file).name
@@ -179,7 +178,7 @@ def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> Token
     return np.array(out["input_ids"], np.int32)
 
 
-def check_context(model: Any, context: int) -> None:
+def check_context(model: Model, context: int) -> None:
     """Raises `InputError` if a model cannot read windows of this number of tokens."""
     if not getattr(model, "reads_prompts", True):
         raise InputError("plain text is for decoder-only models; an encoder-decoder takes pairs")
@@ -207,7 +206,7 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
     """
     check_context(model, context)
     windows = Windows(ids, context, batch_size)
-    totals: list[Any] = []
+    totals: list[losses.Total] = []
     with show_progress("Evaluating", len(windows), first="compiling") as advance:
         for step in range(len(windows)):
             totals.append(_total(model, windows(step)))
@@ -219,5 +218,5 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
 
 
 @jax.jit
-def _total(model: Model, batch: Any) -> losses.Total:
+def _total(model: Model, batch: losses.Batch) -> losses.Total:
     return losses.next_token(model, batch, None)

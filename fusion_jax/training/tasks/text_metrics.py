@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from fusion_jax.errors import InputError
@@ -12,7 +12,7 @@ References = Sequence[Sequence[str]]
 """For each text, its references."""
 
 
-def sacrebleu() -> Any:
+def sacrebleu() -> ModuleType:
     """Imports sacrebleu.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Takes over the MLPs of modules of other classes, and gives them back."""

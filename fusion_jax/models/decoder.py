@@ -1,0 +1,528 @@
+"""The decoder that most language models are: rotary positions, and flags for what differs.
+
+A family's file says how the fields of its ``config.json`` set the flags, and where its tensors are;
+`decoder_family` makes its `Family` from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fusion_jax.errors import InputError
+from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
+from fusion_jax.models.causal import (
+    ALL_HEADS,
+    CausalLm,
+    HeadConfig,
+    decoder_architectures,
+    with_head,
+)
+from fusion_jax.models.layers import (
+    CacheUpdate,
+    Dropout,
+    LayerNorm,
+    RmsNorm,
+    WideRmsNorm,
+    Window,
+    attention,
+    soft_capped,
+    split_key,
+)
+from fusion_jax.models.moe import Moe
+from fusion_jax.models.rope import Rope
+from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.mlp import GatedMlp, Mlp
+from fusion_jax.nn.submlps import activation
+
+OPTIONAL = {
+    "attention_bias", "mlp_bias", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
+    "router_jitter_noise", "tie_word_embeddings",
+}  # fmt: skip
+"""The fields that only some families have; `transformers` ignores them in the others."""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the layers of an architecture are built; the defaults are Llama's.
+
+    Args:
+        norm: The normalization: ``"rms"``; ``"rms-wide"``, whose result is rounded after the scale;
+            ``"rms-offset"``, the same with the scale 1 + w; or ``"layer"``, layer normalization.
+        norms: Where attention and MLP have their norms: before them, after them, or both.
+        query_key_norm: Whether queries and keys are normalized: each head, or all heads at once.
+        gated: Whether MLPs are gated.
+        joined: Whether a checkpoint has one matrix for query, key and value, and one for gate and
+            up.
+        score_scale: The factor of the scores of attention; None for 1 / sqrt(head_dim).
+        score_cap: The soft cap of the scores: scores s become cap * tanh(s / cap).
+        logit_cap: The soft cap of the logits.
+        logit_divisor: What the logits are divided by.
+        embedding_scale: The factor of the embeddings, rounded to their dtype if
+            ``embedding_rounded``.
+        embedding_rounded: See ``embedding_scale``.
+        residual_scale: The factor of the outputs of attention and of the MLP.
+        residual_dropout: The dropout rate of these outputs.
+    """
+
+    norm: Literal["rms", "rms-wide", "rms-offset", "layer"] = "rms"
+    norms: Literal["before", "after", "both"] = "before"
+    query_key_norm: Literal["head", "all"] | None = None
+    gated: bool = True
+    joined: bool = False
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    logit_divisor: float = 1.0
+    embedding_scale: float = 1.0
+    embedding_rounded: bool = False
+    residual_scale: float = 1.0
+    residual_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(HeadConfig):
+    """The fields of a ``config.json`` that the model uses, with Llama's defaults.
+
+    Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
+    layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
+    token attends to in each layer (None for all), ``sparse`` says which layers have experts, and
+    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. A size of 0 means
+    that there is no shared expert.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_jitter_noise: float = 0.0
+    eos_token_id: int | tuple[int, ...] | None = None
+    ropes: tuple[Rope | None, ...] = ()
+    sliding_windows: tuple[int | None, ...] = ()
+    sparse: tuple[bool, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    blocks: Blocks = Blocks()
+
+    @classmethod
+    def read(
+        cls,
+        fields: Mapping[str, Any],
+        *,
+        optional: Collection[str] = ("tie_word_embeddings",),
+        blocks: Blocks | None = None,
+        partial_rotary: bool = False,
+        **derived: Any,
+    ) -> DecoderConfig:
+        """Reads the fields of a ``config.json``, to which the family has added its defaults.
+
+        Args:
+            fields: The fields; unknown ones are ignored.
+            optional: Which of the fields in `OPTIONAL` the family has.
+            blocks: How the layers are built; None for Llama's.
+            partial_rotary: Whether the family rotates only a part of the features if asked to.
+            **derived: Values of derived fields, where they are not the usual ones.
+
+        Raises:
+            InputError: A field has a wrong type or a value that is not possible.
+        """
+        fields = {name: x for name, x in fields.items() if name in optional or name not in OPTIONAL}
+        bias = bool(fields.get("attention_bias"))
+        given = {"qkv_bias": bias, "out_bias": bias, **derived, "blocks": blocks or Blocks()}
+        plain = ("ropes", "sliding_windows", "sparse")
+        result = config_from_fields(cls, fields, **dict.fromkeys(plain, ()) | given)
+        activation(result.hidden_act)
+        heads, layers = result.num_attention_heads, result.num_hidden_layers
+        rope = (
+            ()
+            if result.ropes
+            else (Rope.from_json(fields, partial_rotary=partial_rotary),) * layers
+        )
+        result = replace(
+            result,
+            num_key_value_heads=result.num_key_value_heads or heads,
+            head_dim=result.head_dim or result.hidden_size // heads,
+            moe_intermediate_size=result.moe_intermediate_size or result.intermediate_size,
+            ropes=result.ropes or rope,
+            sliding_windows=result.sliding_windows or (None,) * layers,
+            sparse=result.sparse or (result.num_experts > 0,) * layers,
+        )
+        if result.head_dim < 1:
+            raise InputError(f"head_dim must be above 0; got {result.head_dim}")
+        for each in dict.fromkeys(result.ropes):
+            if each is not None:
+                each.check(result.head_dim)
+        if heads % result.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {result.num_key_value_heads}"
+            )
+        return result
+
+
+def sliding_layers(
+    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
+) -> tuple[bool, ...]:
+    """Returns which layers have windows: what ``layer_types`` states, or else what is usual.
+
+    Raises:
+        InputError: The types are not those of the layers.
+    """
+    layers, types = config.num_hidden_layers, fields.get("layer_types")
+    if not types:
+        return tuple(usual(layer) for layer in range(layers))
+    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
+        raise InputError(f"layer_types must be {SLIDING} or {FULL} for each of the {layers} layers")
+    return tuple(kind == SLIDING for kind in types)
+
+
+def layer_windows(
+    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
+) -> DecoderConfig:
+    """Returns a configuration with the windows that ``sliding_window`` and ``layer_types`` state.
+
+    Args:
+        config: The configuration.
+        fields: The fields of ``config.json``; without a ``sliding_window`` there are no windows.
+        usual: Which layers have windows if there are no ``layer_types``.
+
+    Raises:
+        InputError: The types are not those of the layers, or the window is not a number.
+    """
+    size = fields.get("sliding_window")
+    if not size:
+        return config
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"sliding_window must be an integer above 0; got {str(size)[:100]!r}")
+    sliding = sliding_layers(config, fields, usual)
+    return replace(config, sliding_windows=tuple(size if has else None for has in sliding))
+
+
+class Attention(nnx.Module):
+    """Attention with rotary positions; groups of query heads share keys and values."""
+
+    def __init__(self, config: DecoderConfig, rope: Rope | None, make: _LayerFactory):
+        d, f = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.rope, self.features = rope, f
+        self.scale, self.cap = config.blocks.score_scale, config.blocks.score_cap
+        self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
+        self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
+        self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
+        self.out = make.linear(heads * f, d, use_bias=config.out_bias)
+        normed = config.blocks.query_key_norm
+        self.all_normed = normed == "all"
+        self.query_norm = make.norm(heads * f if self.all_normed else f) if normed else None
+        self.key_norm = make.norm(kv_heads * f if self.all_normed else f) if normed else None
+        self.dropout = Dropout(config.attention_dropout)
+
+    def _heads(
+        self, linear: Callable[[Array], Array], norm: Callable[[Array], Array] | None, x: Array
+    ) -> Float[Array, "b t h f"]:
+        y = linear(x)
+        y = norm(y) if norm is not None and self.all_normed else y
+        y = y.reshape(*x.shape[:2], -1, self.features)
+        return norm(y) if norm is not None and not self.all_normed else y
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        visible: Bool[Array, "b 1 t s"],
+        cache: CacheUpdate,
+        angles: Mapping[Rope, Float[Array, "b t half"]],
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "b t d"]:
+        """Attends from every position to the visible ones."""
+        q = self._heads(self.query, self.query_norm, x)
+        k = self._heads(self.key, self.key_norm, x)
+        v = self._heads(self.value, None, x)
+        if self.rope is not None:
+            q, k = (self.rope.rotated(a, angles[self.rope]) for a in (q, k))
+        k, v = cache.extended(k, v)
+        y = attention(q, k, v, visible, self.dropout, key, scale=self.scale, cap=self.cap)
+        return self.out(y.reshape(*x.shape[:2], -1))
+
+
+class _LayerFactory:
+    """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
+
+    def __init__(self, config: DecoderConfig, param_dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        shared = config.shared_expert_intermediate_size
+        common = {"param_dtype": param_dtype, "rngs": rngs}
+        norms: dict[str, Callable[..., nnx.Module]] = {
+            "rms": RmsNorm,
+            "rms-wide": WideRmsNorm,
+            "rms-offset": partial(WideRmsNorm, offset=1.0),
+            "layer": LayerNorm,
+        }
+        self.linear = partial(nnx.Linear, kernel_init=init, **common)
+        self.norm = partial(norms[config.blocks.norm], epsilon=config.rms_norm_eps, **common)
+        self.embed = partial(nnx.Embed, embedding_init=init, **common)
+        self.mlp = partial(
+            GatedMlp if config.blocks.gated else Mlp,
+            config.hidden_size,
+            act=config.hidden_act,
+            use_bias=config.mlp_bias,
+            kernel_init=init,
+            param_dtype=param_dtype,
+        )
+        self.moe = partial(
+            Moe,
+            partial(self.mlp, width=config.moe_intermediate_size),
+            config.hidden_size,
+            config.num_experts,
+            top_k=config.num_experts_per_tok,
+            normalized=config.norm_topk_prob,
+            jitter=config.router_jitter_noise,
+            shared=partial(self.mlp, width=shared) if shared else None,
+            kernel_init=init,
+            **common,
+        )
+        self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
+        self.rngs = rngs
+
+
+class Layer(nnx.Module):
+    """One layer: attention and MLP, each with its norms and inside a residual connection."""
+
+    def __init__(self, config: DecoderConfig, index: int, make: _LayerFactory):
+        d, blocks = config.hidden_size, config.blocks
+        before, after = blocks.norms != "after", blocks.norms != "before"
+        self.attention_norm = make.norm(d) if before else None
+        self.attention = Attention(config, config.ropes[index], make)
+        self.attention_post_norm = make.norm(d) if after else None
+        self.mlp_norm = make.norm(d) if before else None
+        self.mlp = make.moe() if config.sparse[index] else make.dense()
+        self.mlp_post_norm = make.norm(d) if after else None
+        self.residual_scale = blocks.residual_scale
+        self.dropout = Dropout(blocks.residual_dropout) if blocks.residual_dropout else None
+
+    def _added(
+        self,
+        x: Float[Array, "b t d"],
+        y: Float[Array, "b t d"],
+        norm: Callable[[Array], Array] | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "b t d"]:
+        """Returns the residual connection of ``x`` with the output of a block."""
+        y = y if self.dropout is None else self.dropout(y, key)
+        y = y if norm is None else norm(y)
+        return x + (y if self.residual_scale == 1 else y * self.residual_scale)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        seen: Window,
+        cache: CacheUpdate,
+        context: Mapping[Rope, Float[Array, "b t half"]],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
+        """Returns the input of the next layer, and the logits of the router, if there is one."""
+        keys = split_key(key, 2)
+        drops = (None, None) if self.dropout is None else split_key(keys[1], 2)
+        y = x if self.attention_norm is None else self.attention_norm(x)
+        y = self.attention(y, seen.visible, cache, context, keys[0])
+        x = self._added(x, y, self.attention_post_norm, drops[0])
+        y, router = x if self.mlp_norm is None else self.mlp_norm(x), None
+        if isinstance(self.mlp, Moe):
+            y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
+        else:
+            y = self.mlp(y)
+        return self._added(x, y, self.mlp_post_norm, drops[1]), router
+
+
+class Decoder(CausalLm):
+    """A decoder-only model with rotary positions, such as Llama, Gemma or OLMo.
+
+    Example:
+        >>> config = DecoderConfig.read({"vocab_size": 50, "hidden_size": 8,
+        ...     "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1})
+        >>> model = Decoder(config, head="causal-lm", rngs=nnx.Rngs(0))
+        >>> model(jnp.array([[3, 7, 9]])).logits.shape
+        (1, 3, 50)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        head: Head | None = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        make = _LayerFactory(config, param_dtype, rngs)
+        d, vocab = config.hidden_size, config.vocab_size
+        untied = head == "causal-lm" and not config.tie_word_embeddings
+        super().__init__(
+            config,
+            word=make.embed(vocab, d),
+            layers=[Layer(config, i, make) for i in range(config.num_hidden_layers)],
+            norm=make.norm(d),
+            lm_head=make.linear(d, vocab, use_bias=False) if untied else None,
+            head=head,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            sliding_windows=config.sliding_windows,
+            rngs=rngs,
+        )
+
+    def embed(
+        self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        """Returns token embeddings."""
+        x, blocks = self.word(ids), self.config.blocks
+        if blocks.embedding_scale == 1:
+            return x
+        if blocks.embedding_rounded:
+            return x * jnp.asarray(blocks.embedding_scale, x.dtype)
+        return (wide(x) * blocks.embedding_scale).astype(x.dtype)
+
+    def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
+        """Returns the logits of hidden states."""
+        y, blocks = super().logits(x), self.config.blocks
+        y = y if blocks.logit_divisor == 1 else y / blocks.logit_divisor
+        return soft_capped(y, blocks.logit_cap)
+
+    def context(
+        self, positions: Int[Array, "b t"], slots: int | None
+    ) -> dict[Rope, Float[Array, "b t half"]]:
+        """Returns the angles of the rotary embeddings."""
+        ropes = [rope for rope in dict.fromkeys(self.config.ropes) if rope is not None]
+        return {rope: rope.angles(positions, self.config.head_dim, slots) for rope in ropes}
+
+
+_LAYER = "layers.{l}"
+_BASE = (KeyRule("word", "embed_tokens", EMBED), KeyRule("norm", "norm", NORM))
+_HEAD = (KeyRule("lm_head", "lm_head", LINEAR, in_base=False),)
+_NORMS = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+_NORMS["both"] = {
+    **_NORMS["after"],
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+}
+_ATTENTION = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "out": "o_proj",
+}
+_QUERY_KEY_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+
+
+def linear_rules(ours: str, theirs: str, names: Mapping[str, str]) -> tuple[KeyRule, ...]:
+    """Returns the rules of linear layers inside one module of every layer, by our names."""
+    return tuple(
+        KeyRule(f"{_LAYER}.{ours}.{a}", f"{_LAYER}.{theirs}.{b}", LINEAR) for a, b in names.items()
+    )
+
+
+def joined_rules(ours: str, theirs: str, parts: Collection[str], name: str) -> tuple[KeyRule, ...]:
+    """Returns the rules of linear layers that are one in a checkpoint, one after the other."""
+    paths = tuple(f"{_LAYER}.{ours}.{part}" for part in parts)
+    return tuple(KeyRule(p, f"{_LAYER}.{theirs}.{name}", LINEAR, joined=paths) for p in paths)
+
+
+MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+# Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
+_IGNORED = (
+    r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"lm_head\.weight",
+)
+
+
+def decoder_rules(
+    config: DecoderConfig, head: Head | None, mlps: tuple[KeyRule, ...] = ()
+) -> KeyRules:
+    """Returns the key rules of a decoder, whose tensors have the names that Llama's have.
+
+    Args:
+        config: The configuration.
+        head: The head.
+        mlps: The rules of the MLPs, where their names are not Llama's.
+    """
+    norms = _NORMS[config.blocks.norms]
+    rules = [
+        *_BASE,
+        *(KeyRule(f"{_LAYER}.{a}", f"{_LAYER}.{b}", NORM) for a, b in norms.items()),
+        *(
+            KeyRule(f"{_LAYER}.attention.{a}", f"{_LAYER}.self_attn.{b}", NORM)
+            for a, b in _QUERY_KEY_NORMS.items()
+        ),
+    ]
+    if config.blocks.joined:
+        rules += joined_rules("attention", "self_attn", ("query", "key", "value"), "qkv_proj")
+        rules += joined_rules("mlp", "mlp", ("gate", "up"), "gate_up_proj")
+    rules += linear_rules("attention", "self_attn", _ATTENTION)
+    rules += mlps or linear_rules("mlp", "mlp", MLP_NAMES)
+    twins = tied_head(config, "lm_head.weight", "word.embedding")
+    prefixed = head is not None
+    return KeyRules(
+        (*rules, *_HEAD), "model.", write_prefix=prefixed, ignored=_IGNORED, twins=twins
+    )
+
+
+def decoder_family(
+    name: str,
+    config: Callable[[Mapping[str, Any]], DecoderConfig],
+    *,
+    heads: Collection[Head] = ALL_HEADS,
+    rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,
+    answers: str | None = None,
+    width_fields: Mapping[str, str] | None = None,
+    **other: str,
+) -> Family:
+    """Returns the family of a decoder.
+
+    Args:
+        name: What the names of its classes in `transformers` begin with.
+        config: Reads the fields of a ``config.json``.
+        heads: The heads that the family has in `transformers`.
+        rules: The key rules without those of heads, if they are not Llama's.
+        answers: See `with_head`.
+        width_fields: See `Family`.
+        **other: See `decoder_architectures`.
+    """
+
+    def all_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+        return with_head(rules(config, head), head, answers=answers)
+
+    return Family(
+        config=config,
+        model=Decoder,
+        rules=all_rules,
+        architectures=decoder_architectures(name, heads, **other),
+        width_field="intermediate_size",
+        width_fields=width_fields or {},
+    )

@@ -1,0 +1,313 @@
+"""Odd configurations of every family against transformers, where torch is installed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import fusion_jax as fj
+from fusion_jax.models.registry import FAMILIES
+from tests import tiny
+
+BASE = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+TYPES = [SLIDING, FULL, SLIDING]
+PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,
+         "intermediate_size": 23}  # fmt: skip
+ONE_KEY = {"num_key_value_heads": 1}
+WIDE_HEADS = {"head_dim": 10}
+TIED = {"tie_word_embeddings": True}
+BIASED = {"attention_bias": True}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+def rope(name, **more):
+    return {"rope_parameters": {"rope_theta": 5000.0, **ROPES[name]}, **more}
+
+
+def longrope(pairs, **more):
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+               "long_factor": [2.0 + i for i in range(pairs)]}  # fmt: skip
+    return {"rope_scaling": {"type": "longrope", **factors}, "rope_theta": 1000.0,
+            "original_max_position_embeddings": 6, **more}  # fmt: skip
+
+
+SHARED = [WIDE_HEADS | {"head_dim": 6}, ONE_KEY, PRIME, TIED, rope("linear"), rope("yarn"),
+          rope("llama3"), rope("dynamic", max_position_embeddings=5)]  # fmt: skip
+NESTED = {
+    FULL: {"rope_theta": 3000.0, **ROPES["linear"]},
+    SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+}
+# For each family what its config.json may say, beside BASE.
+LLAMAS = {
+    "llama": [*SHARED, BIASED, {"mlp_bias": True}, {"hidden_act": "gelu"}],
+    "mistral": [*SHARED, {"sliding_window": 3}, {"sliding_window": None}],
+    "ministral": [*SHARED, {"sliding_window": 3}, {"sliding_window": 2, "layer_types": TYPES}],
+    "qwen2": [*SHARED, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}],
+    "qwen3": [*SHARED, BIASED | {"head_dim": 6}],
+    "gemma": [*SHARED, BIASED, {"hidden_act": "gelu"}, {"hidden_act": "silu"}],
+    "gemma2": [*SHARED, BIASED, {"sliding_window": 3}, {"attn_logit_softcapping": None},
+               {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.5, "layer_types": TYPES},
+               {"final_logit_softcapping": 0.3, "hidden_activation": "silu"}],
+    "gemma3_text": [WIDE_HEADS, ONE_KEY, PRIME, TIED, BIASED, {"sliding_window": 3},
+                    {"sliding_window": 2, "sliding_window_pattern": 2},
+                    {"sliding_window": 2, "layer_types": TYPES, "rope_parameters": NESTED},
+                    {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "layer_types": TYPES,
+                     "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+                    {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5}],
+    "phi3": [WIDE_HEADS, ONE_KEY, PRIME, TIED, {"sliding_window": 3}, longrope(2),
+             longrope(2, max_position_embeddings=6, original_max_position_embeddings=12),
+             longrope(1, partial_rotary_factor=0.5, original_max_position_embeddings=64),
+             {"partial_rotary_factor": 0.5, "resid_pdrop": 0.3}],
+    "olmo2": [*SHARED, BIASED],
+    "smollm3": [*SHARED, BIASED, {"mlp_bias": True}, {"no_rope_layers": [0, 1, 0]},
+                {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 3}],
+    "granite": [*SHARED, BIASED | {"mlp_bias": True},
+                {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+                 "attention_multiplier": 0.125}],
+    "seed_oss": [*SHARED, {"attention_bias": False}, {"attention_out_bias": True},
+                 {"mlp_bias": True, "residual_dropout": 0.2}],
+}  # fmt: skip
+ODD = dict(LLAMAS)
+ENCODER = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+    "pad_token_id": 1,
+    "num_labels": 3,
+}
+ENCODERS = [
+    {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23},
+    {"num_attention_heads": 1, "hidden_act": "gelu_new"},
+    {"hidden_act": "relu", "layer_norm_eps": 1e-3},
+    {"num_hidden_layers": 1, "vocab_size": 67},
+    {"tie_word_embeddings": False, "hidden_act": "silu"},
+    {"hidden_size": 26, "num_attention_heads": 13, "num_labels": 1},
+    {"pad_token_id": 3, "intermediate_size": 1},
+    {"hidden_act": "gelu_python", "num_hidden_layers": 3, "max_position_embeddings": 14},
+]
+ODD |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), ENCODERS)
+ODD["bert"] = [*ENCODERS, {"type_vocab_size": 5, "hidden_act": "quick_gelu"}]
+ODD["electra"] = [*ENCODERS, {"embedding_size": 16}, {"embedding_size": 9}]
+DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
+              "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
+ODD["distilbert"] = ENCODERS
+T5 = {**tiny.T5, "is_encoder_decoder": True}
+ODD["t5"] = ODD["mt5"] = [
+    {"d_kv": 3, "num_heads": 5, "d_ff": 23},
+    {"num_heads": 1, "feed_forward_proj": "gated-silu"},
+    {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
+    {"num_decoder_layers": 1, "feed_forward_proj": "gated-gelu"},
+    {"num_decoder_layers": None, "feed_forward_proj": "gelu"},
+    {"tie_word_embeddings": False},
+    {"d_model": 15, "layer_norm_epsilon": 1e-3},
+    {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
+]
+ODD["gpt2"] = [
+    {"n_embd": 21, "n_head": 7, "n_inner": 23},
+    {"n_head": 1, "n_inner": None},
+    {"activation_function": "gelu"},
+    {"activation_function": "silu", "layer_norm_epsilon": 1e-3},
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"tie_word_embeddings": False, "n_layer": 1},
+    {"reorder_and_upcast_attn": True, "vocab_size": 67},
+]
+DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
+CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
+
+
+def odd_config(family, number=None):
+    """The fields of ``config.json`` of a case; without a number as usual."""
+    changes = {} if number is None else ODD[family][number]
+    base = ENCODER
+    if family in ("t5", "mt5"):
+        base = T5
+    elif family == "gpt2":
+        base = tiny.GPT2
+    elif family in LLAMAS:
+        base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
+    fields = {**base, **changes, "model_type": family}
+    if family == "distilbert":
+        fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
+    return fields
+
+
+def usual_head(family, number):
+    """A head that the family has; encoders have each in turn."""
+    heads = list(FAMILIES[family].architectures)
+    return FAMILIES[family].text_head or heads[number % len(heads)]
+
+
+def made(folder, family, fields, head):
+    """Writes a checkpoint with reproducible weights; returns its folder and the class for it."""
+    import transformers
+
+    rest = dict(fields)
+    config = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
+    cls = getattr(transformers, FAMILIES[family].architectures[head])
+    cls(config).save_pretrained(folder / "names")
+    names = safetensors.numpy.load_file(folder / "names" / "model.safetensors")
+    tensors = {name: tiny.weight(name, x.shape) for name, x in names.items()}
+    return tiny.write_folder(folder / "model", fields, tensors), cls
+
+
+def stored_otherwise(folder, kind):
+    """Rewrites the weights of a folder in bfloat16, or in two files."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    if kind == "bfloat16":
+        tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    if kind == "shards":
+        (folder / "model.safetensors").unlink()
+        names = {n: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, n in enumerate(tensors)}
+        for file in set(names.values()):
+            part = {name: x for name, x in tensors.items() if names[name] == file}
+            safetensors.numpy.save_file(part, folder / file)
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+KINDS = ("left", "whole", "right", "single")
+STORED = ("plain", "bfloat16", "shards")
+
+
+def inputs(kind, family):
+    """Token ids and masks, by the names of arguments."""
+    rng = np.random.RandomState(3)
+    shape = (2, 1) if kind == "single" else (3, 9)
+    ids, mask = rng.randint(4, 61, shape).astype(np.int32), np.ones(shape, np.int32)
+    if kind in ("left", "right"):
+        for row, length in enumerate((9, 6, 3)):
+            mask[row, length:] = 0
+        mask = mask[:, ::-1].copy() if kind == "left" else mask
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if FAMILIES[family].text_head == "seq2seq-lm":
+        batch["decoder_input_ids"] = rng.randint(4, 61, (shape[0], 5)).astype(np.int32)
+    return batch
+
+
+def theirs(model, batch):
+    """The outputs of a model of transformers."""
+    import torch
+
+    given = {name: torch.tensor(x).long() for name, x in batch.items()}
+    if model.config.model_type in DECODERS:
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**given, output_hidden_states=True)
+
+
+@jax.jit
+def ours(model, batch):
+    return model(**batch, output_hidden_states=True)
+
+
+def compare(got, want, real, tolerance=1e-4):
+    """Compares outputs where tokens are real, relative to the largest; returns the worst."""
+    hidden = getattr(want, "hidden_states", None) or want.decoder_hidden_states
+    pairs = list(zip(got.hidden_states, hidden, strict=True))
+    logits = getattr(want, "logits", None)
+    if hasattr(want, "start_logits"):
+        pairs += [
+            (got.logits[..., i], x) for i, x in enumerate((want.start_logits, want.end_logits))
+        ]
+    elif logits is not None:
+        pairs.append((got.logits, logits))
+    worst = 0.0
+    for mine, other in pairs:
+        mine, other = np.asarray(mine), other.numpy()
+        assert mine.shape == other.shape
+        if mine.shape[:2] == real.shape:
+            mine, other = mine[real], other[real]
+        worst = max(worst, float(np.abs(mine - other).max() / np.abs(other).max()))
+    assert worst < tolerance
+    return worst
+
+
+def real_tokens(batch):
+    decoder = batch.get("decoder_input_ids")
+    return batch["attention_mask"].astype(bool) if decoder is None else np.ones(decoder.shape, bool)
+
+
+@pytest.mark.torch
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "number"), CASES)
+def test_odd_configurations_equal_transformers(family, number, tmp_path, record_property):
+    head = usual_head(family, number)
+    fields = odd_config(family, number)
+    if head in ("question-answering", "classification"):
+        fields["num_labels"] = 2
+    folder, cls = made(tmp_path, family, fields, head)
+    stored_otherwise(folder, STORED[number % 3])
+    batch = inputs(KINDS[number % 4], family)
+    want = theirs(cls.from_pretrained(folder, dtype="float32").eval(), batch)
+    got = ours(fj.load(folder, head=head, dtype="float32"), batch)
+    record_property("worst", compare(got, want, real_tokens(batch)))
+
+
+NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss")
+HEADS = [
+    (family, head)
+    for family in NEW
+    for head in FAMILIES[family].architectures
+    if head not in (None, "causal-lm")
+]
+
+
+@pytest.mark.torch
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_heads_of_decoders_equal_transformers(family, head, tmp_path):
+    """Whole texts: in transformers, a text's last token does not depend on the mask."""
+    labels = 2 if head == "question-answering" else 3
+    fields = {**odd_config(family), "num_labels": labels}
+    folder, cls = made(tmp_path, family, fields, head)
+    batch = inputs("whole", family)
+    want = theirs(cls.from_pretrained(folder).eval(), batch)
+    compare(ours(fj.load(folder, head=head), batch), want, real_tokens(batch))
+
+
+@pytest.mark.torch
+@pytest.mark.full
+@pytest.mark.parametrize("family", ODD)
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
+def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwarn):
+    """All MLPs of one width, or some MLPs of different widths."""
+    head = usual_head(family, 0)
+    folder, cls = made(tmp_path, family, odd_config(family), head)
+    model = fj.load(folder, head=head)
+    paths = [site.path for site in fj.sites(model)]
+    plan = {path: fj.Fusion(width=5 + i) for i, path in enumerate(paths[1:])}
+    smaller, _ = fj.compress(model, fj.Fusion(width=7) if kind == "equal" else plan, key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    batch = inputs("whole", family)
+    other, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
+    assert not [w for w in recwarn if "hf" in str(w.message)]
