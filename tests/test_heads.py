@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
+from fusion_jax.models.gpt2 import Gpt2Config
 from fusion_jax.training import Classification, TaskSpec, Texts, losses
 from tests import nlg, tiny
 
@@ -128,6 +129,17 @@ def test_dropout_of_the_heads_of_decoders(head, config, rate, load):
 def test_dropout_of_the_heads_of_encoders(family, config, rates, load):
     heads = ("token-classification", "question-answering")
     assert tuple(load(family, head, **config).head.dropout.rate for head in heads) == rates
+
+
+def test_the_number_of_classes():
+    """As transformers reads it: the names count where there is no number."""
+    names = {"0": "a", "1": "b", "2": "c"}
+    for config in ({"id2label": names}, {"id2label": names, "num_labels": None}):
+        assert Gpt2Config.from_json({"model_type": "gpt2", **config}).num_labels == 3
+    assert Gpt2Config.from_json({"id2label": names, "num_labels": 5}).num_labels == 5
+    assert Gpt2Config.from_json({"id2label": {}}).num_labels == 2
+    with pytest.raises(fj.InputError, match="id2label is not a JSON object with the keys 0, 1"):
+        Gpt2Config.from_json({"id2label": {"1": "a"}})
 
 
 def test_artefacts_keep_head_and_classes(load, tmp_path):

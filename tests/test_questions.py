@@ -155,12 +155,25 @@ def test_windows_overlap_and_have_their_answers(model):
         8,
     )
     assert question_answering._place(found[0].spans, ()) == (0, 0)
+    # Spaces around an answer are none of its tokens.
+    assert question_answering._place(found[0].spans, [Answer(" w3 ", 8)]) == (7, 7)
+    # A character that the tokenizer leaves out.
+    gap = np.array([[-1, -1], [0, 2], [4, 6], [7, 9]])
+    assert question_answering._place(gap, [Answer("xabc", 3)]) == (2, 2)
     data = fj.QuestionAnswering(asked, stride=4)
     config = fj.TrainConfig(batch_size=4, shapes=1, max_length=11)
     batch = data.prepare(model, config, key=jax.random.key(0)).batches(0)
     assert sorted(map(tuple, batch["labels"].tolist())) == [(0, 0), (0, 0), (5, 6), (7, 8)]
     assert batch["weights"].tolist() == [1, 1, 1, 0]
     assert "labels" not in data.inputs(model, config, key=jax.random.key(0))(0)
+
+
+def test_answers_that_are_in_no_window(model, key, caplog):
+    context = " ".join(f"w{i}" for i in range(12))
+    asked = question(context, context, "train.jsonl:1")
+    config = fj.TrainConfig(batch_size=4, shapes=1, max_length=11)
+    fj.QuestionAnswering(asked, stride=4).prepare(model, config, key=key)
+    assert "no window has the whole answer of 1 questions, such as train.jsonl:1" in caplog.text
 
 
 def test_answers_are_the_best_places_of_all_windows(model, monkeypatch):

@@ -151,9 +151,10 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
         InputError: A field has a wrong type or is out of its range.
     """
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    if "num_labels" in known and config.get("id2label") is not None:
+    if "num_labels" in known and config.get("id2label") not in (None, {}):
         class_names(config)  # raises if it is not a JSON object
-        config = {"num_labels": len(config["id2label"]), **config}
+        if config.get("num_labels") is None:
+            config = {**config, "num_labels": len(config["id2label"])}
     read = {n: x for n, x in config.items() if n in known and n not in given and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}

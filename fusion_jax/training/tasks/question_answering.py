@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from fusion_jax.training.tasks.questions import (
     measure_answers,
     questions_of,
 )
+
+_log = logging.getLogger("fusion_jax")
 
 STRIDE = 128
 """The number of tokens by which windows of a context overlap by default."""
@@ -145,9 +148,19 @@ class QuestionAnswering:
         found = []
         labels: list[tuple[int, int]] = []
         assert self.train.answers is not None
+        lost = {i for i, answers in enumerate(self.train.answers) if answers}
         for window in windows(encoder, self.train, self.stride):
             labels.append(_place(window.spans, self.train.answers[window.question]))
             found.append(window)
+            if labels[-1] != (0, 0):
+                lost.discard(window.question)
+        if lost:
+            _log.warning(
+                "no window has the whole answer of %s questions, such as %s; they train as without "
+                "an answer",
+                len(lost),
+                self.train.names[min(lost)],
+            )
         return _as_examples(self.train, found)._replace(labels=np.array(labels, np.int32))
 
 
@@ -250,14 +263,13 @@ def _place(spans: Spans, answers: Sequence[Answer]) -> tuple[int, int]:
     if not answers:
         return 0, 0
     text, start = answers[0]
-    inside = spans[:, 0] >= 0
-    begins = np.flatnonzero(inside & (spans[:, 1] > start))
-    ends = np.flatnonzero(inside & (spans[:, 0] < start + len(text)))
-    if not len(begins) or not len(ends):
+    start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    own = np.flatnonzero(spans[:, 0] >= 0)
+    # Of the window, not of the tokens: a tokenizer may leave out a character of the answer.
+    if not len(own) or start < spans[own[0], 0] or end > spans[own[-1], 1]:
         return 0, 0
-    first, last = begins[0], ends[-1]
-    whole = spans[first, 0] <= start and spans[last, 1] >= start + len(text)
-    return (int(first), int(last)) if whole and first <= last else (0, 0)
+    inside = own[(spans[own, 1] > start) & (spans[own, 0] < end)]
+    return (int(inside[0]), int(inside[-1])) if len(inside) else (0, 0)
 
 
 def _as_examples(questions: Questions, found: Sequence[ContextWindow]) -> Examples:
