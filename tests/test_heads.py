@@ -11,7 +11,7 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax.models.gpt2 import Gpt2Config
-from fusion_jax.training import Classification, TaskSpec, Texts, losses
+from fusion_jax.training import Classification, TaskSpec, Texts, losses, nats_per_token
 from tests import nlg, tiny
 
 TOLERANCE = 1e-4
@@ -220,6 +220,16 @@ def test_a_head_that_a_family_lacks(tmp_path):
     folder = tiny.checkpoint(tmp_path / "bert", "bert")
     with pytest.raises(fj.InputError, match="num_labels is for head='classification' or "):
         fj.load(folder, head="question-answering", num_labels=2)
+
+
+@pytest.mark.parametrize("head", ["classification", "token-classification"])
+def test_other_heads_are_no_language_models(head, load):
+    model = load("gpt2", head)
+    assert not model.has_logits
+    with pytest.raises(fj.InputError, match="no language-model head"):
+        nats_per_token(model, np.arange(5, 14), 4)
+    with pytest.raises(fj.InputError, match="language-model head"):
+        fj.generate(model, np.array([[5, 6]]), max_new_tokens=2)
 
 
 @pytest.mark.full

@@ -205,6 +205,8 @@ def nats_per_token(model: Model, ids: PlainTokens, context: int, *, batch_size: 
             window, or the text is shorter than a window.
     """
     check_context(model, context)
+    if not getattr(model, "has_logits", True):
+        raise InputError("the model has no language-model head; load it with head='causal-lm'")
     windows = Windows(ids, context, batch_size)
     totals: list[losses.Total] = []
     with show_progress("Evaluating", len(windows), first="compiling") as advance:
