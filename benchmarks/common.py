@@ -54,7 +54,13 @@ def environment(*packages: str) -> dict[str, Any]:
 
 def _arguments() -> list[str]:
     """Returns the command's arguments, with names such as DIR in place of paths on this machine."""
-    names = {"--data": "DIR", "--json": "FILE", "--model": "PATH", "--runs": "DIR"}
+    names = {
+        "--data": "DIR",
+        "--models": "DIR",
+        "--json": "FILE",
+        "--model": "PATH",
+        "--runs": "DIR",
+    }
     before = ["", *sys.argv[1:]]
     return [names.get(last, each) for last, each in zip(before, sys.argv[1:], strict=False)]
 

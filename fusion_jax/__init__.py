@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Load and save
 from fusion_jax.checkpoint import load as load
 from fusion_jax.checkpoint import save as save
+from fusion_jax.checkpoint import load_into as load_into
 from fusion_jax.checkpoint import export_hf as export_hf
 from fusion_jax.checkpoint.masks import save_masks as save_masks
 from fusion_jax.checkpoint.masks import rebase as rebase
@@ -18,6 +19,7 @@ from fusion_jax.checkpoint.masks import rebase as rebase
 # Compress
 from fusion_jax.compression.mlps import compress as compress
 from fusion_jax.compression.mlps import compress_mlp as compress_mlp
+from fusion_jax.streaming.layerwise import compress_files as compress_files
 from fusion_jax.compression.matrices import compress_matrices as compress_matrices
 from fusion_jax.compression.allocation import allocate as allocate
 from fusion_jax.report import Report as Report

@@ -72,11 +72,14 @@ def functional(
         def of_module(params: PyTree, x: PyTree) -> PyTree:
             try:
                 return get_output(_call(nnx.merge(graph, params, rest), x))
-            except TraceContextError:
-                raise InputError(
-                    "the model changes its own state while it runs, as dropout and batch "
-                    "normalization do in training mode; call model.eval() before ntk.functional"
-                ) from None
+            except (TraceContextError, ValueError) as error:
+                # nnx.scan and nnx.remat take only variables that were made inside of the function.
+                if "different trace level" not in str(error):
+                    raise
+            copy = nnx.merge(graph, params, rest, copy=True)
+            if _in_training_mode(copy):  # of a copy, changes would not be noticed
+                raise InputError(_CHANGES)
+            return get_output(_call(copy, x))
 
         return of_module, params
 
@@ -94,6 +97,20 @@ def functional(
         return get_output(_call(model, x, tree.unflatten(merged)))
 
     return f, counted
+
+
+_CHANGES = (
+    "the model changes its own state while it runs, as dropout and batch normalization do in "
+    "training mode; call model.eval() before ntk.functional"
+)
+
+
+def _in_training_mode(model: nnx.Module) -> bool:
+    modules = [module for _, module in nnx.iter_modules(model)]
+    drops = any(
+        getattr(m, "deterministic", True) is False and getattr(m, "rate", 1) for m in modules
+    )
+    return drops or any(getattr(m, "use_running_average", True) is False for m in modules)
 
 
 def check_function(f: object) -> None:

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint import files, tensor_files
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.bert import Bert, BertConfig
 from fusion_jax.models.registry import FAMILIES
@@ -554,3 +554,23 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     done = child(code, folder)
     # The file's pages may count too where it is mapped into memory.
     assert int(done.stdout) < 1.6 * size, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_read_into_an_array(dtype, transposed, tmp_path, monkeypatch):
+    """Of any size beside those of the chunks, cast, transposed, and from any row on."""
+    monkeypatch.setattr(tensor_files, "_CHUNK", 1)
+    values = np.random.RandomState(0).standard_normal((333, 7)).astype(dtype)
+    safetensors.numpy.save_file({"x": values, "y": values[:1]}, tmp_path / "model.safetensors")
+    found = tensor_files.TensorFiles(tmp_path)
+    for first, end in ((0, 333), (5, 134), (332, 333)):
+        for out_dtype in (dtype, np.float32):
+            shape = (7, end - first) if transposed else (end - first, 7)
+            out = tensor_files.aligned(shape, out_dtype)
+            assert out.ctypes.data % 64 == 0
+            found.read_into("x", out, transposed=transposed, first=first)
+            want = values[first:end].astype(out_dtype)
+            assert (out == (want.T if transposed else want)).all()
+    assert found.equal("x", "x")
+    assert not found.equal("x", "y")

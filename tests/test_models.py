@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import HUB_ID, find_model
+from fusion_jax.models.decoder import Decoder
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 from fusion_jax.models.moe import Moe, load_balancing_loss, router_z_loss
 from fusion_jax.models.rope import Rope
 from tests import tiny
@@ -266,3 +268,34 @@ def test_fields_that_qwen2_moe_may_leave_out():
 def test_rope_of_an_unknown_type():
     with pytest.raises(fj.InputError, match="rope_type 'spiral' is not implemented"):
         Rope.from_json({"rope_scaling": {"type": "spiral", "factor": 2.0}})
+
+
+def test_interleaved_rotary_positions_are_products_of_complex_numbers():
+    rope = Rope(interleaved=True, partial_rotary_factor=0.5)
+    x = np.random.RandomState(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 4], [7, 8, 9, 10, 30]])
+    got = rope.rotated(jnp.asarray(x), rope.angles(jnp.asarray(positions), 8))
+    got = np.asarray(got)
+    turns = np.exp(1j * positions[..., None, None] * np.array([1.0, 0.01]))
+    want = (x[..., 0:4:2] + 1j * x[..., 1:4:2]) * turns
+    np.testing.assert_allclose(got[..., 0:4:2], want.real, atol=1e-5)
+    np.testing.assert_allclose(got[..., 1:4:2], want.imag, atol=1e-5)
+    assert (got[..., 4:] == x[..., 4:]).all()
+
+
+def test_plain_mlps_and_layer_norms_in_a_decoder():
+    fields = {"vocab_size": 50, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 24,
+              "num_hidden_layers": 1, "hidden_act": "relu2"}  # fmt: skip
+    config = DecoderConfig.read(fields, blocks=Blocks(gated=False, norm="layer"))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    layer = model.layers[0]
+    layer.attention.out.kernel.set_value(jnp.zeros((8, 8)))  # so that attention adds nothing
+    x, y = model(jnp.array([[3, 7, 9]]), output_hidden_states=True).hidden_states
+
+    def normed(z):
+        return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+
+    hidden = np.asarray(x)
+    up = np.maximum(normed(hidden) @ np.asarray(layer.mlp.up.kernel), 0) ** 2
+    want = normed(hidden + up @ np.asarray(layer.mlp.down.kernel))
+    np.testing.assert_allclose(y, want, atol=1e-5)

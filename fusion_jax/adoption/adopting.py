@@ -26,6 +26,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.nn.adopted import CHILD, Part, adopted_modules, adoption_of, put_in, take_out
 from fusion_jax.nn.linear_forms import multiplied_out, plain_linear, with_matrix
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
+from fusion_jax.nn.programs import ByValue
 from fusion_jax.nn.surgery import at, find_modules, own
 from ntk.activations import describe
 from ntk.selection import Selection, select
@@ -92,16 +93,18 @@ def adopt(
             f"model must be a Flax NNX module; got {type(model).__name__} (a Linen model: "
             "flax.nnx.bridge.ToNNX makes a module of it, see the documentation of fusion_jax.adopt)"
         )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
+        raise InputError("the model has no arrays yet, which adopt needs to run its modules")
     new: Any = nnx.clone(model)
     groups = _usual(new) if specs is None else _given(new, specs)
     run = None if batch is None else _run_whole(new, groups, batch)
     known: dict[Any, tuple[MlpSpec, Observed]] = {}
     found: dict[str, tuple[MlpSpec, Observed]] = {}
     for path, candidates in groups.items():
-        key = None if run is not None else _kind(candidates)
-        found[path] = known[key] if key in known else _first_that_fits(candidates, run)
-        if key is not None:
-            known[key] = found[path]
+        key = path if run is not None else _kind(candidates)
+        if key not in known:
+            known[key] = _first_that_fits(candidates, run)
+        found[path] = known[key]
     if run is not None:
         _check_outputs(run, found)
     for path, (spec, observed) in found.items():
@@ -302,12 +305,7 @@ def _kind(candidates: list[Candidate]) -> Any:
     module = candidates[0].module
     graph, state = nnx.split(module)
     shapes = [(path, jnp.shape(x), str(x.dtype)) for path, x in _leaves(state)]
-    key = (type(module), graph, tuple(shapes), tuple(c.spec for c in candidates))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return ByValue((type(module), graph, shapes, [each.spec for each in candidates]))
 
 
 def _leaves(state: Any) -> list[tuple[Any, Any]]:
@@ -388,12 +386,13 @@ def _check_outputs(run: Run, found: Mapping[str, tuple[MlpSpec, Observed]]) -> N
     if not all(_equal(x, y) for x, y in zip(before, after, strict=True)):
         raise InputError(f"{where}the outputs change when its layers are adopted")
     holders = list(adopted_modules(model).values())
-    for _, _, mlp in holders:
+    mlps: list[Any] = [mlp for _, _, mlp in holders]
+    for mlp in mlps:
         rows = mlp.sub_mlps()
         rows = rows._replace(down=rows.down.at[..., -1, :].set(0))
         mlp.load_sub_mlps(rows, mlp.out_bias())
     want = run.call(model)
-    for module, adoption, mlp in holders:
+    for (module, adoption, _), mlp in zip(holders, mlps, strict=True):
         rows = mlp.sub_mlps()
         new = mlp.abstract(type(mlp), mlp.width - 1)
         new.load_sub_mlps(rows.with_rows(rows.rows()[..., :-1, :]), mlp.out_bias())
@@ -451,7 +450,7 @@ def _linears(holder: Any, layer: Layer, part: Part) -> list[nnx.Linear]:
         return [with_matrix(linear, *arrays) for arrays in zip(kernels, biases, strict=True)]
     value = layer.kernel.get_value()
     bias = None if layer.bias is None else layer.bias.get_value()
-    linear = plain_linear(value.mT if part.transposed else value, bias)
+    linear: Any = plain_linear(value.mT if part.transposed else value, bias)
     # The variables keep their kind and what is known of them, such as their sharding.
     if not part.transposed:
         linear.kernel = layer.kernel

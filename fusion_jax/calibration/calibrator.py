@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,12 @@ from fusion_jax.calibration.sources import (
 )
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
+from fusion_jax.models.base import Model
+from fusion_jax.nn.adopted import adopted_sites
 from fusion_jax.nn.mlp import AnyMlp
+from fusion_jax.nn.programs import ByValue
 from fusion_jax.nn.site import Site, select_sites, sites
+from fusion_jax.nn.surgery import at
 from fusion_jax.progress import show_progress
 from ntk.selection import Selection
 
@@ -47,7 +51,8 @@ def calibrate(
 
     Args:
         model: The model.
-        texts: A few hundred sentences, a file of them, or token batches; see `fusion_jax.compress`.
+        texts: A few hundred sentences, a file of them, or a list of batches of the model's
+            arguments (tokens, images, or whatever it takes); see `fusion_jax.compress`.
         key: Random key of the choice of positions.
         layers: Which sites, as for `fusion_jax.compress`.
         max_positions: The largest number of positions to keep; padding is left out.
@@ -67,14 +72,14 @@ def calibrate(
         >>> {path: x.shape for path, x in seen.items()}
         {'': (6, 4)}
     """
-    chosen = [site.path for site in select_sites(sites(model), layers)]
+    chosen = tuple(site.path for site in select_sites(sites(model), layers))
     source = read_source(texts)
     if isinstance(source, Mapping):
         raise InputError(
-            "texts must be text or batches of tokens; these are inputs by site already"
+            "texts must be text or a list of batches; these are inputs by site already"
         )
-    sample = _TextSample(model_arguments(model, source, key), key, max_positions)
-    return sample.inputs(nnx.split(model), tuple(chosen))[0]
+    sample = Sample(model, model_arguments(model, source, key), chosen, key, max_positions)
+    return sample.inputs(nnx.split(model), chosen)[0]
 
 
 class Calibrator:
@@ -111,9 +116,11 @@ class Calibrator:
             self._inputs = {site.path: site_inputs(source, site) for site in chosen}
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
-        self._sample = _TextSample(model_arguments(model, source, key), key, MAX_POSITIONS)
+        batches = model_arguments(model, source, key)
+        self._sample = Sample(model, batches, self._paths, key, MAX_POSITIONS)
         self._model: Any = model
-        kind = "random tokens" if source == "random" else "text"
+        kind = "text" if self._sample.of_tokens else "the given batches"
+        kind = "random tokens" if isinstance(source, str) else kind
         self.description = f"{self._sample.count:,} positions of {kind}"
 
     def capture(self, progress: bool | None = None) -> Calibrator:
@@ -173,16 +180,72 @@ def _outputs(mlp: AnyMlp, x: Array) -> Array:
     return y if bias is None else y - bias[None]
 
 
-class _TextSample:
-    """Random positions of batches of text."""
+class Sample:
+    """Random positions of batches of text, or of other inputs of a model.
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], key: Array, max_positions: int):
+    Args:
+        model: The model.
+        batches: Its arguments; for a model of this library keywords.
+        paths: The sites whose inputs are wanted.
+        key: Random key of the choice of positions.
+        max_positions: The largest number of positions to choose.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        batches: Sequence[Any],
+        paths: tuple[str, ...],
+        key: Array,
+        max_positions: int,
+    ):
         self._key, self._max_positions = key, max_positions
-        self._batches = batches
-        masks = [_masks(batch) for batch in batches]
-        # An encoder and a decoder that reads other text each have their own positions.
-        self._parts = {side: self._chosen([m[side] for m in masks]) for side in masks[0]}
-        self.count = self._count("")
+        self.batches = batches
+        self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
+        self.of_tokens = isinstance(model, Model)
+        if isinstance(model, Model):
+            masks = [_masks(batch) for batch in batches]
+            # An encoder and a decoder that reads other text each have their own positions.
+            self._parts = {side: self._chosen([m[side] for m in masks]) for side in masks[0]}
+            decoder = "decoder" in self._parts
+            self._sides = {p: "decoder" * (decoder and p.startswith("decoder.")) for p in paths}
+            self.count = self._count("")
+            return
+        # Sites with as many positions as each other have the same ones.
+        shapes = [self._positions(model, i, paths) for i in range(len(batches))]
+        self._sides = {path: str([each[path] for each in shapes]) for path in paths}
+        self._parts = {
+            side: self._chosen(
+                [_mask(batch, each[path]) for batch, each in zip(batches, shapes, strict=True)]
+            )
+            for path, side in self._sides.items()
+        }
+        self.count = self._count(self._sides[paths[0]])
+
+    def _positions(
+        self, model: nnx.Module, i: int, paths: tuple[str, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the positions at which each site gets inputs from a batch."""
+        try:
+            seen = self._seen(_run.eval_shape, nnx.split(model), i, paths)
+        except InputError:
+            raise
+        except Exception as error:  # the model may be other people's code
+            reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+            raise InputError(
+                f"the model does not run on batch {i} of the calibration ({reason}); a batch is an "
+                "array, a tuple of the model's arguments, or a mapping of its keyword arguments"
+            ) from error
+        found = {p: x.inputs if isinstance(x, Routed) else x for p, x in seen.items()}
+        return {p: x.shape[:-1][1 if p in self._stacks else 0 :] for p, x in found.items()}
+
+    def _seen(
+        self, run: Callable[..., dict[str, Any]], split: tuple[Any, Any], i: int, paths: Any
+    ) -> dict[str, Any]:
+        """Returns the inputs of sites on a batch."""
+        graph, state = split
+        arrays, fixed = _arguments(self.batches[i])
+        return run(ByValue((graph, fixed, paths)), state, arrays)
 
     def _chosen(self, masks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Returns each batch's mask, its chosen positions, and their places in the sample."""
@@ -201,7 +264,7 @@ class _TextSample:
         return parts
 
     def _count(self, side: str) -> int:
-        return sum(len(slots) for _, _, slots in self._parts.get(side, self._parts[""]))
+        return sum(len(slots) for _, _, slots in self._parts[side])
 
     def inputs(
         self, split: tuple[Any, Any], paths: tuple[str, ...], progress: bool | None = None
@@ -211,23 +274,41 @@ class _TextSample:
         Returns:
             The inputs; and for sites with experts, the number of real positions of each expert.
         """
+        experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
+        experts -= self._stacks
+        return self.gathered(lambda i: self._seen(_run, split, i, paths), experts, progress)
+
+    def gathered(
+        self,
+        run: Callable[[int], Mapping[str, Any]],
+        experts: Collection[str],
+        progress: bool | None = None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Returns what `inputs` returns, from what a function sees in each batch.
+
+        Args:
+            run: Returns the inputs of sites by path, for the number of a batch.
+            experts: The paths of the sites that have experts.
+            progress: See `fusion_jax.compress`.
+        """
         result: dict[str, np.ndarray] = {}
         routed: dict[str, list[list[np.ndarray]]] = {}
-        experts = {site.path for site in sites(nnx.merge(*split)) if site.mlp.stack}
-        count = len(self._batches)
+        count = len(self.batches)
         with show_progress("Calibrating", count, progress, first="compiling") as advance:
-            for i, batch in enumerate(self._batches):
-                for path, x in _run(*split, batch, paths).items():
-                    side = "decoder" if path.startswith("decoder.") else ""
-                    mask, flat, slots = self._parts.get(side, self._parts[""])[i]
+            for i in range(count):
+                for path, x in run(i).items():
+                    side = self._sides[path]
+                    mask, flat, slots = self._parts[side][i]
                     if path in experts:
                         routed.setdefault(path, []).append(_by_expert(x, mask))
                         continue
-                    x = np.asarray(x).reshape(-1, x.shape[-1])[flat]
+                    stack = x.shape[:1] if path in self._stacks else ()
+                    x = np.asarray(x).reshape(*stack, -1, x.shape[-1])[..., flat, :]
                     if path not in result:
-                        result[path] = np.empty((self._count(side), x.shape[-1]), x.dtype)
-                    result[path][slots] = x
-                advance("batches of text")
+                        shape = (*stack, self._count(side), x.shape[-1])
+                        result[path] = np.empty(shape, x.dtype)
+                    result[path][..., slots, :] = x
+                advance("batches")
         use: dict[str, np.ndarray] = {}
         for path, parts in routed.items():
             each = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
@@ -261,10 +342,33 @@ def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
     return [rows[(rows != 0).any(-1)] for rows in np.asarray(x)]
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _run(graph: Any, state: Any, batch: Mapping[str, Array], paths: tuple[str, ...]) -> Any:
-    seen = routed_inputs(nnx.merge(graph, state), **batch)
+@partial(jax.jit, static_argnums=0)
+def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
+    graph, (tree, others), paths = fixed.value
+    leaves = list(arrays)
+    for i, value in others:
+        leaves.insert(i, value)
+    batch = jax.tree.unflatten(tree, leaves)
+    keywords = batch if isinstance(batch, Mapping) else {}
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    seen = routed_inputs(nnx.merge(graph, state), *(() if keywords else arguments), **keywords)
     return {path: seen[path] for path in paths}
+
+
+def _arguments(batch: Any) -> tuple[list[Any], Any]:
+    """Returns the arrays of a batch, and the rest: its structure, and values such as a flag."""
+    leaves, tree = jax.tree.flatten(batch)
+    arrays = [x for x in leaves if hasattr(x, "shape")]
+    others = tuple((i, x) for i, x in enumerate(leaves) if not hasattr(x, "shape"))
+    return arrays, (tree, others)
+
+
+def _mask(batch: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns where positions of this shape are not padding."""
+    given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if given is not None and np.shape(given) == shape:
+        return np.asarray(given).astype(bool)
+    return np.ones(shape, bool)
 
 
 def _masks(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from fusion_jax.errors import InputError
 from fusion_jax.models.moe import Moe
+from fusion_jax.nn.adopted import adopted_modules, adopted_sites
+from fusion_jax.nn.linear_forms import multiplied_out
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import find_modules, replaced
+from fusion_jax.nn.surgery import at, find_modules, path_name, replaced
+from fusion_jax.nn.watching import products
 
 
 class _Seen(nnx.Variable):
@@ -91,12 +97,58 @@ def routed_inputs(
         By site path the inputs, and `Routed` for the experts of a `Moe`.
     """
     tapped: Any = nnx.clone(model)
+    tapped.eval()
+    adopted: dict[str, Any] = {}
+    if adopted_modules(tapped):
+        adopted = _adopted_inputs(tapped, *args, **kwargs)
+    if adopted and len(adopted) == len(sites(tapped)):
+        return adopted
+    return {**routed_call(tapped, *args, skipped=adopted, **kwargs)[1], **adopted}
+
+
+def routed_call(
+    model: nnx.Module, *args: Any, skipped: Collection[str] = (), **kwargs: Any
+) -> tuple[Any, dict[str, Float[Array, "*n d"] | Routed]]:
+    """Runs a model, and returns its output and what `routed_inputs` returns.
+
+    Adopted modules, whose sites are ``skipped``, never call their MLP as a whole.
+    """
+    tapped: Any = nnx.clone(model)
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
-    taps = {site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in experts}
+    taps = {
+        site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in {*experts, *skipped}
+    }
     # The MLPs first: inside a tapped mixture, their paths would be others.
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
-    tapped(*args, **kwargs)
+    output = tapped(*args, **kwargs)
     routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
-    return {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
+    return output, {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
+
+
+def _adopted_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
+    """Runs a model and returns the inputs of its adopted MLPs, (l, ..., d) for stacks of layers.
+
+    Their modules never call the MLP as a whole, so that the product with its matrix is watched.
+    """
+    plain: Any = nnx.clone(model)
+    paths = list(adopted_sites(plain))
+    for path in paths:
+        plain = replaced(plain, path, multiplied_out(at(plain, path)).plain())
+    graph, state = nnx.split(plain)
+    flat = dict(nnx.to_flat_state(state))
+    places = {path_name(place): place for place in flat}
+    kernels = {path: places[f"{path}.up.kernel"] for path in paths}
+
+    def call(weights: dict[str, Array]) -> list[Any]:
+        new = {**flat, **{kernels[p]: flat[kernels[p]].replace(w) for p, w in weights.items()}}
+        made = nnx.merge(graph, nnx.from_flat_state(new), copy=True)
+        return [x for x in jax.tree.leaves(made(*args, **kwargs)) if isinstance(x, jax.Array)]
+
+    weights = {path: flat[place].get_value() for path, place in kernels.items()}
+    seen = products(call, weights)[1]
+    for path in paths:
+        if path not in seen:
+            raise InputError(f"{path}: the model does not use it for these arguments")
+    return {path: seen[path][-1].inputs for path in paths}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,7 @@ from fusion_jax.models.tokens import (
 )
 from fusion_jax.nn.site import Site
 
-CalibrationSource = (
-    Sequence[str]
-    | Sequence[TokenBatch]
-    | Sequence[Mapping[str, Any]]
-    | Mapping[str, Any]
-    | os.PathLike
-) | str
+CalibrationSource = Sequence[Any] | Mapping[str, Any] | os.PathLike | str
 """Possible sources of calibration, see `fusion_jax.compress`."""
 
 RANDOM_SHAPE = (512, 32)
@@ -67,7 +61,10 @@ def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
     """
     x = source.get(site.path)
     if x is None:
-        raise InputError(f"calibration has no inputs for {site.path or 'the model'}")
+        raise InputError(
+            f"calibration has no inputs for {site.path or 'the model'}; a mapping holds inputs by "
+            "site path, and batches of the model's arguments go into a list: [batch, ...]"
+        )
     want = (*site.mlp.stack, x.shape[-2], site.mlp.d_in) if x.ndim > 1 else ()
     if x.shape != want or not x.size:
         shape = ", ".join(map(str, (*site.mlp.stack, "t", site.mlp.d_in)))
@@ -77,10 +74,11 @@ def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
     return np.asarray(x)
 
 
-def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapping[str, Any]]:
-    """Returns the batches of a source as keyword arguments of a model.
+def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Any]:
+    """Returns the batches of a source as arguments of a model.
 
-    The source is strings, token batches, keyword arguments, or ``"random"`` for random tokens.
+    The source is strings, token batches, any arguments, or ``"random"`` for random tokens. For the
+    models of this library the arguments are keywords.
 
     Raises:
         InputError: There is no text or no tokenizer, or a batch is unknown or too long.
@@ -90,6 +88,11 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
     rows = getattr(getattr(model, "config", None), "vocab_size", None)
     most = max_positions(model) if ours else None
     longest = length_for(model) if ours else MAX_LENGTH
+    if isinstance(source, TokenBatch):
+        source = [source]
+    if not isinstance(source, Iterable) or hasattr(source, "shape"):
+        raise InputError(_FORMS)
+    source = source if isinstance(source, str) else list(source)
     if isinstance(source, str):
         tokenizer = _tokenizer(model)
         # Through text, so that the tokenizer adds its special tokens.
@@ -104,19 +107,40 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Mapp
         keys = (jax.random.fold_in(key, i) for i in range(len(items)))
         items += [scrambled(b, tokenizer, k, rows) for b, k in zip(items, keys, strict=False)]
     else:
-        items = list(source)
+        items = source
     made = [_keywords(model, item) if isinstance(item, TokenBatch) else item for item in items]
-    if not all(isinstance(item, Mapping) for item in made):
-        raise InputError(
-            "calibration must be strings, batches of tokens, inputs by site, a file, or 'random'"
-        )
+    for item in made:
+        if not any(hasattr(x, "shape") for x in jax.tree.leaves(item)):
+            raise InputError(f"{_FORMS}; one of the batches is a {type(item).__name__}")
+    if not ours:
+        return made
+    made = [_by_name(model, item) for item in made]
     for item in made:
         ids = [item[name] for name in ("input_ids", "decoder_input_ids") if name in item]
-        check_tokens(model, ids if ours else [])
+        check_tokens(model, ids)
         length = np.shape(item["input_ids"])[-1] if "input_ids" in item else 0
         if most is not None and length > most:
             raise InputError(f"a batch has {length} tokens a row; the model has {most} positions")
     return made
+
+
+_FORMS = (
+    "calibration must be a list: of strings, or of batches of the model's arguments, each of them "
+    "an array, a tuple of arguments, or a mapping of keyword arguments, such as "
+    '[{"input_ids": ids, "attention_mask": mask}]; or inputs by site path, a file, or "random"'
+)
+
+
+def _by_name(model: nnx.Module, batch: Any) -> Mapping[str, Any]:
+    """Returns a batch as keyword arguments."""
+    if isinstance(batch, Mapping):
+        return batch
+    args = batch if isinstance(batch, tuple | list) else (batch,)
+    try:
+        bound = inspect.signature(type(model).__call__).bind_partial(model, *args).arguments
+        return {name: value for name, value in bound.items() if value is not model}
+    except TypeError as error:
+        raise InputError(f"a batch does not fit the model ({error}); {_FORMS}") from None
 
 
 def _keywords(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
@@ -131,8 +155,8 @@ def _tokenizer(model: nnx.Module) -> Any:
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
-            "calibration with text needs the tokenizer of a model from fusion_jax.load; give token "
-            "batches or inputs"
+            "calibration with text needs the tokenizer of a model from fusion_jax.load; give a "
+            "list of batches of the model's arguments, or inputs by site path"
         )
     return load_tokenizer(provenance.folder)
 

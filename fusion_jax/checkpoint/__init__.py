@@ -4,6 +4,7 @@ An artefact is a folder with ``model.safetensors`` under this library's own name
 ``config.json`` verbatim, ``fusion.json``, and the tokenizer's files.
 """
 
+from fusion_jax.checkpoint.any_module import load_into as load_into
 from fusion_jax.checkpoint.masks import rebase as rebase
 from fusion_jax.checkpoint.masks import save_masks as save_masks
 from fusion_jax.checkpoint.opening import load as load

@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes an object as a JSON file."""
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this library and of those that it computes with."""
+    return {name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")}
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically: it holds the old text or the new text, never a part of it.
 
@@ -381,13 +392,17 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int | None = None
+) -> None:
     """Writes ``model.safetensors``, or shards and an index if the tensors exceed `SHARD_BYTES`.
 
     Args:
         folder: Where to write.
         tensors: Names and arrays; only the arrays of one shard are in memory at a time.
+        shard_bytes: The largest size of a shard; None for `SHARD_BYTES`.
     """
+    most = SHARD_BYTES if shard_bytes is None else shard_bytes
     shard: dict[str, np.ndarray] = {}
     sizes, shards = [0], []
 
@@ -399,7 +414,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         shard.clear()
 
     for name, x in tensors:
-        if shard and sizes[-1] + x.nbytes > SHARD_BYTES:
+        if shard and sizes[-1] + x.nbytes > most:
             write()
             sizes.append(0)
         shard[name] = np.asarray(x, order="C")  # np.ascontiguousarray would add an axis to a scalar

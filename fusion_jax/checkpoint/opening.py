@@ -14,6 +14,7 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.any_module import check_not_module
 from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
 from fusion_jax.checkpoint.mask_files import BaseModel, MaskFiles, base_reference
 from fusion_jax.checkpoint.reading import Checkpoint
@@ -143,6 +144,7 @@ def open_checkpoint(
     folder = files.find_folder(name, revision)
     if folder.resolve() in within:
         raise InputError(f"{folder} holds masks whose base is itself")
+    check_not_module(folder)
     text, fields = files.read_json(folder / files.CONFIG)
     fields = {**fields, **generation_fields(folder)}
     artefact = read_artefact(folder)

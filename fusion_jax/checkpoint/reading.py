@@ -173,7 +173,7 @@ class Checkpoint:
         if self.artefact is not None:
             for site in sites(model):
                 with self._reading(f"site {site.path}"):
-                    module = _module(site.mlp, self.artefact["sites"][site.path])
+                    module = module_of(site.mlp, self.artefact["sites"][site.path])
                 model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
                 with self._reading(f"form {path}"):
@@ -252,6 +252,12 @@ class Checkpoint:
                 model.provenance, labels=None, problem_type=None, new_head=True
             )
         return model
+
+    def check_all(self) -> None:
+        """Raises `InputError` if the tensors do not fit the model, as `read` does."""
+        flat = dict(nnx.to_flat_state(nnx.state(self.abstract)))
+        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+        self._check(flat, found, None)
 
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:
         """Reads a variable, in its dtype and layout."""
@@ -363,8 +369,8 @@ class Checkpoint:
         return make(key)
 
 
-def _module(original: Any, spec: Mapping[str, Any]) -> Any:
-    """The module, without weights, of which `Mlp.spec` says how it came from the original."""
+def module_of(original: Any, spec: Mapping[str, Any]) -> Any:
+    """Returns the module, without weights, whose `Mlp.spec` is given, for the original module."""
     spec = dict(spec)
     name = spec.pop("module")
     if name != UnevenExperts.__name__:
@@ -372,7 +378,7 @@ def _module(original: Any, spec: Mapping[str, Any]) -> Any:
     groups = [dict(group) for group in spec["groups"]]
     members = [group.pop("members") for group in groups]
     parts = [
-        _module(jax.eval_shape(partial(take_experts, members=which), original), group)
+        module_of(jax.eval_shape(partial(take_experts, members=which), original), group)
         for which, group in zip(members, groups, strict=True)
     ]
     return UnevenExperts(parts, members)

@@ -137,7 +137,7 @@ class TensorFiles:
             target[...] = value[first : first + len(target)] if target.ndim else value
             return
         row = math.prod(target.shape[1:]) * stored.itemsize
-        count = max(1, _CHUNK // max(row, 1))
+        count = _ROWS * max(1, _CHUNK // (_ROWS * max(row, 1)))
         with open(self._files[name], "rb", buffering=0) as file:
             file.seek(self._starts[name] + first * row)
             if target.flags.c_contiguous and stored == target.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from fusion_jax.checkpoint import files
+from fusion_jax.checkpoint.any_module import write_module
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Provenance
@@ -27,15 +27,20 @@ _ALIGNMENT = 16
 """The width of an exported expert is a multiple of this many bytes."""
 
 
-def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None = None) -> Path:
+def save(
+    model: nnx.Module, folder: str | os.PathLike[str], *, report: Report | None = None
+) -> Path:
     """Saves a model as an artefact: `load` returns the same model, bit by bit.
+
+    A model that did not come from `load` is saved too, and read by `load_into`: the artefact then
+    has no ``config.json`` and no tokenizer, and the caller builds the model.
 
     An artefact is a folder with the weights (``model.safetensors``), the original ``config.json``,
     a description of every compressed MLP (``fusion.json``), and the tokenizer's files. It holds no
     pickle.
 
     Args:
-        model: A model from `load`, compressed or not.
+        model: A model from `load`, or any other NNX module, compressed or not.
         folder: The folder to write; it must not exist or be empty. Writing is atomic.
         report: The report of the compression, written as ``report.json``.
 
@@ -43,7 +48,7 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         The folder.
 
     Raises:
-        InputError: The folder is not empty, or the model did not come from `load`.
+        InputError: The folder is not empty, or the model holds something that cannot be saved.
         OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
@@ -51,6 +56,10 @@ def save(model: Model, folder: str | os.PathLike[str], *, report: Report | None 
         >>> save(smaller, "minilm-fused", report=report)  # doctest: +SKIP
         >>> smaller = load("minilm-fused")  # doctest: +SKIP
     """
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")
+    if not isinstance(model, Model) or not isinstance(model.provenance, Provenance):
+        return write_module(model, folder, report)
     tensors = (
         (path_name(path), np.asarray(variable.get_value()))
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -67,13 +76,27 @@ def write_artefact(
     report: Report | None = None,
 ) -> Path:
     """Writes an artefact of tensors, with further ``fields`` in ``fusion.json``; see `save`."""
+    provenance_of(model)
+    with files.new_folder(folder) as new:
+        files.write_tensors(new, tensors)
+        write_description(new, model, fields, report=report)
+    return Path(folder)
+
+
+def write_description(
+    new: Path,
+    model: Model,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    report: Report | None = None,
+) -> None:
+    """Writes all of an artefact but its tensors into a folder; the model may be abstract."""
     provenance = provenance_of(model)
-    config = model.config
     num_labels, label_ids = labels_of(model)
     fields = {
         "format": files.FORMAT,
         "base": provenance.name,
-        "model_type": config.model_type,
+        "model_type": model.config.model_type,
         "head": provenance.head,
         "num_labels": num_labels,
         "label_ids": label_ids,
@@ -85,20 +108,14 @@ def write_artefact(
         "sites": {site.path: site.mlp.spec() for site in sites(model)},
         "forms": {path: form.spec() for path, form in find_forms(model).items()},
         "history": [json.loads(step) for step in provenance.history],
-        "versions": {
-            name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")
-        },
+        "versions": files.versions(),
         **(fields or {}),
     }
-    with files.new_folder(folder) as new:
-        files.write_tensors(new, tensors)
-        (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
-        _write_json(new / files.FUSION, fields)
-        if report is not None:
-            _write_json(new / "report.json", report.to_json())
-        sentences = provenance.head is None
-        files.copy_companions(Path(provenance.folder), new, sentences=sentences)
-    return Path(folder)
+    (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
+    files.write_json(new / files.FUSION, fields)
+    if report is not None:
+        files.write_json(new / "report.json", report.to_json())
+    files.copy_companions(Path(provenance.folder), new, sentences=provenance.head is None)
 
 
 def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
@@ -168,7 +185,7 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     fields["dtype"] = dtype_name(plain)
     with files.new_folder(folder) as new:
         files.write_tensors(new, _exported(plain, family.rules(config, head)))
-        _write_json(new / files.CONFIG, fields)
+        files.write_json(new / files.CONFIG, fields)
         files.copy_companions(Path(provenance.folder), new, sentences=head is None)
     return Path(folder)
 
@@ -219,11 +236,7 @@ def provenance_of(model: nnx.Module) -> Provenance:
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
-            "only models that came from fusion_jax.load can be saved or exported; for another "
-            "module, orbax.checkpoint can save nnx.state(module)"
+            "only models that came from fusion_jax.load have what this needs; fusion_jax.save "
+            "saves any module, and fusion_jax.load_into reads it"
         )
     return provenance
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import jax
 from tyro.conf import Positional, arg, subcommand
@@ -14,12 +14,14 @@ from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.checkpoint.writing import export_hf, save
 from fusion_jax.cli.options import Artefact, DType, ModelName, NewFolder
 from fusion_jax.compression import mlps
+from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.provenance import Head
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, size_of, table
+from fusion_jax.streaming.layerwise import compress_files
 
 
 def _first_line(cls: type) -> str:
@@ -97,6 +99,7 @@ def compress(
     new_head: bool = False,
     dtype: DType = None,
     seed: int = 0,
+    stream: bool = False,
 ) -> None:
     """Compress the MLPs of a model and save the result as an artefact.
 
@@ -113,27 +116,33 @@ def compress(
         new_head: Make a new head with random weights, as for a model that has none.
         dtype: Type of the parameters.
         seed: Seed of all random choices.
+        stream: Have one layer in memory at a time, for models that are larger than memory.
     """
     check_new_folder(out)
     assert isinstance(method, Method)
     key = jax.random.key(seed)
-    smaller, report = mlps.compress(
-        load(
+    shared: dict[str, Any] = {
+        "key": key,
+        "layers": parse_layers(layers),
+        "budget": budget,
+        "calibration": calibration,
+        "progress": True,
+    }
+    if stream and (new_head or num_labels is not None):
+        raise InputError("--stream does not make a new head")
+    if stream:
+        report = compress_files(model, out, method, head=head, dtype=dtype, **shared)
+    else:
+        loaded = load(
             model,
             head=head,
             num_labels=num_labels,
             dtype=dtype,
             key=key if new_head else None,
             new_head=new_head,
-        ),
-        method,
-        key=key,
-        layers=parse_layers(layers),
-        budget=budget,
-        calibration=calibration,
-        progress=True,
-    )
-    save(smaller, out, report=report)
+        )
+        smaller, report = mlps.compress(loaded, method, **shared)
+        save(smaller, out, report=report)
     print(report)
     print(f"\nSaved {out}. For transformers: fusion-jax export {out} FOLDER")
 

@@ -16,6 +16,7 @@ from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.base import Method, check_method
+from fusion_jax.nn.adopted import adopted_sites
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
 from fusion_jax.nn.site import Site, gradients_of, select_sites, sites
@@ -110,6 +111,10 @@ def checked(
         )
         if not calibrator.on_text:
             _check_needs_no_text(chosen, methods)
+    stacks = adopted_sites(model)
+    for site in chosen:
+        if methods[site.path].model_needs.expert_use and site.mlp.stack and site.path in stacks:
+            raise InputError(f"{site.path}: {option} is for experts; this is a stack of layers")
     return Checked(model, chosen, methods, key, calibrator, gradients)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +16,7 @@ from fusion_jax.models.layers import (
     Cache,
     CacheUpdate,
     Dropout,
+    Window,
     split_key,
     token_mask,
     window,
@@ -107,6 +108,22 @@ def _head_layer(config: Any, head: Head | None, word: nnx.Embed, rngs: nnx.Rngs)
         param_dtype=dtype_of(word),
         rngs=rngs,
     )
+
+
+class Start(NamedTuple):
+    """What is the same for all layers in one call of a decoder.
+
+    Args:
+        ids: (b, t) the tokens.
+        positions: (b, t) their positions.
+        seen: What they attend to, by the size of the layer's window.
+        context: The argument ``context`` of the layers.
+    """
+
+    ids: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    seen: dict[int | None, Window]
+    context: Any
 
 
 class CausalLm(Generative):
@@ -231,20 +248,13 @@ class CausalLm(Generative):
         key: Key[Array, ""] | None,
         output_hidden_states: bool = False,
     ) -> DecoderOutput:
-        ids = jnp.asarray(input_ids)
-        if attention_mask is None and position_ids is None and cache is None:
-            check_positions(self, ids.shape[1])
-        real = token_mask(ids, attention_mask)
-        seen = {size: window(real, cache, size) for size in set(self.sliding_windows)}
-        any_window = next(iter(seen.values()))
-        positions = any_window.positions if position_ids is None else jnp.asarray(position_ids)
+        start = self.start(input_ids, attention_mask, position_ids, cache)
         *keys, embed_key = split_key(key, len(self.layers) + 1)
         update = CacheUpdate(cache)
-        context = self.context(positions, None if cache is None else cache.real.shape[1])
-        x = self.embed(ids, positions, embed_key)
+        x = self.embed(start.ids, start.positions, embed_key)
         states, routers = [x], []
         for layer, size, layer_key in zip(self.layers, self.sliding_windows, keys, strict=True):
-            x, router = layer(x, seen[size], update, context, layer_key)
+            x, router = layer(x, start.seen[size], update, start.context, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
         states[-1] = self.norm(x)  # type: ignore[operator]
@@ -252,8 +262,26 @@ class CausalLm(Generative):
             states[-1],
             tuple(states) if output_hidden_states else None,
             router_logits=tuple(routers),
-            cache=update.result(any_window),
+            cache=update.result(next(iter(start.seen.values()))),
         )
+
+    def start(
+        self,
+        input_ids: Int[ArrayLike, "b t"],
+        attention_mask: Shaped[ArrayLike, "b t"] | None,
+        position_ids: Int[ArrayLike, "b t"] | None = None,
+        cache: Cache | None = None,
+    ) -> Start:
+        """Returns what a call gives to `embed` and to all layers."""
+        ids = jnp.asarray(input_ids)
+        if attention_mask is None and position_ids is None and cache is None:
+            check_positions(self, ids.shape[1])
+        real = token_mask(ids, attention_mask)
+        seen = {size: window(real, cache, size) for size in set(self.sliding_windows)}
+        positions = next(iter(seen.values())).positions
+        positions = positions if position_ids is None else jnp.asarray(position_ids)
+        slots = None if cache is None else cache.real.shape[1]
+        return Start(ids, positions, seen, self.context(positions, slots))
 
     def begin(
         self, input_ids: Int[Array, "b t"], attention_mask: Shaped[Array, "b t"], room: int

@@ -7,23 +7,21 @@ A family's file says how the fields of its ``config.json`` set the flags, and wh
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
+from fusion_jax.models.base import Family, Head, tied_head
 from fusion_jax.models.causal import (
     ALL_HEADS,
     CausalLm,
-    HeadConfig,
     decoder_architectures,
     with_head,
 )
+from fusion_jax.models.decoder_config import DecoderConfig
 from fusion_jax.models.layers import (
     CacheUpdate,
     Dropout,
@@ -40,187 +38,6 @@ from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
-from fusion_jax.nn.submlps import activation
-
-OPTIONAL = {
-    "attention_bias", "mlp_bias", "num_experts", "num_local_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
-    "router_jitter_noise", "tie_word_embeddings",
-}  # fmt: skip
-"""The fields that only some families have; `transformers` ignores them in the others."""
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """How the layers of an architecture are built; the defaults are Llama's.
-
-    Args:
-        norm: The normalization: ``"rms"``; ``"rms-wide"``, whose result is rounded after the scale;
-            ``"rms-offset"``, the same with the scale 1 + w; or ``"layer"``, layer normalization.
-        norms: Where attention and MLP have their norms: before them, after them, or both.
-        query_key_norm: Whether queries and keys are normalized: each head, or all heads at once.
-        gated: Whether MLPs are gated.
-        joined: Whether a checkpoint has one matrix for query, key and value, and one for gate and
-            up.
-        score_scale: The factor of the scores of attention; None for 1 / sqrt(head_dim).
-        score_cap: The soft cap of the scores: scores s become cap * tanh(s / cap).
-        logit_cap: The soft cap of the logits.
-        logit_divisor: What the logits are divided by.
-        embedding_scale: The factor of the embeddings, rounded to their dtype if
-            ``embedding_rounded``.
-        embedding_rounded: See ``embedding_scale``.
-        residual_scale: The factor of the outputs of attention and of the MLP.
-        residual_dropout: The dropout rate of these outputs.
-    """
-
-    norm: Literal["rms", "rms-wide", "rms-offset", "layer"] = "rms"
-    norms: Literal["before", "after", "both"] = "before"
-    query_key_norm: Literal["head", "all"] | None = None
-    gated: bool = True
-    joined: bool = False
-    score_scale: float | None = None
-    score_cap: float | None = None
-    logit_cap: float | None = None
-    logit_divisor: float = 1.0
-    embedding_scale: float = 1.0
-    embedding_rounded: bool = False
-    residual_scale: float = 1.0
-    residual_dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig(HeadConfig):
-    """The fields of a ``config.json`` that the model uses, with Llama's defaults.
-
-    Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
-    layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
-    token attends to in each layer (None for all), ``sparse`` says which layers have experts, and
-    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. A size of 0 means
-    that there is no shared expert.
-    """
-
-    model_type: str = "llama"
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    hidden_act: str = "silu"
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 1
-    moe_intermediate_size: int = 0
-    shared_expert_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    router_jitter_noise: float = 0.0
-    eos_token_id: int | tuple[int, ...] | None = None
-    ropes: tuple[Rope | None, ...] = ()
-    sliding_windows: tuple[int | None, ...] = ()
-    sparse: tuple[bool, ...] = ()
-    qkv_bias: bool = False
-    out_bias: bool = False
-    blocks: Blocks = Blocks()
-
-    @classmethod
-    def read(
-        cls,
-        fields: Mapping[str, Any],
-        *,
-        optional: Collection[str] = ("tie_word_embeddings",),
-        blocks: Blocks | None = None,
-        partial_rotary: bool = False,
-        **derived: Any,
-    ) -> DecoderConfig:
-        """Reads the fields of a ``config.json``, to which the family has added its defaults.
-
-        Args:
-            fields: The fields; unknown ones are ignored.
-            optional: Which of the fields in `OPTIONAL` the family has.
-            blocks: How the layers are built; None for Llama's.
-            partial_rotary: Whether the family rotates only a part of the features if asked to.
-            **derived: Values of derived fields, where they are not the usual ones.
-
-        Raises:
-            InputError: A field has a wrong type or a value that is not possible.
-        """
-        fields = {name: x for name, x in fields.items() if name in optional or name not in OPTIONAL}
-        bias = bool(fields.get("attention_bias"))
-        given = {"qkv_bias": bias, "out_bias": bias, **derived, "blocks": blocks or Blocks()}
-        plain = ("ropes", "sliding_windows", "sparse")
-        result = config_from_fields(cls, fields, **dict.fromkeys(plain, ()) | given)
-        activation(result.hidden_act)
-        heads, layers = result.num_attention_heads, result.num_hidden_layers
-        rope = (
-            ()
-            if result.ropes
-            else (Rope.from_json(fields, partial_rotary=partial_rotary),) * layers
-        )
-        result = replace(
-            result,
-            num_key_value_heads=result.num_key_value_heads or heads,
-            head_dim=result.head_dim or result.hidden_size // heads,
-            moe_intermediate_size=result.moe_intermediate_size or result.intermediate_size,
-            ropes=result.ropes or rope,
-            sliding_windows=result.sliding_windows or (None,) * layers,
-            sparse=result.sparse or (result.num_experts > 0,) * layers,
-        )
-        if result.head_dim < 1:
-            raise InputError(f"head_dim must be above 0; got {result.head_dim}")
-        for each in dict.fromkeys(result.ropes):
-            if each is not None:
-                each.check(result.head_dim)
-        if heads % result.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {result.num_key_value_heads}"
-            )
-        return result
-
-
-def sliding_layers(
-    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
-) -> tuple[bool, ...]:
-    """Returns which layers have windows: what ``layer_types`` states, or else what is usual.
-
-    Raises:
-        InputError: The types are not those of the layers.
-    """
-    layers, types = config.num_hidden_layers, fields.get("layer_types")
-    if not types:
-        return tuple(usual(layer) for layer in range(layers))
-    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
-        raise InputError(f"layer_types must be {SLIDING} or {FULL} for each of the {layers} layers")
-    return tuple(kind == SLIDING for kind in types)
-
-
-def layer_windows(
-    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
-) -> DecoderConfig:
-    """Returns a configuration with the windows that ``sliding_window`` and ``layer_types`` state.
-
-    Args:
-        config: The configuration.
-        fields: The fields of ``config.json``; without a ``sliding_window`` there are no windows.
-        usual: Which layers have windows if there are no ``layer_types``.
-
-    Raises:
-        InputError: The types are not those of the layers, or the window is not a number.
-    """
-    size = fields.get("sliding_window")
-    if not size:
-        return config
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"sliding_window must be an integer above 0; got {str(size)[:100]!r}")
-    sliding = sliding_layers(config, fields, usual)
-    return replace(config, sliding_windows=tuple(size if has else None for has in sliding))
 
 
 class Attention(nnx.Module):

@@ -9,12 +9,12 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Head
-from fusion_jax.models.decoder import (
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import (
     FULL,
     SLIDING,
     Blocks,
     DecoderConfig,
-    decoder_family,
     layer_windows,
     sliding_layers,
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
 # Our names of the factors.
 _FACTORS = {

@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusion_jax.models.base import Head
-from fusion_jax.models.decoder import (
-    DecoderConfig,
-    decoder_family,
-    decoder_rules,
-    layer_windows,
-    linear_rules,
-)
+from fusion_jax.models.decoder import decoder_family, decoder_rules, linear_rules
+from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
 from fusion_jax.models.rules import KeyRules
 
 _TIED = "tie_word_embeddings"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
 _DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
 _BLOCKS = Blocks(norm="rms-wide", norms="after", query_key_norm="all")

@@ -7,7 +7,8 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Head
-from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family, layer_windows
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
 
 _DEFAULTS = {
     "vocab_size": 32064,

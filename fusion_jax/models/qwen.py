@@ -9,15 +9,8 @@ from typing import Any
 
 from fusion_jax.errors import check_at_least
 from fusion_jax.models.base import Head
-from fusion_jax.models.decoder import (
-    MLP_NAMES,
-    Blocks,
-    DecoderConfig,
-    decoder_family,
-    decoder_rules,
-    layer_windows,
-    linear_rules,
-)
+from fusion_jax.models.decoder import MLP_NAMES, decoder_family, decoder_rules, linear_rules
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
 from fusion_jax.models.rules import KeyRules
 
 _TIED = "tie_word_embeddings"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusion_jax.models.decoder import Blocks, DecoderConfig, decoder_family
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
 _DEFAULTS = {
     "vocab_size": 155136,

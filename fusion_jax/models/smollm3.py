@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from fusion_jax.errors import InputError, check_at_least
-from fusion_jax.models.decoder import DecoderConfig, decoder_family, layer_windows
+from fusion_jax.models.decoder import decoder_family
+from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
 
 _DEFAULTS = {
     "vocab_size": 128256,

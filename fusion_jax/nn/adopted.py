@@ -172,8 +172,8 @@ def _shell(layer: Any, part: Part) -> nnx.Module:
 
 def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     """Returns a layer of the original kind, with the arrays that the MLP has now."""
-    mlp = own(module, module.adoption.child) if mlp is None else mlp
-    layers = [effective(mlp, role) for role in part.roles]
+    given: Mlp = own(module, module.adoption.child) if mlp is None else mlp
+    layers: list[Any] = [effective(given, role) for role in part.roles]
     shells = vars(module).get(_SHELLS)
     shell = None if shells is None else vars(shells).get(part.name)
     if part.kernel is not None and shell is None:
@@ -205,7 +205,7 @@ def _update_shapes(layer: Any, kernel: Any, part: Part) -> None:
             setattr(layer, name, variable.get_value().shape[-len(before) :])
 
 
-def _bias_variable(part: Part, mlp: Mlp) -> nnx.Variable:
+def _bias_variable(part: Part, mlp: Mlp) -> nnx.Variable | None:
     return effective(mlp, part.roles[0]).bias
 
 

@@ -335,7 +335,7 @@ def with_matrix(
     """
     if not isinstance(linear, nnx.Linear):
         return plain_linear(kernel, bias)
-    new = nnx.clone(linear)
+    new: Any = nnx.clone(linear)
     new.kernel.set_value(kernel)
     if new.bias is not None:
         new.bias.set_value(bias)

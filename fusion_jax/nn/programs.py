@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -17,6 +17,28 @@ KEPT = 8
 RENEWED = 64
 """New compiled functions after which `jax.clear_caches` is called."""
 _made = itertools.count(1)
+
+
+class ByValue:
+    """A value as a key of a cache, even if it cannot be hashed, as configurations of models.
+
+    Example:
+        >>> {ByValue([1]): "a"}[ByValue([1])]
+        'a'
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash = hash(value)
+        except TypeError:
+            self._hash = 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByValue) and bool(self.value == other.value)
 
 
 def few_programs(make: Callable[P, T]) -> Callable[P, T]:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 _LAYOUTS = {
     "broadcast_in_dim",
+    "concatenate",
     "convert_element_type",
     "copy",
     "copy_p",

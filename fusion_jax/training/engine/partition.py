@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
@@ -71,6 +71,7 @@ class Partition:
         """The paths of all parameters, whether they train or not."""
         self.training = _select(abstract, self.parameters, trains)
         """The paths of the parameters that train."""
+        self._random = [p for p, (_, v) in self._flat.items() if isinstance(v, nnx.RngKey)]
 
     def split(self, model: nnx.Module) -> tuple[dict[str, Array], dict[str, Array]]:
         """Splits the arrays of a model with this structure.
@@ -84,6 +85,20 @@ class Partition:
         flat = {path_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
         params = {path: wide(flat[path]) for path in self.training}
         return params, {path: x for path, x in flat.items() if path not in params}
+
+    def new_keys(self, rest: Mapping[str, Array], key: Key[Array, ""]) -> dict[str, Array]:
+        """Returns new keys for the modules that keep random keys of their own, by path.
+
+        With the same keys, their dropout would have the same mask in every step.
+        """
+        number = jax.random.bits(key, dtype=jnp.uint32)
+        keys = {}
+        for path in self._random:
+            flat = rest[path].reshape(-1)
+            keys[path] = jax.vmap(jax.random.fold_in, (0, None))(flat, number).reshape(
+                rest[path].shape
+            )
+        return keys
 
     def merge(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> nnx.Module:
         """Returns the model with these arrays, each in the own dtype of its variable."""
@@ -107,10 +122,10 @@ class Partition:
         for name, (path, variable) in self._flat.items():
             # These keep their dtype: bfloat16 would round cluster sizes and make scores equal.
             exact = isinstance(variable, Precise) or not isinstance(variable, nnx.Param)
-            own = dtype is None or exact
-            flat[path] = variable.replace(
-                arrays[name].astype(variable.get_value().dtype if own else dtype)
-            )
+            want = variable.get_value().dtype if dtype is None or exact else dtype
+            value = arrays[name]
+            # Random keys have no astype.
+            flat[path] = variable.replace(value if value.dtype == want else value.astype(want))
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

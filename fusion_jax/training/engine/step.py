@@ -165,7 +165,7 @@ class CompiledStep:
             rest |= self._update_variables(state.params, rest, step)
 
         def total(params: dict[str, Array], batch: dict[str, Array], key: Array) -> Total:
-            model = self.partition.compute(params, rest)
+            model = self.partition.compute(params, {**rest, **self.partition.new_keys(rest, key)})
             return loss(model, batch, key if self._config.dropout else None)
 
         (value, count), grads = self._gradient(total, state.params, batch, key)

@@ -1,0 +1,1 @@
+"""Compresses models that are larger than memory, layer by layer, from files to files."""
