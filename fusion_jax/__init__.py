@@ -58,6 +58,10 @@ from fusion_jax.training import read_task as read_task
 from fusion_jax.training import load_pairs as load_pairs
 from fusion_jax.training import read_pairs as read_pairs
 from fusion_jax.training import PlainText as PlainText
+from fusion_jax.training import TokenClassification as TokenClassification
+from fusion_jax.training import read_tagged_words as read_tagged_words
+from fusion_jax.training import QuestionAnswering as QuestionAnswering
+from fusion_jax.training import read_questions as read_questions
 from fusion_jax.training import static_prune as static_prune
 from fusion_jax.training import StaticPruning as StaticPruning
 from fusion_jax.training import LABEL_WORDS as LABEL_WORDS

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
-from fusion_jax.training import losses
-from tests import tiny
+from fusion_jax.models.gpt2 import Gpt2Config
+from fusion_jax.training import Classification, TaskSpec, Texts, losses, nats_per_token
+from tests import nlg, tiny
 
 TOLERANCE = 1e-4
 DECODER_CASES = [(family, head) for family, head in tiny.HEAD_GOLDENS if family in tiny.DECODERS]
@@ -130,6 +131,17 @@ def test_dropout_of_the_heads_of_encoders(family, config, rates, load):
     assert tuple(load(family, head, **config).head.dropout.rate for head in heads) == rates
 
 
+def test_the_number_of_classes():
+    """As transformers reads it: the names count where there is no number."""
+    names = {"0": "a", "1": "b", "2": "c"}
+    for config in ({"id2label": names}, {"id2label": names, "num_labels": None}):
+        assert Gpt2Config.from_json({"model_type": "gpt2", **config}).num_labels == 3
+    assert Gpt2Config.from_json({"id2label": names, "num_labels": 5}).num_labels == 5
+    assert Gpt2Config.from_json({"id2label": {}}).num_labels == 2
+    with pytest.raises(fj.InputError, match="id2label is not a JSON object with the keys 0, 1"):
+        Gpt2Config.from_json({"id2label": {"1": "a"}})
+
+
 def test_artefacts_keep_head_and_classes(load, tmp_path):
     for family, head in (("bert", "token-classification"), ("llama", "question-answering")):
         model = load(family, head)
@@ -143,7 +155,7 @@ def test_artefacts_keep_head_and_classes(load, tmp_path):
         np.testing.assert_array_equal(logits(again, batch), logits(model, batch))
 
 
-def test_new_heads(goldens, tmp_path, key):
+def test_new_heads(tmp_path, key, caplog):
     """On other models: a language model, and one whose head has tensors of the same names."""
     folder = tiny.checkpoint(tmp_path / "llama", "llama", "causal-lm")
     with pytest.raises(fj.InputError, match=r"the files have no question-answering head"):
@@ -164,6 +176,7 @@ def test_new_heads(goldens, tmp_path, key):
     ):
         fj.load(sequences, head="token-classification")
     model = fj.load(sequences, head="token-classification", key=key)
+    assert "the head classification is left out" in caplog.text
     assert model.provenance.new_head and model.provenance.labels is None
     assert model.pooler is None
     fj.save(fj.load(sequences, head="classification"), tmp_path / "saved")
@@ -209,6 +222,16 @@ def test_a_head_that_a_family_lacks(tmp_path):
         fj.load(folder, head="question-answering", num_labels=2)
 
 
+@pytest.mark.parametrize("head", ["classification", "token-classification"])
+def test_other_heads_are_no_language_models(head, load):
+    model = load("gpt2", head)
+    assert not model.has_logits
+    with pytest.raises(fj.InputError, match="no language-model head"):
+        nats_per_token(model, np.arange(5, 14), 4)
+    with pytest.raises(fj.InputError, match="language-model head"):
+        fj.generate(model, np.array([[5, 6]]), max_new_tokens=2)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "head"), DECODER_CASES[:2], ids=str)
 def test_jit_and_dropout(family, head, load, key):
@@ -216,6 +239,26 @@ def test_jit_and_dropout(family, head, load, key):
     run = jax.jit(lambda model, batch, key: model(**batch, key=key).logits)
     np.testing.assert_allclose(run(model, batch, None), logits(model, batch), atol=1e-5)
     assert not (run(model, batch, key) == run(model, batch, jax.random.key(1))).all()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoders_learn_labels(family, key, tmp_path):
+    """The label is whether the last letter is an a, with texts of several lengths."""
+    folder = nlg.checkpoint(tmp_path / family, family)
+    rng = np.random.RandomState(0)
+    texts = ["".join(rng.choice(list("abc"), rng.randint(1, 9))) for _ in range(96)]
+    labels = np.array([text[-1] == "a" for text in texts], np.int32)
+    data = Texts([(text,) for text in texts], labels, texts)
+    spec = TaskSpec(name="a", labels=("no", "yes"), metrics=("accuracy",))
+    task = Classification(spec, data, {"dev": data})
+    model = task.load(str(folder), key=key)
+    config = fj.TrainConfig(
+        max_steps=45, batch_size=32, learning_rate=3e-3, shapes=1, dropout=False, eval_every=45
+    )
+    fit = fj.finetune(model, task, config, key=key)
+    assert fit.history[-1]["accuracy"] > 0.9
+    assert fit.model.provenance.labels == ("no", "yes")
 
 
 @pytest.mark.torch

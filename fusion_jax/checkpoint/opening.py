@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.tokens import load_tokenizer
+
+_log = logging.getLogger("fusion_jax")
 
 
 def load(
@@ -95,7 +98,27 @@ def load(
             f"{opened.tensors.folder} has a {other} head, not a {head} head; to make a new one: "
             "key= in Python, --new-head on the command line"
         )
+    if other is not None:
+        _log.warning("%s: the head %s is left out", opened.tensors.folder, other)
     return replace(opened, new_head=new_head or other is not None).read(key)
+
+
+def stated_head(name: str | os.PathLike[str]) -> Head | None:
+    """Returns the head that a model's files say they have, or None.
+
+    Args:
+        name: A hub id, a folder with a Hugging Face checkpoint, or an artefact.
+
+    Raises:
+        InputError: The model cannot be found, or its files cannot be read.
+    """
+    folder = files.find_folder(name, None)
+    artefact = read_artefact(folder)
+    if artefact is not None:
+        return artefact.get("head")
+    _, fields = files.read_json(folder / files.CONFIG)
+    family = FAMILIES.get(str(fields.get("model_type")))
+    return None if family is None else family.stated_head(fields)
 
 
 def open_checkpoint(

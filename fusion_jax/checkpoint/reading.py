@@ -97,17 +97,14 @@ class Checkpoint:
     @property
     def other_head(self) -> Head | None:
         """The head in the files, if it is another one whose tensors have the same names."""
-        similar: dict[Any, Head]
+        similar: tuple[Head, ...] = CLASS_HEADS
         if self.artefact is not None:
-            similar = {head: head for head in (*CLASS_HEADS, "question-answering")}
-            stated = [self.artefact.get("head")]
+            similar = (*CLASS_HEADS, "question-answering")
+            stated = self.artefact.get("head")
         else:
-            names = self.family.architectures
-            similar = {names[head]: head for head in CLASS_HEADS if head in names}
-            given = json.loads(self.provenance.config).get("architectures")
-            stated = given[:1] if isinstance(given, list) else []
-        other = similar.get(stated[0]) if stated and isinstance(stated[0], str) else None
-        return other if self._head in similar.values() and other != self._head else None
+            stated = self.family.stated_head(json.loads(self.provenance.config))
+        both = stated in similar and self._head in similar
+        return stated if both and stated != self._head else None
 
     def find(self, path: str, shape: tuple[int, ...] = (1,)) -> FoundTensors:
         """Finds the tensors that make up a variable.

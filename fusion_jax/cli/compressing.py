@@ -110,8 +110,9 @@ def compress(
         layers: Which MLPs.
         budget: The share of the parameters of each MLP to keep.
         calibration: Text for the method to fit.
-        head: Head to load: classification, masked-lm, causal-lm or seq2seq-lm.
-        num_labels: Number of classes of a new classification head.
+        head: Head to load: classification, token-classification, question-answering, masked-lm,
+            causal-lm or seq2seq-lm.
+        num_labels: Number of classes of a new head for texts or for tokens.
         new_head: Make a new head with random weights, as for a model that has none.
         dtype: Type of the parameters.
         seed: Seed of all random choices.

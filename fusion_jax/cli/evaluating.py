@@ -12,8 +12,11 @@ from tyro.conf import Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_file, write_text
+from fusion_jax.checkpoint.opening import stated_head
 from fusion_jax.cli.options import (
+    ANSWERS,
     PLAIN,
+    TOKENS,
     Context,
     Data,
     DataOptions,
@@ -22,6 +25,7 @@ from fusion_jax.cli.options import (
     ModelName,
     SourceColumn,
     TargetColumn,
+    TaskKind,
     TaskName,
     TextColumns,
 )
@@ -29,11 +33,19 @@ from fusion_jax.cli.run_folders import RunRecord, read_run
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.models.decoding import Beams
-from fusion_jax.training.tasks import classification, generation, tables
+from fusion_jax.training.tasks import (
+    classification,
+    generation,
+    question_answering,
+    tables,
+    token_classification,
+)
 from fusion_jax.training.tasks.classification import TaskSpec
 from fusion_jax.training.tasks.glue import GLUE, load_task, texts_of
 from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
 from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
+from fusion_jax.training.tasks.questions import Questions, measure_answers, questions_of
+from fusion_jax.training.tasks.tagged_words import measure_tags, tag_set, tagged_words_of
 from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
 
 
@@ -72,16 +84,16 @@ def evaluate(
 ) -> None:
     """Measure a fine-tuned model on a task, or on a file.
 
-    Labels are measured on GLUE's dev sets. For webnlg, e2e and tables with sources and targets,
-    texts are generated and measured by BLEU, chrF, chrF++ and TER (needs fusion-jax[nlg]); nats per
-    token and perplexity show how likely the references are.
+    Labels are measured on GLUE's dev sets, tags and answers on a --file. For webnlg, e2e and tables
+    with sources and targets, texts are generated and measured by BLEU, chrF, chrF++ and TER (needs
+    fusion-jax[nlg]); nats per token and perplexity show how likely the references are.
 
     Args:
         model: Run folder, whose best model is used, or an artefact or checkpoint.
         task: The task.
         data: The task's files.
         file: A csv, tsv or jsonl file with labels, if the model is given by its run folder, or with
-            sources and targets.
+            sources and targets; or the tags or the questions of a --task or a run.
         text: Columns with text.
         label: Column with labels.
         source: Column with sources.
@@ -106,7 +118,9 @@ def evaluate(
         target=target,
         context=context,
     )
-    kind = options.kind if task is not None or run is None else run.kind
+    kind = options.kind
+    if task is None:
+        kind = run.kind if run is not None else _kind_of(folder, kind)
     if kind != "pairs" and (out is not None or beams != 1):
         raise InputError("--out and --beams are for generated texts; leave them out")
     if kind == "text":
@@ -119,7 +133,11 @@ def evaluate(
         if max_length is None and run is not None:
             max_length = run.max_length
         limits: Limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
-        if kind == "labels":
+        if kind == TOKENS:
+            results = _measure_tags(folder, options, file, limits)
+        elif kind == ANSWERS:
+            results = _measure_answers(folder, run, options, file, limits)
+        elif kind == "labels":
             results = _measure_labels(folder, run, options, file, limits)
         else:
             searched = None if beams == 1 else Beams(beams)
@@ -217,6 +235,68 @@ def _measure_pairs(
     return results
 
 
+def _kind_of(folder: str, otherwise: TaskKind) -> TaskKind:
+    """Returns the kind of task that the head of a model is for, if it is for tags or answers."""
+    head = stated_head(folder)
+    return head if head in (TOKENS, ANSWERS) else otherwise
+
+
+def _own_file(options: DataOptions, file: Path | None, *names: str) -> Path:
+    """Returns the file of tags or questions to measure on."""
+    options.check_only("a file with tags or questions", "task", *names)
+    if file is None:
+        raise InputError("give the tags or the questions to measure on by --file")
+    return file
+
+
+def _measure_tags(
+    folder: str, options: DataOptions, file: Path | None, limits: Limits
+) -> dict[str, float]:
+    """Returns the metrics of a model's tags on a file."""
+    file = _own_file(options, file, "text", "label")
+    fields = options.word_fields
+    data = tagged_words_of(file, fields["words"], fields["tags"])
+    model = checkpoint.load(folder, head=TOKENS)
+    token_classification.head_tags(model, tag_set(data))
+    assert data.tags is not None
+    measured = measure_tags(token_classification.tag_words(model, data, **limits), data.tags)
+    return {f"{file.name} {name}": value for name, value in measured.items()}
+
+
+def _measure_answers(
+    folder: str,
+    run: RunRecord | None,
+    options: DataOptions,
+    file: Path | None,
+    limits: Limits,
+) -> dict[str, float]:
+    """Returns the metrics of a model's answers on a file."""
+    file = _own_file(options, file)
+    data = questions_of(file)
+    assert data.answers is not None
+    answers = _answers(folder, run, data, limits, empty=not all(data.answers))
+    measured = measure_answers(answers, data.answers)
+    return {f"{file.name} {name}": value for name, value in measured.items()}
+
+
+def _answers(
+    folder: str, run: RunRecord | None, data: Questions, limits: Limits, *, empty: bool
+) -> list[str]:
+    """Returns the answers of a model, read in windows as in its training."""
+    if limits["truncate"]:
+        raise InputError("--truncate does not apply to questions; leave it out")
+    trained = {} if run is None else {n: run.task[n] for n in ("stride", "longest")}
+    model = checkpoint.load(folder, head=ANSWERS)
+    return question_answering.answer_questions(
+        model,
+        data,
+        max_length=limits["max_length"],
+        batch_size=limits["batch_size"],
+        empty=empty,
+        **trained,
+    )
+
+
 def _measure_plain_text(
     folder: str, run: RunRecord | None, options: DataOptions, batch_size: int
 ) -> dict[str, float]:
@@ -247,9 +327,9 @@ def predict(
 
     Args:
         model: Run folder, whose best model is used, or an artefact or checkpoint.
-        file: A csv, tsv or jsonl file.
-        out: The jsonl file to write: label and probabilities of each text, or the text generated
-            from it; must not exist.
+        file: A csv, tsv or jsonl file, or CoNLL text for tags.
+        out: The jsonl file to write: label and probabilities of each text, its words and their
+            tags, the answer to its question, or the text generated from it; must not exist.
         text: Columns with text.
         max_new_tokens: Largest number of tokens to generate for each text.
         beams: Beams of the search; 1 for greedy search.
@@ -265,11 +345,27 @@ def predict(
     if max_length is None and run is not None:
         max_length = run.max_length
     limits: Limits = {"max_length": max_length, "batch_size": batch_size, "truncate": truncate}
-    texts = texts_of(tables.read(file), text, None)
     rows: list[dict[str, object]]
-    if run is not None and run.kind == "pairs":
+    if beams != 1 and (run is None or run.kind != "pairs"):
+        raise InputError("--beams is for generated texts; leave it out")
+    options = DataOptions(text=text)
+    kind = run.kind if run is not None else _kind_of(folder, "labels")
+    if kind == TOKENS:
+        words = tagged_words_of(file, options.word_fields["words"], tagged=False)
+        tags = token_classification.tag_words(checkpoint.load(folder, head=TOKENS), words, **limits)
+        rows = [{"words": a, "tags": b} for a, b in zip(words.words, tags, strict=True)]
+    elif kind == ANSWERS:
+        options.check_only("questions")
+        questions = questions_of(file, answered=False)
+        found = _answers(
+            folder, run, questions, limits, empty=run is not None and run.task["empty"]
+        )
+        asked = zip(questions.questions, found, strict=True)
+        rows = [{"question": question, "answer": answer} for question, answer in asked]
+    elif run is not None and run.kind == "pairs":
         if len(text) > 1:
             raise InputError("texts are generated from one column; give one to --text")
+        texts = texts_of(tables.read(file), text, None)
         generated = generation.generate_texts(
             generation.load_generative(folder),
             [first for first, *_ in texts.texts],
@@ -280,8 +376,7 @@ def predict(
         )
         rows = [{"text": each} for each in generated]
     else:
-        if beams != 1:
-            raise InputError("--beams is for generated texts; leave it out")
+        texts = texts_of(tables.read(file), text, None)
         loaded = checkpoint.load(folder, head="classification")
         spec = _spec_of(loaded, run)
         names = loaded.provenance.labels or spec.labels

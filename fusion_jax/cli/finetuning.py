@@ -25,6 +25,12 @@ from fusion_jax.training.tasks.classification import Classification, Texts
 from fusion_jax.training.tasks.generation import TextPairs
 from fusion_jax.training.tasks.glue import texts_of
 from fusion_jax.training.tasks.plain_text import PlainText
+from fusion_jax.training.tasks.question_answering import QuestionAnswering
+from fusion_jax.training.tasks.token_classification import TokenClassification
+
+_Task = Classification | TextPairs | PlainText | TokenClassification | QuestionAnswering
+_WITH_HEAD = (Classification, TokenClassification, QuestionAnswering)
+"""The tasks whose models get a head of their own."""
 
 
 @resumable
@@ -39,16 +45,18 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task; the same command resumes a run that was stopped.
 
-    There are three kinds of tasks. Labels, for encoders: --task with a GLUE task, or --train-file
-    with --text and --label. Targets from sources, for models that generate text: --task webnlg or
-    e2e, or --train-file with --source and --target. Plain text, for decoder-only models: --task
-    text --data FILE.txt.
+    There are five kinds of tasks. Labels: --task with a GLUE task, or --train-file with --text and
+    --label. Tags of words: --task token-classification --train-file with CoNLL text, or with a
+    jsonl file with lists of words (--text words) and tags (--label tags). Answers to questions:
+    --task question-answering --train-file, in the form of SQuAD. Targets from sources, for models
+    that generate text: --task webnlg or e2e, or --train-file with --source and --target. Plain
+    text, for decoder-only models: --task text --data FILE.txt.
 
     Args:
         model: Hub id, Hugging Face folder, or artefact.
         out: Run folder: checkpoints, metrics.jsonl, and the artefacts best and last.
         config: Settings of training.
-        new_head: Replace the classification head of the model, such as one for other classes.
+        new_head: Replace the head of the model, such as one for other classes.
         seed: Seed of the head, the dropout and the order of the examples.
         data: The task and its data.
         devices: How the devices are used.
@@ -56,8 +64,8 @@ def finetune(
     devices.join()
     loaded = data.read()
     key = jax.random.key(seed)
-    if new_head and not isinstance(loaded, Classification):
-        raise InputError("--new-head is for tasks with labels; leave it out")
+    if new_head and not isinstance(loaded, _WITH_HEAD):
+        raise InputError("--new-head is for tasks with labels, tags or answers; leave it out")
     head = {"new_head": True} if new_head else {}
     before = loaded.load(model, key=key, **head)
     fields = {"model": model, "seed": seed, "task": loaded.to_json()}
@@ -86,7 +94,7 @@ class UnlabeledData(DataOptions):
     label: Hidden[str] = "label"
     regression: Hidden[bool] = False
 
-    def read(self) -> Classification | TextPairs | PlainText | Texts:  # type: ignore[override]
+    def read(self) -> _Task | Texts:  # type: ignore[override]
         """Returns the task, or the texts of a file that has no other columns."""
         if self.kind != "labels" or self.train_file is None or self.task is not None:
             return super().read()

@@ -19,10 +19,15 @@ from fusion_jax.training.tasks.generation import TextPairs
 from fusion_jax.training.tasks.glue import load_task, read_task
 from fusion_jax.training.tasks.pairs import PAIR_TASKS, load_pairs, read_pairs
 from fusion_jax.training.tasks.plain_text import CONTEXT, PlainText
+from fusion_jax.training.tasks.question_answering import QuestionAnswering, read_questions
+from fusion_jax.training.tasks.token_classification import TokenClassification, read_tagged_words
 
-TaskKind = Literal["labels", "pairs", "text"]
+TaskKind = Literal["labels", "pairs", "text", "token-classification", "question-answering"]
 PLAIN = "text"
 """The name of the task of plain text."""
+TOKENS: Literal["token-classification"] = "token-classification"
+ANSWERS: Literal["question-answering"] = "question-answering"
+"""The names of the tasks with a head of that name."""
 
 T = TypeVar("T")
 Flat = Annotated[T, arg(name="")]
@@ -51,7 +56,8 @@ TaskName = Annotated[
     arg(
         metavar="TASK",
         help="A GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli); webnlg or e2e to "
-        "generate text; or text to model plain text.",
+        "generate text; text to model plain text; or, for a file of your own, token-classification "
+        "or question-answering.",
         help_behavior_hint="(or give a file of your own)",
     ),
 ]
@@ -116,7 +122,7 @@ class DataOptions:
     task: TaskName = None
     data: Data = None
     train_file: File = None
-    """A csv, tsv or jsonl file of your own to train on."""
+    """A csv, tsv or jsonl file of your own to train on; for tags, also CoNLL text."""
     dev_file: File = None
     """Another file to measure on; with --task text, a text file."""
     text: TextColumns = ("text",)
@@ -133,6 +139,8 @@ class DataOptions:
         """The kind of task that the options choose."""
         if self.task == PLAIN:
             return "text"
+        if self.task == TOKENS or self.task == ANSWERS:
+            return self.task
         own_pairs = self.task is None and self.target is not None
         return "pairs" if own_pairs or self.task in PAIR_TASKS else "labels"
 
@@ -143,7 +151,22 @@ class DataOptions:
                 flag = option.name.replace("_", "-")
                 raise InputError(f"--{flag} does not apply to {data}; leave it out")
 
-    def read(self) -> Classification | TextPairs | PlainText:
+    @property
+    def word_fields(self) -> dict[str, str]:
+        """The fields of the words and of the tags in a jsonl file.
+
+        Raises:
+            InputError: There is more than one field of words.
+        """
+        if len(self.text) != 1:
+            raise InputError("words are in one field; give one to --text")
+        own = DataOptions()
+        words = "words" if self.text == own.text else self.text[0]
+        return {"words": words, "tags": "tags" if self.label == own.label else self.label}
+
+    def read(
+        self,
+    ) -> Classification | TextPairs | PlainText | TokenClassification | QuestionAnswering:
         """Returns the task with its data.
 
         Raises:
@@ -155,6 +178,15 @@ class DataOptions:
                 raise InputError(f"--task {PLAIN} needs --data FILE.txt (and --dev-file FILE.txt)")
             self.check_only("plain text", "task", "data", "dev_file", "context")
             return PlainText(Path(self.data), self.dev_file, self.context or CONTEXT)
+        if self.kind == TOKENS or self.kind == ANSWERS:
+            if self.train_file is None:
+                raise InputError(f"--task {self.task} needs --train-file (and --dev-file)")
+            files = self.train_file, self.dev_file
+            if self.kind == ANSWERS:
+                self.check_only("questions", "task", "train_file", "dev_file")
+                return read_questions(*files)
+            self.check_only("tags of words", "task", "train_file", "dev_file", "text", "label")
+            return read_tagged_words(*files, **self.word_fields)
         own = self.train_file or self.dev_file
         if self.task is not None and self.data is not None and not own:
             self.check_only("a published task", "task", "data")

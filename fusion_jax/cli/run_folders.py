@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, ParamSpec
 import jax
 
 from fusion_jax.checkpoint.files import check_new_folder, read_json, write_text
-from fusion_jax.cli.options import TaskKind
+from fusion_jax.cli.options import ANSWERS, TOKENS, TaskKind
 from fusion_jax.errors import InputError
 from fusion_jax.training.engine.locks import LOCK
 from fusion_jax.training.engine.preemption import Terminated
@@ -94,6 +94,11 @@ def _is_task(task: Mapping[str, object]) -> bool:
     kind, labels = task.get("kind", "labels"), task.get("labels")
     if kind == "text":
         return isinstance(task.get("context"), int)
+    if kind == ANSWERS:
+        fields = {"stride": int | None, "longest": int, "empty": bool}
+        return all(isinstance(task.get(name), each) for name, each in fields.items())
+    if kind == TOKENS:
+        return isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     if kind != "labels":
         return kind == "pairs"
     named = [task.get("name"), *(labels or [])] if isinstance(labels, list | None) else [None]

@@ -151,9 +151,10 @@ def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: A
         InputError: A field has a wrong type or is out of its range.
     """
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    if "num_labels" in known and config.get("id2label") is not None:
+    if "num_labels" in known and config.get("id2label") not in (None, {}):
         class_names(config)  # raises if it is not a JSON object
-        config = {"num_labels": len(config["id2label"]), **config}
+        if config.get("num_labels") is None:
+            config = {**config, "num_labels": len(config["id2label"])}
     read = {n: x for n, x in config.items() if n in known and n not in given and x is not None}
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
@@ -241,6 +242,12 @@ class Family:
         """The head that generates text, or None if the architecture does not have one."""
         heads: tuple[Head, ...] = ("causal-lm", "seq2seq-lm")
         return next((head for head in heads if head in self.architectures), None)
+
+    def stated_head(self, config: Mapping[str, Any]) -> Head | None:
+        """Returns the head that a ``config.json`` states by ``architectures``, or None."""
+        given = config.get("architectures")
+        first = given[0] if isinstance(given, list) and given else None
+        return next((head for head, name in self.architectures.items() if name == first), None)
 
     def check_head(self, head: str | None) -> None:
         """Raises `InputError` if the architecture does not have the head."""

@@ -34,6 +34,17 @@ from fusion_jax.training.tasks.pairs import load_pairs as load_pairs
 from fusion_jax.training.tasks.pairs import read_pairs as read_pairs
 from fusion_jax.training.tasks.plain_text import PlainText as PlainText
 from fusion_jax.training.tasks.plain_text import Windows as Windows
+from fusion_jax.training.tasks.question_answering import QuestionAnswering as QuestionAnswering
+from fusion_jax.training.tasks.question_answering import read_questions as read_questions
+from fusion_jax.training.tasks.questions import Answer as Answer
+from fusion_jax.training.tasks.questions import Questions as Questions
+from fusion_jax.training.tasks.tagged_words import TaggedWords as TaggedWords
+from fusion_jax.training.tasks.token_classification import (
+    TokenClassification as TokenClassification,
+)
+from fusion_jax.training.tasks.token_classification import (
+    read_tagged_words as read_tagged_words,
+)
 
 # Use and measure
 from fusion_jax.training.methods.importance import importance_by_gradient as importance_by_gradient
@@ -47,6 +58,10 @@ from fusion_jax.training.tasks.generation import generate_texts as generate_text
 from fusion_jax.training.tasks.generation import measure_pairs as measure_pairs
 from fusion_jax.training.tasks.generation import measure_texts as measure_texts
 from fusion_jax.training.tasks.plain_text import nats_per_token as nats_per_token
+from fusion_jax.training.tasks.question_answering import answer_questions as answer_questions
+from fusion_jax.training.tasks.questions import measure_answers as measure_answers
+from fusion_jax.training.tasks.tagged_words import measure_tags as measure_tags
+from fusion_jax.training.tasks.token_classification import tag_words as tag_words
 
 # Methods
 from fusion_jax.training.methods.lottery_tickets import lottery as lottery

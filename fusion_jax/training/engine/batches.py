@@ -39,13 +39,13 @@ class Examples(NamedTuple):
     Args:
         tokens: The token ids of each example, (t,).
         types: The token types of each example, or None if the model has no token types.
-        labels: (n,) classes as int32, numbers as float32, or None.
+        labels: (n,) classes as int32, (n,) numbers as float32, (n, 2) positions as int32, or None.
         names: Where each example comes from, such as ``"train.tsv:12"``.
     """
 
     tokens: Sequence[TokenIds]
     types: Sequence[TokenIds] | None
-    labels: Shaped[np.ndarray, " n"] | None
+    labels: Shaped[np.ndarray, "n ..."] | None
     names: Sequence[str]
 
 
@@ -129,8 +129,8 @@ class Batches:
 
         Returns:
             ``input_ids`` (b, t) int32, ``attention_mask`` (b, t) bool, ``weights`` (b,) float32,
-            which is 0 for padded rows; ``token_type_ids`` (b, t) int32 and ``labels`` (b,) if the
-            examples have them.
+            which is 0 for padded rows; ``token_type_ids`` (b, t) int32 and ``labels`` (b,) or
+            (b, 2) if the examples have them.
         """
         epoch, i = divmod(step, len(self))
         rows, length = self._rows_of_epoch(epoch)[i]
@@ -150,8 +150,9 @@ class Batches:
         weights[: len(rows)] = 1
         batch["weights"] = weights
         if self.examples.labels is not None:
-            labels = np.zeros(self.batch_size, self.examples.labels.dtype)
-            labels[: len(rows)] = self.examples.labels[rows]
+            given = self.examples.labels
+            labels = np.zeros((self.batch_size, *given.shape[1:]), given.dtype)
+            labels[: len(rows)] = given[rows]
             batch["labels"] = labels
         return batch
 

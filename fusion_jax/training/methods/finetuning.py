@@ -26,6 +26,9 @@ from fusion_jax.training.engine.trainer import Fit, fit
 from fusion_jax.training.tasks.base import Task
 from fusion_jax.training.tasks.classification import Texts
 from fusion_jax.training.tasks.pair_encoding import Pairs
+from fusion_jax.training.tasks.questions import Questions
+from fusion_jax.training.tasks.tagged_words import TaggedWords
+from fusion_jax.training.tasks.token_classification import TokenClassification
 
 
 def finetune(
@@ -51,7 +54,7 @@ def finetune(
         key: Random key of dropout and of the order of the examples.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` and ``last`` go.
             The first metric chooses ``best``: for classification the first metric of the first dev
-            set, for texts the nats per token. None keeps nothing.
+            set, for texts the nats per token, for tags and answers the F1. None keeps nothing.
         recipe: What a method customizes, such as the loss or which parameters train.
         progress: True shows progress on standard error, False does not, None only on a terminal.
 
@@ -107,11 +110,12 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
         dev = Path(dev)
     elif isinstance(dev, Mapping):
         dev = {name: _without_places(texts) for name, texts in dev.items()}
-    elif isinstance(dev, Pairs):
+    elif isinstance(dev, _DATA):
         dev = _without_places(dev)
     elif not isinstance(dev, np.ndarray | jax.Array):
         dev = None  # none, or of a task of one's own
-    labels = getattr(getattr(data, "spec", None), "labels", None)
+    named = data if isinstance(data, TokenClassification) else getattr(data, "spec", None)
+    labels = getattr(named, "labels", None)
     return {
         "dev data": fingerprint_of_values(dev),
         "classes": None if labels is None else list(labels),
@@ -119,6 +123,10 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     }
 
 
-def _without_places(texts: object) -> Texts | Pairs | None:
-    """Returns texts or pairs without the names of their files, which may be moved."""
-    return texts._replace(names=()) if isinstance(texts, Texts | Pairs) else None
+def _without_places(texts: object) -> Texts | Pairs | TaggedWords | Questions | None:
+    """Returns texts or other data without the names of their files, which may be moved."""
+    return texts._replace(names=()) if isinstance(texts, _DATA) else None
+
+
+_DATA = (Texts, Pairs, TaggedWords, Questions)
+"""The kinds of data whose examples have names."""

@@ -16,15 +16,15 @@ ModelT_contra = TypeVar("ModelT_contra", bound=nnx.Module, contravariant=True)
 
 
 class Classes(NamedTuple):
-    """The classes and the purpose of a classification head, as in `Provenance`.
+    """The classes and the purpose of a head with classes, as in `Provenance`.
 
     Args:
         labels: The names of the classes in the order of the logits; None for regression.
-        problem_type: ``"single_label_classification"`` or ``"regression"``.
+        problem_type: ``"single_label_classification"`` or ``"regression"``; None for tokens.
     """
 
     labels: tuple[str, ...] | None
-    problem_type: str
+    problem_type: str | None
 
 
 class Prepared(NamedTuple):

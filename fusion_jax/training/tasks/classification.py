@@ -113,8 +113,8 @@ class Classification:
         def evaluate(model: Model) -> dict[str, float]:
             results = {}
             for name, examples in dev.items():
-                logits = _logits(model, encoder, examples, config.batch_size, config.shapes)
-                logits = logits[:, columns]
+                rows = logits_of(model, encoder, examples, config.batch_size, config.shapes)
+                logits = np.stack(rows)[:, columns]
                 prefix = "" if len(dev) == 1 else f"{name} "
                 measured = measure(self.spec, logits, examples)
                 results |= {f"{prefix}{metric}": value for metric, value in measured.items()}
@@ -223,7 +223,7 @@ class TextEncoder:
             raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
         self.model, self.tokenizer = model, load_tokenizer(model.provenance.folder)
         # Language models may have no padding token; the mask hides what is there instead.
-        self.pad_id: int = getattr(model.config, "pad_token_id", None) or 0
+        self.pad_id = max(0, getattr(model.config, "pad_token_id", None) or 0)  # Llama has -1
 
     def __call__(self, texts: Texts) -> Examples:
         """Tokenizes texts.
@@ -245,8 +245,23 @@ class TextEncoder:
                 max_length=self.max_length if self.truncate else None,
                 verbose=False,
             )
+        return self.examples(out, texts.labels, texts.names)
+
+    def examples(
+        self, out: Mapping[str, Any], labels: Shaped[np.ndarray, " n"] | None, names: Sequence[str]
+    ) -> Examples:
+        """Returns what the tokenizer made of texts as examples.
+
+        Args:
+            out: What the tokenizer returned.
+            labels: The labels, or None.
+            names: Where each text comes from.
+
+        Raises:
+            InputError: A text is too long, or has a token that the model does not have.
+        """
         tokens = [np.asarray(ids, np.int32) for ids in out["input_ids"]]
-        for ids, name in zip(tokens, texts.names, strict=True):
+        for ids, name in zip(tokens, names, strict=True):
             if len(ids) > self.max_length:
                 raise InputError(
                     f"{name}: {len(ids)} tokens, above {self.max_length}; allow more with "
@@ -254,10 +269,19 @@ class TextEncoder:
                     "truncate"
                 )
         types = None
-        if "token_type_ids" in out:
+        if "token_type_ids" in out and not isinstance(self.model, Generative):
             types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
-        check_tokens(self.model, tokens, types, names=texts.names, tokenizer=self.tokenizer)
-        return Examples(tokens, types, texts.labels, texts.names)
+        check_tokens(self.model, tokens, types, names=names, tokenizer=self.tokenizer)
+        return Examples(tokens, types, labels, names)
+
+    def check_offsets(self) -> None:
+        """Raises `InputError` if the tokenizer does not say where in a text its tokens are."""
+        if not self.tokenizer.is_fast:
+            kind = type(self.tokenizer).__name__
+            raise InputError(
+                f"the tokenizer {kind} does not say where in a text its tokens are; give the model "
+                "a tokenizer.json"
+            )
 
     def batches(
         self, examples: Examples, batch_size: int, *, shapes: int = 4, seed: int | None = None
@@ -284,10 +308,21 @@ def _forward(model: Model, batch: losses.Batch) -> Array:
     return losses.run(model, batch).logits
 
 
-def _logits(
+def logits_of(
     model: Model, encoder: TextEncoder, examples: Examples, batch_size: int, shapes: int = 4
-) -> Float[np.ndarray, "n classes"]:
-    """Returns the logits of each example, in order."""
+) -> list[Float[np.ndarray, "... _"]]:
+    """Returns the logits of each example or of each of its tokens, in order, as float32.
+
+    Args:
+        model: The model.
+        encoder: The encoder of its texts.
+        examples: The examples; their labels are not used.
+        batch_size: The number of rows per batch.
+        shapes: The largest number of padded lengths.
+
+    Raises:
+        FloatingPointError: Logits are NaN or infinite; names the example.
+    """
     placement = Placement()
     placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
@@ -297,9 +332,11 @@ def _logits(
         for step in range(count):
             out = _forward(model, placement.batch(batches(step)))
             out = placement.gathered({"logits": out})["logits"]
-            found |= zip(batches.rows(step).tolist(), np.asarray(out, np.float32), strict=False)
+            for i, row in zip(batches.rows(step).tolist(), np.asarray(out), strict=False):
+                row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
+                found[i] = row.astype(np.float32)
             advance("batches")
-    logits = np.stack([found[i] for i in range(len(found))])
+    logits = [found[i] for i in range(len(found))]
     for name, row in zip(examples.names, logits, strict=True):
         check_finite(row, f"{name}: the logits")
     return logits
@@ -333,7 +370,7 @@ def predict(
     encoder = TextEncoder(model, max_length, truncate)
     if not texts.texts:
         return np.zeros((0, model.config.num_labels), np.float32)
-    return _logits(model, encoder, encoder(texts), batch_size)
+    return np.stack(logits_of(model, encoder, encoder(texts), batch_size))
 
 
 def measure(

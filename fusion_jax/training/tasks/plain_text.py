@@ -214,6 +214,8 @@ def nats_per_token(
             window, or the text is shorter than a window.
     """
     check_context(model, context)
+    if not getattr(model, "has_logits", True):
+        raise InputError("the model has no language-model head; load it with head='causal-lm'")
     if batch_size is None:
         vocab = model.config.vocab_size
         batch_size = max(1, min(_BATCH, _LOGITS // (context * vocab)))
