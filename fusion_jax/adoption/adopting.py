@@ -90,8 +90,8 @@ def adopt(
     """
     if not isinstance(model, nnx.Module):
         raise InputError(
-            f"model must be a Flax NNX module; got {type(model).__name__} (a Linen model: "
-            "flax.nnx.bridge.ToNNX makes a module of it, see the documentation of fusion_jax.adopt)"
+            f"model must be a Flax NNX module; got {type(model).__name__} "
+            "(fusion_jax.from_linen makes one of a Linen module and its variables)"
         )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
         raise InputError("the model has no arrays yet, which adopt needs to run its modules")

@@ -22,6 +22,7 @@ USUAL_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "linear1", "linear2"),
     (None, "lin1", "lin2"),
     (None, "dense1", "dense2"),
+    (None, "Dense_0", "Dense_1"),
     (None, "wi", "wo"),
     (None, "c_fc", "c_proj"),
     (None, "fc_in", "fc_out"),

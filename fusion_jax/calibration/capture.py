@@ -115,7 +115,7 @@ def routed_inputs(
     return {**{path: tap.seen[...] for path, tap in taps.items()}, **routed, **adopted}
 
 
-def _adopted_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Float[Array, "*n d"]]:
+def _adopted_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Array]:
     """Runs a model and returns the inputs of its adopted MLPs, (l, ..., d) for stacks of layers.
 
     Their modules never call the MLP as a whole, so that the product with its matrix is watched.
