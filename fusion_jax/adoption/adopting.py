@@ -248,7 +248,7 @@ def _layer_names(module: nnx.Module) -> list[str]:
     return [name for name, value in vars(module).items() if isinstance(value, kinds)]
 
 
-def _given(model: nnx.Module, specs: Mapping[Any, MlpSpec]) -> dict[str, list[Candidate]]:
+def _given(model: nnx.Module, specs: Any) -> dict[str, list[Candidate]]:
     """Returns the modules that specs choose."""
     if not isinstance(specs, Mapping) or not specs:
         raise InputError(f"specs must map paths to MlpSpec, and not be empty; {_HELP}")

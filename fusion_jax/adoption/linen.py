@@ -88,7 +88,8 @@ def from_linen(module: Any, variables: Mapping[str, Any]) -> LinenModel:
         >>> class Ffn(linen.Module):
         ...     @linen.compact
         ...     def __call__(self, x):
-        ...         return linen.Dense(4)(linen.gelu(linen.Dense(32)(x)))
+        ...         x = linen.Dense(32)(x)
+        ...         return linen.Dense(4)(linen.gelu(x))
         >>> x = jnp.ones((2, 4))
         >>> model = from_linen(Ffn(), Ffn().init(jax.random.key(0), x))
         >>> adopted = fj.adopt(model, {"params": fj.MlpSpec(up="Dense_0", down="Dense_1")}, batch=x)

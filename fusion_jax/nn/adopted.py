@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
@@ -187,7 +188,11 @@ def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     plain = isinstance(layer, nnx.Linear)
     same = plain and not part.transposed
     matrix = matrix_of(layer)
-    kernel = layer.kernel if same else nnx.Param(matrix.mT if part.transposed else matrix)
+    if part.transposed:
+        # Before the product, so that XLA does not make another product of both, whose last bits
+        # differ from the original's.
+        matrix = lax.optimization_barrier(matrix.mT)
+    kernel = layer.kernel if same else nnx.Param(matrix)
     if shell is None:
         return kernel
     new: Any = nnx.clone(shell)

@@ -23,6 +23,7 @@ _LAYOUTS = {
     "copy_p",
     "expand_dims",
     "mul",
+    "optimization_barrier",
     "reshape",
     "sharding_constraint",
     "squeeze",
