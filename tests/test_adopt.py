@@ -443,7 +443,7 @@ def test_what_cannot_be_adopted():
             unchecked(fj.adopt)(model, specs)
     with pytest.raises(fj.InputError, match="does not run on the batch, which must be"):
         fj.adopt(net, batch={"y": X})
-    with pytest.raises(fj.InputError, match="no module that fusion_jax.adopt adopted"):
+    with pytest.raises(fj.InputError, match=r"no module that fusion_jax.adopt adopted"):
         fj.release(net)
 
 
@@ -638,7 +638,7 @@ def test_functions_as_activations():
     assert smaller.act is jax.nn.softplus
     solution = fj.compress_mlp(rows, method, key=KEY, act=jax.nn.softplus, calibration=x)
     assert same(solution.parts.up, smaller.sub_mlps().up)
-    with pytest.raises(fj.InputError, match="unknown activation 'softplus'.* or a function"):
+    with pytest.raises(fj.InputError, match=r"unknown activation 'softplus'.* or a function"):
         fj.Mlp(D, P, act="softplus", rngs=nnx.Rngs(0))
 
 
@@ -655,5 +655,5 @@ def test_closed_forms_with_a_function(monkeypatch):
 def test_bounds_need_a_name():
     mlp = fj.Mlp(D, P, act=jax.nn.softplus, rngs=nnx.Rngs(0))
     fused, _ = fj.compress(mlp, fj.Fusion(width=4), key=KEY)
-    with pytest.raises(fj.InputError, match="bounds need the name .* got the function softplus"):
+    with pytest.raises(fj.InputError, match=r"bounds need the name .* got the function softplus"):
         ntk.bounds.pair(mlp, fused)
