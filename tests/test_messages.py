@@ -120,7 +120,7 @@ X = jnp.ones((4, 3))
 
 def test_modules_of_others(tmp_path):
     model = with_dropout()
-    with pytest.raises(fj.InputError, match=r"Network has no MLP .*: build its MLPs of fusion_jax"):
+    with pytest.raises(fj.InputError, match=r"Network has no MLP .*: adopt its MLPs with fusion_jax.adopt"):
         fj.compress(model, fj.Fusion(width=4), key=jax.random.key(0))
     saved = pytest.raises(fj.InputError, match=r"for another module, orbax.checkpoint can save nnx")
     with unchecked(), saved:
