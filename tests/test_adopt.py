@@ -333,6 +333,56 @@ def test_finetune(tmp_path):
     assert same(restored.adopted.up.kernel[...], fit.model.adopted.up.kernel[...])
 
 
+class Mixed(nnx.Module):
+    """An MLP of ours beside one of others, whose dropout depends on an argument."""
+
+    def __init__(self, rngs):
+        self.ours = fj.Mlp(D, P, act="relu", rngs=rngs)
+        self.theirs = Switched(rngs)
+
+    def __call__(self, x, deterministic=True):
+        return self.theirs(self.ours(x), deterministic=deterministic)
+
+
+class Switched(nnx.Module):
+    def __init__(self, rngs):
+        self.lin1, self.lin2 = linear(D, P, rngs), linear(P, D, rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, deterministic=False):
+        h = self.dropout(nnx.relu(self.lin1(x)), deterministic=deterministic)
+        return self.lin2(h)
+
+
+def test_beside_an_mlp_of_ours():
+    model = Mixed(nnx.Rngs(0))
+    adopted = fj.adopt(model)
+    assert [site.path for site in fj.sites(adopted)] == ["ours", "theirs.adopted"]
+    seen = fj.calibrate(adopted, [X], key=KEY)
+    x = X.reshape(-1, D)
+    for path, want in (("ours", x), ("theirs.adopted", model.ours(x))):
+        np.testing.assert_allclose(np.sort(seen[path], 0), np.sort(want, 0), rtol=1e-5, atol=1e-6)
+    fused, _ = fj.compress(adopted, fj.Fusion(width=4), key=KEY)
+    plain = fj.plain(fused)
+    np.testing.assert_allclose(plain(X), fused(X), rtol=1e-5, atol=1e-6)
+    released = fj.release(fused)
+    assert type(released.theirs) is Switched
+    assert isinstance(released.ours, fj.FusedMlp)  # which was not adopted
+
+
+def test_arrays_on_a_mesh():
+    model = Plain(nnx.Rngs(0))
+    mesh = jax.make_mesh((4,), ("model",))
+    place = jax.NamedSharding(mesh, jax.P(None, "model"))
+    model.fc1.kernel.set_value(jax.device_put(model.fc1.kernel[...], place))
+    adopted = fj.adopt(model)
+    assert adopted.adopted.up.kernel.get_value().sharding == place
+    assert fj.release(adopted).fc1.kernel.get_value().sharding == place
+    model.eval()
+    adopted.eval()
+    assert same(adopted(X), model(X))
+
+
 # What is refused
 
 

@@ -23,6 +23,7 @@ from fusion_jax.adoption.observing import (
     outputs,
 )
 from fusion_jax.errors import InputError
+from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.adopted import CHILD, Part, adopted_modules, adoption_of, put_in, take_out
 from fusion_jax.nn.linear_forms import multiplied_out, plain_linear, with_matrix
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
@@ -41,6 +42,7 @@ _HELP = (
 )
 
 
+@on_auto_axes
 def adopt(
     model: ModelT, specs: Mapping[Any, MlpSpec] | None = None, *, batch: Any = None
 ) -> ModelT:
@@ -63,7 +65,8 @@ def adopt(
             expression. None looks for the usual names, such as ``fc1`` and ``fc2`` or ``up_proj``,
             ``gate_proj`` and ``down_proj``; print `adoptions` to see what was found.
         batch: The model's arguments (an array, a tuple, or a mapping of keyword arguments), for
-            modules that cannot be called with one array alone: then the whole model runs.
+            modules that cannot be called with one array alone: then the whole model runs. This
+            needs memory for a few copies of the MLPs.
 
     Returns:
         The model, which shares all arrays with the given one.
@@ -113,6 +116,7 @@ def adopt(
     return new
 
 
+@on_auto_axes
 def release(model: ModelT) -> ModelT:
     """Returns a model in which adopted modules are again of their own classes, with plain layers.
 

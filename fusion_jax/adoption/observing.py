@@ -329,6 +329,8 @@ def _act(
     """
     tolerance, given = _tolerance(hidden), candidate.spec.act
     best = min(fits, key=lambda act: fits[act])
+    arrays = any(layer.kernel_name is None for layer in candidate.layers.values())
+    biases = " (and up_bias=, gate_bias= of arrays)" if arrays else ""
     if fits[best] > tolerance:
         tried = (
             "no known activation fits its hidden values"
@@ -339,7 +341,7 @@ def _act(
             )
         )
         raise InputError(
-            f"{tried}; check which layers are up, gate and down, "
+            f"{tried}; check which layers are up, gate and down{biases}, "
             "and give act= as a name or as the function itself"
         )
     if given is not None:
