@@ -248,6 +248,23 @@ def test_a_stack_of_layers(stacked):
     assert same(fj.release(smaller)(X), smaller(X))
 
 
+def test_a_loop_that_does_not_split_cluster_sizes():
+    class Loop(Stacked):
+        def __call__(self, x):
+            axes = nnx.StateAxes({nnx.Param: 0, nnx.RngState: 0, ...: None})
+
+            @nnx.scan(in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
+            def run(x, layer):
+                return layer(x)
+
+            return run(x, self.layers)
+
+    adopted = fj.adopt(Loop(nnx.Rngs(0)))
+    fused, _ = fj.compress(adopted, fj.Fusion(width=4), key=KEY)
+    with pytest.raises(fj.InputError, match=r"give nnx.StateAxes the same axis"):
+        fused(X)
+
+
 def test_calibration_of_a_stack(stacked):
     model, adopted = stacked
     seen = fj.calibrate(adopted, [X], key=KEY)["layers.ffn.adopted"]

@@ -56,7 +56,9 @@ def adopt(
     What the modules do is not guessed: each is run with random weights, and its hidden values must
     be those of the MLP. The outputs of the adopted module must be the same, and its code must also
     run with one hidden unit less. Stacks of layers by `nnx.vmap` and `nnx.scan` are adopted as one
-    MLP for each layer, all of one width.
+    MLP for each layer, all of one width; where `nnx.StateAxes` names kinds of variables, cluster
+    sizes are `Frozen`. The paths of parameters change (``ffn.fc1`` is ``ffn.adopted.up``), so load
+    weights before adopting, and release before saving for other code.
 
     Args:
         model: A Flax NNX model; not changed.

@@ -223,10 +223,16 @@ def effective(mlp: Mlp, role: str) -> AnyLinear:
     if factor is None:
         return layer
     bias = None if layer.bias is None else layer.bias[...]
+    matrix = matrix_of(layer)
+    if matrix.ndim != factor.ndim + 1:
+        raise InputError(
+            "a loop over layers splits the parameters, but not the cluster sizes, which are "
+            "fusion_jax.Frozen: give nnx.StateAxes the same axis for both"
+        )
     if role == "down":
-        kernel = _times(matrix_of(layer), factor[..., :, None])
+        kernel = _times(matrix, factor[..., :, None])
     else:
-        kernel = _times(matrix_of(layer), factor[..., None, :])
+        kernel = _times(matrix, factor[..., None, :])
         bias = None if bias is None else _times(bias, factor)
     return with_matrix(layer, kernel, bias)
 
