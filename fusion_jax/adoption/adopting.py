@@ -310,12 +310,8 @@ def _kind(candidates: list[Candidate]) -> Any:
     """Returns what is the same for modules of the same code and shapes."""
     module = candidates[0].module
     graph, state = nnx.split(module)
-    shapes = [(path, jnp.shape(x), str(x.dtype)) for path, x in _leaves(state)]
+    shapes = [(path, v.shape, str(v.dtype)) for path, v in nnx.to_flat_state(state)]
     return ByValue((type(module), graph, shapes, [each.spec for each in candidates]))
-
-
-def _leaves(state: Any) -> list[tuple[Any, Any]]:
-    return [(path, v.get_value()) for path, v in nnx.to_flat_state(state)]
 
 
 def _first_that_fits(candidates: list[Candidate], run: Run | None) -> tuple[MlpSpec, Observed]:

@@ -276,7 +276,8 @@ def _part(candidate: Candidate, role: str, seen: Seen) -> Part:
     transposed = not close[False]
     if layer.plain and transposed:
         raise InputError(f"its code uses the matrix of {layer.name} transposed")
-    return Part(layer.name, (role,), layer.kernel_name, layer.bias_name, transposed)
+    names = layer.kernel_name, layer.bias_name
+    return Part(layer.name, (role,), *names, transposed, layer.zeros)
 
 
 def _same(seen: Array, kernel: Array) -> bool:

@@ -39,6 +39,8 @@ class Part:
         bias: The attribute with the bias: of the layer, or of the module if the layer is an array;
             None if there is none.
         transposed: Whether the matrix has its outputs first.
+        zeros: Attributes of the layer with vectors of zeros, one for each output, that are not
+            variables: layers without a bias may add them.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Part:
     kernel: str | None = "kernel"
     bias: str | None = None
     transposed: bool = False
+    zeros: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,10 @@ def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     setattr(new, part.kernel or "", kernel)
     if part.bias is not None:
         setattr(new, part.bias, layer.bias)
+    for name in part.zeros:
+        setattr(
+            new, name, nnx.data(jnp.zeros(matrix_of(layer).shape[-1], getattr(new, name).dtype))
+        )
     _update_shapes(new, kernel, part)
     return new
 
