@@ -109,7 +109,7 @@ def from_linen(module: Any, variables: Mapping[str, Any]) -> LinenModel:
 def _held(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return nnx.Param(jnp.asarray(value))
-    kernel = value.get("kernel")
+    kernel: Any = value.get("kernel")
     if not hasattr(kernel, "ndim") or kernel.ndim != 2 or not set(value) <= {"kernel", "bias"}:
         return LinenScope(value)
     bias = value.get("bias")
@@ -121,7 +121,7 @@ def _arrays(held: Any) -> Any:
         return held.variables()
     if isinstance(held, nnx.Variable):
         return held.get_value()
-    layer = held.plain() if isinstance(held, LinearForm) else held
+    layer: Any = held.plain() if isinstance(held, LinearForm) else held
     arrays = {"kernel": layer.kernel[...]}
     return arrays if layer.bias is None else {**arrays, "bias": layer.bias[...]}
 
