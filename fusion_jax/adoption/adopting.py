@@ -82,7 +82,7 @@ def adopt(
         >>> model = adopt(Ffn(nnx.Rngs(0)), {"": MlpSpec(up="fc1", down="fc2", act="gelu_new")})
         >>> smaller, _ = fj.compress(model, fj.Fusion(width=8), key=jax.random.key(0))
         >>> smaller.eval()
-        >>> smaller(jnp.ones((2, 4))).shape, smaller.fc1.kernel.shape
+        >>> smaller(jax.numpy.ones((2, 4))).shape, smaller.fc1.kernel.shape
         ((2, 4), (4, 8))
     """
     if not isinstance(model, nnx.Module):
