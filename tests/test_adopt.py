@@ -13,6 +13,7 @@ from flax import linen, nnx
 
 import fusion_jax as fj
 import ntk
+from fusion_jax.nn.watching import products
 from fusion_jax.training import TrainConfig
 from fusion_jax.training.engine.losses import Total
 from fusion_jax.training.tasks.base import Prepared
@@ -745,3 +746,34 @@ def test_bounds_need_a_name():
     fused, _ = fj.compress(mlp, fj.Fusion(width=4), key=KEY)
     with pytest.raises(fj.InputError, match=r"bounds need the name .* got the function softplus"):
         ntk.bounds.pair(mlp, fused)
+
+
+# What runs a module and watches it
+
+
+def test_products_inside_of_calls_and_loops():
+    w = jax.random.normal(jax.random.key(4), (3, D, P))
+    v = jax.random.normal(jax.random.key(5), (P, D))
+    x = X[0]
+
+    @jax.jit
+    def f(weights):
+        def layer(x, w):
+            h = jax.checkpoint(lambda x: jax.nn.relu(x @ w.astype(jnp.float32)))(x)
+            return jnp.einsum("tp,dp->td", h, weights["v"].T), None
+
+        return jax.lax.scan(layer, x, weights["w"])[0]
+
+    out, seen = products(f, {"w": w, "v": v, "unused": v})
+    np.testing.assert_allclose(out, f({"w": w, "v": v}), rtol=1e-6)
+    assert set(seen) == {"w", "v"}
+    (first,), (second,) = seen["w"], seen["v"]
+    want = x
+    for i in range(3):
+        np.testing.assert_allclose(first.inputs[i], want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(first.outputs[i], want @ w[i], rtol=1e-5, atol=1e-5)
+        hidden = jax.nn.relu(want @ w[i])
+        np.testing.assert_allclose(second.inputs[i], hidden, rtol=1e-5, atol=1e-5)
+        want = hidden @ v
+    assert same(first.matrix, w)
+    assert all(same(matrix, v) for matrix in second.matrix)
