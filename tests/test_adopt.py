@@ -414,7 +414,11 @@ def test_arrays_on_a_mesh():
     mesh = jax.make_mesh((4,), ("model",))
     place = jax.NamedSharding(mesh, jax.P(None, "model"))
     model.fc1.kernel.set_value(jax.device_put(model.fc1.kernel[...], place))
+    model.fc1.kernel.set_metadata("axes", ("in", "hidden"))  # as for sharding
     adopted = fj.adopt(model)
+    smaller, _ = fj.compress(adopted, fj.Prune(width=4), key=KEY)
+    for network in (adopted, smaller, fj.release(smaller)):
+        assert network.fc1.kernel.get_metadata("axes") == ("in", "hidden")
     assert adopted.adopted.up.kernel.get_value().sharding == place
     assert fj.release(adopted).fc1.kernel.get_value().sharding == place
     model.eval()
