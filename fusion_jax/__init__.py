@@ -32,6 +32,7 @@ from fusion_jax.adoption.adopting import adopt as adopt
 from fusion_jax.adoption.adopting import release as release
 from fusion_jax.adoption.adopting import adoptions as adoptions
 from fusion_jax.adoption.layers import MlpSpec as MlpSpec
+from fusion_jax.adoption.linen import from_linen as from_linen
 
 # Methods
 from fusion_jax.methods.registry import METHODS as METHODS

@@ -413,10 +413,16 @@ def test_folder_that_is_not_empty(write, folder, tmp_path):
         write(model, tmp_path / "file")
 
 
-@pytest.mark.parametrize("write", [fj.save, fj.export_hf])
-def test_only_loaded_models_are_written(write, tmp_path):
+def test_models_that_were_not_loaded(tmp_path):
+    first, second = (Bert(BertConfig.from_json(tiny.BERT), rngs=nnx.Rngs(i)) for i in range(2))
     with pytest.raises(fj.InputError, match=r"came from fusion_jax\.load"):
-        write(Bert(BertConfig.from_json(tiny.BERT), rngs=nnx.Rngs(0)), tmp_path / "a")
+        fj.export_hf(first, tmp_path / "a")
+    restored = fj.load_into(second, fj.save(first, tmp_path / "a"))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (restored, first)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    loaded = fj.load(tiny.checkpoint(tmp_path / "b"))
+    with pytest.raises(fj.InputError, match=r"for fusion_jax\.load, not for load_into"):
+        fj.load_into(loaded, fj.save(loaded, tmp_path / "c"))
 
 
 def test_text_files_are_replaced_whole(tmp_path, monkeypatch):

@@ -120,11 +120,11 @@ X = jnp.ones((4, 3))
 
 def test_modules_of_others(tmp_path):
     model = with_dropout()
-    with pytest.raises(fj.InputError, match=r"Network has no MLP .*: build its MLPs of fusion_jax"):
+    with pytest.raises(fj.InputError, match=r"Network has no MLP .*: adopt its MLPs with fusion"):
         fj.compress(model, fj.Fusion(width=4), key=jax.random.key(0))
-    saved = pytest.raises(fj.InputError, match=r"for another module, orbax.checkpoint can save nnx")
-    with unchecked(), saved:
-        fj.save(model, tmp_path / "out")
+    exported = pytest.raises(fj.InputError, match=r"fusion_jax.save saves any module")
+    with unchecked(), exported:
+        fj.export_hf(model, tmp_path / "out")
     wrong = pytest.raises(fj.InputError, match="model must be a Flax NNX module; got Linen")
     with unchecked(), wrong:
         fj.compress(Linen(), fj.Fusion(width=4), key=jax.random.key(0))  # type: ignore[arg-type]

@@ -5,30 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from fusion_jax.adoption.layers import Layer, MlpSpec, layers_of, usual_specs
-from fusion_jax.adoption.observing import (
-    Candidate,
-    Observed,
-    Run,
-    call_alone,
-    observe,
-    outputs,
-)
+from fusion_jax.adoption.layers import MlpSpec, layers_of, usual_specs
+from fusion_jax.adoption.observing import Candidate, Observed, Run, observe, outputs
+from fusion_jax.adoption.verifying import check_outputs, take_over, verified_alone
 from fusion_jax.errors import InputError
-from fusion_jax.nn.adopted import CHILD, Part, adopted_modules, adoption_of, put_in, take_out
-from fusion_jax.nn.linear_forms import multiplied_out, plain_linear, with_matrix
-from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
+from fusion_jax.meshes import on_auto_axes
+from fusion_jax.nn.adopted import adopted_modules, adoption_of, take_out
+from fusion_jax.nn.linear_forms import multiplied_out
+from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.programs import ByValue
-from fusion_jax.nn.surgery import at, find_modules, own
+from fusion_jax.nn.surgery import at, find_modules
 from ntk.activations import describe
 from ntk.selection import Selection, select
 from ntk.tables import table
@@ -42,6 +35,7 @@ _HELP = (
 )
 
 
+@on_auto_axes
 def adopt(
     model: ModelT, specs: Mapping[Any, MlpSpec] | None = None, *, batch: PyTree = None
 ) -> ModelT:
@@ -55,7 +49,9 @@ def adopt(
     What the modules do is not guessed: each is run with random weights, and its hidden values must
     be those of the MLP. The outputs of the adopted module must be the same, and its code must also
     run with one hidden unit less. Stacks of layers by `nnx.vmap` and `nnx.scan` are adopted as one
-    MLP for each layer, all of one width.
+    MLP for each layer, all of one width; where `nnx.StateAxes` names kinds of variables, cluster
+    sizes are `Frozen`. The paths of parameters change (``ffn.fc1`` is ``ffn.adopted.up``), so load
+    weights before adopting, and release before saving for other code.
 
     Args:
         model: A Flax NNX model; not changed.
@@ -64,7 +60,8 @@ def adopt(
             expression. None looks for the usual names, such as ``fc1`` and ``fc2`` or ``up_proj``,
             ``gate_proj`` and ``down_proj``; print `adoptions` to see what was found.
         batch: The model's arguments (an array, a tuple, or a mapping of keyword arguments), for
-            modules that cannot be called with one array alone: then the whole model runs.
+            modules that cannot be called with one array alone: then the whole model runs. This
+            needs memory for a few copies of the MLPs.
 
     Returns:
         The model, which shares all arrays with the given one.
@@ -86,13 +83,13 @@ def adopt(
         >>> model = adopt(Ffn(nnx.Rngs(0)), {"": MlpSpec(up="fc1", down="fc2", act="gelu_new")})
         >>> smaller, _ = fj.compress(model, fj.Fusion(width=8), key=jax.random.key(0))
         >>> smaller.eval()
-        >>> smaller(jnp.ones((2, 4))).shape, smaller.fc1.kernel.shape
+        >>> smaller(jax.numpy.ones((2, 4))).shape, smaller.fc1.kernel.shape
         ((2, 4), (4, 8))
     """
     if not isinstance(model, nnx.Module):
         raise InputError(
-            f"model must be a Flax NNX module; got {type(model).__name__} (a Linen model: "
-            "flax.nnx.bridge.ToNNX makes a module of it, see the documentation of fusion_jax.adopt)"
+            f"model must be a Flax NNX module; got {type(model).__name__} "
+            "(fusion_jax.from_linen makes one of a Linen module and its variables)"
         )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(model))):
         raise InputError("the model has no arrays yet, which adopt needs to run its modules")
@@ -107,13 +104,14 @@ def adopt(
             known[key] = _first_that_fits(candidates, run)
         found[path] = known[key]
     if run is not None:
-        _check_outputs(run, found)
+        check_outputs(run, found)
     for path, (spec, observed) in found.items():
-        _take_over(at(new, path), spec, observed)
+        take_over(at(new, path), spec, observed)
     _log.info("%s", adoptions(new))
     return new
 
 
+@on_auto_axes
 def release(model: ModelT) -> ModelT:
     """Returns a model in which adopted modules are again of their own classes, with plain layers.
 
@@ -249,7 +247,7 @@ def _layer_names(module: nnx.Module) -> list[str]:
     return [name for name, value in vars(module).items() if isinstance(value, kinds)]
 
 
-def _given(model: nnx.Module, specs: Mapping[Any, MlpSpec]) -> dict[str, list[Candidate]]:
+def _given(model: nnx.Module, specs: Any) -> dict[str, list[Candidate]]:
     """Returns the modules that specs choose."""
     if not isinstance(specs, Mapping) or not specs:
         raise InputError(f"specs must map paths to MlpSpec, and not be empty; {_HELP}")
@@ -305,7 +303,7 @@ def _kind(candidates: list[Candidate]) -> ByValue:
     """Returns what is the same for modules of the same code and shapes."""
     module = candidates[0].module
     graph, state = nnx.split(module)
-    shapes = [(path, jnp.shape(x), str(x.dtype)) for path, x in _leaves(state)]
+    shapes = [(path, v.shape, str(v.dtype)) for path, v in nnx.to_flat_state(state)]
     return ByValue((type(module), graph, shapes, [each.spec for each in candidates]))
 
 
@@ -319,7 +317,7 @@ def _first_that_fits(candidates: list[Candidate], run: Run | None) -> tuple[MlpS
     for candidate in candidates:
         try:
             if run is None:
-                return candidate.spec, _verified_alone(candidate)
+                return candidate.spec, verified_alone(candidate)
             return candidate.spec, observe(candidate, run.seen(candidate.layers))
         except InputError as error:
             errors.append(error)
@@ -345,116 +343,3 @@ def _called(model: Callable[..., PyTree], batch: PyTree) -> PyTree:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-def _verified_alone(candidate: Candidate) -> Observed:
-    """Returns what a module does that is run alone, one layer of a stack."""
-    module = nnx.clone(candidate.module)
-    if candidate.layers["up"].stack:
-        graph, state = nnx.split(module)
-        module = nnx.merge(graph, jax.tree.map(lambda x: x[0] if x.ndim else x, state))
-    layers = layers_of(module, candidate.spec)
-    assert layers is not None
-    call = call_alone(module, _inputs(candidate, layers), layers["up"].kernel.get_value().dtype)
-    run = Run(module, list(layers.values()), call)
-    observed = observe(replace(candidate, module=module, layers=layers), run.seen(layers))
-    _check_outputs(run, {"": (candidate.spec, observed)})
-    return observed
-
-
-def _inputs(candidate: Candidate, layers: Mapping[str, Layer]) -> list[int]:
-    """Returns the numbers of inputs that a module may have by the shapes of its layers."""
-    a, b = layers["up"].kernel.get_value().shape
-    if candidate.joint or layers["up"].plain:
-        return [a]
-    down = layers["down"].kernel.get_value().shape
-    # The inputs are the axis that the output layer does not share, the first if it has both.
-    return sorted({a, b}, key=lambda size: (size == a and b not in down, size in down and a != b))
-
-
-def _check_outputs(run: Run, found: Mapping[str, tuple[MlpSpec, Observed]]) -> None:
-    """Checks that adopted modules have the same outputs, and run with one hidden unit less.
-
-    Raises:
-        InputError: They do not.
-    """
-    where = "" if set(found) == {""} else "the model: "
-    before = run.call(run.made())
-    model = run.made()
-    for path, (spec, observed) in found.items():
-        _take_over(at(model, path), spec, observed)
-    after = run.call(model)
-    if not all(_equal(x, y) for x, y in zip(before, after, strict=True)):
-        raise InputError(f"{where}the outputs change when its layers are adopted")
-    holders = list(adopted_modules(model).values())
-    mlps: list[Any] = [mlp for _, _, mlp in holders]
-    for mlp in mlps:
-        rows = mlp.sub_mlps()
-        rows = rows._replace(down=rows.down.at[..., -1, :].set(0))
-        mlp.load_sub_mlps(rows, mlp.out_bias())
-    want = run.call(model)
-    for (module, adoption, _), mlp in zip(holders, mlps, strict=True):
-        rows = mlp.sub_mlps()
-        new = mlp.abstract(type(mlp), mlp.width - 1)
-        new.load_sub_mlps(rows.with_rows(rows.rows()[..., :-1, :]), mlp.out_bias())
-        setattr(module, adoption.child, new)
-    try:
-        narrower = run.call(model)
-    except Exception as error:  # other people's code
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(
-            f"{where}its code does not run with another number of hidden units ({reason})"
-        ) from error
-    if not all(_close(x, y) for x, y in zip(want, narrower, strict=True)):
-        raise InputError(f"{where}its code uses the hidden units for something else as well")
-
-
-def _equal(x: Any, y: Any) -> bool:
-    return x.shape == y.shape and bool(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True))
-
-
-def _close(x: Any, y: Any) -> bool:
-    if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x.shape == y.shape
-    share = 0.1 if jnp.finfo(x.dtype).bits < 32 else 3e-3
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return bool(np.abs(x - y).max(initial=0) <= share * np.abs(x).max(initial=0))
-
-
-def _take_over(module: nnx.Module, spec: MlpSpec, observed: Observed) -> None:
-    """Makes a module an adopted one, in place."""
-    layers = layers_of(module, spec)
-    assert layers is not None
-    holder = at(module, spec.holder)
-    by_name = {layer.name: layer for layer in layers.values()}
-    if hasattr(holder, CHILD):
-        raise InputError(f"{type(holder).__name__} already has an attribute {CHILD!r}")
-    cls = GatedMlp if spec.gate is not None else Mlp
-    mlp: Any = nnx.eval_shape(lambda: cls(1, 1, act=observed.act, rngs=nnx.Rngs(0)))
-    for part in observed.parts:
-        layer = by_name[part.name]
-        for role, linear in zip(part.roles, _linears(holder, layer, part), strict=True):
-            setattr(mlp, role, linear)
-    stack = layers["up"].stack
-    mlp.top_k = stack[0] if stack else 1  # each position goes through all layers of a stack
-    put_in(holder, observed.parts, mlp)
-
-
-def _linears(holder: nnx.Module, layer: Layer, part: Part) -> list[nnx.Linear]:
-    """Returns a foreign layer as one of ours, or as two if it has the gate and up side by side."""
-    if layer.plain:
-        linear = own(holder, layer.name)
-        if len(part.roles) == 1:
-            return [linear]
-        kernels = jnp.split(linear.kernel[...], 2, axis=-1)
-        biases = [None, None] if layer.bias is None else jnp.split(layer.bias[...], 2, axis=-1)
-        return [with_matrix(linear, *arrays) for arrays in zip(kernels, biases, strict=True)]
-    value = layer.kernel.get_value()
-    bias = None if layer.bias is None else layer.bias.get_value()
-    linear: Any = plain_linear(value.mT if part.transposed else value, bias)
-    # The variables keep their kind and what is known of them, such as their sharding.
-    if not part.transposed:
-        linear.kernel = layer.kernel
-    if layer.bias is not None:
-        linear.bias = layer.bias
-    return [linear]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from fusion_jax.errors import InputError
 from fusion_jax.nn.surgery import at, own
@@ -22,6 +24,7 @@ USUAL_NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "linear1", "linear2"),
     (None, "lin1", "lin2"),
     (None, "dense1", "dense2"),
+    (None, "Dense_0", "Dense_1"),
     (None, "wi", "wo"),
     (None, "c_fc", "c_proj"),
     (None, "fc_in", "fc_out"),
@@ -92,6 +95,7 @@ class Layer:
             itself.
         bias: The variable with its bias.
         plain: Whether it is an `nnx.Linear`.
+        zeros: The attributes of the layer with vectors of zeros that are not variables.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Layer:
     bias_name: str | None
     bias: nnx.Variable | None
     plain: bool
+    zeros: tuple[str, ...] = ()
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -127,7 +132,13 @@ def layer_of(holder: nnx.Module, name: str, bias: str | None = None) -> Layer | 
         return None
     bias = vectors[0] if vectors else None
     plain = type(value) is nnx.Linear
-    return Layer(name, matrices[0], held[matrices[0]], bias, held.get(bias or ""), plain)
+    arrays = {key: v for key, v in vars(value).items() if isinstance(v, jax.Array)}
+    zeros = tuple(key for key, v in arrays.items() if v.ndim == 1 and _all_zero(v))
+    return Layer(name, matrices[0], held[matrices[0]], bias, held.get(bias or ""), plain, zeros)
+
+
+def _all_zero(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and not isinstance(x, Tracer) and not x.any()
 
 
 def _held(holder: Any, name: str) -> Any:

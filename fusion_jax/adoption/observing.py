@@ -281,7 +281,8 @@ def _part(candidate: Candidate, role: str, seen: Seen) -> Part:
     transposed = not close[False]
     if layer.plain and transposed:
         raise InputError(f"its code uses the matrix of {layer.name} transposed")
-    return Part(layer.name, (role,), layer.kernel_name, layer.bias_name, transposed)
+    names = layer.kernel_name, layer.bias_name
+    return Part(layer.name, (role,), *names, transposed, layer.zeros)
 
 
 def _same(seen: Array, kernel: Array) -> bool:
@@ -334,6 +335,8 @@ def _act(
     """
     tolerance, given = _tolerance(hidden), candidate.spec.act
     best = min(fits, key=lambda act: fits[act])
+    arrays = any(layer.kernel_name is None for layer in candidate.layers.values())
+    biases = " (and up_bias=, gate_bias= of arrays)" if arrays else ""
     if fits[best] > tolerance:
         tried = (
             "no known activation fits its hidden values"
@@ -344,7 +347,7 @@ def _act(
             )
         )
         raise InputError(
-            f"{tried}; check which layers are up, gate and down, "
+            f"{tried}; check which layers are up, gate and down{biases}, "
             "and give act= as a name or as the function itself"
         )
     if given is not None:

@@ -129,9 +129,7 @@ def routed_call(
     return output, {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
 
 
-def _adopted_inputs(
-    model: nnx.Module, *args: PyTree, **kwargs: PyTree
-) -> dict[str, Float[Array, "*n d"]]:
+def _adopted_inputs(model: nnx.Module, *args: PyTree, **kwargs: PyTree) -> dict[str, Array]:
     """Runs a model and returns the inputs of its adopted MLPs, (l, ..., d) for stacks of layers.
 
     Their modules never call the MLP as a whole, so that the product with its matrix is watched.

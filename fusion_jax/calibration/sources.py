@@ -36,7 +36,7 @@ RANDOM_SHAPE = (512, 32)
 """The number of random sequences that replace text, and of tokens in each."""
 
 
-def read_source(source: CalibrationSource) -> Any:
+def read_source(source: Any) -> Any:
     """Returns the contents of a file, inputs by site or sentences; other sources unchanged.
 
     Raises:

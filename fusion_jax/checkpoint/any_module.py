@@ -27,7 +27,7 @@ from fusion_jax.nn.adopted import Adoption, adopted_modules
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import at, path_name, replaced
+from fusion_jax.nn.surgery import at, path_name, replaced, value_of, with_value
 from fusion_jax.report import Report
 from ntk.activations import describe
 
@@ -121,15 +121,14 @@ def load_into(model: ModelT, folder: str | os.PathLike[str]) -> ModelT:
     _check_variables(flat, tensors, fields["keys"], path)
     for place, variable in flat.items():
         name = path_name(place)
-        old = _value(variable)
+        old = value_of(variable)
         value: Any = tensors.read(name)
         if name in fields["keys"]:
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=fields["keys"][name])
         sharding = getattr(old, "sharding", None)
         if isinstance(old, jax.Array) and isinstance(sharding, NamedSharding):
             value = jax.device_put(value, sharding)
-        value = jnp.asarray(value)
-        flat[place] = variable.replace(value) if isinstance(variable, nnx.Variable) else value
+        flat[place] = with_value(variable, jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -236,7 +235,7 @@ def _check_variables(
     """Raises `InputError` that lists the variables that the file does not have so."""
     problems, names = [], set()
     for place, variable in flat.items():
-        name, value = path_name(place), _value(variable)
+        name, value = path_name(place), value_of(variable)
         names.add(name)
         if name not in tensors.shapes:
             problems.append(f"{name} is not in the file")
@@ -269,15 +268,11 @@ def _adopted(model: nnx.Module) -> dict[str, dict[str, str]]:
 def _values(model: nnx.Module) -> dict[str, Any]:
     """Returns the arrays of a model by the paths of their variables."""
     flat = nnx.to_flat_state(nnx.state(model))
-    found = {path_name(path): _value(variable) for path, variable in flat}
+    found = {path_name(path): value_of(variable) for path, variable in flat}
     for name, value in found.items():
         if not hasattr(value, "dtype"):
             raise InputError(f"{name} holds a {type(value).__name__}; only arrays can be saved")
     return found
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _is_key(x: Any) -> bool:

@@ -57,7 +57,8 @@ def save(
     """
     if not isinstance(model, nnx.Module):
         raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")
-    if not isinstance(model, Model) or not isinstance(model.provenance, Provenance):
+    came_from_load = isinstance(getattr(model, "provenance", None), Provenance)
+    if not isinstance(model, Model) or not came_from_load:
         return write_module(model, folder, report)
     tensors = (
         (path_name(path), np.asarray(variable.get_value()))

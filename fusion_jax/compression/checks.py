@@ -71,8 +71,9 @@ def checked(
         raise InputError(f"model must be a Flax NNX module; got {type(model).__name__}")
     if not sites(model):
         raise InputError(
-            f"{type(model).__name__} has no MLP that can be compressed: build its MLPs of "
-            "fusion_jax.Mlp, GatedMlp or experts, or load a model with fusion_jax.load"
+            f"{type(model).__name__} has no MLP that can be compressed: adopt its MLPs with "
+            "fusion_jax.adopt, build them of fusion_jax.Mlp, GatedMlp or experts, or load a model "
+            "with fusion_jax.load"
         )
     chosen, methods = _chosen(sites(model), method, layers)
     key = checked_key(key)

@@ -52,7 +52,7 @@ def compress(
 
     Args:
         model: A model from `fusion_jax.load`, or any NNX module that holds its MLPs as `Mlp` or
-            `GatedMlp`.
+            `GatedMlp`, such as `fusion_jax.adopt` makes of the models of others.
         method: The method, such as ``Fusion(width=0.25)``; or a method for each site by its path,
             as `allocate` returns them.
         key: Random key; a site's result does not depend on which other sites are compressed.
@@ -61,8 +61,9 @@ def compress(
         budget: The share of each MLP's parameters to keep, such as 0.25, in place of the method's
             own size, so that methods can be compared. Output biases do not count.
         calibration: Text for methods that fit to the inputs of the MLPs (a few hundred unlabeled
-            sentences are enough). Strings; batches of tokens (`TokenBatch`, or mappings of the
-            model's arguments, whose ``attention_mask`` leaves out padding); inputs by site path, as
+            sentences are enough), or other inputs of the model. Strings; a list of batches, each of
+            them the model's arguments (an array, a tuple, a mapping of keyword arguments, whose
+            ``attention_mask`` leaves out padding, or a `TokenBatch`); inputs by site path, as
             `calibrate` returns them; a file of such inputs (.safetensors) or of text, a sentence
             per line; or ``"random"`` for random tokens where there is no text at all. Each expert
             is fitted to the positions that its router sends to it; if they are few, also to

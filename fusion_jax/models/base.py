@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import Fields as Fields
 from fusion_jax.models.provenance import Head as Head
 from fusion_jax.models.provenance import Provenance, class_names
 from fusion_jax.models.rules import KeyRules
@@ -141,7 +142,7 @@ ConfigT = TypeVar("ConfigT")
 MOST_LAYERS = 10_000
 
 
-def config_from_fields(cls: type[ConfigT], config: Mapping[str, Any], **given: Any) -> ConfigT:
+def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
     Values in ``given`` take precedence. Numbers whose default is positive must be positive. The
@@ -228,7 +229,7 @@ class Family:
             copies of the token embeddings.
     """
 
-    config: Callable[[Mapping[str, Any]], Any]
+    config: Callable[[Fields], Any]
     model: Callable[..., Model]
     rules: Callable[[Any, Head | None], KeyRules]
     architectures: Mapping[Head | None, str]

@@ -5,7 +5,7 @@ ELECTRA, DistilBERT and MPNet are the same blocks, see their files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import (
     EncoderOutput,
     Family,
+    Fields,
     Head,
     Model,
     check_positions,
@@ -85,7 +86,7 @@ class BertConfig:
     """The activation of the masked-language-model head; "" for that of the MLPs."""
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any], **own: Any) -> BertConfig:
+    def from_json(cls, config: Fields, **own: Any) -> BertConfig:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant.
 
         The values in ``own`` are those of the family, which the file does not have.
@@ -123,7 +124,7 @@ class BertConfig:
         return cls.from_json({**defaults, **fields}, **own)
 
 
-def _roberta(config: Mapping[str, Any]) -> BertConfig:
+def _roberta(config: Fields) -> BertConfig:
     return BertConfig.roberta(**config)
 
 
@@ -557,7 +558,7 @@ def _roberta_rules(config: BertConfig, head: Head | None) -> KeyRules:
 
 def encoder_family(
     name: str,
-    config: Callable[[Mapping[str, Any]], BertConfig],
+    config: Callable[[Fields], BertConfig],
     rules: Callable[[BertConfig, Head | None], KeyRules],
     *,
     width_field: str = "intermediate_size",

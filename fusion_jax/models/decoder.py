@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.models.base import Family, Head, tied_head
+from fusion_jax.models.base import Family, Fields, Head, tied_head
 from fusion_jax.models.causal import (
     ALL_HEADS,
     CausalLm,
@@ -312,7 +312,7 @@ def decoder_rules(
 
 def decoder_family(
     name: str,
-    config: Callable[[Mapping[str, Any]], DecoderConfig],
+    config: Callable[[Fields], DecoderConfig],
     *,
     heads: Collection[Head] = ALL_HEADS,
     rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import config_from_fields
+from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
@@ -102,7 +102,7 @@ class DecoderConfig(HeadConfig):
     @classmethod
     def read(
         cls,
-        fields: Mapping[str, Any],
+        fields: Fields,
         *,
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
@@ -156,7 +156,7 @@ class DecoderConfig(HeadConfig):
 
 
 def sliding_layers(
-    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
+    config: DecoderConfig, fields: Fields, usual: Callable[[int], bool]
 ) -> tuple[bool, ...]:
     """Returns which layers have windows: what ``layer_types`` states, or else what is usual.
 
@@ -172,7 +172,7 @@ def sliding_layers(
 
 
 def layer_windows(
-    config: DecoderConfig, fields: Mapping[str, Any], usual: Callable[[int], bool]
+    config: DecoderConfig, fields: Fields, usual: Callable[[int], bool]
 ) -> DecoderConfig:
     """Returns a configuration with the windows that ``sliding_window`` and ``layer_types`` state.
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.bert import (
     BIAS,
     EMBEDDING_RULES,
@@ -42,7 +39,7 @@ _LAYERS = (
 )
 
 
-def _config(config: Mapping[str, Any]) -> BertConfig:
+def _config(config: Fields) -> BertConfig:
     fields = {_NAMES.get(name, name): value for name, value in config.items()}
     defaults = {"num_hidden_layers": 6, "sequence_dropout": 0.2, "answer_dropout": 0.1}
     own = {

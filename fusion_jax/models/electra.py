@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.bert import (
     BIAS,
     ENCODER_RULES,
@@ -25,7 +22,7 @@ _DEFAULTS = {
 }
 
 
-def _config(config: Mapping[str, Any]) -> BertConfig:
+def _config(config: Fields) -> BertConfig:
     own = {"pooled": False, "head_act": "gelu", "lm_act": "gelu"}
     return BertConfig.from_json({**_DEFAULTS, **config}, **own)
 

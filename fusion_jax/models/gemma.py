@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import (
     FULL,
@@ -60,7 +60,7 @@ _GEMMA3 = {
 }
 
 
-def _read(fields: Mapping[str, Any], **flags: Any) -> DecoderConfig:
+def _read(fields: Fields, **flags: Any) -> DecoderConfig:
     if fields.get("use_bidirectional_attention"):
         raise InputError("use_bidirectional_attention is not implemented")
     config = DecoderConfig.read(fields, optional=_OPTIONAL)
@@ -68,14 +68,14 @@ def _read(fields: Mapping[str, Any], **flags: Any) -> DecoderConfig:
     return replace(config, blocks=Blocks(norm="rms-offset", **flags))
 
 
-def _gemma(fields: Mapping[str, Any]) -> DecoderConfig:
+def _gemma(fields: Fields) -> DecoderConfig:
     fields = {**_GEMMA, **fields}
     if fields["hidden_act"] == "gelu":  # what the first release said for the tanh form
         fields["hidden_act"] = "gelu_pytorch_tanh"
     return _read(fields)
 
 
-def _number(fields: Mapping[str, Any], name: str) -> float | None:
+def _number(fields: Fields, name: str) -> float | None:
     value = fields[name]
     if value is not None and not (isinstance(value, int | float) and value > 0):
         raise InputError(f"{name} must be a number above 0, or null; got {str(value)[:100]!r}")
@@ -87,7 +87,7 @@ def _usual(pattern: int) -> Callable[[int], bool]:
     return lambda layer: bool((layer + 1) % pattern)
 
 
-def _both(fields: Mapping[str, Any], pattern: int, **flags: Any) -> DecoderConfig:
+def _both(fields: Fields, pattern: int, **flags: Any) -> DecoderConfig:
     """Reads what Gemma 2 and 3 have in common."""
     fields = {**fields, "hidden_act": fields.get("hidden_activation", "gelu_pytorch_tanh")}
     scalar = _number(fields, "query_pre_attn_scalar")
@@ -96,12 +96,12 @@ def _both(fields: Mapping[str, Any], pattern: int, **flags: Any) -> DecoderConfi
     return layer_windows(config, fields, _usual(pattern))
 
 
-def _gemma2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _gemma2(fields: Fields) -> DecoderConfig:
     fields = {**_GEMMA2, **fields}
     return _both(fields, 2, score_cap=_number(fields, "attn_logit_softcapping"))
 
 
-def _gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _gemma3(fields: Fields) -> DecoderConfig:
     fields = {**_GEMMA3, **fields}
     pattern = fields["sliding_window_pattern"]
     if not isinstance(pattern, int) or pattern < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Head, config_from_fields, tied_head
+from fusion_jax.models.base import Family, Fields, Head, config_from_fields, tied_head
 from fusion_jax.models.causal import CausalLm, HeadConfig, decoder_architectures, with_head
 from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
@@ -43,7 +42,7 @@ class Gpt2Config(HeadConfig):
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> Gpt2Config:
+    def from_json(cls, config: Fields) -> Gpt2Config:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("add_cross_attention"):
             raise InputError("add_cross_attention is not implemented")

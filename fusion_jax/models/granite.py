@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fusion_jax.errors import InputError
+from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
@@ -18,7 +16,7 @@ _FACTORS = {
 }
 
 
-def _config(fields: Mapping[str, Any]) -> DecoderConfig:
+def _config(fields: Fields) -> DecoderConfig:
     factors = {ours: fields.get(theirs, 1.0) for theirs, ours in _FACTORS.items()}
     for theirs, ours in _FACTORS.items():
         value = factors[ours]

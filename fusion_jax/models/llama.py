@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family, decoder_rules, linear_rules
 from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
 from fusion_jax.models.rules import KeyRules
@@ -22,20 +19,20 @@ _MIXTRAL = {
 }
 
 
-def _llama(fields: Mapping[str, Any]) -> DecoderConfig:
+def _llama(fields: Fields) -> DecoderConfig:
     return DecoderConfig.read(fields, optional=(_TIED, "attention_bias", "mlp_bias"))
 
 
-def _mistral(fields: Mapping[str, Any]) -> DecoderConfig:
+def _mistral(fields: Fields) -> DecoderConfig:
     fields = {**_MISTRAL, **fields}
     return layer_windows(DecoderConfig.read(fields), fields, lambda layer: True)
 
 
-def _ministral(fields: Mapping[str, Any]) -> DecoderConfig:
+def _ministral(fields: Fields) -> DecoderConfig:
     return _mistral({"intermediate_size": 14336, **fields})
 
 
-def _mixtral(fields: Mapping[str, Any]) -> DecoderConfig:
+def _mixtral(fields: Fields) -> DecoderConfig:
     fields = {**_MIXTRAL, **fields, "layer_types": None}  # transformers ignores the types
     fields["num_experts"] = fields["num_local_experts"] or fields.get("num_experts")
     optional = (_TIED, "num_experts", "num_experts_per_tok", "norm_topk_prob")

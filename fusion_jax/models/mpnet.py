@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.bert import (
     ENCODER_RULES,
     ROBERTA_LM,
@@ -30,7 +27,7 @@ _LAYERS = (
 )
 
 
-def _config(config: Mapping[str, Any]) -> BertConfig:
+def _config(config: Fields) -> BertConfig:
     # transformers computes 32 buckets, whatever the configuration says.
     if config.get("relative_attention_num_buckets", _BUCKETS) != _BUCKETS:
         raise InputError(f"relative_attention_num_buckets must be {_BUCKETS}")

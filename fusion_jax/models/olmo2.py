@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
@@ -12,7 +10,7 @@ _DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "
 _BLOCKS = Blocks(norm="rms-wide", norms="after", query_key_norm="all")
 
 
-def _config(fields: Mapping[str, Any]) -> DecoderConfig:
+def _config(fields: Fields) -> DecoderConfig:
     optional = ("tie_word_embeddings", "attention_bias")
     return DecoderConfig.read({**_DEFAULTS, **fields}, optional=optional, blocks=_BLOCKS)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
 
@@ -23,7 +20,7 @@ _DEFAULTS = {
 }
 
 
-def _config(fields: Mapping[str, Any]) -> DecoderConfig:
+def _config(fields: Fields) -> DecoderConfig:
     fields = {**_DEFAULTS, **fields}
     rope = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))

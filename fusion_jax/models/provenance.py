@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from fusion_jax.errors import InputError
 
+Fields = Mapping[str, Any]
+"""The fields of a ``config.json``: JSON values by name, not checked yet."""
+
 Head = Literal[
     "classification",
     "token-classification",
@@ -61,7 +64,7 @@ class Provenance:
         return replace(self, history=(*self.history, json.dumps(step)))
 
 
-def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+def class_names(config: Fields) -> tuple[str, ...] | None:
     """Returns the names of the classes in a ``config.json``, or None if it names none.
 
     The names ``LABEL_0``, ``LABEL_1``, ... that transformers gives, and the numbers of the classes,

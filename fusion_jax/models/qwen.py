@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fusion_jax.errors import check_at_least
-from fusion_jax.models.base import Head
+from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import MLP_NAMES, decoder_family, decoder_rules, linear_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
 from fusion_jax.models.rules import KeyRules
@@ -33,7 +32,7 @@ _NORMED = Blocks(query_key_norm="head")
 
 
 def _windowed(
-    config: DecoderConfig, fields: Mapping[str, Any], sliding: Callable[[int], bool] | None = None
+    config: DecoderConfig, fields: Fields, sliding: Callable[[int], bool] | None = None
 ) -> DecoderConfig:
     """Returns a configuration with windows, for which Qwen has a switch."""
     first = fields.get("max_window_layers", 28)
@@ -44,18 +43,18 @@ def _windowed(
     return layer_windows(config, used, sliding or (lambda layer: layer >= first))
 
 
-def _qwen2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _qwen2(fields: Fields) -> DecoderConfig:
     config = DecoderConfig.read(fields, qkv_bias=True, out_bias=False)
     return _windowed(config, fields)
 
 
-def _qwen3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _qwen3(fields: Fields) -> DecoderConfig:
     fields = {"head_dim": 128, **fields}
     config = DecoderConfig.read(fields, optional=(_TIED, "attention_bias"), blocks=_NORMED)
     return _windowed(config, fields)
 
 
-def _with_experts(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderConfig:
+def _with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
     """Returns a configuration with experts in every n-th layer, except for listed ones."""
     step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers") or ()
     check_at_least(1, decoder_sparse_step=step)
@@ -64,7 +63,7 @@ def _with_experts(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderCo
     return replace(config, sparse=tuple(sparse))
 
 
-def _qwen2_moe(fields: Mapping[str, Any]) -> DecoderConfig:
+def _qwen2_moe(fields: Fields) -> DecoderConfig:
     fields = {**_QWEN2_MOE, **fields}
     bias = bool(fields.get("qkv_bias", True))
     config = DecoderConfig.read(
@@ -75,7 +74,7 @@ def _qwen2_moe(fields: Mapping[str, Any]) -> DecoderConfig:
     return _with_experts(config, fields)
 
 
-def _qwen3_moe(fields: Mapping[str, Any]) -> DecoderConfig:
+def _qwen3_moe(fields: Fields) -> DecoderConfig:
     fields = {**_QWEN3_MOE, **fields, "layer_types": None}  # transformers ignores the types
     fields["num_experts"] = fields.get("num_local_experts") or fields["num_experts"]
     optional = (_TIED, "attention_bias", *_EXPERTS)

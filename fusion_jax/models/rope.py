@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.errors import InputError, nearest
-from fusion_jax.models.base import config_from_fields
+from fusion_jax.models.base import Fields, config_from_fields
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 TYPES: tuple[RopeType, ...] = get_args(RopeType)
@@ -71,7 +70,7 @@ class Rope:
     interleaved: bool = False
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any], *, partial_rotary: bool = False) -> Rope:
+    def from_json(cls, config: Fields, *, partial_rotary: bool = False) -> Rope:
         """Reads ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
 
         Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig
 
@@ -25,7 +23,7 @@ _DEFAULTS = {
 }
 
 
-def _config(fields: Mapping[str, Any]) -> DecoderConfig:
+def _config(fields: Fields) -> DecoderConfig:
     fields = {**_DEFAULTS, **fields}
     return DecoderConfig.read(
         fields,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from fusion_jax.errors import InputError, check_at_least
+from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
 
@@ -24,7 +23,7 @@ _DEFAULTS = {
 }
 
 
-def _config(fields: Mapping[str, Any]) -> DecoderConfig:
+def _config(fields: Fields) -> DecoderConfig:
     fields = {**_DEFAULTS, **fields}
     optional = ("tie_word_embeddings", "attention_bias", "mlp_bias")
     config = DecoderConfig.read(fields, optional=optional)

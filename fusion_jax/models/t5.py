@@ -15,6 +15,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import (
     DecoderOutput,
     Family,
+    Fields,
     Generative,
     Head,
     config_from_fields,
@@ -83,7 +84,7 @@ class T5Config:
     router_jitter_noise: float = 0.01
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> T5Config:
+    def from_json(cls, config: Fields) -> T5Config:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         tied = bool(config.get("tie_word_embeddings", True))
         given: dict[str, Any] = {"num_decoder_layers": config.get("num_decoder_layers")}

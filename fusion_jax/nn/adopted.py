@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array
 
 from fusion_jax.errors import InputError
@@ -39,6 +40,8 @@ class Part:
         bias: The attribute with the bias: of the layer, or of the module if the layer is an array;
             None if there is none.
         transposed: Whether the matrix has its outputs first.
+        zeros: Attributes of the layer with vectors of zeros, one for each output, that are not
+            variables: layers without a bias may add them.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Part:
     kernel: str | None = "kernel"
     bias: str | None = None
     transposed: bool = False
+    zeros: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,21 @@ def _layer(module: Any, part: Part, mlp: Mlp | None = None) -> Any:
     plain = isinstance(layer, nnx.Linear)
     same = plain and not part.transposed
     matrix = matrix_of(layer)
-    kernel = layer.kernel if same else nnx.Param(matrix.mT if part.transposed else matrix)
+    if part.transposed:
+        # Before the product, so that XLA does not make another product of both, whose last bits
+        # differ from the original's.
+        matrix = lax.optimization_barrier(matrix.mT)
+    kernel = layer.kernel if same else nnx.Param(matrix)
     if shell is None:
         return kernel
     new = nnx.clone(shell)
     setattr(new, part.kernel or "", kernel)
     if part.bias is not None:
         setattr(new, part.bias, layer.bias)
+    for name in part.zeros:
+        setattr(
+            new, name, nnx.data(jnp.zeros(matrix_of(layer).shape[-1], getattr(new, name).dtype))
+        )
     _update_shapes(new, kernel, part)
     return new
 
@@ -219,10 +231,16 @@ def effective(mlp: Mlp, role: str) -> AnyLinear:
     if factor is None:
         return layer
     bias = None if layer.bias is None else layer.bias[...]
+    matrix = matrix_of(layer)
+    if matrix.ndim != factor.ndim + 1:
+        raise InputError(
+            "a loop over layers splits the parameters, but not the cluster sizes, which are "
+            "fusion_jax.Frozen: give nnx.StateAxes the same axis for both"
+        )
     if role == "down":
-        kernel = _times(matrix_of(layer), factor[..., :, None])
+        kernel = _times(matrix, factor[..., :, None])
     else:
-        kernel = _times(matrix_of(layer), factor[..., None, :])
+        kernel = _times(matrix, factor[..., None, :])
         bias = None if bias is None else _times(bias, factor)
     return with_matrix(layer, kernel, bias)
 

@@ -314,14 +314,18 @@ def plain_linear(kernel: Float[Array, "*s d o"], bias: Float[Array, "*s o"] | No
 def take_settings(new: AnyLinear, old: AnyLinear) -> None:
     """Gives a new layer the other settings of an old one: its dtype, precision and so on.
 
-    The bias goes if the old layer has none. Nothing happens where a layer is not plain.
+    Its variables get what the old ones state besides their values, such as how to shard them. The
+    bias goes if the old layer has none. Nothing happens where a layer is not plain.
     """
     if not (isinstance(new, nnx.Linear) and isinstance(old, nnx.Linear)):
         return
     for name in _SETTINGS:
         setattr(new, name, getattr(old, name))
+    new.kernel.set_metadata(old.kernel.get_metadata())
     if old.bias is None:
         new.bias, new.use_bias = nnx.data(None), False
+    elif new.bias is not None:
+        new.bias.set_metadata(old.bias.get_metadata())
 
 
 _SETTINGS = ("dtype", "precision", "dot_general", "promote_dtype", "preferred_element_type")

@@ -50,6 +50,16 @@ def own(module: Any, name: str) -> Any:
     return module[int(name)] if name.isdigit() else getattr(module, name)
 
 
+def value_of(leaf: Any) -> Any:
+    """Returns the value of a leaf of a state, which is a variable or an array."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def with_value(leaf: Any, value: Any) -> Any:
+    """Returns a leaf of a state with another value."""
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
 def replaced(model: ModuleT, path: str, new: nnx.Module) -> ModuleT:
     """Puts another module at a path, and at all other places that share the old module.
 

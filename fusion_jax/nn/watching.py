@@ -7,7 +7,7 @@ operations that only lay it out anew, into inner functions and loops, to the pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -24,6 +24,7 @@ _LAYOUTS = {
     "copy_p",
     "expand_dims",
     "mul",
+    "optimization_barrier",
     "reshape",
     "sharding_constraint",
     "squeeze",
@@ -155,15 +156,20 @@ def _scan(
 ) -> list[Array]:
     """Runs a loop, with the products of all its steps as further results."""
     params, inner = eqn.params, eqn.params["jaxpr"]
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
-    end = n_consts + n_carry
+    body = getattr(inner, "jaxpr", inner)
+    # Versions of JAX state the numbers of constants and of carried values in different ways. What
+    # is split over the steps has an axis more outside of the loop than inside.
+    n_carry = sum(map(_as_inside, eqn.outvars, body.outvars))
+    end = sum(map(_as_inside, eqn.invars, body.invars))
+    n_consts = end - n_carry
     consts, carry, xs = ins[:n_consts], ins[n_consts:end], ins[end:]
     kept = {i: name for i, name in marks.items() if not n_consts <= i < end}
     names: list[str] = []
 
     def step(carry: list[Array], xs: list[Array]) -> tuple[list[Array], PyTree]:
         seen: list[tuple[str, Product]] = []
-        outs = _run(inner.jaxpr, inner.consts, [*consts, *carry, *xs], kept, seen)
+        args = [*consts, *carry, *xs]
+        outs = _run(body, getattr(inner, "consts", ()), args, kept, seen)
         names[:] = [name for name, _ in seen]
         return outs[:n_carry], (outs[n_carry:], [product for _, product in seen])
 
@@ -172,3 +178,7 @@ def _scan(
     )
     found += zip(names, seen, strict=True)
     return [*carry, *ys]
+
+
+def _as_inside(outside: Any, inside: Any) -> bool:
+    return outside.aval.shape == inside.aval.shape

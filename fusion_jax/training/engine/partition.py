@@ -17,7 +17,7 @@ from fusion_jax.nn.fused import FusedGatedMlp, FusedMlp
 from fusion_jax.nn.linear_forms import Precise
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import sites
-from fusion_jax.nn.surgery import ModuleT, path_name
+from fusion_jax.nn.surgery import ModuleT, path_name, value_of, with_value
 from fusion_jax.nn.uneven_experts import UnevenExperts
 from ntk.selection import select
 
@@ -63,7 +63,7 @@ class Partition(Generic[ModuleT]):
                     module.dtype = jnp.dtype(compute_dtype)
         self._graph, state = nnx.split(abstract)
         self._flat = {path_name(path): (path, v) for path, v in nnx.to_flat_state(state)}
-        self.shapes = {path: v.get_value() for path, (_, v) in self._flat.items()}
+        self.shapes = {path: value_of(v) for path, (_, v) in self._flat.items()}
         """Shape and dtype of every variable."""
         self._compute_dtype = compute_dtype
         self._remat = remat
@@ -83,7 +83,7 @@ class Partition(Generic[ModuleT]):
         Returns:
             By path, the parameters that train, in float32 or a wider dtype, and all other arrays.
         """
-        flat = {path_name(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+        flat = {path_name(path): value_of(v) for path, v in nnx.to_flat_state(nnx.state(model))}
         params = {path: wide(flat[path]) for path in self.training}
         return params, {path: x for path, x in flat.items() if path not in params}
 
@@ -108,7 +108,7 @@ class Partition(Generic[ModuleT]):
     def precise(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> ModuleT:
         """Returns the model with these arrays, each in the dtype it has now."""
         arrays = {**params, **rest}
-        flat = {path: v.replace(arrays[name]) for name, (path, v) in self._flat.items()}
+        flat = {path: with_value(v, arrays[name]) for name, (path, v) in self._flat.items()}
         return nnx.merge(self._own, nnx.from_flat_state(flat))
 
     def compute(self, params: Mapping[str, Array], rest: Mapping[str, Array]) -> ModuleT:
@@ -123,10 +123,11 @@ class Partition(Generic[ModuleT]):
         for name, (path, variable) in self._flat.items():
             # These keep their dtype: bfloat16 would round cluster sizes and make scores equal.
             exact = isinstance(variable, Precise) or not isinstance(variable, nnx.Param)
-            want = variable.get_value().dtype if dtype is None or exact else dtype
+            want = value_of(variable).dtype if dtype is None or exact else dtype
             value = arrays[name]
             # Random keys have no astype.
-            flat[path] = variable.replace(value if value.dtype == want else value.astype(want))
+            value = value if value.dtype == want else value.astype(want)
+            flat[path] = with_value(variable, value)
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
