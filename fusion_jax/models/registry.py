@@ -76,7 +76,7 @@ def coverage() -> list[Coverage]:
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]
-        ('bert', ('classification', 'masked-lm'))
+        ('bert', ('classification', 'token-classification'))
     """
     return [
         Coverage(

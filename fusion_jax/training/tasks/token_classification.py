@@ -57,7 +57,7 @@ class TokenClassification:
 
     Example:
         >>> data = read_tagged_words("train.conll", "dev.conll")  # doctest: +SKIP
-        >>> head = {"head": "token-classification", "num_labels": len(data.labels)}
+        >>> head = {"head": "token-classification", "num_labels": 9}
         >>> model = load("bert-base-cased", **head, key=key)  # doctest: +SKIP
         >>> fit = finetune(model, data, key=key)  # doctest: +SKIP
     """
