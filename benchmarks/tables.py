@@ -334,7 +334,10 @@ def compress() -> Lines:
         yield [label, *seconds, f"{r['peak_gib']:.1f}"]
 
 
-@block(("large-cpu", "large"))
+@block(
+    ("large-cpu", "large"),
+    ("streaming-cpu", "streaming", "The machine was shared at the time: its memory counts"),
+)
 def large() -> Lines:
     yield " | seconds | peak GiB | 32 layers at this rate"
     for case, label in (
@@ -345,6 +348,19 @@ def large() -> Lines:
         hours = r["estimate_hours_32_layers"]
         whole = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
         yield [label, short(r["compress_seconds"]), f"{r['peak_gib']:.1f}", whole]
+    (r,) = rows("streaming-cpu")
+    label = f"Llama-2-7B's shape, {r['layers']} layers, from disk to disk, calibrated"
+    yield [label, f"{r['seconds']:,.0f}", f"{r['peak_gib']:.1f}", ""]
+
+
+@block(("loading-cpu", "loading --models DIR"))
+def loading() -> Lines:
+    yield "model | GiB | seconds | until used | peak, times the size | transformers: seconds | until used | peak"
+    found = {(r["model"], r["library"]): r for r in rows("loading-cpu")}
+    for model in dict.fromkeys(model for model, _ in found):
+        both = [found[model, library] for library in ("fusion_jax", "transformers")]
+        cells = [[short(r["seconds"]), short(r["used_seconds"]), f"{r['peak']:.2f}"] for r in both]
+        yield [model, f"{both[0]['gib']:.2f}", *cells[0], *cells[1]]
 
 
 @block(("ntk-cost-cpu", "ntk_cost"))
