@@ -355,7 +355,10 @@ def large() -> Lines:
 
 @block(("loading-cpu", "loading --models DIR"))
 def loading() -> Lines:
-    yield "model | GiB | seconds | until used | peak, times the size | transformers: seconds | until used | peak"
+    yield (
+        "model | GiB | seconds | until used | peak, times the size | "
+        "transformers: seconds | until used | peak"
+    )
     found = {(r["model"], r["library"]): r for r in rows("loading-cpu")}
     for model in dict.fromkeys(model for model, _ in found):
         both = [found[model, library] for library in ("fusion_jax", "transformers")]
