@@ -270,6 +270,7 @@ def test_a_stack_of_layers(stacked):
     assert same(fj.release(smaller)(X), smaller(X))
 
 
+@pytest.mark.full
 def test_a_loop_that_does_not_split_cluster_sizes():
     class Loop(Stacked):
         def __call__(self, x):
@@ -304,6 +305,7 @@ def test_calibration_of_a_stack(stacked):
         fj.compress(adopted, fj.Fusion(by_use=0.5), key=KEY, calibration=[X])
 
 
+@pytest.mark.full
 def test_kernel_of_a_stack(stacked):
     f, params = ntk.functional(stacked[1], wrt=r".*adopted.*", outputs=lambda y: y[:, 0, 0])
     jacobian = jax.jacobian(f)(params, X)
@@ -317,6 +319,7 @@ def test_kernel_of_a_stack(stacked):
         ntk.kernel(f, params, X)
 
 
+@pytest.mark.full
 def test_their_own_training_loop(stacked):
     smaller, _ = fj.compress(stacked[1], fj.Prune(width=5), key=KEY)
     optimizer = nnx.Optimizer(smaller, optax.adam(1e-2), wrt=nnx.Param)
@@ -359,6 +362,7 @@ class Squares:
         return Numbers()
 
 
+@pytest.mark.full
 def test_finetune(tmp_path):
     """Also: modules that keep their random keys have other masks in every step."""
     smaller, _ = fj.compress(fj.adopt(Plain(nnx.Rngs(0))), fj.Prune(width=5), key=KEY)
@@ -409,6 +413,7 @@ def test_beside_an_mlp_of_ours():
     assert isinstance(released.ours, fj.FusedMlp)  # which was not adopted
 
 
+@pytest.mark.full
 def test_arrays_on_a_mesh():
     model = Plain(nnx.Rngs(0))
     mesh = jax.make_mesh((4,), ("model",))
@@ -627,6 +632,7 @@ class Images(nnx.Module):
         return self.second(x[:, ::2] if flag else x[:, ::4])
 
 
+@pytest.mark.full
 def test_calibration_with_any_arguments():
     model = Images(nnx.Rngs(0))
     adopted = fj.adopt(model, batch=jnp.ones((1, 4, 4, D)))
@@ -703,6 +709,7 @@ def test_linen(tmp_path):
             fj.from_linen(*args)
 
 
+@pytest.mark.full
 def test_linen_of_the_new_width_runs_alone():
     class One(linen.Module):
         width: int = P

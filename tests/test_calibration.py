@@ -372,6 +372,7 @@ def test_positions_are_those_of_text(bert):
     assert all(x.shape[0] == 7 for x in few.values())
 
 
+@pytest.mark.full
 def test_sequential_calibration_sees_the_fused_sites_below(bert):
     method = fj.Fusion(width=4, sequential=True)
     chosen = fj.sites(bert)

@@ -268,6 +268,7 @@ def test_another_run_in_the_folder(fused, data, key, tmp_path):
         run(fused, data, tmp_path, jax.random.key(9), config)
 
 
+@pytest.mark.full
 def test_other_data_model_or_tokenizer_in_the_folder(fused, data, folder, key, tmp_path):
     """Each would else give the old model back, as if the run had been done again."""
     config = dataclasses.replace(CONFIG, max_steps=1, eval_every=9)
@@ -314,6 +315,7 @@ def test_tuning_with_another_teacher(model, fused, data, key, tmp_path):
         fj.tune(fused, other, data, config, key=key, folder=tmp_path)
 
 
+@pytest.mark.full
 def test_a_finished_run_is_extended_only_on_purpose(fused, data, key, tmp_path):
     short = dataclasses.replace(CONFIG, max_steps=2, schedule="constant", warmup=0.0)
     longer = dataclasses.replace(short, max_steps=4)

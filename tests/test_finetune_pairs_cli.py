@@ -104,6 +104,7 @@ def test_own_table_with_an_encoder_decoder(places, tmp_path, capsys):
     assert json.loads(Path(f"{out}-cut").read_text())["text"] == text
 
 
+@pytest.mark.full
 def test_plain_text(places, tmp_path, capsys):
     fused, tuned, run = (str(tmp_path / name) for name in ("fused", "tuned", "run"))
     model = str(places / "gpt2")

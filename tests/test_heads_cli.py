@@ -21,6 +21,7 @@ def metrics(capsys):
     return {(where, name): float(value) for where, name, value in lines}
 
 
+@pytest.mark.full
 def test_tags(model, tmp_path, capsys):
     text = "".join(f"w{i} O\nw{i + 1} B-X\n\n" for i in range(16))
     (tmp_path / "train.conll").write_text(text)

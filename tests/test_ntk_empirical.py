@@ -219,6 +219,7 @@ def test_parameter_that_does_not_matter():
     np.testing.assert_array_equal(ntk.kernel(lambda p, x: x, W, X), np.zeros((4, 4, 2, 2)))
 
 
+@pytest.mark.full
 def test_auto_counts(x64):
     f, params, (x, _), _ = reference("bert")
     made, *_ = task(f, params, x)

@@ -252,6 +252,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.full
 def test_training_learns_answers_and_that_there_are_none(model, key):
     data = fj.QuestionAnswering(toy(96, 0, empty=True), toy(32, 1, empty=True))
     fit = fj.finetune(model, data, CONFIG, key=key)

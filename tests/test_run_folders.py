@@ -146,7 +146,15 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 # Told to stop
 
 
-def test_ctrl_c_saves_what_was_done(whole, tmp_path, capfd):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: in the background, a process starts without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_what_was_done(interruptible, whole, tmp_path, capfd):
     def press(step, state):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
@@ -159,7 +167,7 @@ def test_ctrl_c_saves_what_was_done(whole, tmp_path, capfd):
     assert bit_equal(train(tmp_path).model, whole.model)
 
 
-def test_ctrl_c_twice_stops_at_once(tmp_path):
+def test_ctrl_c_twice_stops_at_once(interruptible, tmp_path):
     def press(step, state):
         if step == 3:
             signal.raise_signal(signal.SIGINT)

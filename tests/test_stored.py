@@ -133,6 +133,7 @@ def test_shards_are_downloaded_by_the_index(halves, tmp_path, monkeypatch):
     assert asked[1] - asked[0] == {"a.safetensors", "b.safetensors"}
 
 
+@pytest.mark.full
 def test_t5_is_finite_in_float16(tmp_path):
     """As in transformers, MLPs and the sums over layers are in float32."""
     config, tensors = tiny.CONFIGS["t5"], tiny.weights("t5", "seq2seq-lm")

@@ -247,6 +247,7 @@ CONFIG = fj.TrainConfig(
 )
 
 
+@pytest.mark.full
 def test_training_learns_tags_and_keeps_their_names(folder, key, tmp_path):
     data = fj.TokenClassification(toy(96, 0), toy(32, 1))
     model = data.load(folder, key=key)

@@ -54,6 +54,7 @@ def found(found_and_said):
     return found_and_said[0]
 
 
+@pytest.mark.full
 def test_each_stage_is_announced_before_it_begins(found_and_said):
     said = found_and_said[1]
     stages = re.findall(r"^Verifying: (\d)/8 (.*) \(", said, re.M)
