@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def ours(folder: Path) -> dict[str, Any]:
 
 def theirs(folder: Path) -> dict[str, Any]:
     """Loads with transformers."""
-    import torch
     import transformers
 
     from fusion_jax.models.registry import FAMILIES
+
+    torch: Any = import_module("torch")
 
     family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
     cls = getattr(transformers, str(family.architectures[family.text_head]))
