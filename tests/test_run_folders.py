@@ -213,7 +213,7 @@ def command(tmp_path_factory):
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
 def test_signals_before_and_in_the_steps_of_a_command(
-    number, code, command, tmp_path, monkeypatch, capsys
+    number, code, interruptible, command, tmp_path, monkeypatch, capsys
 ):
     command = [*command, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
