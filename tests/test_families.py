@@ -29,6 +29,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 TYPES = [SLIDING, FULL, SLIDING]
 PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,
          "intermediate_size": 23}  # fmt: skip
+# For experts torch needs rows of 16 bytes.
+FIVE_HEADS = {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4,
+              "intermediate_size": 28}  # fmt: skip
 ONE_KEY = {"num_key_value_heads": 1}
 WIDE_HEADS = {"head_dim": 10}
 TIED = {"tie_word_embeddings": True}
@@ -88,6 +91,13 @@ LLAMAS = {
                  "attention_multiplier": 0.125}],
     "seed_oss": [*SHARED, {"attention_bias": False}, {"attention_out_bias": True},
                  {"mlp_bias": True, "residual_dropout": 0.2}],
+    "mixtral": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, {"sliding_window": 3}, rope("linear"),
+                {"num_experts_per_tok": 1}, {"num_local_experts": 3, "num_experts_per_tok": 3}],
+    "qwen2_moe": [ONE_KEY, FIVE_HEADS, TIED, {"qkv_bias": False}, {"norm_topk_prob": True},
+                  {"decoder_sparse_step": 2}, {"mlp_only_layers": [1], "num_experts_per_tok": 1},
+                  {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}],
+    "qwen3_moe": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, BIASED, {"norm_topk_prob": True},
+                  {"decoder_sparse_step": 3}, {"mlp_only_layers": [0], "num_experts_per_tok": 3}],
 }  # fmt: skip
 ODD = dict(LLAMAS)
 ENCODER = {
@@ -139,6 +149,13 @@ ODD["gpt2"] = [
 ]
 DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "head_dim": 4},
+}  # fmt: skip
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
 
 
@@ -152,6 +169,7 @@ def odd_config(family, number=None):
         base = tiny.GPT2
     elif family in LLAMAS:
         base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
+        base |= EXPERTS.get(family, {})
     fields = {**base, **changes, "model_type": family}
     if family == "distilbert":
         fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
