@@ -137,6 +137,17 @@ ODD["t5"] = ODD["mt5"] = [
     {"d_model": 15, "layer_norm_epsilon": 1e-3},
     {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
 ]
+SWITCH = {**T5, **tiny.CONFIGS["switch"], "router_jitter_noise": 0.0}
+ODD["switch_transformers"] = [
+    {"d_kv": 3, "num_heads": 5, "d_ff": 20},
+    {"num_heads": 1, "dense_act_fn": "gelu"},
+    {"num_experts": 3, "expert_capacity": 1},
+    {"num_decoder_layers": 1, "num_sparse_decoder_layers": 1},
+    {"num_sparse_encoder_layers": 3, "expert_capacity": 64},
+    {"tie_word_embeddings": False},
+    {"d_model": 12, "layer_norm_epsilon": 1e-3},
+    {"vocab_size": 67, "router_bias": True, "num_sparse_encoder_layers": 0},
+]
 ODD["gpt2"] = [
     {"n_embd": 21, "n_head": 7, "n_inner": 23},
     {"n_head": 1, "n_inner": None},
@@ -165,6 +176,8 @@ def odd_config(family, number=None):
     base = ENCODER
     if family in ("t5", "mt5"):
         base = T5
+    elif family == "switch_transformers":
+        base = SWITCH
     elif family == "gpt2":
         base = tiny.GPT2
     elif family in LLAMAS:
