@@ -12,19 +12,8 @@ import fusion_jax as fj
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
-BASE = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
+BASE["pad_token_id"] = 0
 FULL, SLIDING = "full_attention", "sliding_attention"
 TYPES = [SLIDING, FULL, SLIDING]
 PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,

@@ -83,7 +83,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a module was seen to do.
+    """The layers and the activation that were found in a module.
 
     Args:
         parts: Its layers as parts of an MLP.
@@ -96,7 +96,7 @@ class Observed:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What was seen of a layer while a module ran.
+    """The matrix products of one layer, recorded while its module ran.
 
     Args:
         products: The products with its matrix.

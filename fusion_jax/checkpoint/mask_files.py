@@ -48,7 +48,7 @@ class BaseModel:
 
 
 class MaskFields(TypedDict):
-    """What ``fusion.json`` says of masks, see `fusion_jax.save_masks`."""
+    """The field ``masks`` of ``fusion.json``, see `fusion_jax.save_masks`."""
 
     base: BaseReference
     shapes: dict[str, list[int]]

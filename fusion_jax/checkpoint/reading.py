@@ -30,8 +30,6 @@ from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 from fusion_jax.progress import show_progress
 
-_DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
-
 _OTHER_HEADS = re.compile(r"(qa_outputs|score|classifier|v_head|value_head|reward_head)\..+")
 """The tensors of heads for tasks that this library does not have."""
 _HEAD_PARTS = ("head", "lm_head", "pooler")
@@ -201,7 +199,7 @@ class Checkpoint:
         x64 = jax.config.read("jax_enable_x64")
         asked = self.artefact["dtype"] if self.dtype is None and self.artefact else self.dtype
         if asked is not None:
-            names = [str(jnp.dtype(known)) for known in _DTYPES.values()]
+            names = [str(known) for known in FLOATS.values()]
             if isinstance(asked, str) and asked not in names:
                 raise InputError(f"dtype must be a floating-point type; got {asked[:100]}")
             dtype = jnp.dtype(asked)
@@ -217,7 +215,7 @@ class Checkpoint:
         """Returns the dtype that ``config.json`` states, or else that of most of the weights."""
         fields = json.loads(self.provenance.config)
         stated = fields.get("dtype") or fields.get("torch_dtype")
-        known = {str(jnp.dtype(dtype)): jnp.dtype(dtype) for dtype in _DTYPES.values()}
+        known = {str(dtype): dtype for dtype in FLOATS.values()}
         if stated in known:
             return known[stated]
         sizes: Counter[str] = Counter()
@@ -226,7 +224,7 @@ class Checkpoint:
                 sizes[self.tensors.dtypes[name]] += size
         if not sizes:
             raise InputError(f"{self.tensors.folder} has no floating-point weights")
-        return jnp.dtype(_DTYPES[sizes.most_common(1)[0][0]])
+        return FLOATS[sizes.most_common(1)[0][0]]
 
     def read(self, key: Key[Array, ""] | None = None) -> Model:
         """Reads the weights into the model.
@@ -239,7 +237,7 @@ class Checkpoint:
         """
         graph, state = nnx.split(self.abstract)
         flat = dict(nnx.to_flat_state(state))
-        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+        found = self._found(flat)
         new = self._check(flat, found, key)
         initial = {} if key is None or not new else self._initial(new, key)
         with show_progress(f"Loading {self.tensors.folder}", len(flat)) as advance:
@@ -254,10 +252,13 @@ class Checkpoint:
             )
         return model
 
+    def _found(self, flat: Mapping[VariablePath, nnx.Variable]) -> dict[VariablePath, FoundTensors]:
+        return {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+
     def check_all(self) -> None:
         """Raises `InputError` if the tensors do not fit the model, as `read` does."""
         flat = dict(nnx.to_flat_state(nnx.state(self.abstract)))
-        found = {path: self.find(path_name(path), v.get_value().shape) for path, v in flat.items()}
+        found = self._found(flat)
         self._check(flat, found, None)
 
     def value(self, found: FoundTensors, variable: nnx.Variable) -> Array:

@@ -120,7 +120,7 @@ class TensorFiles:
     def read_into(
         self, name: str, out: np.ndarray, *, transposed: bool = False, first: int = 0
     ) -> None:
-        """Reads rows of one tensor into an array, whose dtype they get; there is no second copy.
+        """Reads rows of one tensor into an array, cast to its dtype, without a second copy.
 
         The file is not mapped into memory, so that its pages do not count as memory of the process.
 

@@ -111,7 +111,7 @@ def _head_layer(config: Any, head: Head | None, word: nnx.Embed, rngs: nnx.Rngs)
 
 
 class Start(NamedTuple):
-    """What is the same for all layers in one call of a decoder.
+    """The inputs that all layers of a decoder share in one call.
 
     Args:
         ids: (b, t) the tokens.

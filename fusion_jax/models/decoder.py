@@ -122,7 +122,6 @@ class _LayerFactory:
             **common,
         )
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
-        self.rngs = rngs
 
 
 class Layer(nnx.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
@@ -67,8 +67,8 @@ class DecoderConfig(HeadConfig):
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
     layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
     token attends to in each layer (None for all), ``sparse`` says which layers have experts, and
-    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. A size of 0 means
-    that there is no shared expert.
+    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
+    expert, its size is 0.
     """
 
     model_type: str = "llama"
@@ -107,7 +107,8 @@ class DecoderConfig(HeadConfig):
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
         partial_rotary: bool = False,
-        **derived: Any,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
     ) -> DecoderConfig:
         """Reads the fields of a ``config.json``, to which the family has added its defaults.
 
@@ -116,37 +117,37 @@ class DecoderConfig(HeadConfig):
             optional: Which of the fields in `OPTIONAL` the family has.
             blocks: How the layers are built; None for Llama's.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
-            **derived: Values of derived fields, where they are not the usual ones.
+            qkv_bias: Whether queries, keys and values have biases; None for ``attention_bias``.
+            out_bias: Whether the output projection has one; None for ``attention_bias``.
 
         Raises:
             InputError: A field has a wrong type or a value that is not possible.
         """
         fields = {name: x for name, x in fields.items() if name in optional or name not in OPTIONAL}
         bias = bool(fields.get("attention_bias"))
-        given = {"qkv_bias": bias, "out_bias": bias, **derived, "blocks": blocks or Blocks()}
-        plain = ("ropes", "sliding_windows", "sparse")
-        result = config_from_fields(cls, fields, **dict.fromkeys(plain, ()) | given)
+        result = config_from_fields(
+            cls,
+            fields,
+            qkv_bias=bias if qkv_bias is None else qkv_bias,
+            out_bias=bias if out_bias is None else out_bias,
+            blocks=blocks or Blocks(),
+            **dict.fromkeys(("ropes", "sliding_windows", "sparse"), ()),
+        )
         activation(result.hidden_act)
         heads, layers = result.num_attention_heads, result.num_hidden_layers
-        rope = (
-            ()
-            if result.ropes
-            else (Rope.from_json(fields, partial_rotary=partial_rotary),) * layers
-        )
+        rope = Rope.from_json(fields, partial_rotary=partial_rotary)
         result = replace(
             result,
             num_key_value_heads=result.num_key_value_heads or heads,
             head_dim=result.head_dim or result.hidden_size // heads,
             moe_intermediate_size=result.moe_intermediate_size or result.intermediate_size,
-            ropes=result.ropes or rope,
-            sliding_windows=result.sliding_windows or (None,) * layers,
-            sparse=result.sparse or (result.num_experts > 0,) * layers,
+            ropes=(rope,) * layers,
+            sliding_windows=(None,) * layers,
+            sparse=(result.num_experts > 0,) * layers,
         )
         if result.head_dim < 1:
             raise InputError(f"head_dim must be above 0; got {result.head_dim}")
-        for each in dict.fromkeys(result.ropes):
-            if each is not None:
-                each.check(result.head_dim)
+        rope.check(result.head_dim)
         if heads % result.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {heads} is not a multiple of "

@@ -99,7 +99,7 @@ class WideRmsNorm(RmsNorm):
 
 
 def soft_capped(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
-    """Returns cap * tanh(x / cap), which is between -cap and cap; x if there is no cap."""
+    """Returns cap * tanh(x / cap), which is between -cap and cap; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 

@@ -53,7 +53,7 @@ TESTED: Mapping[str, str] = {
 
 
 class Coverage(NamedTuple):
-    """What is supported of one ``model_type``.
+    """One type of models that is supported.
 
     Args:
         model_type: The field of ``config.json``.
