@@ -73,7 +73,7 @@ def html_page(verified: VerifiedArtefact) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title).replace('/', '/<wbr>')}</h1>"
-        f'<p class="soft">What changed, in the artefact {escape(verified.artefact.name)}. Neural '
+        f'<p class="soft">What changed in the folder {escape(verified.artefact.name)}. Neural '
         "tangent kernels predict how a model fine-tunes; these are exact, on the "
         f'<a href="#texts">{v.num_texts} texts</a> below.</p>'
         f"{''.join(sections)}</body></html>\n"
