@@ -30,7 +30,9 @@ from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 from fusion_jax.progress import show_progress
 
-_OTHER_HEADS = re.compile(r"(qa_outputs|score|classifier|v_head|value_head|reward_head)\..+")
+_OTHER_HEADS = re.compile(
+    r"(qa_outputs|score|classifier|classification_head|v_head|value_head|reward_head)\..+"
+)
 """The tensors of heads for tasks that this library does not have."""
 _HEAD_PARTS = ("head", "lm_head", "pooler")
 """The parts of a model that depend on its head."""
@@ -175,12 +177,19 @@ class Checkpoint:
                     module = module_of(site.mlp, self.artefact["sites"][site.path])
                 model = replaced(model, site.path, module)
             for path, spec in self.artefact.get("forms", {}).items():
+                if self._left_out(model, path):
+                    continue
                 with self._reading(f"form {path}"):
                     fields = dict(spec)
                     form = LINEAR_FORMS[fields.pop("form")].abstract(at(model, path), **fields)
                 model = replaced(model, path, form)
         model.provenance = self.provenance
         return model
+
+    @staticmethod
+    def _left_out(model: Model, path: str) -> bool:
+        """Returns whether a part does not belong to a model with this head, as T5's decoder."""
+        return getattr(model, path.partition(".")[0], model) is None
 
     def _make(self, rngs: nnx.Rngs, optional: Mapping[str, bool]) -> Model:
         given = {"head": self._head, "param_dtype": self._param_dtype(), **optional}
@@ -297,7 +306,10 @@ class Checkpoint:
             extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
         elif self.artefact.get("head") != self._head:
             parts = {n: n.partition(".")[0] for n in extra}
-            extra = [n for n in extra if parts[n] not in _HEAD_PARTS]
+            model = self.abstract
+            extra = [
+                n for n in extra if parts[n] not in _HEAD_PARTS and not self._left_out(model, n)
+            ]
             if {"head", "lm_head"} & set(parts.values()):
                 head = self.artefact["head"]
                 _log.warning("%s: the head %s is left out", self.tensors.folder, head)

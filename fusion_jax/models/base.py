@@ -8,7 +8,9 @@ from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusion_jax.errors import InputError
@@ -28,10 +30,12 @@ class Model(nnx.Module):
     Args:
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
+        needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
     """
 
     config: Any
     provenance: Provenance
+    needed_tokens: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""
@@ -83,11 +87,12 @@ class Generative(Model):
 
 def max_positions(model: Model) -> int | None:
     """Returns the largest number of tokens that a model takes; None if there is no limit."""
-    if isinstance(model, Generative):
-        return model.max_length
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(model, Generative) or most is None:  # T5's positions are relative
+        return getattr(model, "max_length", None)
     # RoBERTa's position ids start after the id of padding.
     roberta = getattr(model.config, "shifted_positions", False)
-    return model.config.max_position_embeddings - (model.config.pad_token_id + 1 if roberta else 0)
+    return most - (model.config.pad_token_id + 1 if roberta else 0)
 
 
 def check_positions(model: Model, length: int) -> None:
@@ -95,6 +100,25 @@ def check_positions(model: Model, length: int) -> None:
     most = max_positions(model)
     if most is not None and length > most:
         raise InputError(f"a text has {length} tokens, but the model has {most} positions")
+
+
+def check_needed_tokens(model: Model, input_ids: ArrayLike, name: str = "") -> None:
+    """Raises `InputError` if a text lacks a token that the model needs.
+
+    Args:
+        model: The model.
+        input_ids: (t,) the token ids of a text, or (b, t) those of several.
+        name: Where the text comes from, for the error.
+    """
+    needed = getattr(model, "needed_tokens", ())
+    ids = np.asarray(input_ids) if needed else np.zeros((0, 0))
+    missing = ~np.isin(ids, needed).any(axis=-1)
+    if missing.any():
+        row = f"text {missing.argmax()}: " if ids.ndim > 1 and not name else ""
+        raise InputError(
+            f"{name}{row}there is no end token ({' or '.join(map(str, needed))}); the head reads a "
+            "text at its last end token, so end each text with it"
+        )
 
 
 class EncoderOutput(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Model, max_positions
+from fusion_jax.models.base import Model, check_needed_tokens, max_positions
 
 MAX_LENGTH = 128
 """The default number of tokens at which texts are cut off."""
@@ -64,7 +64,9 @@ def check_tokens(
     names: Sequence[str] | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Checks that a model has an embedding for every token; without one, results would be NaN.
+    """Checks that a model can read tokens: it has an embedding for each, and the tokens it needs.
+
+    Without an embedding, results would be NaN.
 
     Args:
         model: The model; a model without ``config`` is not checked.
@@ -74,7 +76,8 @@ def check_tokens(
         tokenizer: The tokenizer, to name the token in the error.
 
     Raises:
-        InputError: An id is negative or has no row in the model's embeddings.
+        InputError: An id is negative or has no row in the model's embeddings, or a text lacks a
+            token that the model needs.
     """
     config = getattr(model, "config", None)
     fields = (("token", "vocab_size", input_ids), ("token type", "type_vocab_size", token_type_ids))
@@ -83,8 +86,8 @@ def check_tokens(
         for i, array in enumerate(() if arrays is None or rows is None else arrays):
             ids = np.asarray(array)
             wrong = ids[(ids < 0) | (ids >= rows)]
+            at = "" if names is None else f"{names[i]}: "
             if wrong.size:
-                at = "" if names is None else f"{names[i]}: "
                 word = ""
                 if tokenizer is not None and what == "token":
                     word = f" ({tokenizer.convert_ids_to_tokens(int(wrong[0]))!r})"
@@ -92,6 +95,8 @@ def check_tokens(
                     f"{at}{what} {wrong[0]}{word} has no embedding: the model has {rows}, counted "
                     "from 0; use the tokenizer that belongs to the model"
                 )
+            if what == "token":
+                check_needed_tokens(model, ids, at)
 
 
 def check_finite(values: Any, what: str) -> None:

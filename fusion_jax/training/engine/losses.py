@@ -60,11 +60,11 @@ def bound(loss: Loss) -> jax.tree_util.Partial:
 def run(model: Forward, batch: Batch, key: Key[Array, ""] | None = None, **options: bool) -> PyTree:
     """Runs a model on the inputs in a batch, without labels and weights.
 
-    The decoder of an encoder-decoder reads the labels shifted by one position, after the
-    configuration's ``decoder_start_token_id``.
+    The decoder of an encoder-decoder that writes text reads the labels shifted by one position,
+    after the configuration's ``decoder_start_token_id``.
     """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
-    if _has_encoder(model) and "labels" in batch:
+    if _reads_targets(model) and "labels" in batch:
         # As in Hugging Face's models, 0 after the end of a target.
         tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
         start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
@@ -181,7 +181,7 @@ def router_losses(
     encoder = getattr(out, "encoder", None)
     if encoder is not None:
         stacks = [(encoder.router_logits, batch.get("attention_mask"))]
-        stacks += [(out.router_logits, _decoder_mask(batch))]
+        stacks += [(out.router_logits, _decoder_mask(model, batch))]
     top_k = getattr(model.config, "num_experts_per_tok", 1)
     total = jnp.float32(0)
     for logits, mask in stacks:
@@ -223,7 +223,9 @@ def _plus(result: Total, auxiliary: Array) -> Total:
     return result._replace(total=result.total + auxiliary.astype(result.total.dtype) * result.count)
 
 
-def _decoder_mask(batch: Batch) -> Array | np.ndarray | None:
+def _decoder_mask(model: Model, batch: Batch) -> Array | np.ndarray | None:
+    if not _reads_targets(model):  # but the text that the encoder reads
+        return batch.get("attention_mask")
     if "labels" in batch:
         return jnp.asarray(batch["labels"]) != -100
     return batch.get("decoder_attention_mask")
@@ -241,8 +243,8 @@ def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""
     outs = [run(m, batch, k, output_hidden_states=True) for m, k in ((teacher, None), (model, key))]
     seen = jnp.asarray(batch["attention_mask"]).astype(bool)
     stacks = [(outs, seen)]
-    if _has_encoder(model):
-        mask = _decoder_mask(batch)
+    if getattr(outs[0], "encoder", None) is not None:
+        mask = _decoder_mask(model, batch)
         read = jnp.ones((1, 1), bool) if mask is None else jnp.asarray(mask).astype(bool)
         stacks = [([out.encoder for out in outs], seen), (outs, read)]
     weights = jnp.asarray(batch["weights"])[:, None]
@@ -257,7 +259,8 @@ def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""
     return result
 
 
-def _has_encoder(model: object) -> TypeGuard[Model]:
+def _reads_targets(model: object) -> TypeGuard[Model]:
+    """Returns whether a model is an encoder-decoder whose decoder reads the target texts."""
     return not getattr(model, "reads_prompts", True)
 
 

@@ -212,7 +212,8 @@ class TextEncoder:
     def __init__(self, model: Model, max_length: int | None = None, truncate: bool = False):
         if isinstance(model, Generative) and not model.reads_prompts:
             raise InputError(
-                "texts alone are not enough for an encoder-decoder; give pairs of texts"
+                "texts alone are not enough for an encoder-decoder that writes text; give pairs of "
+                "texts, or load it with another head, such as head='classification'"
             )
         most = max_positions(model) or 1 << 20  # rotary positions are not limited
         if max_length is not None and max_length > most:
@@ -269,7 +270,7 @@ class TextEncoder:
                     "truncate"
                 )
         types = None
-        if "token_type_ids" in out and not isinstance(self.model, Generative):
+        if "token_type_ids" in out and hasattr(self.model.config, "type_vocab_size"):
             types = [np.asarray(ids, np.int32) for ids in out["token_type_ids"]]
         check_tokens(self.model, tokens, types, names=names, tokenizer=self.tokenizer)
         return Examples(tokens, types, labels, names)
