@@ -129,7 +129,7 @@ def heads():
     for family, head in tiny.HEAD_GOLDENS:
         with tempfile.TemporaryDirectory() as folder:
             model, shapes[f"{family} {head}"] = tiny_model(family, head, Path(folder))
-        batch = tiny.batch(family)
+        batch = tiny.batch(family, head)
         with torch.no_grad():
             out = model(**inputs(batch))
         tensors[f"{family} {head} logits"] = np.ascontiguousarray(logits_of(out))

@@ -291,6 +291,40 @@ def test_odd_configurations_equal_transformers(family, number, tmp_path, record_
     record_property("worst", compare(got, want, real_tokens(batch)))
 
 
+T5S = ("t5", "mt5")
+T5_CASES = [
+    (family, number, head)
+    for family in T5S
+    for number in range(len(ODD[family]))
+    for head in FAMILIES[family].architectures
+    if head not in (None, "seq2seq-lm")
+]
+
+
+@pytest.mark.torch
+@pytest.mark.full(quick=1)
+@pytest.mark.parametrize(("family", "number", "head"), T5_CASES)
+def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn):
+    """Loaded and fused models, with two end tokens in each text, and padding on either side."""
+    labels = 2 if head == "question-answering" else 3
+    fields = {**odd_config(family, number), "num_labels": labels, "eos_token_id": 1}
+    folder, cls = made(tmp_path, family, fields, head)
+    batch = inputs(("left", "right", "whole")[number % 3], family)
+    del batch["decoder_input_ids"]
+    mask = batch["attention_mask"].astype(bool)
+    for row, real in zip(batch["input_ids"], mask, strict=True):
+        row[np.flatnonzero(real)[[0, -1 - number % 2]]] = 1
+    want = theirs(cls.from_pretrained(folder).eval(), batch)
+    model = fj.load(folder, head=head)
+    compare(ours(model, batch), want, mask)
+    smaller, _ = fj.compress(model, fj.Fusion(width=7), key=jax.random.key(0))
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    other, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    compare(ours(smaller, batch), theirs(other.eval(), batch), mask)
+    assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
 NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss")
 HEADS = [
     (family, head)

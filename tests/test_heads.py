@@ -47,7 +47,7 @@ def logits(model, batch):
 
 def trained_batch(family, head, rows=1):
     """The first texts of a batch, which have no padding where it is one, with its labels."""
-    batch = {name: x[:rows] for name, x in tiny.batch(family).items()}
+    batch = {name: x[:rows] for name, x in tiny.batch(family, head).items()}
     labels = np.repeat(tiny.head_labels(head), rows, axis=0)
     return {**batch, "labels": labels, "weights": np.ones(rows, np.float32)}
 
@@ -56,7 +56,7 @@ def trained_batch(family, head, rows=1):
 @pytest.mark.parametrize(("family", "head"), tiny.HEAD_GOLDENS, ids=str)
 def test_equals_hugging_face(family, head, goldens, load):
     """Logits, with padding on the right for encoders and on the left for decoders; and the loss."""
-    model, batch, golden = load(family, head), tiny.batch(family), goldens[family, head]
+    model, batch, golden = load(family, head), tiny.batch(family, head), goldens[family, head]
     have, want = logits(model, batch), golden.outputs["logits"]
     if have.ndim == 3:
         real = batch["attention_mask"].astype(bool)
@@ -214,7 +214,7 @@ def test_base_models_of_answers_are_found_under_both_names(goldens, tmp_path):
 
 
 def test_a_head_that_a_family_lacks(tmp_path):
-    folder = tiny.checkpoint(tmp_path / "t5", "t5")
+    folder = tiny.checkpoint(tmp_path / "switch", "switch", "seq2seq-lm")
     with pytest.raises(fj.InputError, match="unknown head 'token-classification'; known: None, "):
         fj.load(folder, head="token-classification")
     folder = tiny.checkpoint(tmp_path / "bert", "bert")
@@ -280,7 +280,7 @@ def test_export_equals_ours_in_transformers(family, head, tmp_path):
     model = fj.load(tiny.write_folder(tmp_path / "hf", fields, tensors), head=head)
     smaller, _ = fj.compress(model, fj.Fusion(width=12), layers=0, key=jax.random.key(0))
     folder = fj.export_hf(smaller, tmp_path / "exported")
-    batch = tiny.batch(family)
+    batch = tiny.batch(family, head)
     with torch.no_grad():
         theirs = logits_of(tiny.hugging_face(folder, family, head)(**inputs(batch)))
     ours = logits(smaller, batch)

@@ -174,18 +174,19 @@ def _cases(*heads):
 DECODERS = ("gpt2", "gpt2-exact", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe",
             "qwen3-moe")  # fmt: skip
 HEADS = _cases("token-classification", "question-answering")
-HEADS += [(name, head) for name, head in _cases("classification") if name in DECODERS]
+T5S = ("t5", "t5-v1.1", "mt5")
+HEADS += [(name, head) for name, head in _cases("classification") if name in (*DECODERS, *T5S)]
 # Of relatives, what the others do not show.
 HEAD_GOLDENS = [
     (name, head)
     for name, head in HEADS
-    if name in ("bert", "electra", "distilbert", "mpnet", "gpt2", "llama")
+    if name in ("bert", "electra", "distilbert", "mpnet", "gpt2", "llama", "t5")
     or (name, head) in (("roberta", "token-classification"), ("mistral", "question-answering"))
 ]
 
 
 def config_of(family, head):
-    """The fields of a case's config.json: classes, and padding where a decoder needs to know it."""
+    """The fields of a case's config.json: classes, and the tokens that a head needs to know."""
     config = CONFIGS[family]
     if (family, head) not in HEADS:
         return config
@@ -193,7 +194,8 @@ def config_of(family, head):
     config = {name: value for name, value in config.items() if name not in names}
     if head != "question-answering":
         config |= {name: BERT[name] for name in names}
-    return {"pad_token_id": 0, **config}
+    ends = {"eos_token_id": END} if family in T5S else {}
+    return {"pad_token_id": 0, **config, **ends}
 
 
 GENERATIVE = _cases("causal-lm", "seq2seq-lm")
@@ -205,6 +207,7 @@ ENCODERS = [
     if name not in dict(GENERATIVE) and (name not in ROBERTAS or head == "classification")
 ]
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
+END = 1  # of texts, where T5 reads their class
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
@@ -230,7 +233,7 @@ def weight(name, shape):
     return (shift + scale * values).astype(np.float32)
 
 
-def batch(family):
+def batch(family, head=None):
     """Arguments of a model for three sequences: padded on the left where it generates."""
     config = CONFIGS[family]
     rng = np.random.RandomState(7)
@@ -244,6 +247,9 @@ def batch(family):
         mask = mask[:, ::-1].copy()
     ids[mask == 0] = pad
     result = {"input_ids": ids, "attention_mask": mask}
+    if "d_kv" in config and (family, head) in HEADS:
+        ids[np.arange(3), mask.sum(axis=1) - 1] = END
+        return result
     if "d_kv" in config:
         target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
         return {**result, "decoder_input_ids": target}

@@ -30,9 +30,7 @@ from fusion_jax.nn.surgery import at, path_name, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 from fusion_jax.progress import show_progress
 
-_OTHER_HEADS = re.compile(
-    r"(qa_outputs|score|classifier|classification_head|v_head|value_head|reward_head)\..+"
-)
+_OTHER_HEADS = re.compile(r"(qa_outputs|score|classifi(er|cation_head)|(v|value|reward)_head)\..+")
 """The tensors of heads for tasks that this library does not have."""
 _HEAD_PARTS = ("head", "lm_head", "pooler")
 """The parts of a model that depend on its head."""
@@ -172,24 +170,24 @@ class Checkpoint:
             where = self.tensors.folder / files.CONFIG
             raise InputError(f"{where} describes a model that cannot be ({error})") from error
         if self.artefact is not None:
+            specs, saved = self.artefact["sites"], self.artefact.get("head")
             for site in sites(model):
+                if site.path not in specs and saved != self._head:
+                    raise InputError(
+                        f"{self.tensors.folder} was saved with the head {saved!r} and has no "
+                        f"{site.path}; load it with that head"
+                    )
                 with self._reading(f"site {site.path}"):
-                    module = module_of(site.mlp, self.artefact["sites"][site.path])
+                    module = module_of(site.mlp, specs[site.path])
                 model = replaced(model, site.path, module)
-            for path, spec in self.artefact.get("forms", {}).items():
-                if self._left_out(model, path):
-                    continue
+            forms = self.artefact.get("forms", {})
+            for path, spec in ((p, f) for p, f in forms.items() if not _left_out(model, p)):
                 with self._reading(f"form {path}"):
                     fields = dict(spec)
                     form = LINEAR_FORMS[fields.pop("form")].abstract(at(model, path), **fields)
                 model = replaced(model, path, form)
         model.provenance = self.provenance
         return model
-
-    @staticmethod
-    def _left_out(model: Model, path: str) -> bool:
-        """Returns whether a part does not belong to a model with this head, as T5's decoder."""
-        return getattr(model, path.partition(".")[0], model) is None
 
     def _make(self, rngs: nnx.Rngs, optional: Mapping[str, bool]) -> Model:
         given = {"head": self._head, "param_dtype": self._param_dtype(), **optional}
@@ -306,10 +304,8 @@ class Checkpoint:
             extra = [n for n in self._without_other_heads(extra) if not rules.ignores(n)]
         elif self.artefact.get("head") != self._head:
             parts = {n: n.partition(".")[0] for n in extra}
-            model = self.abstract
-            extra = [
-                n for n in extra if parts[n] not in _HEAD_PARTS and not self._left_out(model, n)
-            ]
+            extra = [n for n in extra if parts[n] not in _HEAD_PARTS]
+            extra = [n for n in extra if not _left_out(self.abstract, n)]
             if {"head", "lm_head"} & set(parts.values()):
                 head = self.artefact["head"]
                 _log.warning("%s: the head %s is left out", self.tensors.folder, head)
@@ -381,6 +377,11 @@ class Checkpoint:
             return {path: flat[path].get_value() for path in new}
 
         return make(key)
+
+
+def _left_out(model: Model, path: str) -> bool:
+    """Returns whether a part does not belong to a model with this head, such as T5's decoder."""
+    return getattr(model, path.partition(".")[0], model) is None
 
 
 def module_of(original: Any, spec: Mapping[str, Any]) -> Any:

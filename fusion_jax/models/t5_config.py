@@ -74,6 +74,8 @@ class T5Config:
             given["act"] = "gelu_new" if gated and act == "gelu" else act
             given["gated"] = bool(gated)
             given["scaled"] = config.get("scale_decoder_outputs", tied)
+        if config.get("eos_token_id", 1) is None:  # texts have no end, unlike without the field
+            given["eos_token_id"] = None
         if config.get("router_dtype", "float32") != "float32":
             raise InputError("a router_dtype other than float32 is not implemented")
         activation(given["act"])
