@@ -49,7 +49,7 @@ def load(
         name: A hub id such as ``"google-bert/bert-base-uncased"``, a folder with a Hugging Face
             checkpoint, or an artefact that `save` or `save_masks` wrote.
         head: The head of the model: ``"classification"``, ``"token-classification"`` or
-            ``"question-answering"`` for encoders and decoders, ``"masked-lm"`` for encoders,
+            ``"question-answering"`` for encoders, decoders and T5, ``"masked-lm"`` for encoders,
             ``"causal-lm"`` for decoders, ``"seq2seq-lm"`` for encoder-decoders. None for the model
             without a head or, for an artefact, for the head that it was saved with.
         num_labels: The number of classes of the classification or token-classification head. None

@@ -56,7 +56,7 @@ def tune(
         student: The compressed model; not changed.
         teacher: The model before compression.
         data: The task, whose training inputs are used; or its texts or pairs, plain strings, or
-            batches. An encoder-decoder needs pairs.
+            batches. An encoder-decoder that writes text needs pairs.
         config: The settings of training; None for one epoch with the paper's settings. ``train``,
             ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
