@@ -13,6 +13,7 @@ from fusion_jax.cli.main import main
 from fusion_jax.models.t5_config import T5Config
 from fusion_jax.models.t5_heads import T5WithHead
 from fusion_jax.training import Classification, TaskSpec, Texts, losses
+from fusion_jax.training.engine.partition import Partition
 from tests import nlg, tiny
 
 HEADS = ("classification", "token-classification", "question-answering")
@@ -148,6 +149,24 @@ def test_layerwise_losses_compare_both_stacks(models):
         total = losses.hidden_states(model, other, batch, None)
         np.testing.assert_allclose(total.total, want, rtol=1e-5)
         assert total.count == count
+
+
+@pytest.mark.parametrize("head", ["seq2seq-lm", "classification"])
+def test_layers_can_be_computed_again_in_the_backward_pass(head, models, base):
+    """Though the keys of the decoder's attention to the encoder are computed outside its layers."""
+    model = models.get(head) or fj.load(base, head=head)
+    ids = np.array([[7, 9, 8, 1]])
+    batch = {"input_ids": ids, "attention_mask": ids > 0, "weights": np.ones(1, np.float32)}
+    loss = losses.sequence_to_sequence if head == "seq2seq-lm" else losses.classification
+    batch["labels"] = ids if head == "seq2seq-lm" else np.ones(1, np.int32)
+    plain, again = (Partition(model, remat=remat) for remat in (False, True))
+    params, rest = plain.split(model)
+
+    def total(params, parts):
+        return loss(parts.compute(params, rest), batch, None).total
+
+    np.testing.assert_allclose(total(params, again), total(params, plain), rtol=1e-5)
+    assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: total(p, again)))(params))
 
 
 @pytest.mark.full(quick=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,12 @@ class _Remat(nnx.Module):
 
     def __init__(self, layer: nnx.Module):
         self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a part of the layer, such as the attention of T5's decoder to the encoder."""
+        if name.startswith("_") or name == "layer":
+            raise AttributeError(name)
+        return getattr(self.layer, name)
 
     def __call__(self, *args: PyTree) -> PyTree:
         graph, state = nnx.split(self.layer)
