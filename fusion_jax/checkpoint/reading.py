@@ -163,7 +163,7 @@ class Checkpoint:
         """The model with shapes in place of arrays."""
         optional = {part: self.has(part) for part in self.family.optional}
         try:
-            model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
+            model = nnx.eval_shape(lambda: self._make(_same_key(), optional))
         except InputError:
             raise
         except (TypeError, ValueError, ArithmeticError) as error:
@@ -369,6 +369,22 @@ class Checkpoint:
             return {path: flat[path].get_value() for path in new}
 
         return make(key)
+
+
+class _SameKey(nnx.RngStream):
+    """Gives the same key each time: for shapes, which do not depend on keys.
+
+    A stream that counts its keys takes most of the time of an abstract model.
+    """
+
+    def __call__(self) -> Array:
+        return self.key.get_value()
+
+
+def _same_key() -> nnx.Rngs:
+    rngs: Any = nnx.Rngs(0)
+    rngs.default = _SameKey(0, tag="default")
+    return rngs
 
 
 def module_of(original: Any, spec: Mapping[str, Any]) -> Any:
