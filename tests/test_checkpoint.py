@@ -582,6 +582,18 @@ def test_rows_are_read_into_an_array(dtype, transposed, tmp_path, monkeypatch):
     assert not found.equal("x", "y")
 
 
+@pytest.mark.parametrize("rows", [0, 3, 1024, 1025, 3000])
+def test_jax_takes_aligned_arrays_as_they_are(rows):
+    """On a CPU; also those that have huge pages, which they need not fill."""
+    values = tensor_files.aligned((rows, 512), np.float32)
+    values[...] = np.arange(rows * 512, dtype=np.float32).reshape(rows, 512)
+    taken = jax.device_put(values, jax.devices("cpu")[0])
+    if rows:
+        assert taken.unsafe_buffer_pointer() == values.ctypes.data
+    del values
+    assert (np.asarray(taken).reshape(-1) == np.arange(rows * 512)).all()
+
+
 @pytest.mark.parametrize("shape", [(130, 3, 5), (70, 128), (130,), (0, 3), (3, 0)])
 def test_tensors_of_any_shape_are_transposed(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "_CHUNK", 1)
