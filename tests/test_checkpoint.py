@@ -582,9 +582,9 @@ def test_rows_are_read_into_an_array(dtype, transposed, tmp_path, monkeypatch):
     assert not found.equal("x", "y")
 
 
-@pytest.mark.parametrize("rows", [0, 3, 1024, 1025, 3000])
+@pytest.mark.parametrize("rows", [0, 3, 3000])
 def test_jax_takes_aligned_arrays_as_they_are(rows):
-    """On a CPU; also those that have huge pages, which they need not fill."""
+    """On a CPU: a copy would take as much memory again."""
     values = tensor_files.aligned((rows, 512), np.float32)
     values[...] = np.arange(rows * 512, dtype=np.float32).reshape(rows, 512)
     taken = jax.device_put(values, jax.devices("cpu")[0])

@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
-import mmap
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -35,26 +32,16 @@ _CHUNK = 1 << 21
 """Bytes that a thread reads at once."""
 _ROWS = 64
 """Rows that are transposed at once, so that what is read and written stays in caches."""
-_HUGE = 1 << 21
-"""Bytes of a huge page."""
 _THREADS = 8
 """The most threads that read; more would wait for the memory."""
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Returns an array of any values, which JAX can take on a CPU without copying it."""
+    """Returns an array without values, which JAX can take on a CPU without copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size >= _HUGE and sys.platform == "linux":
-        # The system finds memory in huge pages sooner. They begin where the array does if its space
-        # is a multiple of them; what does not fill the last one stays in pages of the usual size.
-        space = -(-size // _HUGE) * _HUGE
-        memory = mmap.mmap(-1, space, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE, 0, size // _HUGE * _HUGE)
-        return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
-    values = np.empty(size + 64, np.uint8)
-    start = -values.ctypes.data % 64
-    return values[start : start + size].view(dtype).reshape(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class TensorFiles:
