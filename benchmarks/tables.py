@@ -356,14 +356,17 @@ def large() -> Lines:
 @block(("loading-cpu", "loading --models DIR"))
 def loading() -> Lines:
     yield (
-        "model | GiB | seconds | until used | peak, times the size | "
-        "transformers: seconds | until used | peak"
+        "model | GiB | seconds | of it the structure | until used | peak, times the size | "
+        "transformers: seconds | until used | peak | "
+        "bytes alone, into new memory: seconds | into used memory"
     )
     found = {(r["model"], r["library"]): r for r in rows("loading-cpu")}
     for model in dict.fromkeys(model for model, _ in found):
         both = [found[model, library] for library in ("fusion_jax", "transformers")]
         cells = [[short(r["seconds"]), short(r["used_seconds"]), f"{r['peak']:.2f}"] for r in both]
-        yield [model, f"{both[0]['gib']:.2f}", *cells[0], *cells[1]]
+        cells[0].insert(1, short(both[0]["structure_seconds"]))
+        bytes_alone = [short(found[model, f"{kind} memory"]["seconds"]) for kind in ("new", "used")]
+        yield [model, f"{both[0]['gib']:.2f}", *cells[0], *cells[1], *bytes_alone]
 
 
 @block(("ntk-cost-cpu", "ntk_cost"))

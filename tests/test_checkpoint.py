@@ -580,3 +580,36 @@ def test_rows_are_read_into_an_array(dtype, transposed, tmp_path, monkeypatch):
             assert (out == (want.T if transposed else want)).all()
     assert found.equal("x", "x")
     assert not found.equal("x", "y")
+
+
+@pytest.mark.parametrize("rows", [0, 3, 3000])
+def test_jax_takes_aligned_arrays_as_they_are(rows):
+    """On a CPU: a copy would take as much memory again."""
+    values = tensor_files.aligned((rows, 512), np.float32)
+    values[...] = np.arange(rows * 512, dtype=np.float32).reshape(rows, 512)
+    taken = jax.device_put(values, jax.devices("cpu")[0])
+    if rows:
+        assert taken.unsafe_buffer_pointer() == values.ctypes.data
+    del values
+    assert (np.asarray(taken).reshape(-1) == np.arange(rows * 512)).all()
+
+
+@pytest.mark.parametrize("shape", [(130, 3, 5), (70, 128), (130,), (0, 3), (3, 0)])
+def test_tensors_of_any_shape_are_transposed(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_CHUNK", 1)
+    values = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
+    safetensors.numpy.save_file({"x": values}, tmp_path / "model.safetensors")
+    for dtype in (np.float32, np.float16):
+        out = tensor_files.aligned(shape[::-1], dtype)
+        tensor_files.TensorFiles(tmp_path).read_into("x", out, transposed=True)
+        assert (out == values.astype(dtype).T).all()
+
+
+def test_a_file_that_gets_shorter_while_it_is_read(tmp_path):
+    """Threads read it: the error of one of them is that of the caller."""
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"x": np.ones((4096, 1024), np.float32)}, path)
+    found = tensor_files.TensorFiles(tmp_path)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(fj.InputError, match="truncated"):
+        found.read_into("x", np.zeros((4096, 1024), np.float32))

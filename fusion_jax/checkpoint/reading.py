@@ -163,7 +163,7 @@ class Checkpoint:
         """The model with shapes in place of arrays."""
         optional = {part: self.has(part) for part in self.family.optional}
         try:
-            model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), optional))
+            model = nnx.eval_shape(lambda: self._make(_same_key(), optional))
         except InputError:
             raise
         except (TypeError, ValueError, ArithmeticError) as error:
@@ -382,6 +382,22 @@ class Checkpoint:
 def _left_out(model: Model, path: str) -> bool:
     """Returns whether a part does not belong to a model with this head, such as T5's decoder."""
     return getattr(model, path.partition(".")[0], model) is None
+
+
+class _SameKey(nnx.RngStream):
+    """Gives the same key each time: for shapes, which do not depend on keys.
+
+    A stream that counts its keys takes most of the time of an abstract model.
+    """
+
+    def __call__(self) -> Array:
+        return self.key.get_value()
+
+
+def _same_key() -> nnx.Rngs:
+    rngs: Any = nnx.Rngs(0)
+    rngs.default = _SameKey(0, tag="default")
+    return rngs
 
 
 def module_of(original: Any, spec: Mapping[str, Any]) -> Any:

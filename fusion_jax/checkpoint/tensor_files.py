@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -25,10 +28,12 @@ FLOATS: Mapping[str, np.dtype] = {
 }
 """The floating-point dtypes that can be read, by the names that safetensors gives them."""
 
-_CHUNK = 1 << 22
-"""Bytes that are read at once where values are transposed or cast."""
+_CHUNK = 1 << 21
+"""Bytes that a thread reads at once."""
 _ROWS = 64
 """Rows that are transposed at once, so that what is read and written stays in caches."""
+_THREADS = 8
+"""The most threads that read; more would wait for the memory."""
 
 
 def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -122,7 +127,9 @@ class TensorFiles:
     ) -> None:
         """Reads rows of one tensor into an array, cast to its dtype, without a second copy.
 
-        The file is not mapped into memory, so that its pages do not count as memory of the process.
+        The file is not mapped into memory: its pages would count as memory of the process, and the
+        model would change, or the process crash, when another program overwrites the file. Threads
+        share the work, as new memory and transposing take longer than reading.
 
         Args:
             name: The tensor.
@@ -136,19 +143,41 @@ class TensorFiles:
             value = self.read(name)
             target[...] = value[first : first + len(target)] if target.ndim else value
             return
-        row = math.prod(target.shape[1:]) * stored.itemsize
-        count = _ROWS * max(1, _CHUNK // (_ROWS * max(row, 1)))
-        with open(self._files[name], "rb", buffering=0) as file:
-            file.seek(self._starts[name] + first * row)
-            if target.flags.c_contiguous and stored == target.dtype:
-                _fill(file, target)
+        if stored == target.dtype:  # NumPy copies plain integers faster, and lets threads run
+            stored = np.dtype(f"u{stored.itemsize}")
+            target = target.view(stored)
+        width = math.prod(target.shape[1:])
+        direct = stored == target.dtype and target.flags.c_contiguous
+        count = _ROWS * max(1, _CHUNK // (_ROWS * max(width * stored.itemsize, 1)))
+
+        def read_rows(i: int) -> None:
+            part = target[i : i + count]
+            values = part if direct else np.empty(part.shape, stored)
+            with open(self._files[name], "rb", buffering=0) as file:
+                file.seek(self._starts[name] + (first + i) * width * stored.itemsize)
+                _fill(file, values)
+            if not transposed:
+                if not direct:
+                    part[...] = values
                 return
-            buffer = np.empty((min(count, len(target)), *target.shape[1:]), stored)
-            for i in range(0, len(target), count):
-                part = buffer[: min(count, len(target) - i)]
-                _fill(file, part)
-                for j in range(0, len(part), _ROWS):
-                    target[i + j : i + j + _ROWS] = part[j : j + _ROWS]
+            # A few rows at a time, a bit apart: where their distance is a power of two, all values
+            # of a column would have the same few places in the caches.
+            apart = np.empty((_ROWS, width + 64 // stored.itemsize), stored)
+            strip = apart[:, :width].reshape(_ROWS, *part.shape[1:])
+            for j in range(0, len(part), _ROWS):
+                rows = strip[: len(part) - j]
+                rows[...] = values[j : j + _ROWS]
+                part[j : j + _ROWS] = rows
+
+        starts = range(0, len(target), count)
+        if len(starts) > 1:
+            list(self._threads.map(read_rows, starts))
+        elif starts:
+            read_rows(0)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
 
     def equal(self, a: str, b: str) -> bool:
         """Returns whether two tensors have the same values, without reading all of them at once."""
