@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from fusion_jax.calibration.capture import Routed, routed_inputs
 from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.felt import output_gradients
 from fusion_jax.calibration.sources import (
     CalibrationSource,
     generator,
@@ -34,6 +35,11 @@ from ntk.selection import Selection
 
 MAX_POSITIONS = 16384
 """The number of positions of text that are kept for each site, by default."""
+FELT_POSITIONS = 1024
+"""The number of positions whose gradients are computed in one call: a backward pass keeps the
+hidden values of all layers."""
+FELT_LOGITS = 2**27
+"""The number of logits of such a call, half a GiB in float32."""
 OWN_POSITIONS = 256
 """An expert with fewer positions of its own also gets this number of other experts' positions."""
 
@@ -90,6 +96,7 @@ class Calibrator:
         chosen: The sites that will be compressed.
         source: See `fusion_jax.compress`.
         sequential: Whether any site is calibrated in the model whose earlier sites are compressed.
+        upstream: Whether gradients at the outputs of the sites are wanted, see `Calibration`.
         key: Random key of the choice of positions.
 
     Raises:
@@ -103,10 +110,13 @@ class Calibrator:
         source: CalibrationSource,
         *,
         sequential: bool,
+        upstream: bool = False,
         key: Key[Array, ""],
     ):
         self._paths = tuple(site.path for site in chosen)
         self._use: dict[str, np.ndarray] = {}
+        self._upstream: dict[str, np.ndarray] = {}
+        self._felt = upstream
         source = read_source(source)
         self.on_text = not isinstance(source, Mapping)
         """Whether the model runs on text or tokens; else the inputs of the sites are given."""
@@ -128,6 +138,8 @@ class Calibrator:
         if self.on_text:
             split = nnx.split(self._model)
             self._inputs, self._use = self._sample.inputs(split, self._paths, progress)
+            if self._felt:
+                self._upstream = self._sample.upstream(split, self._paths, progress)
         if self.sequential:
             # Compressed sites are padded back to their width, so that one program serves all.
             self._model = nnx.clone(self._model)
@@ -144,10 +156,12 @@ class Calibrator:
         if site.mlp.stack:
             # Rows of zeros are not positions.
             return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
+        upstream = self._upstream.get(site.path)
+        upstream = None if upstream is None else jnp.asarray(upstream)
         if not (sequential and self.sequential and self._changed):
-            return Calibration(inputs)
+            return Calibration(inputs, upstream=upstream)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
-        return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs))
+        return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs), upstream=upstream)
 
     def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of a site's inputs."""
@@ -203,6 +217,7 @@ class Sample:
         self.batches = batches
         self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
         self.of_tokens = isinstance(model, Model)
+        self._vocabulary = max(1, getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
         if isinstance(model, Model):
             masks = [_masks(batch) for batch in batches]
             # An encoder and a decoder that reads other text each have their own positions.
@@ -278,11 +293,46 @@ class Sample:
         experts -= self._stacks
         return self.gathered(lambda i: self._seen(_run, split, i, paths), experts, progress)
 
+    def upstream(
+        self, split: tuple[Any, Any], paths: tuple[str, ...], progress: bool | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns the gradients at the outputs of sites at these positions, (t, o)."""
+        graph, state = split
+
+        def run(i: int) -> dict[str, np.ndarray]:
+            key = jax.random.fold_in(self._key, i)
+            parts = []
+            for batch, mask in self._pieces(i):
+                arrays, fixed = _arguments(batch)
+                call = ByValue((graph, fixed, paths))
+                key, own = jax.random.split(key)
+                parts.append(jax.device_get(_felt(call, state, arrays, own, mask)))
+            return {path: np.concatenate([part[path] for part in parts]) for path in paths}
+
+        return self.gathered(run, (), progress, verb="Measuring what the loss feels")[0]
+
+    def _pieces(self, i: int) -> list[tuple[Any, np.ndarray | None]]:
+        """Returns a batch in pieces of some rows, and the mask of what each piece predicts."""
+        batch = self.batches[i]
+        if not self.of_tokens:
+            return [(batch, None)]
+        side = "decoder" if "decoder" in self._parts else ""
+        mask = self._parts[side][i][0]
+        rows, length = mask.shape
+        most = max(1, min(FELT_POSITIONS, FELT_LOGITS // self._vocabulary) // length)
+        most = max(n for n in range(1, most + 1) if rows % n == 0)
+        # One program for all pieces of a batch.
+        return [
+            ({name: x[j : j + most] for name, x in batch.items()}, mask[j : j + most])
+            for j in range(0, rows, most)
+        ]
+
     def gathered(
         self,
         run: Callable[[int], Mapping[str, Any]],
         experts: Collection[str],
         progress: bool | None = None,
+        verb: str = "Calibrating",
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns what `inputs` returns, from what a function sees in each batch.
 
@@ -290,11 +340,12 @@ class Sample:
             run: Returns the inputs of sites by path, for the number of a batch.
             experts: The paths of the sites that have experts.
             progress: See `fusion_jax.compress`.
+            verb: What the progress says.
         """
         result: dict[str, np.ndarray] = {}
         routed: dict[str, list[list[np.ndarray]]] = {}
         count = len(self.batches)
-        with show_progress("Calibrating", count, progress, first="compiling") as advance:
+        with show_progress(verb, count, progress, first="compiling") as advance:
             for i in range(count):
                 for path, x in run(i).items():
                     side = self._sides[path]
@@ -344,15 +395,31 @@ def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
 
 @partial(jax.jit, static_argnums=0)
 def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
-    graph, (tree, others), paths = fixed.value
+    graph, rest, paths = fixed.value
+    args, kwargs = _call(rest, arrays)
+    seen = routed_inputs(nnx.merge(graph, state), *args, **kwargs)
+    return {path: seen[path] for path in paths}
+
+
+@partial(jax.jit, static_argnums=0)
+def _felt(
+    fixed: ByValue, state: Any, arrays: list[Any], key: Array, mask: Array | None
+) -> dict[str, Any]:
+    graph, rest, paths = fixed.value
+    args, kwargs = _call(rest, arrays)
+    return output_gradients(nnx.merge(graph, state), paths, key, mask, *args, **kwargs)
+
+
+def _call(rest: tuple[Any, Any], arrays: list[Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Returns the arguments and keyword arguments of a batch that `_arguments` took apart."""
+    tree, others = rest
     leaves = list(arrays)
     for i, value in others:
         leaves.insert(i, value)
     batch = jax.tree.unflatten(tree, leaves)
-    keywords = batch if isinstance(batch, Mapping) else {}
-    arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    seen = routed_inputs(nnx.merge(graph, state), *(() if keywords else arguments), **keywords)
-    return {path: seen[path] for path in paths}
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch if isinstance(batch, tuple | list) else (batch,)), {}
 
 
 def _arguments(batch: Any) -> tuple[list[Any], Any]:

@@ -23,16 +23,19 @@ class _Seen(nnx.Variable):
     """The input of one call."""
 
 
-class _Tap(nnx.Module):
-    """Stands in for an MLP and keeps its input."""
+class Tap(nnx.Module):
+    """Stands in for an MLP, keeps its input, and adds an offset to its output if there is one."""
 
-    def __init__(self, mlp: AnyMlp):
+    def __init__(self, mlp: AnyMlp, offset: Array | None = None):
         self.mlp = mlp
         self.seen: Any = nnx.data(None)
+        self.offset: Any = nnx.data(None if offset is None else _Seen(offset))
 
     def __call__(self, x: Array) -> Array:
+        """Returns the output of the MLP, moved by the offset."""
         self.seen = _Seen(x)
-        return self.mlp(x)
+        y = self.mlp(x)
+        return y if self.offset is None else y + self.offset[...]
 
 
 class Routed(NamedTuple):
@@ -119,7 +122,7 @@ def routed_call(
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}
     experts = {f"{path}.experts".lstrip("."): tap for path, tap in routers.items()}
     taps = {
-        site.path: _Tap(site.mlp) for site in sites(tapped) if site.path not in {*experts, *skipped}
+        site.path: Tap(site.mlp) for site in sites(tapped) if site.path not in {*experts, *skipped}
     }
     # The MLPs first: inside a tapped mixture, their paths would be others.
     for path, tap in (*taps.items(), *routers.items()):

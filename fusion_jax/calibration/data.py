@@ -23,19 +23,22 @@ class Calibration(NamedTuple):
         inputs: The inputs, (t, d), possibly stacked.
         outputs: The target outputs without the output bias, (t, o); None for the MLP's own.
         weights: The weight of each position, (t,); None for equal weights.
+        upstream: The gradients of a loss of the model with respect to the outputs, (t, o), for
+            methods that weigh by what the loss feels; None if no method does.
     """
 
     inputs: Float[Array, "*s t d"]
     outputs: Float[Array, "*s t o"] | None = None
     weights: Float[Array, "*s t"] | None = None
+    upstream: Float[Array, "*s t o"] | None = None
 
     def head(self, positions: int) -> Calibration:
         """Returns the first positions, at most the given number; they are a random sample."""
-        inputs, outputs, weights = self
         return Calibration(
-            inputs[..., :positions, :],
-            None if outputs is None else outputs[..., :positions, :],
-            None if weights is None else weights[..., :positions],
+            self.inputs[..., :positions, :],
+            None if self.outputs is None else self.outputs[..., :positions, :],
+            None if self.weights is None else self.weights[..., :positions],
+            None if self.upstream is None else self.upstream[..., :positions, :],
         )
 
     def root_weights(self) -> Float[Array, "*s t"]:

@@ -108,6 +108,7 @@ def checked(
             chosen,
             calibration,
             sequential=any(need.earlier_sites for need in needs),
+            upstream=any(methods[site.path].takes_upstream for site in chosen),
             # Sites are counted from 0, so that no site has the key of the calibration.
             key=jax.random.fold_in(key, 2**31 - 1),
         )
@@ -115,6 +116,11 @@ def checked(
             _check_needs_no_text(chosen, methods)
     stacks = adopted_sites(model)
     for site in chosen:
+        if methods[site.path].takes_upstream and (site.mlp.stack or site.path in stacks):
+            raise InputError(
+                f"{site.path}: {_named(methods[site.path])} is for single MLPs that a model calls "
+                "as a whole, not for experts or adopted modules"
+            )
         if methods[site.path].model_needs.expert_use and site.mlp.stack and site.path in stacks:
             raise InputError(f"{site.path}: {option} is for experts; this is a stack of layers")
     return Checked(model, chosen, methods, key, calibrator, gradients)
@@ -139,6 +145,11 @@ def _chosen(
     if not chosen:
         raise InputError(f"layers {layers!r} matches no site that is given a method")
     return chosen, {site.path: method[site.path] for site in chosen}
+
+
+def _named(method: Method) -> str:
+    score = getattr(method, "score", None)
+    return type(method).__name__ if score is None else f"score {score!r}"
 
 
 def _check_module(method: Method, mlp: AnyMlp) -> None:
@@ -171,6 +182,11 @@ def _check_needs_no_text(chosen: list[Site], methods: Mapping[str, Method]) -> N
     """Raises `InputError` if a method needs text, where the inputs of the sites are given."""
     for site in chosen:
         needs = methods[site.path].model_needs
+        if methods[site.path].takes_upstream:
+            raise InputError(
+                f"{_named(methods[site.path])} needs calibration text or tokens, on which the "
+                "whole model runs; inputs by site do not show what its loss feels"
+            )
         if needs.earlier_sites:
             raise InputError(
                 f"{needs.earlier_sites} needs calibration text or tokens; inputs by site do not "

@@ -160,6 +160,8 @@ def _solved_sites(job: Checked, batch: list[Site]) -> Sequence[Made]:
     if job.calibrator is not None and method.takes_calibration:
         follows = method.model_needs.earlier_sites is not None
         seen = [job.calibrator.of(site, follows) for site in batch]
+        if not method.takes_upstream:
+            seen = [each._replace(upstream=None) for each in seen]
     if job.gradients is not None and method.takes_gradients:
         slopes = [gradients_of(site, job.gradients) for site in batch]
     mlps = [site.mlp for site in batch if isinstance(site.mlp, Mlp)]  # all are, see `Checked`
@@ -297,6 +299,11 @@ def compress_mlp(
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
     method.check_given(calibration=calibration is not None, gradients=gradients is not None)
+    if method.takes_upstream and (calibration is None or calibration.upstream is None):
+        raise InputError(
+            f"{type(method).__name__} needs a Calibration with upstream: the gradients of a loss "
+            "at the outputs"
+        )
     options = [option for option in method.model_needs if option]
     if options:
         raise InputError(f"{' and '.join(options)}: only for the sites of a model, see compress")

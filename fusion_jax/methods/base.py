@@ -68,6 +68,11 @@ class Method:
         return False
 
     @property
+    def takes_upstream(self) -> bool:
+        """Whether `solve` needs calibration with ``upstream``."""
+        return False
+
+    @property
     def takes_gradients(self) -> bool:
         """Whether `solve` needs the gradients of a loss, as its argument ``gradients``."""
         return False

@@ -40,10 +40,11 @@ DEAD = 1e-5
 """A unit that does less than this share of what the most active unit does on the text counts as
 dead there: nothing is known of it."""
 
-_product = partial(jnp.matmul, precision="highest")
+product = partial(jnp.matmul, precision="highest")
+"""A product of matrices in all digits of its dtype."""
 
 
-def _sum_over_blocks(f: Callable[..., PyTree], *arrays: Array) -> PyTree:
+def sum_over_blocks(f: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """Returns the sum of f over blocks of positions; the last block is padded with zero rows."""
     count = arrays[0].shape[0]
     size = min(BLOCK, count)
@@ -95,20 +96,21 @@ def refitted(
 
     def moments(x: Array, r: Array, *outputs: Array) -> tuple[Array, Array]:
         hidden = responses(effective, x, act).hidden
-        target = outputs[0] if outputs else _product(responses(subs, x, act).hidden, original)
-        hidden, error = r[:, None] * hidden, r[:, None] * (target - _product(hidden, down))
-        return _product(hidden.T, hidden), _product(hidden.T, error)
+        target = outputs[0] if outputs else product(responses(subs, x, act).hidden, original)
+        hidden, error = r[:, None] * hidden, r[:, None] * (target - product(hidden, down))
+        return product(hidden.T, hidden), product(hidden.T, error)
 
-    gram, error = _sum_over_blocks(moments, wide(calibration.inputs), root, *known)
+    gram, error = sum_over_blocks(moments, wide(calibration.inputs), root, *known)
     return effective._replace(down=down + _ridge(gram, error, ridge))
 
 
 def _ridge(gram: Array, right: Array, ridge: float | Float[Array, ""]) -> Array:
     """Returns ``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
-    return _solved(gram, right, _level(gram, ridge))
+    return _solved(gram, right, level_of(gram, ridge))
 
 
-def _level(gram: Array, ridge: float | Float[Array, ""]) -> Array:
+def level_of(gram: Array, ridge: float | Float[Array, ""]) -> Array:
+    """Returns ridge times the mean of a Gram matrix's diagonal, or 1 if that is 0."""
     level = ridge * jnp.trace(gram) / gram.shape[0]
     return jnp.where(level > 0, level, 1)
 
@@ -133,12 +135,12 @@ def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Ar
     Returns:
         (c,).
     """
-    level = _level(gram, RIDGE_OF_FACTORS)
+    level = level_of(gram, RIDGE_OF_FACTORS)
 
     def fitted(fixed: Array, x: Array) -> Array:
         known = jnp.where(fixed, x - start, 0)
         free = ~fixed[:, None] & ~fixed[None]
-        left = jnp.where(fixed, 0, right - _product(gram, known))
+        left = jnp.where(fixed, 0, right - product(gram, known))
         return jnp.where(
             fixed, x, start + _solved(jnp.where(free, gram, 0), left[:, None], level)[:, 0]
         )
@@ -229,8 +231,8 @@ def matched(
         low, high = bounds(factor, b, len(b))
         a, b, signs_a, signs_b = (root * x for x in (a, b, jnp.sign(a), jnp.sign(b)))
         seconds = (signs_a, signs_b) if scaling == "adam" else (a, b)
-        gram = _product(b.T, b) * _product(seconds[1].T, seconds[1])
-        cross = _product(a.T, b) * _product(seconds[0].T, seconds[1])
+        gram = product(b.T, b) * product(seconds[1].T, seconds[1])
+        cross = product(a.T, b) * product(seconds[0].T, seconds[1])
         return _bounded_ridge(gram, cross.sum(0) - gram @ start, start, low, high)
 
     def kept(a: Array, b: Array) -> Array:
@@ -245,19 +247,19 @@ def matched(
         x, r, s, z = (u[:PAIRED_POSITIONS] for u in (wide(sample.inputs), root, s, z))
         above = jax.random.normal(jax.random.key(0), (x.shape[0], subs.down.shape[1]), r.dtype)
         a, b = (
-            slopes * _product(above, wide(units.down).T)
+            slopes * product(above, wide(units.down).T)
             for slopes, units in ((s, subs), (z, effective))
         )
         signs_a, signs_b = jnp.sign(a), jnp.sign(b)
-        weights = (_product(x, jnp.sign(x).T) + int(bias is not None)) * r * r.T
+        weights = (product(x, jnp.sign(x).T) + int(bias is not None)) * r * r.T
 
         def add(
             total: tuple[Array, Array], row: tuple[Array, Array, Array]
         ) -> tuple[tuple[Array, Array], None]:
             old, new, weight = row
             terms = weight[:, None] * new[None] * signs_b
-            left = weight * _product(signs_a, old) - _product(terms, start)
-            gram, right = _product(terms.T, terms), _product(terms.T, left)
+            left = weight * product(signs_a, old) - product(terms, start)
+            gram, right = product(terms.T, terms), product(terms.T, left)
             return (total[0] + gram, total[1] + right), None
 
         zero = jnp.zeros_like(start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,19 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution, check_choice
+from fusion_jax.methods.least_squares import refitted
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.submlps import SubMLPs, responses
+from fusion_jax.methods.scores import (
+    ON_GRADIENTS,
+    ON_INPUTS,
+    ON_UPSTREAM,
+    UnitScore,
+    hidden_moments,
+    removed_one_at_a_time,
+    unit_scores,
+)
+from fusion_jax.nn.submlps import SubMLPs
 from ntk.activations import Activation
-
-UnitScore = Literal["magnitude", "activation", "gradient"]
 
 
 class PruneFacts(NamedTuple):
@@ -30,59 +37,60 @@ class PruneFacts(NamedTuple):
     kept_importance: Float[Array, "*s"]
 
 
-def importance(subs: SubMLPs) -> Float[Array, " p"]:
-    """Returns ``|(w_i, b_i)| |v_i|`` of each sub-MLP; with a gate, w_i has all input weights.
-
-    Example:
-        >>> importance(SubMLPs(up=jnp.array([[3.0, 4.0]]), down=jnp.array([[2.0]]))).tolist()
-        [10.0]
-    """
-    rows, outputs = subs.rows(), subs.down.shape[-1]
-    inner, outer = rows[:, :-outputs], rows[:, -outputs:]
-    return jnp.linalg.norm(inner, axis=-1) * jnp.linalg.norm(outer, axis=-1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prune(Narrower):
-    """Keeps the hidden units with the largest scores.
+    """Keeps the hidden units with the largest scores; all weights of one unit stay or go together.
 
-    ``"magnitude"`` scores unit i by ``|(w_i, b_i)| |v_i|``; ``"activation"`` by the root mean
-    square of its contribution to the output at calibration inputs, ``rms(h_i) |v_i|``; and
-    ``"gradient"`` by the first-order change of a loss without it, ``|<dL/dv_i, v_i>|``. All weights
-    of one unit stay or go together.
+    With ``refit``, output weights are then fitted to the original's outputs on calibration text.
+    On real models that is worth more than the choice of the score.
+
+    References:
+        The scores: see `fusion_jax.methods.scores.unit_scores`. ``refit`` after any of them is
+        GRAIL (CPAL 2026).
 
     Example:
-        >>> Prune(width=0.25).to_json()["score"]
-        'magnitude'
+        >>> Prune(width=0.25, score="activation", refit=True).to_json()["score"]
+        'activation'
     """
 
     name: ClassVar[str] = "prune"
 
     score: UnitScore = "magnitude"
-    """The importance of a unit; ``"activation"`` needs calibration, ``"gradient"`` a loss's
-    gradients."""
+    """The importance of a unit: ``"magnitude"`` by weights alone; ``"hidden"``, ``"activation"``,
+    ``"wanda"``, ``"fluctuation"``, ``"leverage"``, ``"obs"`` and ``"fisher"`` on calibration text;
+    ``"gradient"`` and ``"saliency"`` by a loss's gradients."""
+    refit: bool = False
+    """With calibration: fit output weights to the original's outputs by ridge regression."""
+    ridge: float = 0.01
+    """Strength of the regression, relative to the mean square of the hidden units."""
 
     @property
     def takes_calibration(self) -> bool:
-        """Whether units are scored by their contribution to outputs."""
-        return self.score == "activation"
+        """Whether units are scored, or output weights fitted, on text."""
+        return self.refit or self.score in ON_INPUTS
+
+    @property
+    def takes_upstream(self) -> bool:
+        """Whether units are scored by what a loss feels of the outputs."""
+        return self.score in ON_UPSTREAM
 
     @property
     def takes_gradients(self) -> bool:
         """Whether units are scored by a loss's gradients."""
-        return self.score == "gradient"
+        return self.score in ON_GRADIENTS
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("score", self.score, get_args(UnitScore))
+        if not self.ridge > 0:
+            raise InputError(f"ridge must be above 0; got {self.ridge}")
 
     def check(self, subs: SubMLPs, *, calibrated: bool = False) -> None:
         """Raises `InputError` if the width is above the MLP's own, or calibration is missing."""
         super().check(subs)
-        if self.score == "activation" and not calibrated:
-            raise InputError(
-                "score 'activation' needs calibration: texts, or 'random' if there are none"
-            )
+        if self.takes_calibration and not calibrated:
+            which = f"score {self.score!r}" if self.score in ON_INPUTS else "refit"
+            raise InputError(f"{which} needs calibration: texts, or 'random' if there are none")
 
     def solve(
         self,
@@ -94,18 +102,24 @@ class Prune(Narrower):
         gradients: SubMLPs | None = None,
     ) -> Solution:
         """Keeps some sub-MLPs of one MLP, in their order."""
-        score = importance(subs)
-        if self.score == "activation":
-            assert act is not None
-            assert calibration is not None
-            hidden = responses(subs, calibration.inputs, act).hidden
-            rms = jnp.linalg.norm(calibration.root_weights()[:, None] * hidden, axis=0)
-            score = rms * jnp.linalg.norm(subs.down.astype(rms.dtype), axis=-1)
-        elif self.score == "gradient":
-            assert gradients is not None
-            slope = jnp.abs((wide(gradients.down) * wide(subs.down)).sum(-1))
-            # Experts that no batch reached have no gradients: they are scored by magnitude.
-            score = jnp.where(slope.max() > 0, slope, score.astype(slope.dtype))
-        chosen = jnp.sort(jax.lax.top_k(score, self.kept(subs))[1])
+        score = unit_scores(
+            self.score,
+            subs,
+            act=act,
+            calibration=calibration,
+            gradients=gradients,
+            ridge=self.ridge,
+        )
+        count = self.kept(subs)
+        if self.score == "obs":
+            assert calibration is not None and act is not None
+            gram = hidden_moments(subs, calibration, act, gram=True).gram
+            chosen = removed_one_at_a_time(subs.down, gram, count, self.ridge)
+        else:
+            chosen = jnp.sort(jax.lax.top_k(score, count)[1])
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))
-        return Solution(jax.tree.map(lambda x: x[chosen], subs), facts)
+        left = jax.tree.map(lambda x: x[chosen], subs)
+        if self.refit:
+            assert calibration is not None and act is not None
+            left = refitted(left, subs, calibration, act, self.ridge)
+        return Solution(left, facts)

@@ -12,7 +12,8 @@ from jaxtyping import Array, Key
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution
 from fusion_jax.methods.narrower import Narrower
-from fusion_jax.methods.prune import PruneFacts, importance
+from fusion_jax.methods.prune import PruneFacts
+from fusion_jax.methods.scores import importance
 from fusion_jax.nn.submlps import SubMLPs
 
 

@@ -1,0 +1,235 @@
+"""Scores of hidden units: how much each unit matters, by weights, activity, or the model's loss.
+
+Axis letters in shapes: p width, c units left, d inputs, o outputs, t positions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from fusion_jax.calibration.data import Calibration
+from fusion_jax.methods.least_squares import level_of, product, sum_over_blocks
+from fusion_jax.nn.dtypes import wide
+from fusion_jax.nn.submlps import SubMLPs, responses
+from ntk.activations import Activation
+
+UnitScore = Literal[
+    "magnitude",
+    "hidden",
+    "activation",
+    "wanda",
+    "fluctuation",
+    "leverage",
+    "obs",
+    "fisher",
+    "gradient",
+    "saliency",
+]
+ON_INPUTS = ("hidden", "activation", "wanda", "fluctuation", "leverage", "obs", "fisher")
+"""The scores that need the inputs of the MLP on text."""
+ON_UPSTREAM = ("fisher",)
+"""The scores that also need what a loss feels of the MLP's outputs, see `Calibration`."""
+ON_GRADIENTS = ("gradient", "saliency")
+"""The scores that need the gradients of a loss with respect to the weights."""
+CANDIDATES = 128
+"""Units among which ``"obs"`` looks for the next ones to remove, half of them at a time."""
+
+
+_Small = tuple[Array, Array, Array]
+
+
+class Moments(NamedTuple):
+    """Sums over positions of an MLP's hidden values h, whose weights add up to 1.
+
+    Args:
+        size: (p,) sum of |h|.
+        mean: (p,) sum of h.
+        square: (p,) sum of h^2.
+        felt: (p,) sum of (h v . g)^2, where g is the gradient at the output; 0 without it.
+        gram: (p, p) sum of h h^T, or (0, 0) where it is not wanted.
+    """
+
+    size: Float[Array, " p"]
+    mean: Float[Array, " p"]
+    square: Float[Array, " p"]
+    felt: Float[Array, " p"]
+    gram: Float[Array, "a b"]
+
+
+def importance(subs: SubMLPs) -> Float[Array, " p"]:
+    """Returns ``|(w_i, b_i)| |v_i|`` of each sub-MLP; with a gate, w_i has all input weights.
+
+    Example:
+        >>> importance(SubMLPs(up=jnp.array([[3.0, 4.0]]), down=jnp.array([[2.0]]))).tolist()
+        [10.0]
+    """
+    rows, outputs = subs.rows(), subs.down.shape[-1]
+    inner, outer = rows[:, :-outputs], rows[:, -outputs:]
+    return jnp.linalg.norm(inner, axis=-1) * jnp.linalg.norm(outer, axis=-1)
+
+
+def unit_scores(
+    score: UnitScore,
+    subs: SubMLPs,
+    *,
+    act: Activation | None = None,
+    calibration: Calibration | None = None,
+    gradients: SubMLPs | None = None,
+    ridge: float = 0.01,
+) -> Float[Array, " p"]:
+    r"""Returns the score of each hidden unit of an MLP; larger ones matter more.
+
+    With h_i the values of unit i at the calibration inputs, v_i its output weights, means over
+    positions, ``G = mean h h^T``, ``l = ridge trace(G) / p``, and L a loss:
+
+    =================  ============================================  ==============================
+    score              unit i                                        source
+    =================  ============================================  ==============================
+    ``magnitude``      ``|(w_i, b_i)| |v_i|``
+    ``hidden``         ``mean |h_i|``                                Minitron (arXiv 2407.14679)
+    ``activation``     ``rms(h_i) |v_i|``
+    ``wanda``          ``rms(h_i) sum_o |v_io|``                     Wanda-sp (arXiv 2306.11695)
+    ``fluctuation``    ``var(h_i) |v_i|^2``                          FLAP (arXiv 2312.11983)
+    ``leverage``       ``[G (G + l I)^-1]_ii``                       MoDeGPT (arXiv 2408.09632)
+    ``obs``            ``|v_i|^2 / [(G + l I)^-1]_ii``               Optimal Brain Surgeon (1993)
+    ``fisher``         ``mean (h_i v_i . dL/dy)^2``, y the output    Theis et al. (arXiv 1801.05787)
+    ``gradient``       ``|<dL/dv_i, v_i>|``                          Molchanov et al. (CVPR 2019)
+    ``saliency``       sum over the weights w of ``|w dL/dw|``       NIRVANA (arXiv 2509.14230)
+    =================  ============================================  ==============================
+
+    Args:
+        score: Which score.
+        subs: The p sub-MLPs.
+        act: The activation; needed with calibration.
+        calibration: The inputs of the MLP; for ``"fisher"`` with ``upstream``.
+        gradients: The gradients of the loss, laid out as the sub-MLPs, for those that need them.
+        ridge: The strength l, relative to the mean of G's diagonal.
+
+    Returns:
+        (p,) scores, at least 0. An MLP that the loss does not feel at all (an expert that no
+        position reached) gets the scores of ``"magnitude"``.
+    """
+    by_weights = importance(subs)
+    if score == "magnitude":
+        return by_weights
+    down = wide(subs.down)
+    if score in ON_GRADIENTS:
+        assert gradients is not None
+        if score == "gradient":
+            found = jnp.abs((wide(gradients.down) * down).sum(-1))
+        else:
+            found = jnp.abs(gradients.rows() * subs.rows()).sum(-1)
+        return jnp.where(found.max() > 0, found, by_weights.astype(found.dtype))
+    assert act is not None
+    assert calibration is not None
+    seen = hidden_moments(subs, calibration, act, gram=score in ("leverage", "obs"))
+    rms = jnp.sqrt(seen.square)
+    if score == "hidden":
+        return seen.size
+    if score == "activation":
+        return rms * jnp.linalg.norm(down, axis=-1)
+    if score == "wanda":
+        return rms * jnp.abs(down).sum(-1)
+    if score == "fluctuation":
+        variance = jnp.maximum(seen.square - jnp.square(seen.mean), 0)
+        return variance * jnp.square(down).sum(-1)
+    if score == "fisher":
+        return jnp.where(seen.felt.max() > 0, seen.felt, by_weights.astype(seen.felt.dtype))
+    inverse = _inverse(seen.gram, ridge)
+    if score == "obs":
+        return jnp.square(down).sum(-1) / jnp.diagonal(inverse)
+    return 1 - level_of(seen.gram, ridge) * jnp.diagonal(inverse)
+
+
+def hidden_moments(
+    subs: SubMLPs, calibration: Calibration, act: Activation, *, gram: bool
+) -> Moments:
+    """Returns sums over positions of the hidden values, block by block, see `Moments`."""
+    down = wide(subs.down)
+
+    def moments(x: Array, r: Array, *upstream: Array) -> Moments:
+        hidden = r[:, None] * responses(subs, x, act).hidden
+        squares = jnp.square(hidden)
+        felt = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
+        return Moments(
+            size=(r[:, None] * jnp.abs(hidden)).sum(0),
+            mean=(r[:, None] * hidden).sum(0),
+            square=squares.sum(0),
+            felt=(squares * felt).sum(0),
+            gram=product(hidden.T, hidden) if gram else jnp.zeros((0, 0), hidden.dtype),
+        )
+
+    known = () if calibration.upstream is None else (wide(calibration.upstream),)
+    return sum_over_blocks(moments, wide(calibration.inputs), calibration.root_weights(), *known)
+
+
+def removed_one_at_a_time(
+    down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
+) -> Int[Array, " c"]:
+    """Returns the units that Optimal Brain Surgeon leaves, in their order.
+
+    It removes the unit whose loss ``|v_i|^2 / [(G + l I)^-1]_ii`` is smallest, changes the output
+    weights of the others to make up for it, and repeats. Here the next units are looked for among
+    the `CANDIDATES` that are cheapest now, and the matrices are updated for half as many at once.
+
+    Args:
+        down: Output weights.
+        gram: G, the mean of h h^T.
+        count: The number c of units to leave.
+        ridge: The strength l, relative to the mean of G's diagonal.
+
+    References:
+        Hassibi and Stork (NIPS 1992).
+    """
+    width = len(down)
+    alive = jnp.ones(width, bool)
+    state = (_inverse(gram, ridge), wide(down), alive)
+    left = width - count
+    size = max(1, min(CANDIDATES // 2, left))
+    if left >= size:
+        state = lax.fori_loop(0, left // size, lambda _, s: _without(s, size), state)
+    if left % size:
+        state = _without(state, left % size)
+    return jnp.flatnonzero(state[2], size=count)
+
+
+def _without(
+    state: tuple[Array, Array, Bool[Array, " p"]], count: int
+) -> tuple[Array, Array, Bool[Array, " p"]]:
+    """Removes some units one at a time from (G + l I)^-1, output weights, and who is alive."""
+    inverse, down, alive = state
+    cost = jnp.square(down).sum(-1) / jnp.diagonal(inverse)
+    candidates = lax.top_k(-jnp.where(alive, cost, jnp.inf), min(2 * count, len(down)))[1]
+    small = inverse[candidates][:, candidates]
+    usable = alive[candidates]
+
+    def remove(carry: _Small, _: None) -> tuple[_Small, Array]:
+        small, weights, there = carry
+        diagonal = jnp.diagonal(small)
+        costs = jnp.square(weights).sum(-1) / jnp.where(there, diagonal, 1)
+        j = jnp.argmin(jnp.where(there, costs, jnp.inf))
+        share = small[:, j] / small[j, j]
+        weights = weights - share[:, None] * weights[j][None]
+        small = small - share[:, None] * small[j][None]
+        return (small, weights, there.at[j].set(False)), j
+
+    order = lax.scan(remove, (small, down[candidates], usable), None, length=count)[1]
+    gone = candidates[order]
+    shares = jnp.linalg.solve(inverse[gone][:, gone], inverse[gone])
+    down = down - product(shares.T, down[gone])
+    inverse = inverse - product(inverse[:, gone], shares)
+    alive = alive.at[gone].set(False)
+    both = alive[:, None] & alive[None]
+    identity = jnp.eye(len(down), dtype=inverse.dtype)
+    return jnp.where(both, inverse, identity), jnp.where(alive[:, None], down, 0), alive
+
+
+def _inverse(gram: Array, ridge: float) -> Array:
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
+    regular = gram + level_of(gram, ridge) * identity
+    return jax.scipy.linalg.solve(regular, identity, assume_a="pos")
