@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from fusion_jax.calibration.capture import Routed, routed_inputs
 from fusion_jax.calibration.data import Calibration
@@ -20,7 +20,7 @@ from fusion_jax.calibration.sources import (
     generator,
     model_arguments,
     read_source,
-    site_inputs,
+    site_arrays,
 )
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
@@ -52,7 +52,8 @@ def calibrate(
     key: Key[Array, ""],
     layers: Selection = None,
     max_positions: int = MAX_POSITIONS,
-) -> dict[str, Float[np.ndarray, "*e t d"]]:
+    upstream: bool = False,
+) -> dict[str, Any]:
     """Returns the inputs of a model's MLPs on text, for use as calibration, now or later.
 
     Args:
@@ -62,11 +63,14 @@ def calibrate(
         key: Random key of the choice of positions.
         layers: Which sites, as for `fusion_jax.compress`.
         max_positions: The largest number of positions to keep; padding is left out.
+        upstream: Whether to run the model backward too, for methods that weigh units by what its
+            loss feels. No labels are needed: they are drawn from the model's own predictions.
 
     Returns:
         Inputs by site path, (t, d), in random order, the same for all sites of one stack of layers.
         For experts (e, t, d): each expert has the positions that the router sends to it, and zeros
-        behind them. Save the inputs with ``safetensors.numpy.save_file``.
+        behind them. Save the inputs with ``safetensors.numpy.save_file``. With ``upstream``, a
+        `Calibration` by site path, with (t, o) gradients besides the inputs.
 
     Raises:
         InputError: There is no text, or the model has no tokenizer.
@@ -85,7 +89,28 @@ def calibrate(
             "texts must be text or a list of batches; these are inputs by site already"
         )
     sample = Sample(model, model_arguments(model, source, key), chosen, key, max_positions)
-    return sample.inputs(nnx.split(model), chosen)[0]
+    split = nnx.split(model)
+    if upstream:
+        check_called_whole(model, select_sites(sites(model), layers), "upstream")
+    inputs = sample.inputs(split, chosen)[0]
+    if not upstream:
+        return inputs
+    felt = sample.upstream(split, chosen)
+    return {
+        path: Calibration(jnp.asarray(x), upstream=jnp.asarray(felt[path]))
+        for path, x in inputs.items()
+    }
+
+
+def check_called_whole(model: nnx.Module, chosen: Sequence[Site], option: str) -> None:
+    """Raises `InputError` for sites whose gradients at the output cannot be had."""
+    adopted = adopted_sites(model)
+    for site in chosen:
+        if site.mlp.stack or site.path in adopted:
+            raise InputError(
+                f"{site.path}: {option} is for single MLPs that a model calls as a whole, not for "
+                "experts or adopted modules"
+            )
 
 
 class Calibrator:
@@ -123,9 +148,13 @@ class Calibrator:
         self.sequential = sequential and self.on_text
         """Whether `of` depends on the sites that were compressed before."""
         if isinstance(source, Mapping):
-            self._inputs = {site.path: site_inputs(source, site) for site in chosen}
+            given = {site.path: site_arrays(source, site) for site in chosen}
+            self._inputs = {path: x for path, (x, _) in given.items()}
+            self._upstream = {path: g for path, (_, g) in given.items() if g is not None}
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
+        if upstream:
+            check_called_whole(model, chosen, "a score by what the loss feels")
         batches = model_arguments(model, source, key)
         self._sample = Sample(model, batches, self._paths, key, MAX_POSITIONS)
         self._model: Any = model
@@ -162,6 +191,10 @@ class Calibrator:
             return Calibration(inputs, upstream=upstream)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
         return Calibration(jnp.asarray(moved), _outputs(site.mlp, inputs), upstream=upstream)
+
+    def has_upstream(self, site: Site) -> bool:
+        """Returns whether the calibration of a site will have upstream gradients."""
+        return site.path in self._upstream or (self.on_text and self._felt)
 
     def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of a site's inputs."""

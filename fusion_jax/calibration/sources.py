@@ -16,6 +16,7 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Key
 
+from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model, max_positions
 from fusion_jax.models.provenance import Provenance
@@ -53,13 +54,16 @@ def read_source(source: Any) -> Any:
         raise InputError(f"cannot read calibration from {path}: {error}") from None
 
 
-def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
-    """Returns the inputs given for a site, (t, d), or (e, t, d) for experts.
+def site_arrays(source: Mapping[str, Any], site: Site) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the inputs given for a site, (t, d) or (e, t, d), and its upstream gradients.
 
     Raises:
         InputError: There are none, or they have another shape.
     """
-    x = source.get(site.path)
+    given = source.get(site.path)
+    x, upstream = (
+        (given.inputs, given.upstream) if isinstance(given, Calibration) else (given, None)
+    )
     if x is None:
         raise InputError(
             f"calibration has no inputs for {site.path or 'the model'}; a mapping holds inputs by "
@@ -71,7 +75,12 @@ def site_inputs(source: Mapping[str, Any], site: Site) -> np.ndarray:
         raise InputError(
             f"calibration of {site.path or 'the model'} must be ({shape}); got {x.shape}"
         )
-    return np.asarray(x)
+    want = (*x.shape[:-1], site.mlp.d_out)
+    if upstream is not None and upstream.shape != want:
+        raise InputError(
+            f"upstream of {site.path or 'the model'} must be {want}; got {upstream.shape}"
+        )
+    return np.asarray(x), None if upstream is None else np.asarray(upstream)
 
 
 def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Any]:

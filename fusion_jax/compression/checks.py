@@ -116,10 +116,15 @@ def checked(
             _check_needs_no_text(chosen, methods)
     stacks = adopted_sites(model)
     for site in chosen:
-        if methods[site.path].takes_upstream and (site.mlp.stack or site.path in stacks):
+        if (
+            methods[site.path].takes_upstream
+            and calibrator is not None
+            and not calibrator.has_upstream(site)
+        ):
             raise InputError(
-                f"{site.path}: {_named(methods[site.path])} is for single MLPs that a model calls "
-                "as a whole, not for experts or adopted modules"
+                f"{site.path or 'the model'}: {_named(methods[site.path])} needs calibration text "
+                "or tokens, or inputs from calibrate(..., upstream=True): inputs alone do not show "
+                "what the model's loss feels"
             )
         if methods[site.path].model_needs.expert_use and site.mlp.stack and site.path in stacks:
             raise InputError(f"{site.path}: {option} is for experts; this is a stack of layers")
@@ -182,11 +187,6 @@ def _check_needs_no_text(chosen: list[Site], methods: Mapping[str, Method]) -> N
     """Raises `InputError` if a method needs text, where the inputs of the sites are given."""
     for site in chosen:
         needs = methods[site.path].model_needs
-        if methods[site.path].takes_upstream:
-            raise InputError(
-                f"{_named(methods[site.path])} needs calibration text or tokens, on which the "
-                "whole model runs; inputs by site do not show what its loss feels"
-            )
         if needs.earlier_sites:
             raise InputError(
                 f"{needs.earlier_sites} needs calibration text or tokens; inputs by site do not "
