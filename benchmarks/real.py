@@ -44,9 +44,11 @@ from benchmarks.quality import POSITIONS, Agreement, errors, texts
 from benchmarks.small_models import hf_folder
 from fusion_jax.calibration.felt import drawn_loss
 from fusion_jax.cli.demo import find_model
+from fusion_jax.methods.base import Method
 from fusion_jax.models.tokens import batches, load_tokenizer
 from fusion_jax.nn.surgery import at
-from fusion_jax.training import nats_per_token
+from fusion_jax.training import mean_gradients, mean_loss, nats_per_token
+from fusion_jax.training.engine.losses import next_token
 
 FOLDERS = {
     "gemma": "gemma-3-270m",
@@ -77,7 +79,7 @@ SCORES = (
 )
 
 
-def methods() -> dict[str, Callable[[float], fj.Method]]:
+def methods() -> dict[str, Callable[[float], Method]]:
     """Returns the methods by name, each as a function of the width."""
     found: dict[str, Callable[[float], Any]] = {
         "Fusion()": lambda w: fj.Fusion(width=w),
@@ -89,6 +91,26 @@ def methods() -> dict[str, Callable[[float], fj.Method]]:
             found[name] = lambda w, s=score, r=refit: fj.Prune(width=w, score=s, refit=r)
     found["flap"] = lambda w: fj.Prune(width=w, score="fluctuation")
     return found
+
+
+class Rows:
+    """Windows of tokens as batches of one row, each of which predicts all its tokens but one."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Returns a batch."""
+        ids = self.rows[step : step + 1]
+        ones = np.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": ones, "weights": np.ones(1, np.float32)}
+
+    def names(self, step: int) -> list[str]:
+        """Returns where the rows of a batch come from."""
+        return [f"window {step + 1}"]
 
 
 class Subject:
@@ -150,16 +172,14 @@ class Subject:
     @cached_property
     def gradients(self) -> Mapping[str, Any]:
         """The gradients of the loss of next tokens."""
-        data = fj.PlainText(self.windows["text"].reshape(-1), context=self.windows["text"].shape[1])
-        config = fj.TrainConfig(epochs=1, batch_size=1)
-        source, loss, *_ = data.prepare(self.model, config, key=jax.random.key(0))
-        return fj.training.mean_gradients(self.model, source, loss)
+        return mean_gradients(self.model, Rows(self.windows["text"]), next_token)
 
     def judge(self, model: Any) -> dict[str, float]:
         """Returns the numbers that a model is judged by."""
         judged = self.windows["judged"]
-        context = CONTEXT if self.name in SMALL else WINDOW
-        return {"nats": float(nats_per_token(model, judged.reshape(-1), context))}
+        if self.name in SMALL:
+            return {"nats": nats_per_token(model, judged, CONTEXT)}
+        return {"nats": mean_loss(model, Rows(judged), next_token)}
 
 
 class Encoder(Subject):
