@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ SCORES = (
     "fluctuation",
     "leverage",
     "obs",
+    "relative",
     "gradient",
     "fisher",
     "saliency",
@@ -174,8 +176,8 @@ class Subject:
         """The gradients of the loss of next tokens."""
         return mean_gradients(self.model, Rows(self.windows["text"]), next_token)
 
-    def judge(self, model: Any) -> dict[str, float]:
-        """Returns the numbers that a model is judged by."""
+    def judge(self, model: Any, sgd: Any = None) -> dict[str, float]:
+        """Returns the numbers that a model is judged by; ``sgd`` is one with that scaling."""
         judged = self.windows["judged"]
         if self.name in SMALL:
             return {"nats": nats_per_token(model, judged, CONTEXT)}
@@ -235,12 +237,13 @@ class Encoder(Subject):
                 total[name] = total.get(name, 0) + variable.get_value()
         return total
 
-    def judge(self, model: Any) -> dict[str, float]:
+    def judge(self, model: Any, sgd: Any = None) -> dict[str, float]:
         """Returns the numbers that a model is judged by."""
         found = []
-        for old, new in zip(fj.sites(self.model), fj.sites(model), strict=True):
+        three = (self.model, model if sgd is None else sgd, model)
+        for old, tried, new in zip(*map(fj.sites, three), strict=True):
             x = jnp.asarray(self.held_out[old.path])
-            found.append(errors(old, new.mlp, new.mlp, x))
+            found.append(errors(old, tried.mlp, new.mlp, x))
         means = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
         return {"agreement": self.agreement(model)["embedding_agreement"], **means}
 
@@ -314,22 +317,28 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
             }
         gradients = subject.gradients if method.takes_gradients else None
         prepared = time.perf_counter()
-        smaller, _ = fj.compress(
-            subject.model,
-            method,
-            key=jax.random.key(0),
-            calibration=seen[use] if method.takes_calibration else None,
-            gradients=gradients,
-            progress=False,
-        )
+
+        def narrowed(method: Method, gradients: Any = gradients, use: str = use) -> Any:
+            return fj.compress(
+                subject.model,
+                method,
+                key=jax.random.key(0),
+                calibration=seen[use] if method.takes_calibration else None,
+                gradients=gradients,
+                progress=False,
+            )[0]
+
+        smaller, sgd = narrowed(method), None
         if case["method"] == "flap":
             smaller = with_mean_outputs(subject.model, smaller, seen[use])
         jax.block_until_ready(nnx.state(smaller))
         solved = time.perf_counter()
-        row = {**case, **subject.judge(smaller)}
+        if subject.kind == "encoder" and isinstance(method, fj.Fusion):
+            sgd = narrowed(replace(method, scaling="sgd"))
+        row = {**case, **subject.judge(smaller, sgd)}
         row |= {"prepare_seconds": prepared - start, "solve_seconds": solved - prepared}
         table.add({**row, "peak_gib": peak_gib()})
-        del smaller
+        del smaller, sgd
         gc.collect()
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 import fusion_jax as fj
 from fusion_jax.calibration.felt import drawn_loss
 from fusion_jax.methods.least_squares import refitted
-from fusion_jax.methods.scores import ON_INPUTS, removed_one_at_a_time, unit_scores
+from fusion_jax.methods.scores import ON_INPUTS, ONE_AT_A_TIME, removed_one_at_a_time, unit_scores
 from tests.helpers import inputs, make
 from tests.tiny import checkpoint
 
@@ -28,6 +28,9 @@ def expected(score, mlp, x, weights, upstream):
     gram = np.einsum("t,ti,tj->ij", w, h, h)
     rms, norms = np.sqrt(w @ h**2), np.linalg.norm(v, axis=1)
     regular = gram + RIDGE * np.trace(gram) / P * np.eye(P)
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    of_lengths = np.einsum("t,ti,tj->ij", w, unit, unit)
+    of_lengths += RIDGE * np.trace(of_lengths) / P * np.eye(P)
     return {
         "hidden": lambda: w @ np.abs(h),
         "activation": lambda: rms * norms,
@@ -35,6 +38,7 @@ def expected(score, mlp, x, weights, upstream):
         "fluctuation": lambda: (w @ h**2 - (w @ h) ** 2) * norms**2,
         "leverage": lambda: np.diag(gram @ np.linalg.inv(regular)),
         "obs": lambda: norms**2 / np.diag(np.linalg.inv(regular)),
+        "relative": lambda: norms**2 / np.diag(np.linalg.inv(of_lengths)),
         "fisher": lambda: w @ (h * (np.asarray(upstream, np.float64) @ v.T)) ** 2,
     }[score]()
 
@@ -51,7 +55,7 @@ def test_scores_are_their_formulas(score, gated):
     np.testing.assert_allclose(found, want, rtol=2e-3 if score == "leverage" else 2e-4)
 
 
-@pytest.mark.parametrize("score", [s for s in ON_INPUTS if s != "obs"])
+@pytest.mark.parametrize("score", [s for s in ON_INPUTS if s not in ONE_AT_A_TIME])
 def test_prune_keeps_the_largest_scores_and_refits(score):
     mlp, x = an_mlp(), inputs(D, T)
     upstream = jax.random.normal(jax.random.key(4), (T, OUT))

@@ -18,6 +18,7 @@ from fusion_jax.methods.scores import (
     ON_GRADIENTS,
     ON_INPUTS,
     ON_UPSTREAM,
+    ONE_AT_A_TIME,
     UnitScore,
     hidden_moments,
     removed_one_at_a_time,
@@ -57,7 +58,8 @@ class Prune(Narrower):
 
     score: UnitScore = "magnitude"
     """The importance of a unit: ``"magnitude"`` by weights alone; ``"hidden"``, ``"activation"``,
-    ``"wanda"``, ``"fluctuation"``, ``"leverage"``, ``"obs"`` and ``"fisher"`` on calibration text;
+    ``"wanda"``, ``"fluctuation"``, ``"leverage"``, ``"obs"``, ``"relative"`` and ``"fisher"`` on
+    calibration text;
     ``"gradient"`` and ``"saliency"`` by a loss's gradients."""
     refit: bool = False
     """With calibration: fit output weights to the original's outputs by ridge regression."""
@@ -111,9 +113,10 @@ class Prune(Narrower):
             ridge=self.ridge,
         )
         count = self.kept(subs)
-        if self.score == "obs":
+        if self.score in ONE_AT_A_TIME:
             assert calibration is not None and act is not None
-            gram = hidden_moments(subs, calibration, act, gram=True).gram
+            relative = self.score == "relative"
+            gram = hidden_moments(subs, calibration, act, gram=True, relative=relative).gram
             chosen = removed_one_at_a_time(subs.down, gram, count, self.ridge)
         else:
             chosen = jnp.sort(jax.lax.top_k(score, count)[1])

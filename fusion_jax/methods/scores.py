@@ -26,18 +26,30 @@ UnitScore = Literal[
     "fluctuation",
     "leverage",
     "obs",
+    "relative",
     "fisher",
     "gradient",
     "saliency",
 ]
-ON_INPUTS = ("hidden", "activation", "wanda", "fluctuation", "leverage", "obs", "fisher")
+ON_INPUTS = (
+    "hidden",
+    "activation",
+    "wanda",
+    "fluctuation",
+    "leverage",
+    "obs",
+    "relative",
+    "fisher",
+)
 """The scores that need the inputs of the MLP on text."""
 ON_UPSTREAM = ("fisher",)
 """The scores that also need what a loss feels of the MLP's outputs, see `Calibration`."""
 ON_GRADIENTS = ("gradient", "saliency")
 """The scores that need the gradients of a loss with respect to the weights."""
+ONE_AT_A_TIME = ("obs", "relative")
+"""The scores that change with every unit that goes, see `removed_one_at_a_time`."""
 CANDIDATES = 128
-"""Units among which ``"obs"`` looks for the next ones to remove, half of them at a time."""
+"""Units among which these scores look for the next ones to remove, half of them at a time."""
 
 
 _Small = tuple[Array, Array, Array]
@@ -97,10 +109,15 @@ def unit_scores(
     ``fluctuation``    ``var(h_i) |v_i|^2``                          FLAP (arXiv 2312.11983)
     ``leverage``       ``[G (G + l I)^-1]_ii``                       MoDeGPT (arXiv 2408.09632)
     ``obs``            ``|v_i|^2 / [(G + l I)^-1]_ii``               Optimal Brain Surgeon (1993)
+    ``relative``       the same, with ``h / |h|`` in G               this library
     ``fisher``         ``mean (h_i v_i . dL/dy)^2``, y the output    Theis et al. (arXiv 1801.05787)
     ``gradient``       ``|<dL/dv_i, v_i>|``                          Molchanov et al. (CVPR 2019)
     ``saliency``       sum over the weights w of ``|w dL/dw|``       NIRVANA (arXiv 2509.14230)
     =================  ============================================  ==============================
+
+    ``"relative"`` counts the error at each position in relation to what the MLP says there. A few
+    positions, such as the first one of a text, have hidden values that are many times larger than
+    all others, and would decide alone which units stay.
 
     Args:
         score: Which score.
@@ -127,7 +144,8 @@ def unit_scores(
         return jnp.where(found.max() > 0, found, by_weights.astype(found.dtype))
     assert act is not None
     assert calibration is not None
-    seen = hidden_moments(subs, calibration, act, gram=score in ("leverage", "obs"))
+    correlated = score == "leverage" or score in ONE_AT_A_TIME
+    seen = hidden_moments(subs, calibration, act, gram=correlated, relative=score == "relative")
     rms = jnp.sqrt(seen.square)
     if score == "hidden":
         return seen.size
@@ -141,19 +159,30 @@ def unit_scores(
     if score == "fisher":
         return jnp.where(seen.felt.max() > 0, seen.felt, by_weights.astype(seen.felt.dtype))
     inverse = _inverse(seen.gram, ridge)
-    if score == "obs":
+    if score in ONE_AT_A_TIME:
         return jnp.square(down).sum(-1) / jnp.diagonal(inverse)
     return 1 - level_of(seen.gram, ridge) * jnp.diagonal(inverse)
 
 
 def hidden_moments(
-    subs: SubMLPs, calibration: Calibration, act: Activation, *, gram: bool
+    subs: SubMLPs,
+    calibration: Calibration,
+    act: Activation,
+    *,
+    gram: bool,
+    relative: bool = False,
 ) -> Moments:
-    """Returns sums over positions of the hidden values, block by block, see `Moments`."""
+    """Returns sums over positions of the hidden values, block by block, see `Moments`.
+
+    With ``relative``, the hidden values at each position are divided by their length.
+    """
     down = wide(subs.down)
 
     def moments(x: Array, r: Array, *upstream: Array) -> Moments:
         hidden = r[:, None] * responses(subs, x, act).hidden
+        if relative:
+            size = jnp.linalg.norm(hidden, axis=1, keepdims=True)
+            hidden = r[:, None] * hidden / jnp.where(size > 0, size, 1)
         squares = jnp.square(hidden)
         felt = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
         return Moments(
