@@ -85,6 +85,7 @@ def methods() -> dict[str, Callable[[float], Method]]:
     """Returns the methods by name, each as a function of the width."""
     found: dict[str, Callable[[float], Any]] = {
         "Fusion()": lambda w: fj.Fusion(width=w),
+        "Fusion(represent='member')": lambda w: fj.Fusion(width=w, represent="member"),
         "Fusion.paper()": lambda w: fj.Fusion.paper(width=w),
     }
     for refit in (True, False):

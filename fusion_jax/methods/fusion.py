@@ -26,6 +26,8 @@ from fusion_jax.methods.base import (
 )
 from fusion_jax.methods.geometry import Metric, points
 from fusion_jax.methods.least_squares import matched, refitted
+from fusion_jax.methods.scores import hidden_moments, removed_one_at_a_time
+from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs
@@ -54,7 +56,8 @@ class FusionFacts(NamedTuple):
 
     Args:
         inertia: The share of the points' sum of squares, about their mean, that stays inside
-            clusters, in the geometry of the clustering.
+            clusters, in the geometry of the clustering; for members, the share of the units'
+            squares on the text that the members do not explain one by one.
         raw_inertia: The same share for the weights themselves, the paper's geometry.
         singletons: The number of clusters with one sub-MLP.
         largest: The number of sub-MLPs in the largest cluster.
@@ -68,6 +71,10 @@ class FusionFacts(NamedTuple):
     largest: Int[Array, "*s"]
     steps: Int[Array, "*s"]
     converged: Bool[Array, "*s"]
+
+
+_Clusters = tuple[Int[Array, " p"], Float[Array, " c"], SubMLPs, FusionFacts]
+"""Labels, sizes, the rows that stand for clusters with sizes in output weights, and the facts."""
 
 
 @jax.jit
@@ -108,6 +115,10 @@ class Fusion(Method):
     metric: Metric | Literal["auto"] = "auto"
     """The geometry of the clustering: weights (raw, the paper), first-order effects (sensitivity),
     or behavior at calibration inputs (function); auto is function with calibration, else raw."""
+    represent: Literal["mean", "member"] = "mean"
+    """What stands for a cluster: the mean of its sub-MLPs (mean, the paper); or with calibration
+    one of them (member), chosen by `Prune`'s score ``"relative"``, and the other sub-MLPs join the
+    one that explains most of them. Members leave outputs nearer, means the clusters tighter."""
     refit: bool = True
     """With calibration: fit output weights to the original's outputs by ridge regression."""
     match: bool = True
@@ -157,6 +168,7 @@ class Fusion(Method):
         for name, choices in (
             ("scaling", get_args(Scaling)),
             ("metric", ("auto", *get_args(Metric))),
+            ("represent", ("mean", "member")),
             ("init", get_args(Init)),
             ("refine", get_args(Refine)),
         ):
@@ -168,6 +180,10 @@ class Fusion(Method):
             raise InputError(f"tol must be at least 0; got {self.tol}")
         if not self.ridge > 0:
             raise InputError(f"ridge must be above 0; got {self.ridge}")
+        if self.represent == "member" and self.metric != "auto":
+            raise InputError(
+                f"metric {self.metric!r} is for represent='mean'; members are chosen by outputs"
+            )
         if self.by_use < 0:
             raise InputError(f"by_use must be at least 0; got {self.by_use}")
         check_width(self.width)
@@ -208,6 +224,10 @@ class Fusion(Method):
             )
         if not calibrated and self.sequential:
             raise InputError("sequential needs calibration text or tokens")
+        if not calibrated and self.represent == "member":
+            raise InputError(
+                "represent 'member' needs calibration: texts, or 'random' if there are none"
+            )
         if not calibrated and self.metric not in ("auto", "raw"):
             raise InputError(
                 f"metric {self.metric!r} needs calibration: texts, or 'random' if there are none"
@@ -232,6 +252,29 @@ class Fusion(Method):
         Returns:
             `FusionParts` and `FusionFacts`.
         """
+        if self.represent == "member":
+            assert calibration is not None and act is not None
+            labels, sizes, effective, facts = self._members(subs, calibration, act)
+        else:
+            labels, sizes, effective, facts = self._means(subs, key, calibration, act)
+        around = factors(sizes, self.scaling)
+        if calibration is not None:
+            assert act is not None
+            if self.refit:
+                effective = refitted(effective, subs, calibration, act, self.ridge)
+            if self.match:
+                around = matched(effective, subs, labels, sizes, calibration, act, self.scaling)
+        parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
+        return Solution(parts, facts)
+
+    def _means(
+        self,
+        subs: SubMLPs,
+        key: Key[Array, ""],
+        calibration: Calibration | None,
+        act: Activation | None,
+    ) -> _Clusters:
+        """Clusters the sub-MLPs, and returns what the clusters do together."""
         metric = self.metric
         if metric == "auto":
             metric = "raw" if calibration is None else "function"
@@ -247,13 +290,6 @@ class Fusion(Method):
         )
         labels, sizes = result.labels, result.sizes
         effective, raw_inertia = _averaged(subs, labels, sizes)
-        around = factors(sizes, self.scaling)
-        if calibration is not None:
-            assert act is not None
-            if self.refit:
-                effective = refitted(effective, subs, calibration, act, self.ridge)
-            if self.match:
-                around = matched(effective, subs, labels, sizes, calibration, act, self.scaling)
         facts = FusionFacts(
             inertia=result.inertia_fraction,
             raw_inertia=raw_inertia,
@@ -262,8 +298,34 @@ class Fusion(Method):
             steps=result.iterations + result.moves,
             converged=result.converged,
         )
-        parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
-        return Solution(parts, facts)
+        return labels, sizes, effective, facts
+
+    def _members(self, subs: SubMLPs, calibration: Calibration, act: Activation) -> _Clusters:
+        """Chooses some sub-MLPs, and gives each of the others to the one that explains it best.
+
+        With G the mean of ``h h^T`` over positions, each divided by its length, unit j explains
+        ``G_ij^2 / G_jj`` of the ``G_ii`` of unit i.
+        """
+        gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
+        count = kept_width(self.width, subs.width, self.round_to)
+        chosen = removed_one_at_a_time(subs.down, gram, count, self.ridge)
+        own = jnp.diagonal(gram)
+        known = jnp.where(own[chosen] > 0, own[chosen], 1)
+        explained = jnp.square(gram[:, chosen]) / known[None]
+        labels = jnp.argmax(explained, axis=1).at[chosen].set(jnp.arange(count))
+        sizes = jnp.bincount(labels, length=count).astype(gram.dtype)
+        total = jnp.where(own.sum() > 0, own.sum(), 1)
+        missed = own.sum() - jnp.take_along_axis(explained, labels[:, None], axis=1).sum()
+        facts = FusionFacts(
+            inertia=missed / total,
+            raw_inertia=_averaged(subs, labels, sizes)[1],
+            singletons=(sizes == 1).sum(),
+            largest=sizes.max().astype(jnp.int32),
+            steps=jnp.int32(subs.width - count),
+            converged=jnp.array(True),
+        )
+        left = jax.tree.map(lambda x: wide(x)[chosen], subs)
+        return labels.astype(jnp.int32), sizes, left, facts
 
     def build(self, mlp: Mlp, solution: Solution) -> FusedMlp | FusedGatedMlp:
         """Returns the fused MLP of a solution, in the dtype of the original."""
