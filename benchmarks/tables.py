@@ -526,6 +526,61 @@ def language() -> Lines:
                 yield [f"{title}, {size}", *numbers(r, keys)]
 
 
+def _narrowed(method: str) -> str:
+    """Returns how a method of benchmarks.real is written in code."""
+    if method.startswith("Fusion"):
+        return f"`{method}`"
+    score, *refit = method.split(" + ")
+    if score == "flap":
+        return '`Prune(score="fluctuation")` and mean outputs: FLAP'
+    return f'`Prune(score="{score}"{", refit=True" if refit else ""})`'
+
+
+REAL = ("real-cpu", "real --models DIR --data DIR")
+
+
+def _table_of(columns: list[tuple[str, float, str]], form: str = ".3f") -> Lines:
+    """Returns the rows of benchmarks.real that have some of these models, widths and measures."""
+    names = dict.fromkeys(r["method"] for r in rows("real-cpu") if r["method"] != "dense")
+    for method in names:
+        cells = []
+        for model, width, key in columns:
+            found = rows("real-cpu", model=model, width=width, method=method, calibration="text")
+            cells.append(format(found[0][key], form) if found and key in found[0] else "")
+        if any(cells):
+            yield [_narrowed(method), *cells]
+
+
+@block(REAL)
+def real_language() -> Lines:
+    columns = [("gemma", 0.75), ("gemma", 0.5), ("qwen", 0.75), ("qwen", 0.5)]
+    columns += [("stories260k", 0.75), ("stories260k", 0.5), ("tinygpt", 0.5), ("tinygpt", 0.25)]
+    names = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
+    measured_at = [(m, w) for m, w in columns if rows("real-cpu", model=m, width=w)]
+    yield " | ".join(["nats per token", *(f"{names.get(m, m)}, {w:g}" for m, w in measured_at)])
+    dense = {m: row("real-cpu", model=m, method="dense") for m, _ in measured_at}
+    yield ["dense", *(f"{dense[m]['nats']:.3f}" for m, _ in measured_at)]
+    yield from _table_of([(m, w, "nats") for m, w in measured_at])
+
+
+@block(REAL)
+def real_encoders() -> Lines:
+    measures = {
+        "agreement": "similarities",
+        "output": "output",
+        "sgd_kernel": "SGD kernel",
+        "adam_kernel": "Adam kernel",
+    }
+    columns, heads = [], []
+    for model, width in (("minilm", 0.25), ("minilm", 0.125), ("mpnet", 0.25)):
+        if rows("real-cpu", model=model, width=width):
+            columns += [(model, width, key) for key in measures]
+            first, *rest = measures.values()
+            heads += [f"{model}, {width:g}: {first}", *rest]
+    yield " | ".join(["", *heads])
+    yield from _table_of(columns)
+
+
 @block(("switch-cpu", "switch --data DIR"))
 def switch() -> Lines:
     yield " | nats: fused | tuned | fine-tuned | accuracy: fused | tuned | fine-tuned"

@@ -1,0 +1,87 @@
+"""`Fusion(represent="member")`: whole units stand for clusters."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusion_jax as fj
+from tests.helpers import inputs, make, unchecked
+
+P, KEPT, D, T = 24, 9, 30, 60
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scaling", ["adam", "sgd", "folded"])
+def test_the_function_is_that_of_pruning_with_refit(gated, scaling):
+    mlp, x = make(fj.GatedMlp if gated else fj.Mlp, width=P, d_in=D), inputs(D, T)
+    method = fj.Fusion(width=KEPT, represent="member", scaling=scaling)
+    fused, report = fj.compress(mlp, method, key=KEY, calibration={"": x})
+    pruned = fj.Prune(width=KEPT, score="relative", refit=True)
+    pruned, _ = fj.compress(mlp, pruned, key=KEY, calibration={"": x})
+    np.testing.assert_allclose(fused(x), pruned(x), atol=2e-5)
+    assert 0 < report.rows[0].facts["inertia"] < 1
+
+
+def test_others_join_the_unit_that_explains_most_of_them():
+    mlp, x = make(fj.Mlp, width=P, d_in=D), inputs(D, T)
+    method = fj.Fusion(width=KEPT, represent="member", match=False)
+    found = fj.compress_mlp(mlp.sub_mlps(), method, key=KEY, act=mlp.act, calibration=x)
+    up = np.asarray(mlp.sub_mlps().up)
+    rows = np.asarray(found.parts.rows.up * found.parts.factors.inner[:, None])
+    chosen = [int(np.abs(up - row[None]).sum(1).argmin()) for row in rows]
+    assert sorted(chosen) == chosen and len(set(chosen)) == KEPT
+    hidden = np.asarray(mlp.hidden(x), np.float64)
+    hidden /= np.linalg.norm(hidden, axis=1, keepdims=True)
+    gram = hidden.T @ hidden
+    explained = gram[:, chosen] ** 2 / np.diag(gram)[chosen]
+    want = explained.argmax(1)
+    want[chosen] = np.arange(KEPT)
+    np.testing.assert_array_equal(found.parts.labels, want)
+    np.testing.assert_array_equal(found.parts.sizes, np.bincount(want))
+    missed = np.trace(gram) - explained[np.arange(P), want].sum()
+    np.testing.assert_allclose(found.facts.inertia, missed / np.trace(gram), rtol=1e-4)
+
+
+def test_units_that_differ_by_a_sign_are_one():
+    """A gated unit with negated ``up`` and ``down`` is the same unit."""
+    half = make(fj.GatedMlp, width=P // 2, d_in=D, bias=False).sub_mlps()
+    signs = jnp.asarray(np.repeat([1.0, -1.0], P // 2), jnp.float32)[:, None]
+    rows = jax.tree.map(lambda a: jnp.concatenate([a, a]), half)
+    subs = rows._replace(up=rows.up * signs, down=rows.down * signs)
+    # A trace of noise, so that the choice within a pair does not hang on a tie.
+    subs = subs._replace(down=subs.down * (1 + 1e-3 * jax.random.normal(KEY, subs.down.shape)))
+    x = inputs(D, T)
+    method = fj.Fusion(width=P // 2, represent="member", scaling="folded", ridge=1e-6)
+    found = fj.compress_mlp(subs, method, key=KEY, act="silu", calibration=x)
+    np.testing.assert_array_equal(found.parts.sizes, 2)
+    labels = np.asarray(found.parts.labels)
+    np.testing.assert_array_equal(labels[: P // 2], labels[P // 2 :])
+    outputs = [
+        jnp.matmul(jax.nn.silu(x @ m.gate.T) * (x @ m.up.T), m.down, precision="highest")
+        for m in (subs, found.parts.rows)
+    ]
+    np.testing.assert_allclose(*outputs, atol=2e-3 * float(jnp.abs(outputs[0]).max()))
+
+
+def test_members_of_experts():
+    many = fj.experts(partial(fj.Mlp, D, P, act="relu"), 2, rngs=nnx.Rngs(0))
+    seen = jnp.stack([inputs(D, T), inputs(D, T) * 2])
+    method = fj.Fusion(width=KEPT, represent="member")
+    fused, _ = fj.compress(many, method, key=KEY, calibration={"": seen})
+    assert fused(seen).shape == (2, T, D)
+    assert fused.sizes[...].sum(-1).tolist() == [P, P]
+
+
+def test_what_members_need_is_said():
+    mlp = make(fj.Mlp, width=P, d_in=D)
+    with pytest.raises(fj.InputError, match="represent 'member' needs calibration"):
+        fj.compress(mlp, fj.Fusion(represent="member"), key=KEY)
+    with pytest.raises(fj.InputError, match="metric 'raw' is for represent='mean'"):
+        fj.Fusion(represent="member", metric="raw")
+    with unchecked(), pytest.raises(fj.InputError, match="represent must be one of mean, member"):
+        fj.Fusion(represent="middle")
