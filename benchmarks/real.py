@@ -14,7 +14,7 @@ Results are written after every case, and a case that is already in the file is 
 
     python -m benchmarks.real --models DIR --data DIR --json FILE [--only PATTERN] [--quick]
 
-``--only`` is a regular expression for "model width method"; DIR of ``--models`` holds
+``--only`` is a regular expression for "model width method; calibration"; DIR of ``--models`` holds
 ``gemma-3-270m``, ``qwen2.5-coder-0.5b`` and ``all-mpnet-base-v2``, as folders of transformers.
 """
 
@@ -66,8 +66,13 @@ WIDTHS = {
 }
 TOKENS = 8192
 """Tokens to calibrate on and to evaluate on, for the larger language models."""
+MORE = 4
+"""The calibration "more" has this many times the tokens."""
 WINDOW = 512
 """The context of the larger language models."""
+MEMBER = "Fusion(represent='member')"
+BY_LOSS = f"{MEMBER}, widths by loss"
+"""The same number of units in all, shared out by `fusion_jax.allocate`."""
 SCORES = (
     "activation",
     "magnitude",
@@ -87,7 +92,8 @@ def methods() -> dict[str, Callable[[float], Method]]:
     """Returns the methods by name, each as a function of the width."""
     found: dict[str, Callable[[float], Any]] = {
         "Fusion()": lambda w: fj.Fusion(width=w),
-        "Fusion(represent='member')": lambda w: fj.Fusion(width=w, represent="member"),
+        MEMBER: lambda w: fj.Fusion(width=w, represent="member"),
+        BY_LOSS: lambda w: fj.Fusion(width=w, represent="member"),
         "Fusion.paper()": lambda w: fj.Fusion.paper(width=w),
     }
     for refit in (True, False):
@@ -146,7 +152,7 @@ class Subject:
 
     @cached_property
     def windows(self) -> dict[str, np.ndarray]:
-        """The windows of tokens to calibrate on, ``other`` of another domain, and to judge by."""
+        """The windows of tokens to calibrate on, more, and of another domain, and to judge by."""
         if self.name in SMALL:
             train, held_out = small_texts(SMALL[self.name], self.model, self.data)
             count = WINDOWS * (CONTEXT - 1)
@@ -158,13 +164,15 @@ class Subject:
         files = {
             "text": "lm/wikitext-2/valid.txt",
             "judged": "lm/wikitext-2/test.txt",
+            "more": "lm/wikitext-2/valid.txt",
             "other": "lm/tinyshakespeare/input.txt",
         }
         found = {}
         for use, file in files.items():
-            text = (self.data / file).read_text()[: self.tokens * 8]
+            count = self.tokens * (MORE if use == "more" else 1)
+            text = (self.data / file).read_text()[: count * 8]
             ids = np.asarray(tokenizer(text)["input_ids"], np.int32)
-            rows = ids[: self.tokens].reshape(-1, WINDOW).copy()
+            rows = ids[:count].reshape(-1, WINDOW).copy()
             if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
                 rows[:, 0] = tokenizer.bos_token_id  # these models are lost without it
             found[use] = rows
@@ -344,10 +352,27 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
         gradients = subject.gradients if method.takes_gradients else None
         prepared = time.perf_counter()
 
-        def narrowed(method: Method, gradients: Any = gradients, use: str = use) -> Any:
+        def narrowed(
+            method: Method,
+            gradients: Any = gradients,
+            use: str = use,
+            by_loss: bool = case["method"] == BY_LOSS,
+            width: float = case["width"],
+        ) -> Any:
+            plan: Any = method
+            if by_loss:
+                plan = fj.allocate(
+                    subject.model,
+                    method,  # type: ignore[arg-type]
+                    total_width=width,
+                    calibration=seen[use],
+                    key=jax.random.key(0),
+                    by="loss",
+                    progress=False,
+                )
             return fj.compress(
                 subject.model,
-                method,
+                plan,
                 key=jax.random.key(0),
                 calibration=seen[use] if method.takes_calibration else None,
                 gradients=gradients,
@@ -376,10 +401,11 @@ def all_cases(name: str, quick: bool) -> list[dict[str, Any]]:
     for width in WIDTHS[kind][: 1 if quick else None]:
         cases += [{**case, "width": width, "method": method} for method in methods()]
     if name in ("gemma", "qwen"):
-        chosen = ("Fusion()", "activation + refit", "fisher + refit")
-        cases += [
-            {**case, "width": 0.75, "method": method, "calibration": "other"} for method in chosen
-        ]
+        chosen = (MEMBER, BY_LOSS, "activation + refit", "leverage + refit", "Fusion()")
+        for use, width in (("more", 0.75), ("more", 0.5), ("other", 0.75)):
+            cases += [
+                {**case, "width": width, "method": method, "calibration": use} for method in chosen
+            ]
     if quick:
         few = (
             "dense",
@@ -408,7 +434,9 @@ def main() -> int:
         cases = [
             case
             for case in all_cases(name, options.quick)
-            if re.search(options.only, f"{name} {case['width']} {case['method']}")
+            if re.search(
+                options.only, f"{name} {case['width']} {case['method']}; {case['calibration']}"
+            )
             and not table.has(case)
         ]
         if cases and (options.models is not None or name not in FOLDERS):

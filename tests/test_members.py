@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
+from fusion_jax.methods.scores import loss_of_removal
 from tests.helpers import inputs, make, unchecked
 
 P, KEPT, D, T = 24, 9, 30, 60
@@ -85,3 +86,54 @@ def test_what_members_need_is_said():
         fj.Fusion(represent="member", metric="raw")
     with unchecked(), pytest.raises(fj.InputError, match="represent must be one of mean, member"):
         fj.Fusion(represent="middle")
+
+
+def felt(seed, scale=1.0):
+    """Returns calibration whose loss feels outputs of a site so much."""
+    upstream = scale * jax.random.normal(jax.random.key(seed), (T, D))
+    return fj.Calibration(inputs(D, T), upstream=upstream)
+
+
+def test_widths_by_loss_follow_what_the_loss_feels():
+    mlps = nnx.List([make(fj.Mlp, width=P, d_in=D, d_out=D, seed=i) for i in range(3)])
+    seen = {"0": felt(0), "1": felt(1, 4.0), "2": felt(2, 0.0)}
+    method = fj.Fusion(represent="member")
+    plan = fj.allocate(mlps, method, total_width=0.5, calibration=seen, key=KEY, by="loss")
+    widths = [plan[path].width for path in ("0", "1", "2")]
+    assert sum(widths) == 36 and widths[1] > widths[0] > widths[2] == 1
+    smaller, _ = fj.compress(mlps, plan, key=KEY, calibration=seen)
+    assert [site.mlp.width for site in fj.sites(smaller)] == widths
+    steps = fj.Prune(score="relative", round_to=8)
+    plan = fj.allocate(mlps, steps, total_width=40, calibration=seen, key=KEY, by="loss")
+    assert all(method.width % 8 == 0 for method in plan.values())
+
+
+def test_the_loss_of_removal_is_its_formula():
+    """Against the plain loop in float64."""
+    mlp, seen = make(fj.GatedMlp, width=P, d_in=D, d_out=D), felt(3)
+    found = loss_of_removal(mlp.sub_mlps(), seen, mlp.act, KEPT, 0.05)
+    h, v = np.asarray(mlp.hidden(seen.inputs), np.float64), np.asarray(mlp.sub_mlps().down)
+    g, size = np.asarray(seen.upstream, np.float64), np.linalg.norm(h, axis=1)
+    strength = size * np.linalg.norm(g, axis=1)
+    rows = g * (size * np.minimum(1, np.quantile(strength, 0.99) / strength))[:, None]
+    metric = rows.T @ rows / T / 2
+    gram = (h / size[:, None]).T @ (h / size[:, None]) / T
+    inverse = np.linalg.inv(gram + 0.05 * np.trace(gram) / P * np.eye(P))
+    alive, costs = np.ones(P, bool), []
+    for _ in range(P - KEPT):
+        cost = np.einsum("po,oq,pq->p", v, metric, v) / np.diag(inverse)
+        j = np.where(alive, cost, np.inf).argmin()
+        costs.append(cost[j])
+        share = inverse[:, j] / inverse[j, j]
+        v, inverse = v - share[:, None] * v[j], inverse - np.outer(share, inverse[j])
+        alive[j], inverse[j, j] = False, 1
+    np.testing.assert_allclose(found, costs, rtol=2e-3)
+
+
+def test_what_widths_by_loss_need_is_said():
+    mlps = nnx.List([make(fj.Mlp, width=P, d_in=D, d_out=D)])
+    allocate = partial(fj.allocate, mlps, total_width=0.5, key=KEY, by="loss")
+    with pytest.raises(fj.InputError, match="by loss are for Fusion"):
+        allocate(fj.Fusion(), calibration={"0": felt(0)})
+    with pytest.raises(fj.InputError, match=r"0: widths by loss need .* upstream=True"):
+        allocate(fj.Prune(score="relative"), calibration={"0": inputs(D, T)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
-from fusion_jax.methods.base import check_method
+from fusion_jax.methods.base import check_choice, check_method
 from fusion_jax.methods.fusion import Fusion
+from fusion_jax.methods.prune import Prune
+from fusion_jax.methods.scores import loss_of_removal
 from fusion_jax.nn.mlp import AnyMlp
-from fusion_jax.nn.site import select_sites, sites
+from fusion_jax.nn.site import Site, select_sites, sites
 from fusion_jax.progress import show_progress
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 from ntk.selection import Selection
@@ -40,27 +43,33 @@ TIE_BREAK = 1e-6
 @on_auto_axes
 def allocate(
     model: nnx.Module,
-    method: Fusion,
+    method: Fusion | Prune,
     *,
     total_width: int | float,
     calibration: CalibrationSource,
     key: Key[Array, ""],
+    by: Literal["kernel", "loss"] = "kernel",
     layers: Selection = None,
     progress: bool | None = None,
-) -> dict[str, Fusion]:
+) -> dict[str, Any]:
     """Gives each site its own width, so that the sum of the sites' errors is smallest.
 
-    Each site is fused alone at a few widths. Its error is measured at held-out positions of the
-    calibration: the relative change of its neural tangent kernel, SGD's or Adam's as the scaling
-    says, or of its outputs if the scaling is ``"folded"``. Errors at other widths are interpolated;
-    the result is an exact minimum over all widths that add up to the budget.
+    By ``"kernel"``, each site is fused alone at a few widths. Its error is measured at held-out
+    positions of the calibration: the relative change of its neural tangent kernel, SGD's or Adam's
+    as the scaling says, or of its outputs if the scaling is ``"folded"``. Errors at other widths
+    are interpolated. By ``"loss"``, the error is what the model's loss gains, to second order, with
+    every unit that goes: see `fusion_jax.methods.scores.loss_of_removal`. That takes one backward
+    pass and no labels. The result is an exact minimum over all widths that add up to the budget.
 
     Args:
         model: The model.
-        method: The method; its ``width`` is not used.
+        method: The method; its ``width`` is not used. By ``"loss"`` it is one that removes one unit
+            at a time: ``Fusion(represent="member")`` or ``Prune(score="relative")``.
         total_width: The hidden units of all sites together: an int, or a fraction of the original.
-        calibration: As for `compress`.
+        calibration: As for `compress`; by ``"loss"`` text, or what `calibrate` returns with
+            ``upstream=True``.
         key: Random key.
+        by: What an error is, ``"kernel"`` or ``"loss"``.
         layers: Which sites, as for `compress`.
         progress: As for `compress`.
 
@@ -83,7 +92,16 @@ def allocate(
         16
     """
     check_method(method)
-    if not isinstance(method, Fusion):
+    check_choice("by", by, ("kernel", "loss"))
+    one_at_a_time = (isinstance(method, Fusion) and method.represent == "member") or (
+        isinstance(method, Prune) and method.score == "relative"
+    )
+    if by == "loss" and not one_at_a_time:
+        raise InputError(
+            "widths by loss are for Fusion(represent='member') and Prune(score='relative'), which "
+            "remove one unit at a time"
+        )
+    if by == "kernel" and not isinstance(method, Fusion):
         raise InputError(f"widths are allocated for Fusion, not for {type(method).__name__}")
     if calibration is None:
         raise InputError("allocating needs calibration: texts, or 'random' if there are none")
@@ -101,8 +119,24 @@ def allocate(
             f"round_to {unit}; got {total_width}"
         )
     text_key, fit_key, up_key = jax.random.split(key, 3)
-    source = Calibrator(model, chosen, calibration, sequential=False, key=text_key)
+    source = Calibrator(
+        model, chosen, calibration, sequential=False, upstream=by == "loss", key=text_key
+    )
+    missing = [site.path for site in chosen if not source.has_upstream(site)]
+    if by == "loss" and missing:
+        raise InputError(
+            f"{missing[0] or 'the model'}: widths by loss need calibration text or tokens, or "
+            "inputs from calibrate(..., upstream=True)"
+        )
     source.capture(progress)
+    if by == "loss":
+        curves = []
+        with show_progress("Allocating", len(chosen), progress, first="compiling") as advance:
+            for site in chosen:
+                curves.append(_loss_curve(site, source.of(site), method.ridge, unit))
+                advance(site.path)
+        return _plan(method, chosen, curves, total_width)
+    assert isinstance(method, Fusion)
     tried = [_tried_widths(width, unit) for width in originals]
     curves = []
     total = sum(map(len, tried))
@@ -118,11 +152,35 @@ def allocate(
                 points.append((width, error))
                 advance(f"{site.path} at {width}")
             curves.append(_curve(points, site.mlp.width, unit))
+    return _plan(method, chosen, curves, total_width)
+
+
+def _plan(
+    method: Fusion | Prune,
+    chosen: Sequence[Site],
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+    total_width: int,
+) -> dict[str, Any]:
+    """Returns the method of each site, whose widths make the sum of the errors smallest."""
     best = _best_widths([errors for _, errors in curves], [w for w, _ in curves], total_width)
     return {
         site.path: dataclasses.replace(method, width=int(widths[i]))
         for site, (widths, _), i in zip(chosen, curves, best, strict=True)
     }
+
+
+def _loss_curve(
+    site: Site, seen: Calibration, ridge: float, unit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the widths that a site can have, and what the loss gains there."""
+    mlp = site.mlp
+    smallest = min(unit, mlp.width)
+    costs = loss_of_removal(mlp.sub_mlps(), seen, mlp.act, smallest, ridge)
+    # A unit cannot be worth less than nothing, and the last ones to go are worth the most.
+    total = np.cumsum(np.maximum.accumulate(np.asarray(costs, np.float64)))
+    points = [(mlp.width, 0.0)]
+    points += [(mlp.width - i - 1, float(cost)) for i, cost in enumerate(total)]
+    return _curve(points, mlp.width, unit)
 
 
 def _tried_widths(original: int, unit: int) -> list[int]:

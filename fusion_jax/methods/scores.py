@@ -5,15 +5,17 @@ Axis letters in shapes: p width, c units left, d inputs, o outputs, t positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.methods.least_squares import level_of, product, sum_over_blocks
+from fusion_jax.methods.least_squares import BLOCK, level_of, product, sum_over_blocks
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
 from ntk.activations import Activation
@@ -197,10 +199,30 @@ def hidden_moments(
     return sum_over_blocks(moments, wide(calibration.inputs), calibration.root_weights(), *known)
 
 
+class Removal(NamedTuple):
+    """The units that go, one after the other.
+
+    Args:
+        units: (n,) the units, the first one to go first.
+        costs: (n,) the loss of each removal, given those before it.
+    """
+
+    units: Int[Array, " n"]
+    costs: Float[Array, " n"]
+
+
 def removed_one_at_a_time(
     down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
 ) -> Int[Array, " c"]:
-    """Returns the units that Optimal Brain Surgeon leaves, in their order.
+    """Returns the units that Optimal Brain Surgeon leaves, in their order, see `removal`."""
+    gone = removal(down, gram, count, ridge).units
+    return jnp.flatnonzero(jnp.ones(len(down), bool).at[gone].set(False), size=count)
+
+
+def removal(
+    down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
+) -> Removal:
+    """Returns the order in which Optimal Brain Surgeon removes units, and what each removal costs.
 
     It removes the unit whose loss ``|v_i|^2 / [(G + l I)^-1]_ii`` is smallest, changes the output
     weights of the others to make up for it, and repeats. Here the next units are looked for among
@@ -216,38 +238,36 @@ def removed_one_at_a_time(
         Hassibi and Stork (NIPS 1992).
     """
     width = len(down)
-    alive = jnp.ones(width, bool)
-    state = (_inverse(gram, ridge), wide(down), alive)
+    state = (_inverse(gram, ridge), wide(down), jnp.ones(width, bool))
     left = width - count
     size = max(1, min(CANDIDATES // 2, left))
-    if left >= size:
-        state = lax.fori_loop(0, left // size, lambda _, s: _without(s, size), state)
+    rounds = left // size
+    state, found = lax.scan(lambda s, _: _without(s, size), state, None, length=rounds)
+    found = jax.tree.map(lambda x: x.reshape(-1), found)
     if left % size:
-        state = _without(state, left % size)
-    return jnp.flatnonzero(state[2], size=count)
+        _, rest = _without(state, left % size)
+        found = jax.tree.map(lambda *x: jnp.concatenate(x), found, rest)
+    return found
 
 
-def _without(
-    state: tuple[Array, Array, Bool[Array, " p"]], count: int
-) -> tuple[Array, Array, Bool[Array, " p"]]:
+def _without(state: _Small, count: int) -> tuple[_Small, Removal]:
     """Removes some units one at a time from (G + l I)^-1, output weights, and who is alive."""
     inverse, down, alive = state
     cost = jnp.square(down).sum(-1) / jnp.diagonal(inverse)
     candidates = lax.top_k(-jnp.where(alive, cost, jnp.inf), min(2 * count, len(down)))[1]
-    small = inverse[candidates][:, candidates]
-    usable = alive[candidates]
 
-    def remove(carry: _Small, _: None) -> tuple[_Small, Array]:
+    def remove(carry: _Small, _: None) -> tuple[_Small, tuple[Array, Array]]:
         small, weights, there = carry
-        diagonal = jnp.diagonal(small)
-        costs = jnp.square(weights).sum(-1) / jnp.where(there, diagonal, 1)
-        j = jnp.argmin(jnp.where(there, costs, jnp.inf))
+        costs = jnp.square(weights).sum(-1) / jnp.where(there, jnp.diagonal(small), 1)
+        costs = jnp.where(there, costs, jnp.inf)
+        j = jnp.argmin(costs)
         share = small[:, j] / small[j, j]
         weights = weights - share[:, None] * weights[j][None]
         small = small - share[:, None] * small[j][None]
-        return (small, weights, there.at[j].set(False)), j
+        return (small, weights, there.at[j].set(False)), (j, costs[j])
 
-    order = lax.scan(remove, (small, down[candidates], usable), None, length=count)[1]
+    start = (inverse[candidates][:, candidates], down[candidates], alive[candidates])
+    order, costs = lax.scan(remove, start, None, length=count)[1]
     gone = candidates[order]
     shares = jnp.linalg.solve(inverse[gone][:, gone], inverse[gone])
     down = down - product(shares.T, down[gone])
@@ -255,10 +275,69 @@ def _without(
     alive = alive.at[gone].set(False)
     both = alive[:, None] & alive[None]
     identity = jnp.eye(len(down), dtype=inverse.dtype)
-    return jnp.where(both, inverse, identity), jnp.where(alive[:, None], down, 0), alive
+    state = jnp.where(both, inverse, identity), jnp.where(alive[:, None], down, 0), alive
+    return state, Removal(gone, costs)
 
 
 def _inverse(gram: Array, ridge: float) -> Array:
     identity = jnp.eye(len(gram), dtype=gram.dtype)
     regular = gram + level_of(gram, ridge) * identity
     return jax.scipy.linalg.solve(regular, identity, assume_a="pos")
+
+
+@partial(jax.jit, static_argnames=("act", "count", "ridge"))
+def loss_of_removal(
+    subs: SubMLPs, calibration: Calibration, act: Activation, count: int, ridge: float
+) -> Float[Array, " n"]:
+    """Returns what the model's loss gains with each unit that goes, to second order.
+
+    With r the part of ``h / |h|`` that the units left do not explain, outputs change by
+    ``|h| sum_i r_i v_i``, and the loss by half of the mean of the square of its product with the
+    gradient g. That is taken for ``tr(E[r r^T] V E[|h|^2 g g^T] V^T) / 2``, as if both factors were
+    independent. Of all positions the strongest hundredth, by ``|h| |g|``, counts as the next one.
+
+    Args:
+        subs: The p sub-MLPs.
+        calibration: Inputs and upstream gradients g.
+        act: The activation.
+        count: The number of units to leave.
+        ridge: See `removal`.
+
+    Returns:
+        (p - count,) the cost of each removal, for all positions together their mean.
+
+    References:
+        Martens and Grosse, K-FAC (ICML 2015), for the independence.
+    """
+    assert calibration.upstream is not None
+    root = calibration.root_weights()
+
+    def sizes(x: Array, g: Array) -> Array:
+        return jnp.linalg.norm(responses(subs, x, act).hidden, axis=1) * jnp.linalg.norm(g, axis=1)
+
+    x, g = wide(calibration.inputs), wide(calibration.upstream)
+    felt = _in_blocks(sizes, x, g)
+    most = jnp.quantile(felt, 0.99)
+    clip = jnp.minimum(1, most / jnp.where(felt > 0, felt, 1))
+
+    def outer(x: Array, g: Array, r: Array) -> Array:
+        size = jnp.linalg.norm(responses(subs, x, act).hidden, axis=1)
+        rows = (r * size)[:, None] * g
+        return product(rows.T, rows)
+
+    metric = sum_over_blocks(outer, x, g, root * clip)
+    values, vectors = jnp.linalg.eigh(metric)
+    half = vectors * jnp.sqrt(jnp.maximum(values, 0) / 2)[None]
+    gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
+    return removal(product(wide(subs.down), half), gram, count, ridge).costs
+
+
+def _in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
+    """Returns a number for each position, computed in blocks of positions."""
+    count = len(arrays[0])
+    size = min(BLOCK, count)
+    blocks = -(-count // size)
+    parts = [
+        jnp.pad(x, ((0, blocks * size - count), (0, 0))).reshape(blocks, size, -1) for x in arrays
+    ]
+    return lax.map(lambda p: f(*p), parts).reshape(-1)[:count]
