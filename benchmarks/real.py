@@ -407,16 +407,7 @@ def all_cases(name: str, quick: bool) -> list[dict[str, Any]]:
                 {**case, "width": width, "method": method, "calibration": use} for method in chosen
             ]
     if quick:
-        few = (
-            "dense",
-            "Fusion()",
-            "Fusion(represent='member')",
-            "relative",
-            "fisher + refit",
-            "gradient",
-            "flap",
-            "obs",
-        )
+        few = ("dense", "Fusion()", MEMBER, BY_LOSS, "fisher + refit", "gradient", "flap", "obs")
         cases = [each for each in cases if each["method"] in few]
     return cases
 
