@@ -341,10 +341,14 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
         start = time.perf_counter()
         if use not in seen:
             key = jax.random.key(2)
-            felt = any(
-                "fisher" in other["method"] for other in cases if other["calibration"] == use
+            alike = [other["method"] for other in cases if other["calibration"] == use]
+            found = fj.calibrate(
+                subject.model,
+                subject.batches(use),
+                key=key,
+                upstream=any("fisher" in name or name == BY_LOSS for name in alike),
+                max_positions=MORE * TOKENS,
             )
-            found = fj.calibrate(subject.model, subject.batches(use), key=key, upstream=felt)
             seen[use] = {
                 path: x if isinstance(x, fj.Calibration) else fj.Calibration(jnp.asarray(x))
                 for path, x in found.items()

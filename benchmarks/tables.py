@@ -529,7 +529,8 @@ def language() -> Lines:
 def _narrowed(method: str) -> str:
     """Returns how a method of benchmarks.real is written in code."""
     if method.startswith("Fusion"):
-        return f"`{method}`"
+        code, *more = method.split(", ")
+        return ", ".join([f"`{code}`", *more])
     score, *refit = method.split(" + ")
     if score == "flap":
         return '`Prune(score="fluctuation")` and mean outputs: FLAP'
@@ -541,8 +542,9 @@ REAL = ("real-cpu", "real --models DIR --data DIR")
 
 def _table_of(columns: list[tuple[str, float, str]], form: str = ".3f") -> Lines:
     """Returns the rows of benchmarks.real that have some of these models, widths and measures."""
-    names = dict.fromkeys(r["method"] for r in rows("real-cpu") if r["method"] != "dense")
-    for method in names:
+    from benchmarks.real import methods
+
+    for method in methods():
         cells = []
         for model, width, key in columns:
             found = rows("real-cpu", model=model, width=width, method=method, calibration="text")
