@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from fusion_jax.calibration.calibrator import Calibrator, stack_padded
+from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.sample import stack_padded
 from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.compression.mlps import compress
 from fusion_jax.errors import InputError

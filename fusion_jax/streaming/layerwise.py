@@ -13,8 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from fusion_jax.calibration.calibrator import MAX_POSITIONS, Sample
+from fusion_jax.calibration.calibrator import MAX_POSITIONS
 from fusion_jax.calibration.capture import routed_call
+from fusion_jax.calibration.sample import Sample
 from fusion_jax.calibration.sources import CalibrationSource, model_arguments, read_source
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.opening import open_checkpoint
