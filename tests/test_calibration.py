@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.calibration import calibrator as calibration
+from fusion_jax.calibration import sample as calibration
 from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression import allocation
