@@ -566,6 +566,23 @@ def real_language() -> Lines:
 
 
 @block(REAL)
+def real_more() -> Lines:
+    from benchmarks.real import methods
+
+    columns = [(width, text) for width in (0.75, 0.5) for text in ("text", "more")]
+    names = {"text": "8,192 tokens", "more": "32,768 tokens"}
+    yield " | ".join(["Gemma 3 270M", *(f"{w:g}: {names[text]}" for w, text in columns)])
+    dense = row("real-cpu", model="gemma", method="dense")["nats"]
+    for method in methods():
+        cells = []
+        for width, text in columns:
+            case = {"model": "gemma", "width": width, "method": method, "calibration": text}
+            cells.append("".join(f"+{r['nats'] - dense:.3f}" for r in rows("real-cpu", **case)))
+        if cells[1] or cells[3]:
+            yield [_narrowed(method), *cells]
+
+
+@block(REAL)
 def real_encoders() -> Lines:
     measures = {
         "agreement": "similarities",

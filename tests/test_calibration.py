@@ -10,6 +10,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.calibration import sample as calibration
+from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression import allocation
@@ -376,7 +377,7 @@ def test_positions_are_those_of_text(bert):
 def test_sequential_calibration_sees_the_fused_sites_below(bert):
     method = fj.Fusion(width=4, sequential=True)
     chosen = fj.sites(bert)
-    source = calibration.Calibrator(bert, chosen, token_batches(), sequential=True, key=KEY)
+    source = Calibrator(bert, chosen, token_batches(), sequential=True, key=KEY)
     source.capture()
     first = source.of(chosen[0])
     assert first.outputs is None
@@ -516,7 +517,7 @@ def test_experts_see_what_a_loop_over_tokens_routes_to_them(family, tmp_path, mo
     want = [routed_by_hand(model, one, monkeypatch) for one in both]
     monkeypatch.setattr(calibration, "OWN_POSITIONS", 0)
     chosen = [site for site in fj.sites(model) if site.mlp.stack]
-    source = calibration.Calibrator(model, chosen, both, sequential=False, key=KEY).capture()
+    source = Calibrator(model, chosen, both, sequential=False, key=KEY).capture()
     assert len(chosen) == len(want[0])
     for site in chosen:
         pairs = zip(*(one[site.path] for one in want), strict=True)
