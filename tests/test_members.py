@@ -16,6 +16,7 @@ P, KEPT, D, T = 24, 9, 30, 60
 KEY = jax.random.key(0)
 
 
+@pytest.mark.full(quick=2)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("scaling", ["adam", "sgd", "folded"])
 def test_the_function_is_that_of_pruning_with_refit(gated, scaling):

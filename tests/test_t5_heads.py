@@ -153,6 +153,7 @@ def test_layerwise_losses_compare_both_stacks(models):
         assert total.count == count
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("head", ["seq2seq-lm", "classification"])
 def test_layers_can_be_computed_again_in_the_backward_pass(head, models, base):
     """Though the keys of the decoder's attention to the encoder are computed outside its layers."""
@@ -171,7 +172,7 @@ def test_layers_can_be_computed_again_in_the_backward_pass(head, models, base):
     assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: total(p, again)))(params))
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 @pytest.mark.parametrize("head", HEADS)
 def test_calibration_with_text(head, models):
     """On that text, the states are nearer to those of the original than without."""
@@ -212,7 +213,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.full(quick=1)
+@pytest.mark.full
 @pytest.mark.parametrize(("head", "name", "task", "metric", "least"), COMMANDS)
 def test_commands(head, name, task, metric, least, base, files, tmp_path, capsys):
     """Compress, fine-tune, measure, export, and measure what was exported."""
