@@ -125,7 +125,7 @@ def artefact(tmp_path_factory):
     return fj.save(smaller, folder / "artefact", report=report)
 
 
-counts = pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.full)])
+counts = pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.full)])
 
 
 @counts
