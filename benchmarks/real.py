@@ -43,7 +43,7 @@ from benchmarks.language import CONTEXT, WINDOWS
 from benchmarks.language import texts as small_texts
 from benchmarks.quality import POSITIONS, Agreement, errors, texts
 from benchmarks.small_models import hf_folder
-from fusion_jax.calibration.felt import drawn_loss
+from fusion_jax.calibration.upstream import drawn_loss
 from fusion_jax.cli.demo import find_model
 from fusion_jax.methods.base import Method
 from fusion_jax.models.decoder import Decoder
@@ -328,6 +328,17 @@ class Table:
             part.replace(self.file)
 
 
+def narrowed(
+    model: Any, case: Mapping[str, Any], method: Any, seen: Any, gradients: Mapping[str, Any] | None
+) -> Any:
+    """Returns the model with every MLP narrowed by the method of a case."""
+    key = jax.random.key(0)
+    common: dict[str, Any] = {"calibration": seen, "key": key, "progress": False}
+    if case["method"] == BY_LOSS:
+        method = fj.allocate(model, method, total_width=case["width"], by="loss", **common)
+    return fj.compress(model, method, gradients=gradients, **common)[0]
+
+
 def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None:
     """Runs the cases of one model: width, method, and the text to calibrate on."""
     seen: dict[str, Any] = {}
@@ -340,12 +351,11 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
         use = case["calibration"]
         start = time.perf_counter()
         if use not in seen:
-            key = jax.random.key(2)
             alike = [other["method"] for other in cases if other["calibration"] == use]
             found = fj.calibrate(
                 subject.model,
                 subject.batches(use),
-                key=key,
+                key=jax.random.key(2),
                 upstream=any("fisher" in name or name == BY_LOSS for name in alike),
                 max_positions=MORE * TOKENS,
             )
@@ -356,40 +366,15 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
         gradients = subject.gradients if method.takes_gradients else None
         prepared = time.perf_counter()
 
-        def narrowed(
-            method: Method,
-            gradients: Any = gradients,
-            use: str = use,
-            by_loss: bool = case["method"] == BY_LOSS,
-            width: float = case["width"],
-        ) -> Any:
-            plan: Any = method
-            if by_loss:
-                plan = fj.allocate(
-                    subject.model,
-                    method,  # type: ignore[arg-type]
-                    total_width=width,
-                    calibration=seen[use],
-                    key=jax.random.key(0),
-                    by="loss",
-                    progress=False,
-                )
-            return fj.compress(
-                subject.model,
-                plan,
-                key=jax.random.key(0),
-                calibration=seen[use] if method.takes_calibration else None,
-                gradients=gradients,
-                progress=False,
-            )[0]
-
-        smaller, sgd = narrowed(method), None
+        given = seen[use] if method.takes_calibration else None
+        smaller = narrowed(subject.model, case, method, given, gradients)
         if case["method"] == "flap":
             smaller = with_mean_outputs(subject.model, smaller, seen[use])
         jax.block_until_ready(nnx.state(smaller))
         solved = time.perf_counter()
+        sgd = None
         if subject.kind == "encoder" and isinstance(method, fj.Fusion):
-            sgd = narrowed(replace(method, scaling="sgd"))
+            sgd = narrowed(subject.model, case, replace(method, scaling="sgd"), given, gradients)
         row = {**case, **subject.judge(smaller, sgd)}
         row |= {"prepare_seconds": prepared - start, "solve_seconds": solved - prepared}
         table.add({**row, "peak_gib": peak_gib()})

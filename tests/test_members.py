@@ -89,15 +89,15 @@ def test_what_members_need_is_said():
         fj.Fusion(represent="middle")
 
 
-def felt(seed, scale=1.0):
-    """Returns calibration whose loss feels outputs of a site so much."""
+def calibration(seed, scale=1.0):
+    """Returns inputs of a site with upstream gradients of a scale."""
     upstream = scale * jax.random.normal(jax.random.key(seed), (T, D))
     return fj.Calibration(inputs(D, T), upstream=upstream)
 
 
-def test_widths_by_loss_follow_what_the_loss_feels():
+def test_widths_by_loss_follow_the_gradients():
     mlps = nnx.List([make(fj.Mlp, width=P, d_in=D, d_out=D, seed=i) for i in range(3)])
-    seen = {"0": felt(0), "1": felt(1, 4.0), "2": felt(2, 0.0)}
+    seen = {"0": calibration(0), "1": calibration(1, 4.0), "2": calibration(2, 0.0)}
     method = fj.Fusion(represent="member")
     plan = fj.allocate(mlps, method, total_width=0.5, calibration=seen, key=KEY, by="loss")
     widths = [plan[path].width for path in ("0", "1", "2")]
@@ -111,7 +111,7 @@ def test_widths_by_loss_follow_what_the_loss_feels():
 
 def test_the_loss_of_removal_is_its_formula():
     """Against the plain loop in float64."""
-    mlp, seen = make(fj.GatedMlp, width=P, d_in=D, d_out=D), felt(3)
+    mlp, seen = make(fj.GatedMlp, width=P, d_in=D, d_out=D), calibration(3)
     found = loss_of_removal(mlp.sub_mlps(), seen, mlp.act, KEPT, 0.05)
     h, v = np.asarray(mlp.hidden(seen.inputs), np.float64), np.asarray(mlp.sub_mlps().down)
     g, size = np.asarray(seen.upstream, np.float64), np.linalg.norm(h, axis=1)
@@ -135,6 +135,17 @@ def test_what_widths_by_loss_need_is_said():
     mlps = nnx.List([make(fj.Mlp, width=P, d_in=D, d_out=D)])
     allocate = partial(fj.allocate, mlps, total_width=0.5, key=KEY, by="loss")
     with pytest.raises(fj.InputError, match="by loss are for Fusion"):
-        allocate(fj.Fusion(), calibration={"0": felt(0)})
+        allocate(fj.Fusion(), calibration={"0": calibration(0)})
     with pytest.raises(fj.InputError, match=r"0: widths by loss need .* upstream=True"):
         allocate(fj.Prune(score="relative"), calibration={"0": inputs(D, T)})
+    many = nnx.List([fj.experts(partial(fj.Mlp, D, P, act="relu"), 2, rngs=nnx.Rngs(0))])
+    two = jnp.stack([inputs(D, T)] * 2)
+    with pytest.raises(fj.InputError, match="0: widths by loss are not for experts"):
+        fj.allocate(
+            many,
+            fj.Fusion(represent="member"),
+            total_width=0.5,
+            calibration={"0": fj.Calibration(two, upstream=two)},
+            key=KEY,
+            by="loss",
+        )

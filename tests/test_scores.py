@@ -1,4 +1,7 @@
-"""Scores of hidden units against their formulas in float64, and what a loss feels of outputs."""
+"""Scores of hidden units against their formulas in float64, and upstream gradients."""
+
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.calibration.felt import drawn_loss
+from fusion_jax.calibration.upstream import drawn_loss
 from fusion_jax.methods.least_squares import refitted
 from fusion_jax.methods.scores import ON_INPUTS, ONE_AT_A_TIME, removed_one_at_a_time, unit_scores
 from tests.helpers import inputs, make
@@ -121,7 +124,7 @@ def test_obs_removes_one_unit_after_the_other(count):
 
 @pytest.mark.full(quick=1)
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "t5"])
-def test_what_the_loss_feels_is_its_gradient(tmp_path, family):
+def test_upstream_gradients_are_those_of_the_loss(tmp_path, family):
     """The products of gradients with a change of outputs are the change of the drawn loss."""
     heads = {"gpt2": "causal-lm", "llama": "causal-lm", "bert": None, "t5": "seq2seq-lm"}
     head = heads[family]
@@ -132,7 +135,7 @@ def test_what_the_loss_feels_is_its_gradient(tmp_path, family):
     batch = {"input_ids": ids, "attention_mask": mask}
     if family == "t5":
         batch |= {"decoder_input_ids": ids[:, ::-1], "decoder_attention_mask": mask}
-    from fusion_jax.calibration.felt import output_gradients
+    from fusion_jax.calibration.upstream import output_gradients
 
     paths = [site.path for site in fj.sites(model)]
     key = jax.random.key(3)
@@ -191,11 +194,51 @@ def test_fisher_of_a_model_is_that_of_its_positions(tmp_path):
         seen = seen_at[site.path]
         assert seen.upstream is not None and seen.upstream.shape == (36, 16)
         hidden = site.mlp.hidden(seen.inputs)
-        felt = (hidden * (seen.upstream @ site.mlp.sub_mlps().down.T)) ** 2
-        chosen = np.sort(np.argsort(-np.asarray(felt.mean(0)))[:5])
+        terms = (hidden * (seen.upstream @ site.mlp.sub_mlps().down.T)) ** 2
+        chosen = np.sort(np.argsort(-np.asarray(terms.mean(0)))[:5])
         np.testing.assert_array_equal(new.mlp.sub_mlps().up, site.mlp.sub_mlps().up[chosen])
     for a, b in zip(jax.tree.leaves(smaller), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_mask_is_for_positions_and_not_for_classes():
+    """As many classes as positions: the mask does not hide classes."""
+    logits = jax.random.normal(jax.random.key(0), (2, 3))
+    output = SimpleNamespace(logits=logits)
+    key, mask = jax.random.key(1), jnp.ones((2, 3), jnp.int32)
+    np.testing.assert_array_equal(drawn_loss(output, key, mask), drawn_loss(output, key))
+
+
+def test_labels_of_answers_are_positions():
+    """Start and end are drawn from all positions that are not padding."""
+    logits = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+
+    def loss(logits):
+        return drawn_loss(SimpleNamespace(logits=logits), jax.random.key(2), mask, answers=True)
+
+    slopes = np.asarray(jax.grad(loss)(logits))
+    # The gradient is softmax minus one-hot, over positions.
+    np.testing.assert_allclose(slopes.sum(1), 0, atol=1e-6)
+    assert (slopes[1, 3:] == 0).all() and (slopes[2] == 0).all() and (slopes[0] != 0).all()
+    one = np.asarray(jax.nn.softmax(jnp.where(mask[..., None] == 1, logits, -jnp.inf), axis=1))
+    labels = one - slopes
+    np.testing.assert_allclose(np.sort(labels, axis=1)[:, -1], 1, atol=1e-6)
+
+
+def test_upstream_gradients_of_experts_are_used(key):
+    """Those that are given: each expert by its own."""
+    many = fj.experts(partial(fj.Mlp, D, P, OUT, act="relu"), 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, T, D))
+    upstream = jax.random.normal(jax.random.key(2), (2, T, OUT))
+    seen = {"": fj.Calibration(x, upstream=upstream)}
+    made, _ = fj.compress(many, fj.Prune(width=KEPT, score="fisher"), key=key, calibration=seen)
+    subs = many.sub_mlps()
+    for e in range(2):
+        hidden = np.maximum(x[e] @ subs.up[e].T + subs.up_bias[e][None], 0)
+        scores = np.square(hidden * (upstream[e] @ subs.down[e].T)).mean(0)
+        chosen = np.sort(np.argsort(-scores)[:KEPT])
+        np.testing.assert_array_equal(made.sub_mlps().up[e], subs.up[e][chosen])
 
 
 def test_what_the_scores_need_is_said(key, tmp_path):
@@ -210,9 +253,12 @@ def test_what_the_scores_need_is_said(key, tmp_path):
         fj.compress_mlp(
             mlp.sub_mlps(), fj.Prune(score="fisher"), key=key, act="gelu", calibration=inputs(D)
         )
+    weighted = fj.Calibration(inputs(D), weights=jnp.ones(11))
+    with pytest.raises(fj.InputError, match="outputs and weights are for compress_mlp"):
+        fj.compress(mlp, fj.Prune(score="wanda"), key=key, calibration={"": weighted})
     with pytest.raises(fj.InputError, match="ridge must be above 0"):
         fj.Prune(ridge=0.0)
     model = fj.load(checkpoint(tmp_path / "m", "mixtral", "causal-lm"), head="causal-lm")
     text = [{"input_ids": np.ones((2, 5), np.int32)}]
-    with pytest.raises(fj.InputError, match="loss feels is for single MLPs"):
+    with pytest.raises(fj.InputError, match="upstream gradients is for single MLPs"):
         fj.compress(model, fj.Prune(score="fisher"), key=key, calibration=text)

@@ -49,8 +49,9 @@ def calibrate(
         key: Random key of the choice of positions.
         layers: Which sites, as for `fusion_jax.compress`.
         max_positions: The largest number of positions to keep; padding is left out.
-        upstream: Whether to run the model backward too, for methods that weigh units by what its
-            loss feels. No labels are needed: they are drawn from the model's own predictions.
+        upstream: Whether to return the gradients of the model's loss at the outputs of the MLPs
+            too, for methods that weigh units by them. That takes a backward pass and no labels,
+            which are drawn from the model's own predictions.
 
     Returns:
         Inputs by site path, (t, d), in random order, the same for all sites of one stack of layers.
@@ -68,7 +69,10 @@ def calibrate(
         >>> {path: x.shape for path, x in seen.items()}
         {'': (6, 4)}
     """
-    chosen = tuple(site.path for site in select_sites(sites(model), layers))
+    found = select_sites(sites(model), layers)
+    if upstream:
+        check_called_whole(model, found, "upstream")
+    chosen = tuple(site.path for site in found)
     source = read_source(texts)
     if isinstance(source, Mapping):
         raise InputError(
@@ -76,20 +80,18 @@ def calibrate(
         )
     sample = Sample(model, model_arguments(model, source, key), chosen, key, max_positions)
     split = nnx.split(model)
-    if upstream:
-        check_called_whole(model, select_sites(sites(model), layers), "upstream")
     inputs = sample.inputs(split, chosen)[0]
     if not upstream:
         return inputs
-    felt = sample.upstream(split, chosen)
+    gradients = sample.upstream(split, chosen)
     return {
-        path: Calibration(jnp.asarray(x), upstream=jnp.asarray(felt[path]))
+        path: Calibration(jnp.asarray(x), upstream=jnp.asarray(gradients[path]))
         for path, x in inputs.items()
     }
 
 
 def check_called_whole(model: nnx.Module, chosen: Sequence[Site], option: str) -> None:
-    """Raises `InputError` for sites whose gradients at the output cannot be had."""
+    """Raises `InputError` for sites whose upstream gradients cannot be computed."""
     adopted = adopted_sites(model)
     for site in chosen:
         if site.mlp.stack or site.path in adopted:
@@ -127,7 +129,7 @@ class Calibrator:
         self._paths = tuple(site.path for site in chosen)
         self._use: dict[str, np.ndarray] = {}
         self._upstream: dict[str, np.ndarray] = {}
-        self._felt = upstream
+        self._wants_upstream = upstream
         source = read_source(source)
         self.on_text = not isinstance(source, Mapping)
         """Whether the model runs on text or tokens; else the inputs of the sites are given."""
@@ -140,7 +142,7 @@ class Calibrator:
             self.description = f"given, {len(self._inputs[self._paths[0]]):,} positions"
             return
         if upstream:
-            check_called_whole(model, chosen, "a score by what the loss feels")
+            check_called_whole(model, chosen, "a score by upstream gradients")
         batches = model_arguments(model, source, key)
         self._sample = Sample(model, batches, self._paths, key, MAX_POSITIONS)
         self._model: Any = model
@@ -153,7 +155,7 @@ class Calibrator:
         if self.on_text:
             split = nnx.split(self._model)
             self._inputs, self._use = self._sample.inputs(split, self._paths, progress)
-            if self._felt:
+            if self._wants_upstream:
                 self._upstream = self._sample.upstream(split, self._paths, progress)
         if self.sequential:
             # Compressed sites are padded back to their width, so that one program serves all.
@@ -168,11 +170,12 @@ class Calibrator:
         With ``sequential``, the inputs come from the model whose earlier sites are compressed.
         """
         inputs = jnp.asarray(self._inputs[site.path])
-        if site.mlp.stack:
-            # Rows of zeros are not positions.
-            return Calibration(inputs, weights=(inputs != 0).any(-1).astype(jnp.float32))
         upstream = self._upstream.get(site.path)
         upstream = None if upstream is None else jnp.asarray(upstream)
+        if site.mlp.stack:
+            # Rows of zeros are not positions.
+            real = (inputs != 0).any(-1).astype(jnp.float32)
+            return Calibration(inputs, weights=real, upstream=upstream)
         if not (sequential and self.sequential and self._changed):
             return Calibration(inputs, upstream=upstream)
         moved = self._sample.inputs(nnx.split(self._model), self._paths)[0][site.path]
@@ -180,7 +183,7 @@ class Calibrator:
 
     def has_upstream(self, site: Site) -> bool:
         """Returns whether the calibration of a site will have upstream gradients."""
-        return site.path in self._upstream or (self.on_text and self._felt)
+        return site.path in self._upstream or (self.on_text and self._wants_upstream)
 
     def abstract(self, site: Site) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of a site's inputs."""

@@ -24,7 +24,7 @@ class Calibration(NamedTuple):
         outputs: The target outputs without the output bias, (t, o); None for the MLP's own.
         weights: The weight of each position, (t,); None for equal weights.
         upstream: The gradients of a loss of the model with respect to the outputs, (t, o), for
-            methods that weigh by what the loss feels; None if no method does.
+            methods that weigh units by them; None if no method does.
     """
 
     inputs: Float[Array, "*s t d"]

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusion_jax.calibration.capture import Routed, routed_inputs
-from fusion_jax.calibration.felt import output_gradients
 from fusion_jax.calibration.sources import generator
+from fusion_jax.calibration.upstream import output_gradients
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.nn.adopted import adopted_sites
@@ -22,10 +22,10 @@ from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import at
 from fusion_jax.progress import show_progress
 
-FELT_POSITIONS = 1024
+UPSTREAM_POSITIONS = 1024
 """The number of positions whose gradients are computed in one call: a backward pass keeps the
 hidden values of all layers."""
-FELT_LOGITS = 2**27
+UPSTREAM_LOGITS = 2**27
 """The number of logits of such a call, half a GiB in float32."""
 OWN_POSITIONS = 256
 """An expert with fewer positions of its own also gets this number of other experts' positions."""
@@ -54,8 +54,8 @@ class Sample:
         self.batches = batches
         self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
         self.of_tokens = isinstance(model, Model)
-        self._vocabulary = max(1, getattr(getattr(model, "config", None), "vocab_size", 1) or 1)
         if isinstance(model, Model):
+            self._vocabulary: int = model.config.vocab_size
             masks = [_masks(batch) for batch in batches]
             # An encoder and a decoder that reads other text each have their own positions.
             self._parts = {side: self._chosen([m[side] for m in masks]) for side in masks[0]}
@@ -143,10 +143,10 @@ class Sample:
                 arrays, fixed = _arguments(batch)
                 call = ByValue((graph, fixed, paths))
                 key, own = jax.random.split(key)
-                parts.append(jax.device_get(_felt(call, state, arrays, own, mask)))
+                parts.append(jax.device_get(_gradients(call, state, arrays, own, mask)))
             return {path: np.concatenate([part[path] for part in parts]) for path in paths}
 
-        return self.gathered(run, (), progress, verb="Measuring what the loss feels")[0]
+        return self.gathered(run, (), progress, verb="Upstream gradients")[0]
 
     def _pieces(self, i: int) -> list[tuple[Any, np.ndarray | None]]:
         """Returns a batch in pieces of some rows, and the mask of what each piece predicts."""
@@ -156,7 +156,7 @@ class Sample:
         side = "decoder" if "decoder" in self._parts else ""
         mask = self._parts[side][i][0]
         rows, length = mask.shape
-        most = max(1, min(FELT_POSITIONS, FELT_LOGITS // self._vocabulary) // length)
+        most = max(1, min(UPSTREAM_POSITIONS, UPSTREAM_LOGITS // self._vocabulary) // length)
         most = max(n for n in range(1, most + 1) if rows % n == 0)
         # One program for all pieces of a batch.
         return [
@@ -239,7 +239,7 @@ def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _felt(
+def _gradients(
     fixed: ByValue, state: Any, arrays: list[Any], key: Array, mask: Array | None
 ) -> dict[str, Any]:
     graph, rest, paths = fixed.value

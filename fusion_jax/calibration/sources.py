@@ -61,6 +61,11 @@ def site_arrays(source: Mapping[str, Any], site: Site) -> tuple[np.ndarray, np.n
         InputError: There are none, or they have another shape.
     """
     given = source.get(site.path)
+    if isinstance(given, Calibration) and (given.outputs, given.weights) != (None, None):
+        raise InputError(
+            f"calibration of {site.path or 'the model'} may have inputs and upstream; outputs and "
+            "weights are for compress_mlp"
+        )
     x, upstream = (
         (given.inputs, given.upstream) if isinstance(given, Calibration) else (given, None)
     )

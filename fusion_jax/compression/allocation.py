@@ -58,9 +58,10 @@ def allocate(
     By ``"kernel"``, each site is fused alone at a few widths. Its error is measured at held-out
     positions of the calibration: the relative change of its neural tangent kernel, SGD's or Adam's
     as the scaling says, or of its outputs if the scaling is ``"folded"``. Errors at other widths
-    are interpolated. By ``"loss"``, the error is what the model's loss gains, to second order, with
-    every unit that goes: see `fusion_jax.methods.scores.loss_of_removal`. That takes one backward
-    pass and no labels. The result is an exact minimum over all widths that add up to the budget.
+    are interpolated. By ``"loss"``, the error is by how much the model's loss grows, to second
+    order, with every unit that goes: see `fusion_jax.methods.scores.loss_of_removal`. That takes
+    one backward pass and no labels. The result is an exact minimum over all widths that add up to
+    the budget.
 
     Args:
         model: The model.
@@ -123,12 +124,14 @@ def allocate(
     source = Calibrator(
         model, chosen, calibration, sequential=False, upstream=by == "loss", key=text_key
     )
-    missing = [site.path for site in chosen if not source.has_upstream(site)]
-    if by == "loss" and missing:
-        raise InputError(
-            f"{missing[0] or 'the model'}: widths by loss need calibration text or tokens, or "
-            "inputs from calibrate(..., upstream=True)"
-        )
+    for site in chosen if by == "loss" else ():
+        if site.mlp.stack:
+            raise InputError(f"{site.path or 'the model'}: widths by loss are not for experts")
+        if not source.has_upstream(site):
+            raise InputError(
+                f"{site.path or 'the model'}: widths by loss need calibration text or tokens, or "
+                "what calibrate(..., upstream=True) returns"
+            )
     source.capture(progress)
     if by == "loss":
         curves = []
@@ -173,7 +176,7 @@ def _plan(
 def _loss_curve(
     site: Site, seen: Calibration, ridge: float, unit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the widths that a site can have, and what the loss gains there."""
+    """Returns the widths that a site can have, and by how much the loss grows there."""
     mlp = site.mlp
     smallest = min(unit, mlp.width)
     costs = loss_of_removal(mlp.sub_mlps(), seen, mlp.act, smallest, ridge)

@@ -123,8 +123,8 @@ def checked(
         ):
             raise InputError(
                 f"{site.path or 'the model'}: {_named(methods[site.path])} needs calibration text "
-                "or tokens, or inputs from calibrate(..., upstream=True): inputs alone do not show "
-                "what the model's loss feels"
+                "or tokens, or what calibrate(..., upstream=True) returns: the gradients of the "
+                "model's loss are not in the inputs"
             )
         if methods[site.path].model_needs.expert_use and site.mlp.stack and site.path in stacks:
             raise InputError(f"{site.path}: {option} is for experts; this is a stack of layers")
@@ -153,6 +153,7 @@ def _chosen(
 
 
 def _named(method: Method) -> str:
+    """Returns what in a method needs something, for messages: its score, or the method."""
     score = getattr(method, "score", None)
     return type(method).__name__ if score is None else f"score {score!r}"
 

@@ -69,7 +69,7 @@ class Method:
 
     @property
     def takes_upstream(self) -> bool:
-        """Whether `solve` needs calibration with ``upstream``."""
+        """Whether `solve` needs calibration with upstream gradients, see `Calibration`."""
         return False
 
     @property

@@ -117,8 +117,8 @@ class Fusion(Method):
     or behavior at calibration inputs (function); auto is function with calibration, else raw."""
     represent: Literal["mean", "member"] = "mean"
     """What stands for a cluster: the mean of its sub-MLPs (mean, the paper); or with calibration
-    one of them (member), chosen by `Prune`'s score ``"relative"``, and the other sub-MLPs join the
-    one that explains most of them. Members leave outputs nearer, means the clusters tighter."""
+    one of them (member). Members are chosen by `Prune`'s score ``"relative"``; each other sub-MLP
+    joins the one that explains most of it. Options of the clustering are then not used."""
     refit: bool = True
     """With calibration: fit output weights to the original's outputs by ridge regression."""
     match: bool = True

@@ -18,11 +18,8 @@ from fusion_jax.methods.scores import (
     ON_GRADIENTS,
     ON_INPUTS,
     ON_UPSTREAM,
-    ONE_AT_A_TIME,
     UnitScore,
-    hidden_moments,
-    removed_one_at_a_time,
-    unit_scores,
+    kept_units,
 )
 from fusion_jax.nn.submlps import SubMLPs
 from ntk.activations import Activation
@@ -73,7 +70,7 @@ class Prune(Narrower):
 
     @property
     def takes_upstream(self) -> bool:
-        """Whether units are scored by what a loss feels of the outputs."""
+        """Whether units are scored by upstream gradients."""
         return self.score in ON_UPSTREAM
 
     @property
@@ -104,22 +101,15 @@ class Prune(Narrower):
         gradients: SubMLPs | None = None,
     ) -> Solution:
         """Keeps some sub-MLPs of one MLP, in their order."""
-        score = unit_scores(
+        chosen, score = kept_units(
             self.score,
             subs,
+            self.kept(subs),
             act=act,
             calibration=calibration,
             gradients=gradients,
             ridge=self.ridge,
         )
-        count = self.kept(subs)
-        if self.score in ONE_AT_A_TIME:
-            assert calibration is not None and act is not None
-            relative = self.score == "relative"
-            gram = hidden_moments(subs, calibration, act, gram=True, relative=relative).gram
-            chosen = removed_one_at_a_time(subs.down, gram, count, self.ridge)
-        else:
-            chosen = jnp.sort(jax.lax.top_k(score, count)[1])
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))
         left = jax.tree.map(lambda x: x[chosen], subs)
         if self.refit:

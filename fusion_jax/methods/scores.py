@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,28 +33,19 @@ UnitScore = Literal[
     "gradient",
     "saliency",
 ]
-ON_INPUTS = (
-    "hidden",
-    "activation",
-    "wanda",
-    "fluctuation",
-    "leverage",
-    "obs",
-    "relative",
-    "fisher",
-)
-"""The scores that need the inputs of the MLP on text."""
 ON_UPSTREAM = ("fisher",)
-"""The scores that also need what a loss feels of the MLP's outputs, see `Calibration`."""
+"""The scores that need the inputs of the MLP on text and upstream gradients, see `Calibration`."""
 ON_GRADIENTS = ("gradient", "saliency")
 """The scores that need the gradients of a loss with respect to the weights."""
+ON_INPUTS = tuple(s for s in get_args(UnitScore) if s not in ("magnitude", *ON_GRADIENTS))
+"""The scores that need the inputs of the MLP on text."""
 ONE_AT_A_TIME = ("obs", "relative")
 """The scores that change with every unit that goes, see `removed_one_at_a_time`."""
 CANDIDATES = 128
 """Units among which these scores look for the next ones to remove, half of them at a time."""
 
-
 _Small = tuple[Array, Array, Array]
+"""(G + l I)^-1, output weights, and which units are left."""
 
 
 class Moments(NamedTuple):
@@ -64,14 +55,14 @@ class Moments(NamedTuple):
         size: (p,) sum of |h|.
         mean: (p,) sum of h.
         square: (p,) sum of h^2.
-        felt: (p,) sum of (h v . g)^2, where g is the gradient at the output; 0 without it.
+        fisher: (p,) sum of (h v . g)^2, where g is the upstream gradient; 0 without it.
         gram: (p, p) sum of h h^T, or (0, 0) where it is not wanted.
     """
 
     size: Float[Array, " p"]
     mean: Float[Array, " p"]
     square: Float[Array, " p"]
-    felt: Float[Array, " p"]
+    fisher: Float[Array, " p"]
     gram: Float[Array, "a b"]
 
 
@@ -130,8 +121,8 @@ def unit_scores(
         ridge: The strength l, relative to the mean of G's diagonal.
 
     Returns:
-        (p,) scores, at least 0. An MLP that the loss does not feel at all (an expert that no
-        position reached) gets the scores of ``"magnitude"``.
+        (p,) scores, at least 0. Where all gradients are 0 (an expert that no position reached),
+        they are those of ``"magnitude"``.
     """
     by_weights = importance(subs)
     if score == "magnitude":
@@ -159,10 +150,11 @@ def unit_scores(
         variance = jnp.maximum(seen.square - jnp.square(seen.mean), 0)
         return variance * jnp.square(down).sum(-1)
     if score == "fisher":
-        return jnp.where(seen.felt.max() > 0, seen.felt, by_weights.astype(seen.felt.dtype))
+        assert calibration.upstream is not None
+        return jnp.where(seen.fisher.max() > 0, seen.fisher, by_weights.astype(seen.fisher.dtype))
     inverse = _inverse(seen.gram, ridge)
     if score in ONE_AT_A_TIME:
-        return jnp.square(down).sum(-1) / jnp.diagonal(inverse)
+        return _losses(inverse, down)
     return 1 - level_of(seen.gram, ridge) * jnp.diagonal(inverse)
 
 
@@ -186,12 +178,12 @@ def hidden_moments(
             size = jnp.linalg.norm(hidden, axis=1, keepdims=True)
             hidden = r[:, None] * hidden / jnp.where(size > 0, size, 1)
         squares = jnp.square(hidden)
-        felt = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
+        slopes = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
         return Moments(
             size=(r[:, None] * jnp.abs(hidden)).sum(0),
             mean=(r[:, None] * hidden).sum(0),
             square=squares.sum(0),
-            felt=(squares * felt).sum(0),
+            fisher=(squares * slopes).sum(0),
             gram=product(hidden.T, hidden) if gram else jnp.zeros((0, 0), hidden.dtype),
         )
 
@@ -211,12 +203,50 @@ class Removal(NamedTuple):
     costs: Float[Array, " n"]
 
 
+def kept_units(
+    score: UnitScore,
+    subs: SubMLPs,
+    count: int,
+    *,
+    act: Activation | None = None,
+    calibration: Calibration | None = None,
+    gradients: SubMLPs | None = None,
+    ridge: float = 0.01,
+) -> tuple[Int[Array, " c"], Float[Array, " p"]]:
+    """Returns the units that a score leaves, in their order, and the scores of all units.
+
+    Args:
+        score: Which score; those in `ONE_AT_A_TIME` change with every unit that goes, and the first
+            ones are returned.
+        subs: The p sub-MLPs.
+        count: The number c of units to leave.
+        act: See `unit_scores`, as for the other arguments.
+        calibration: Inputs.
+        gradients: Gradients of the weights.
+        ridge: The strength l.
+    """
+    if score not in ONE_AT_A_TIME:
+        scores = unit_scores(
+            score, subs, act=act, calibration=calibration, gradients=gradients, ridge=ridge
+        )
+        return jnp.sort(lax.top_k(scores, count)[1]), scores
+    assert act is not None and calibration is not None
+    seen = hidden_moments(subs, calibration, act, gram=True, relative=score == "relative")
+    inverse, down = _inverse(seen.gram, ridge), wide(subs.down)
+    return _left(_removal(down, inverse, count), len(down)), _losses(inverse, down)
+
+
 def removed_one_at_a_time(
     down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
 ) -> Int[Array, " c"]:
     """Returns the units that Optimal Brain Surgeon leaves, in their order, see `removal`."""
-    gone = removal(down, gram, count, ridge).units
-    return jnp.flatnonzero(jnp.ones(len(down), bool).at[gone].set(False), size=count)
+    return _left(removal(down, gram, count, ridge), len(down))
+
+
+def _left(removal: Removal, width: int) -> Int[Array, " c"]:
+    """Returns the units that are not removed, in their order."""
+    count = width - len(removal.units)
+    return jnp.flatnonzero(jnp.ones(width, bool).at[removal.units].set(False), size=count)
 
 
 def removal(
@@ -237,12 +267,19 @@ def removal(
     References:
         Hassibi and Stork (NIPS 1992).
     """
-    width = len(down)
-    state = (_inverse(gram, ridge), wide(down), jnp.ones(width, bool))
-    left = width - count
+    return _removal(wide(down), _inverse(gram, ridge), count)
+
+
+def _losses(inverse: Array, down: Array) -> Array:
+    """Returns the loss of removing each unit first."""
+    return jnp.square(down).sum(-1) / jnp.diagonal(inverse)
+
+
+def _removal(down: Array, inverse: Array, count: int) -> Removal:
+    state = (inverse, down, jnp.ones(len(down), bool))
+    left = len(down) - count
     size = max(1, min(CANDIDATES // 2, left))
-    rounds = left // size
-    state, found = lax.scan(lambda s, _: _without(s, size), state, None, length=rounds)
+    state, found = lax.scan(lambda s, _: _without(s, size), state, None, length=left // size)
     found = jax.tree.map(lambda x: x.reshape(-1), found)
     if left % size:
         _, rest = _without(state, left % size)
@@ -253,13 +290,12 @@ def removal(
 def _without(state: _Small, count: int) -> tuple[_Small, Removal]:
     """Removes some units one at a time from (G + l I)^-1, output weights, and who is alive."""
     inverse, down, alive = state
-    cost = jnp.square(down).sum(-1) / jnp.diagonal(inverse)
-    candidates = lax.top_k(-jnp.where(alive, cost, jnp.inf), min(2 * count, len(down)))[1]
+    losses = jnp.where(alive, _losses(inverse, down), jnp.inf)
+    candidates = lax.top_k(-losses, min(2 * count, len(down)))[1]
 
     def remove(carry: _Small, _: None) -> tuple[_Small, tuple[Array, Array]]:
         small, weights, there = carry
-        costs = jnp.square(weights).sum(-1) / jnp.where(there, jnp.diagonal(small), 1)
-        costs = jnp.where(there, costs, jnp.inf)
+        costs = jnp.where(there, _losses(small, weights), jnp.inf)
         j = jnp.argmin(costs)
         share = small[:, j] / small[j, j]
         weights = weights - share[:, None] * weights[j][None]
@@ -289,12 +325,12 @@ def _inverse(gram: Array, ridge: float) -> Array:
 def loss_of_removal(
     subs: SubMLPs, calibration: Calibration, act: Activation, count: int, ridge: float
 ) -> Float[Array, " n"]:
-    """Returns what the model's loss gains with each unit that goes, to second order.
+    """Returns by how much the model's loss grows with each unit that goes, to second order.
 
     With r the part of ``h / |h|`` that the units left do not explain, outputs change by
     ``|h| sum_i r_i v_i``, and the loss by half of the mean of the square of its product with the
     gradient g. That is taken for ``tr(E[r r^T] V E[|h|^2 g g^T] V^T) / 2``, as if both factors were
-    independent. Of all positions the strongest hundredth, by ``|h| |g|``, counts as the next one.
+    independent. Products ``|h| |g|`` above their 99th percentile are clipped to it.
 
     Args:
         subs: The p sub-MLPs.
@@ -304,40 +340,26 @@ def loss_of_removal(
         ridge: See `removal`.
 
     Returns:
-        (p - count,) the cost of each removal, for all positions together their mean.
+        (p - count,) the cost of each removal, a mean over positions.
 
     References:
         Martens and Grosse, K-FAC (ICML 2015), for the independence.
     """
     assert calibration.upstream is not None
-    root = calibration.root_weights()
-
-    def sizes(x: Array, g: Array) -> Array:
-        return jnp.linalg.norm(responses(subs, x, act).hidden, axis=1) * jnp.linalg.norm(g, axis=1)
-
-    x, g = wide(calibration.inputs), wide(calibration.upstream)
-    felt = _in_blocks(sizes, x, g)
-    most = jnp.quantile(felt, 0.99)
-    clip = jnp.minimum(1, most / jnp.where(felt > 0, felt, 1))
-
-    def outer(x: Array, g: Array, r: Array) -> Array:
-        size = jnp.linalg.norm(responses(subs, x, act).hidden, axis=1)
-        rows = (r * size)[:, None] * g
-        return product(rows.T, rows)
-
-    metric = sum_over_blocks(outer, x, g, root * clip)
-    values, vectors = jnp.linalg.eigh(metric)
+    x, upstream = wide(calibration.inputs), wide(calibration.upstream)
+    sizes = _in_blocks(lambda x: jnp.linalg.norm(responses(subs, x, act).hidden, axis=1), x)
+    strength = sizes * jnp.linalg.norm(upstream, axis=1)
+    clip = jnp.minimum(1, jnp.quantile(strength, 0.99) / jnp.where(strength > 0, strength, 1))
+    rows = (calibration.root_weights() * clip * sizes)[:, None] * upstream
+    values, vectors = jnp.linalg.eigh(product(rows.T, rows))
     half = vectors * jnp.sqrt(jnp.maximum(values, 0) / 2)[None]
     gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
     return removal(product(wide(subs.down), half), gram, count, ridge).costs
 
 
-def _in_blocks(f: Callable[..., Array], *arrays: Array) -> Array:
+def _in_blocks(f: Callable[[Array], Array], x: Float[Array, "t d"]) -> Float[Array, " t"]:
     """Returns a number for each position, computed in blocks of positions."""
-    count = len(arrays[0])
-    size = min(BLOCK, count)
-    blocks = -(-count // size)
-    parts = [
-        jnp.pad(x, ((0, blocks * size - count), (0, 0))).reshape(blocks, size, -1) for x in arrays
-    ]
-    return lax.map(lambda p: f(*p), parts).reshape(-1)[:count]
+    size = min(BLOCK, len(x))
+    blocks = -(-len(x) // size)
+    padded = jnp.pad(x, ((0, blocks * size - len(x)), (0, 0)))
+    return lax.map(f, padded.reshape(blocks, size, -1)).reshape(-1)[: len(x)]

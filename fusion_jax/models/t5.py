@@ -167,7 +167,7 @@ def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> l
 _PLAIN = {"up": "wi", "down": "wo"}
 _GATED = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
 _PREFIX = "transformer."
-"""What precedes the names of the base model in checkpoints with some of the heads."""
+"""The prefix of the base model's names in checkpoints with some of the heads."""
 _EMBEDDINGS = "embed_tokens.weight"
 # Copies of the embeddings, a head that was not asked for, and a bias that T5 does not use.
 _IGNORED = (

@@ -1,9 +1,9 @@
-"""What a model's loss feels of the outputs of its MLPs: gradients, without labels.
+"""Upstream gradients: those of a model's loss with respect to the outputs of its MLPs.
 
-A language model, or any model with logits, is asked for the loss of labels that are drawn from its
-own predictions: the mean of the gradients' products is then its Fisher information, to which the
-labels of data are an approximation. A model without logits is asked for a random direction of its
-final hidden states, so that the products measure how far they move.
+No labels are needed. For a model with logits, labels are drawn from its own predictions; the mean
+of the products of such gradients is the Fisher information. For a model without logits, the loss is
+a random linear function of its final hidden states; products of its gradients measure how far the
+states move.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from fusion_jax.calibration.capture import Tap
 from fusion_jax.errors import InputError
+from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.surgery import at, replaced
 
@@ -46,6 +47,8 @@ def output_gradients(
     plain = nnx.clone(model)
     plain.eval()
     graph, state = nnx.split(plain)
+    provenance = getattr(model, "provenance", None)
+    answers = isinstance(provenance, Provenance) and provenance.head == "question-answering"
 
     def tapped(offsets: dict[str, Array]) -> nnx.Module:
         made = nnx.merge(graph, state)
@@ -65,13 +68,17 @@ def output_gradients(
 
     def loss(offsets: dict[str, Array]) -> Array:
         made: Any = tapped(offsets)
-        return drawn_loss(made(*args, **kwargs), key, mask)
+        return drawn_loss(made(*args, **kwargs), key, mask, answers=answers)
 
     return jax.grad(loss)(offsets)
 
 
 def drawn_loss(
-    output: PyTree, key: Key[Array, ""], mask: Shaped[Array, "b t"] | None = None
+    output: PyTree,
+    key: Key[Array, ""],
+    mask: Shaped[Array, "b t"] | None = None,
+    *,
+    answers: bool = False,
 ) -> Float[Array, ""]:
     """Returns the loss of a model's output for labels that are drawn from the model itself.
 
@@ -80,6 +87,8 @@ def drawn_loss(
         key: Random key.
         mask: (b, t), 0 at positions that do not count; None if all count, or if the output has
             other axes.
+        answers: Whether logits (b, t, 2) are those of the start and the end of an answer, so that
+            the labels are positions.
 
     Raises:
         InputError: There are no numbers in the output.
@@ -90,11 +99,15 @@ def drawn_loss(
     found = [wide(y) for y in found if jnp.issubdtype(y.dtype, jnp.floating)]
     if not found:
         raise InputError("the model's output holds no numbers that a loss could be made of")
+    if answers:
+        y = found[0].swapaxes(1, 2)
+        y = y if mask is None else jnp.where(mask.astype(bool)[:, None], y, -jnp.inf)
+        found, mask = [y], None
     total = jnp.zeros(())
     for i, y in enumerate(found):
         own = jax.random.fold_in(key, i)
         counts = jnp.ones(y.shape[:-1], y.dtype)
-        if mask is not None and mask.shape == y.shape[:2]:
+        if mask is not None and y.ndim > 2 and mask.shape == y.shape[:2]:
             counts = counts * mask.reshape(*mask.shape, *[1] * (y.ndim - 3)).astype(y.dtype)
         if logits is not None and y.shape[-1] > 1:
             labels = jax.random.categorical(own, jax.lax.stop_gradient(y))
