@@ -17,7 +17,9 @@ from ntk.tables import table
 EXPLANATIONS = {
     "inertia": "the share of the differences among hidden units (their sum of squares about the "
     "mean) that is lost when each becomes its cluster's centroid, as the clustering measures it: "
-    "on the calibration text if there is one. 0 is nothing, 1 everything",
+    "on the calibration text if there is one; with members in place of centroids, the share of the "
+    "squares of the units' values on that text that their members do not explain. 0 is nothing, "
+    "1 everything",
     "raw_inertia": "the same share, of the weights themselves",
     "singletons": "clusters of a single hidden unit, which lose nothing",
     "largest": "the number of hidden units in the largest cluster",
