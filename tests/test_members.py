@@ -83,9 +83,12 @@ def test_what_members_need_is_said():
     mlp = make(fj.Mlp, width=P, d_in=D)
     with pytest.raises(fj.InputError, match="represent 'member' needs calibration"):
         fj.compress(mlp, fj.Fusion(represent="member"), key=KEY)
-    with pytest.raises(fj.InputError, match="metric 'raw' is for represent='mean'"):
+    with pytest.raises(fj.InputError, match="metric are for represent='mean'"):
         fj.Fusion(represent="member", metric="raw")
-    with unchecked(), pytest.raises(fj.InputError, match="represent must be one of mean, member"):
+    with (
+        unchecked(),
+        pytest.raises(fj.InputError, match="represent must be one of auto, mean, member"),
+    ):
         fj.Fusion(represent="middle")
 
 
@@ -135,7 +138,7 @@ def test_what_widths_by_loss_need_is_said():
     mlps = nnx.List([make(fj.Mlp, width=P, d_in=D, d_out=D)])
     allocate = partial(fj.allocate, mlps, total_width=0.5, key=KEY, by="loss")
     with pytest.raises(fj.InputError, match="by loss are for Fusion"):
-        allocate(fj.Fusion(), calibration={"0": calibration(0)})
+        allocate(fj.Fusion(represent="mean"), calibration={"0": calibration(0)})
     with pytest.raises(fj.InputError, match=r"0: widths by loss need .* upstream=True"):
         allocate(fj.Prune(score="relative"), calibration={"0": inputs(D, T)})
     many = nnx.List([fj.experts(partial(fj.Mlp, D, P, act="relu"), 2, rngs=nnx.Rngs(0))])

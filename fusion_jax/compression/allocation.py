@@ -66,7 +66,7 @@ def allocate(
     Args:
         model: The model.
         method: The method; its ``width`` is not used. By ``"loss"`` it is one that removes one unit
-            at a time: ``Fusion(represent="member")`` or ``Prune(score="relative")``.
+            at a time: ``Fusion()``, not of means, or ``Prune(score="relative")``.
         total_width: The hidden units of all sites together: an int, or a fraction of the original.
         calibration: As for `compress`; by ``"loss"`` text, or what `calibrate` returns with
             ``upstream=True``.
@@ -95,13 +95,13 @@ def allocate(
     """
     check_method(method)
     check_choice("by", by, ("kernel", "loss"))
-    one_at_a_time = (isinstance(method, Fusion) and method.represent == "member") or (
+    one_at_a_time = (isinstance(method, Fusion) and method.of_members) or (
         isinstance(method, Prune) and method.score == "relative"
     )
     if by == "loss" and not one_at_a_time:
         raise InputError(
-            "widths by loss are for Fusion(represent='member') and Prune(score='relative'), which "
-            "remove one unit at a time"
+            "widths by loss are for Fusion with represent='member', its default, and for "
+            "Prune(score='relative'), which remove one unit at a time"
         )
     if by == "kernel" and not isinstance(method, Fusion):
         raise InputError(f"widths are allocated for Fusion, not for {type(method).__name__}")

@@ -25,8 +25,8 @@ from fusion_jax.methods.base import (
     width_within,
 )
 from fusion_jax.methods.geometry import Metric, points
-from fusion_jax.methods.least_squares import matched, refitted
-from fusion_jax.methods.scores import hidden_moments, removed_one_at_a_time
+from fusion_jax.methods.least_squares import matched, refitted, refitted_from_gram
+from fusion_jax.methods.scores import kept_units
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
 from fusion_jax.nn.mlp import GatedMlp, Mlp
@@ -73,8 +73,16 @@ class FusionFacts(NamedTuple):
     converged: Bool[Array, "*s"]
 
 
+_OF_MEANS = ("metric", "init", "refine", "n_init", "max_iters", "tol")
+"""The options of the clustering whose means stand for clusters."""
+
 _Clusters = tuple[Int[Array, " p"], Float[Array, " c"], SubMLPs, FusionFacts]
 """Labels, sizes, the rows that stand for clusters with sizes in output weights, and the facts."""
+
+
+def _default(name: str) -> object:
+    """Returns the default of an option of `Fusion`."""
+    return Fusion.__dataclass_fields__[name].default
 
 
 @jax.jit
@@ -95,8 +103,8 @@ class Fusion(Method):
     """MLP Fusion: k-means on the sub-MLPs; centroids and Frozen cluster sizes remain.
 
     Without calibration this is the published method with a better clustering. With calibration,
-    sub-MLPs are clustered by their behavior on it, output weights are refitted, and the kernel is
-    matched; each of these can be switched off.
+    the sub-MLPs that explain the others best stand for clusters, output weights are refitted, and
+    the kernel is matched; each of these can be switched off.
 
     References:
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.2.
@@ -115,10 +123,11 @@ class Fusion(Method):
     metric: Metric | Literal["auto"] = "auto"
     """The geometry of the clustering: weights (raw, the paper), first-order effects (sensitivity),
     or behavior at calibration inputs (function); auto is function with calibration, else raw."""
-    represent: Literal["mean", "member"] = "mean"
+    represent: Literal["auto", "mean", "member"] = "auto"
     """What stands for a cluster: the mean of its sub-MLPs (mean, the paper); or with calibration
     one of them (member). Members are chosen by `Prune`'s score ``"relative"``; each other sub-MLP
-    joins the one that explains most of it. Options of the clustering are then not used."""
+    joins the one that explains most of it. Auto is member with calibration, unless the geometry or
+    an option of the clustering is given, which are for means."""
     refit: bool = True
     """With calibration: fit output weights to the original's outputs by ridge regression."""
     match: bool = True
@@ -168,7 +177,7 @@ class Fusion(Method):
         for name, choices in (
             ("scaling", get_args(Scaling)),
             ("metric", ("auto", *get_args(Metric))),
-            ("represent", ("mean", "member")),
+            ("represent", ("auto", "mean", "member")),
             ("init", get_args(Init)),
             ("refine", get_args(Refine)),
         ):
@@ -180,13 +189,22 @@ class Fusion(Method):
             raise InputError(f"tol must be at least 0; got {self.tol}")
         if not self.ridge > 0:
             raise InputError(f"ridge must be above 0; got {self.ridge}")
-        if self.represent == "member" and self.metric != "auto":
+        given = [name for name in _OF_MEANS if getattr(self, name) != _default(name)]
+        if self.represent == "member" and given:
             raise InputError(
-                f"metric {self.metric!r} is for represent='mean'; members are chosen by outputs"
+                f"{' and '.join(given)} are for represent='mean'; members are not clustered, but "
+                "chosen by outputs"
             )
         if self.by_use < 0:
             raise InputError(f"by_use must be at least 0; got {self.by_use}")
         check_width(self.width)
+
+    @property
+    def of_members(self) -> bool:
+        """Whether units stand for clusters where there is calibration; without it, means do."""
+        if self.represent == "auto":
+            return all(getattr(self, name) == _default(name) for name in _OF_MEANS)
+        return self.represent == "member"
 
     @classmethod
     def paper(cls, *, width: int | float = 0.25, scaling: Scaling = "adam") -> Fusion:
@@ -252,16 +270,17 @@ class Fusion(Method):
         Returns:
             `FusionParts` and `FusionFacts`.
         """
-        if self.represent == "member":
-            assert calibration is not None and act is not None
+        if calibration is not None and self.of_members:
+            assert act is not None
             labels, sizes, effective, facts = self._members(subs, calibration, act)
         else:
             labels, sizes, effective, facts = self._means(subs, key, calibration, act)
+            if calibration is not None and self.refit:
+                assert act is not None
+                effective = refitted(effective, subs, calibration, act, self.ridge)
         around = factors(sizes, self.scaling)
         if calibration is not None:
             assert act is not None
-            if self.refit:
-                effective = refitted(effective, subs, calibration, act, self.ridge)
             if self.match:
                 around = matched(effective, subs, labels, sizes, calibration, act, self.scaling)
         parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
@@ -301,18 +320,20 @@ class Fusion(Method):
         return labels, sizes, effective, facts
 
     def _members(self, subs: SubMLPs, calibration: Calibration, act: Activation) -> _Clusters:
-        """Chooses some sub-MLPs, and gives each of the others to the one that explains it best.
+        """Chooses and refits some sub-MLPs; each other one joins the one that explains it best.
 
         With G the mean of ``h h^T`` over positions, each divided by its length, unit j explains
         ``G_ij^2 / G_jj`` of the ``G_ii`` of unit i.
         """
-        gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
         count = kept_width(self.width, subs.width, self.round_to)
-        chosen = removed_one_at_a_time(subs.down, gram, count, self.ridge)
+        chosen, _, gram = kept_units(
+            "relative", subs, count, act=act, calibration=calibration, ridge=self.ridge
+        )
+        assert gram is not None
         own = jnp.diagonal(gram)
         known = jnp.where(own[chosen] > 0, own[chosen], 1)
         explained = jnp.square(gram[:, chosen]) / known[None]
-        labels = jnp.argmax(explained, axis=1).at[chosen].set(jnp.arange(count))
+        labels = jnp.argmax(explained, axis=1).at[chosen].set(jnp.arange(count)).astype(jnp.int32)
         sizes = jnp.bincount(labels, length=count).astype(gram.dtype)
         total = jnp.where(own.sum() > 0, own.sum(), 1)
         missed = own.sum() - jnp.take_along_axis(explained, labels[:, None], axis=1).sum()
@@ -325,7 +346,11 @@ class Fusion(Method):
             converged=jnp.array(True),
         )
         left = jax.tree.map(lambda x: wide(x)[chosen], subs)
-        return labels.astype(jnp.int32), sizes, left, facts
+        if self.refit and calibration.outputs is not None:
+            left = refitted(left, subs, calibration, act, self.ridge)
+        elif self.refit:
+            left = refitted_from_gram(subs, chosen, gram, self.ridge)
+        return labels, sizes, left, facts
 
     def build(self, mlp: Mlp, solution: Solution) -> FusedMlp | FusedGatedMlp:
         """Returns the fused MLP of a solution, in the dtype of the original."""

@@ -25,11 +25,13 @@ from ntk.activations import Activation
 
 BLOCK = 1024
 """The number of positions whose activations are in memory at a time."""
-KERNEL_POSITIONS = 2048
+KERNEL_POSITIONS = 1024
 """The number of positions that factors are fitted at; every pair of positions counts."""
 PAIRED_POSITIONS = 128
 """The number of positions whose pairs, one by one, the second factors for Adam are fitted at."""
 RIDGE_OF_FACTORS = 1e-2
+CG_STEPS = 30
+"""The largest number of steps of conjugate gradients for the second factors."""
 FACTOR_RANGE = 8.0
 """Fitted factors are at most this many times larger or smaller than the standard ones. Stored
 weights are divided by them and do not train with them: a step of Adam changes what a unit does by
@@ -39,6 +41,8 @@ PAIRS_PER_FACTOR = 4
 DEAD = 1e-5
 """A unit that does less than this share of what the most active unit does on the text counts as
 dead there: nothing is known of it."""
+
+GRAM_BLOCKS = 8
 
 product = partial(jnp.matmul, precision="highest")
 """A product of matrices in all digits of its dtype."""
@@ -104,6 +108,41 @@ def refitted(
     return effective._replace(down=down + _ridge(gram, error, ridge))
 
 
+def refitted_from_gram(
+    subs: SubMLPs, chosen: Int[Array, " c"], gram: Float[Array, "p p"], ridge: float
+) -> SubMLPs:
+    """Returns some of the units with output weights refitted to the outputs of all of them.
+
+    What `refitted` computes from positions comes from the Gram matrix of all units here, weighted
+    as that is.
+
+    Args:
+        subs: The p original units.
+        chosen: The units left.
+        gram: The mean of h h^T.
+        ridge: See `refitted`.
+    """
+    left, down = jax.tree.map(lambda x: wide(x)[chosen], subs), wide(subs.down)
+    across = gram[chosen]
+    own = across[:, chosen]
+    error = product(across, down) - product(own, left.down)
+    return left._replace(down=left.down + _ridge(own, error, ridge))
+
+
+def gram_of(x: Float[Array, "t p"]) -> Float[Array, "p p"]:
+    """Returns ``x^T x``; of its two equal halves one is computed, block by block."""
+    width = x.shape[1]
+    size = -(-width // GRAM_BLOCKS)
+    if width < GRAM_BLOCKS * 128:
+        return product(x.T, x)
+    rows = [
+        jnp.pad(product(x[:, i : i + size].T, x[:, i:]), ((0, 0), (i, 0)))
+        for i in range(0, width, size)
+    ]
+    upper = jnp.triu(jnp.concatenate(rows))
+    return upper + jnp.triu(upper, 1).T
+
+
 def _ridge(gram: Array, right: Array, ridge: float | Float[Array, ""]) -> Array:
     """Returns ``(gram + l I)^(-1) right`` with l = ridge times the mean of gram's diagonal."""
     return _solved(gram, right, level_of(gram, ridge))
@@ -116,8 +155,9 @@ def level_of(gram: Array, ridge: float | Float[Array, ""]) -> Array:
 
 
 def _solved(gram: Array, right: Array, level: Array) -> Array:
-    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return jax.scipy.linalg.solve(gram + level * identity, right, assume_a="pos")
+    """Returns ``(gram + level I)^-1 right``; a level for all, or one for each unknown."""
+    levels = jnp.diag(jnp.broadcast_to(level, gram.shape[:1]))
+    return jax.scipy.linalg.solve(gram + levels, right, assume_a="pos")
 
 
 def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Array) -> Array:
@@ -135,7 +175,7 @@ def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Ar
     Returns:
         (c,).
     """
-    level = level_of(gram, RIDGE_OF_FACTORS)
+    level = _own_levels(jnp.diagonal(gram))
 
     def fitted(fixed: Array, x: Array) -> Array:
         known = jnp.where(fixed, x - start, 0)
@@ -144,6 +184,65 @@ def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Ar
         return jnp.where(
             fixed, x, start + _solved(jnp.where(free, gram, 0), left[:, None], level)[:, 0]
         )
+
+    return _within(fitted, start, low, high)
+
+
+def _bounded_ridge_by_steps(
+    times: Callable[[Array], Array],
+    diagonal: Array,
+    right: Array,
+    start: Array,
+    low: Array,
+    high: Array,
+) -> Array:
+    """Returns what `_bounded_ridge` does, by conjugate gradients, without the Gram matrix.
+
+    Args:
+        times: Returns the product of the Gram matrix with a vector.
+        diagonal: The diagonal of the Gram matrix, (c,).
+        right: See `_bounded_ridge`, as for the other arguments.
+        start: (c,).
+        low: (c,).
+        high: (c,).
+    """
+    level = _own_levels(diagonal)
+    root = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) + level)
+
+    def fitted(fixed: Array, x: Array) -> Array:
+        known = jnp.where(fixed, x - start, 0)
+        left = jnp.where(fixed, 0, right - times(known)) / root
+
+        def regular(y: Array) -> Array:
+            free = jnp.where(fixed, 0, y / root)
+            return jnp.where(fixed, y, (times(free) + level * free) / root)
+
+        change = jax.scipy.sparse.linalg.cg(regular, left, tol=1e-6, maxiter=CG_STEPS)[0]
+        return jnp.where(fixed, x, start + change / root)
+
+    return _within(fitted, start, low, high)
+
+
+def _own_levels(diagonal: Array) -> Array:
+    """Returns the strength of the ridge for each factor.
+
+    It is relative to the size of the factor's own term: the units that stand for clusters differ in
+    size by orders of magnitude, and one strength for all would leave the small ones at their start.
+    """
+    return RIDGE_OF_FACTORS * jnp.where(diagonal > 0, diagonal, 1)
+
+
+def _within(
+    fitted: Callable[[Array, Array], Array], start: Array, low: Array, high: Array
+) -> Array:
+    """Returns the fit within bounds: what comes out beyond one is fixed there, and then again.
+
+    Args:
+        fitted: (which are fixed, coefficients) -> the best coefficients beside the fixed ones.
+        start: (c,).
+        low: (c,).
+        high: (c,).
+    """
 
     def outside(x: Array) -> Array:
         return (x < low) | (x > high) | ~jnp.isfinite(x)
@@ -232,8 +331,8 @@ def matched(
         a, b, signs_a, signs_b = (root * x for x in (a, b, jnp.sign(a), jnp.sign(b)))
         seconds = (signs_a, signs_b) if scaling == "adam" else (a, b)
         gram = product(b.T, b) * product(seconds[1].T, seconds[1])
-        cross = product(a.T, b) * product(seconds[0].T, seconds[1])
-        return _bounded_ridge(gram, cross.sum(0) - gram @ start, start, low, high)
+        right = (b * product(product(a, seconds[0].T), seconds[1])).sum(0)
+        return _bounded_ridge(gram, right - product(gram, start), start, low, high)
 
     def kept(a: Array, b: Array) -> Array:
         """Returns the coefficients that keep the mean of a power over each cluster."""
@@ -253,18 +352,15 @@ def matched(
         signs_a, signs_b = jnp.sign(a), jnp.sign(b)
         weights = (product(x, jnp.sign(x).T) + int(bias is not None)) * r * r.T
 
-        def add(
-            total: tuple[Array, Array], row: tuple[Array, Array, Array]
-        ) -> tuple[tuple[Array, Array], None]:
-            old, new, weight = row
-            terms = weight[:, None] * new[None] * signs_b
-            left = weight * product(signs_a, old) - product(terms, start)
-            gram, right = product(terms.T, terms), product(terms.T, left)
-            return (total[0] + gram, total[1] + right), None
+        def kernel(v: Array) -> Array:
+            return weights * product(b * v[None], signs_b.T)
 
-        zero = jnp.zeros_like(start)
-        (gram, right), _ = lax.scan(add, (zero[None] * zero[:, None], zero), (a, b, weights))
-        return _bounded_ridge(gram, right, start, low, high)
+        def back(k: Array) -> Array:
+            return (b * product(weights * k, signs_b)).sum(0)
+
+        diagonal = (jnp.square(b) * product(jnp.square(weights), jnp.square(signs_b))).sum(0)
+        right = back(weights * product(a, signs_a.T) - kernel(start))
+        return _bounded_ridge_by_steps(lambda v: back(kernel(v)), diagonal, right, start, low, high)
 
     outer = fitted(old.hidden, new.hidden, standard.outer**power, standard.outer)
     inner = []

@@ -15,7 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.methods.least_squares import BLOCK, level_of, product, sum_over_blocks
+from fusion_jax.methods.least_squares import (
+    BLOCK,
+    gram_of,
+    level_of,
+    product,
+    sum_over_blocks,
+)
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
 from ntk.activations import Activation
@@ -40,7 +46,7 @@ ON_GRADIENTS = ("gradient", "saliency")
 ON_INPUTS = tuple(s for s in get_args(UnitScore) if s not in ("magnitude", *ON_GRADIENTS))
 """The scores that need the inputs of the MLP on text."""
 ONE_AT_A_TIME = ("obs", "relative")
-"""The scores that change with every unit that goes, see `removed_one_at_a_time`."""
+"""The scores that change with every unit that goes, see `removal`."""
 CANDIDATES = 128
 """Units among which these scores look for the next ones to remove, half of them at a time."""
 
@@ -184,7 +190,7 @@ def hidden_moments(
             mean=(r[:, None] * hidden).sum(0),
             square=squares.sum(0),
             fisher=(squares * slopes).sum(0),
-            gram=product(hidden.T, hidden) if gram else jnp.zeros((0, 0), hidden.dtype),
+            gram=gram_of(hidden) if gram else jnp.zeros((0, 0), hidden.dtype),
         )
 
     known = () if calibration.upstream is None else (wide(calibration.upstream),)
@@ -203,6 +209,20 @@ class Removal(NamedTuple):
     costs: Float[Array, " n"]
 
 
+class Kept(NamedTuple):
+    """The units that a score leaves.
+
+    Args:
+        units: (c,) the units, in their order.
+        scores: (p,) the scores of all units.
+        gram: (p, p) the Gram matrix that the score is made of, or None if it is made of others.
+    """
+
+    units: Int[Array, " c"]
+    scores: Float[Array, " p"]
+    gram: Float[Array, "p p"] | None = None
+
+
 def kept_units(
     score: UnitScore,
     subs: SubMLPs,
@@ -212,8 +232,8 @@ def kept_units(
     calibration: Calibration | None = None,
     gradients: SubMLPs | None = None,
     ridge: float = 0.01,
-) -> tuple[Int[Array, " c"], Float[Array, " p"]]:
-    """Returns the units that a score leaves, in their order, and the scores of all units.
+) -> Kept:
+    """Returns the units that a score leaves, and the scores of all units.
 
     Args:
         score: Which score; those in `ONE_AT_A_TIME` change with every unit that goes, and the first
@@ -229,18 +249,12 @@ def kept_units(
         scores = unit_scores(
             score, subs, act=act, calibration=calibration, gradients=gradients, ridge=ridge
         )
-        return jnp.sort(lax.top_k(scores, count)[1]), scores
+        return Kept(jnp.sort(lax.top_k(scores, count)[1]), scores)
     assert act is not None and calibration is not None
-    seen = hidden_moments(subs, calibration, act, gram=True, relative=score == "relative")
-    inverse, down = _inverse(seen.gram, ridge), wide(subs.down)
-    return _left(_removal(down, inverse, count), len(down)), _losses(inverse, down)
-
-
-def removed_one_at_a_time(
-    down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
-) -> Int[Array, " c"]:
-    """Returns the units that Optimal Brain Surgeon leaves, in their order, see `removal`."""
-    return _left(removal(down, gram, count, ridge), len(down))
+    gram = hidden_moments(subs, calibration, act, gram=True, relative=score == "relative").gram
+    inverse, down = _inverse(gram, ridge), wide(subs.down)
+    units = _left(_removal(down, inverse, count), len(down))
+    return Kept(units, _losses(inverse, down), gram)
 
 
 def _left(removal: Removal, width: int) -> Int[Array, " c"]:
