@@ -1,11 +1,13 @@
 """Measures compressed models after fine-tuning: methods x tasks x seeds.
 
-all-MiniLM-L6-v2 with its last 4 of 6 MLPs at a quarter and an eighth of their width, with and
-without layer-wise tuning, on tasks of GLUE. The official dev sets are measured after the last step
-and never used to choose anything. Our method is calibrated on the first training texts.
+all-MiniLM-L6-v2 with its last 4 of 6 MLPs, or all, at a quarter and an eighth of their width, with
+and without layer-wise tuning, on tasks of GLUE. The official dev sets are measured after the last
+step and never used to choose anything. Methods that use text are calibrated on the first training
+texts.
 
     python -m benchmarks.finetune --data GLUE [--runs DIR] [--tasks sst2 cola] [--seeds 3]
-        [--epochs 10] [--steps N] [--budget SECONDS] [--quick] [--json FILE]
+        [--epochs 10] [--steps N] [--all-layers] [--untuned] [--budget SECONDS] [--quick]
+        [--json FILE]
 
 Runs are added to FILE when they end. The same command resumes: it skips the runs in FILE, and an
 interrupted run starts from its last checkpoint under DIR. --budget stops after this many seconds.
@@ -35,7 +37,7 @@ from fusion_jax.training import GLUE, Classification, Recipe
 
 LAYERS = slice(-4, None)
 CALIBRATION = 1024
-"""The number of training texts that our method is calibrated on."""
+"""The number of training texts that methods are calibrated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,14 @@ class Cell:
     width: float
     tuned: bool
     seed: int
+    all_layers: bool = False
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        tuned = "-tuned" if self.tuned else ""
-        return f"{self.task}-{self.method}-{self.width:g}{tuned}-{self.seed}"
+        parts = [self.task, self.method, f"{self.width:g}"]
+        parts += ["tuned"] * self.tuned + ["all"] * self.all_layers
+        return "-".join([*parts, str(self.seed)])
 
 
 def method(name: str, width: float) -> Any:
@@ -61,6 +65,9 @@ def method(name: str, width: float) -> Any:
         "dense": lambda: None,
         "paper": lambda: fj.Fusion.paper(width=width),
         "fusion": lambda: fj.Fusion(width=width),
+        "means": lambda: fj.Fusion(width=width, represent="mean"),
+        "activation": lambda: fj.Prune(width=width, score="activation"),
+        "activation-refit": lambda: fj.Prune(width=width, score="activation", refit=True),
         "clustering": lambda: fj.METHODS["clustering"](width=width),  # type: ignore[call-arg]
     }
     return made[name]()
@@ -71,12 +78,20 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     found = []
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
-            found.append(Cell(task=task, method="dense", width=1.0, tuned=False, seed=seed))
+            dense = Cell(
+                task=task,
+                method="dense",
+                width=1.0,
+                tuned=False,
+                seed=seed,
+                all_layers=arguments.all_layers,
+            )
+            found.append(dense)
             found += [
-                Cell(task=task, method=name, width=width, tuned=tuned, seed=seed)
+                replace(dense, method=name, width=width, tuned=tuned)
                 for width in arguments.widths
                 for name in arguments.methods
-                for tuned in (False, True)
+                for tuned in ((False,) if arguments.untuned else (False, True))
             ]
     return found
 
@@ -97,13 +112,14 @@ def measure(
     how = method(cell.method, cell.width)
     if how is not None:
         teacher = model
-        seen = (
-            [text for text, *_ in data.train.texts[:CALIBRATION]]
-            if cell.method == "fusion"
-            else None
-        )
+        seen = [text for text, *_ in data.train.texts[:CALIBRATION]]
         model, _ = fj.compress(
-            teacher, how, layers=LAYERS, key=key, calibration=seen, progress=False
+            teacher,
+            how,
+            layers=None if cell.all_layers else LAYERS,
+            key=key,
+            calibration=None if cell.method in ("paper", "clustering") else seen,
+            progress=False,
         )
         if cell.tuned:
             once = replace(config, epochs=1, max_steps=config.max_steps)
@@ -170,10 +186,12 @@ def main() -> int:
     arguments.add_argument(
         "--methods",
         nargs="+",
-        choices=["paper", "fusion", "clustering"],
-        default=["paper", "fusion"],
+        choices=["paper", "fusion", "means", "activation", "activation-refit", "clustering"],
+        default=["paper", "means"],
     )
     arguments.add_argument("--widths", nargs="+", type=float, default=[0.25, 0.125])
+    arguments.add_argument("--all-layers", action="store_true", help="all MLPs, not the last 4")
+    arguments.add_argument("--untuned", action="store_true", help="without layer-wise tuning")
     arguments.add_argument("--epochs", type=int, default=10)
     arguments.add_argument("--learning-rate", type=float, default=8e-5)
     arguments = arguments.parse_args()

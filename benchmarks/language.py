@@ -125,7 +125,7 @@ def measure(name: str, data: Path, shares: list[float], quick: bool) -> list[dic
         for label, method, seen in (
             ("paper", fj.Fusion.paper(width=share), None),
             ("ours, no text", fj.Fusion(width=share), None),
-            ("ours", fj.Fusion(width=share), calibration),
+            ("ours", fj.Fusion(width=share, represent="mean"), calibration),
         ):
             sgd, smaller = (
                 fj.compress(

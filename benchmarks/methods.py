@@ -185,7 +185,7 @@ def _method(name: str, **options: Any) -> Any:
 
 
 COMPRESSED: dict[str, Callable[[Run], Any]] = {
-    "fusion": _compressed(fj.Fusion(), calibrated=True),
+    "fusion": _compressed(fj.Fusion(represent="mean"), calibrated=True),
     "fusion, paper": _compressed(fj.Fusion.paper()),
     "clustering": _compressed(_method("clustering")),
     "sketch": _compressed(_method("sketch")),
@@ -200,7 +200,7 @@ COMPRESSED: dict[str, Callable[[Run], Any]] = {
 }
 """Methods that compress in one shot, by name."""
 BY_SGD: dict[str, Callable[[Run], Any]] = {
-    "fusion": _compressed(fj.Fusion(scaling="sgd"), calibrated=True),
+    "fusion": _compressed(fj.Fusion(represent="mean", scaling="sgd"), calibrated=True),
     "fusion, paper": _compressed(fj.Fusion.paper(scaling="sgd")),
 }
 """The same methods for training by SGD, whose SGD kernels are compared instead."""

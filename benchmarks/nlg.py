@@ -152,7 +152,7 @@ def measure(
         pairs = zip(data.train.sources, data.train.references, strict=True)
         seen = [f"{source}\n{texts[0]}" for source, texts in pairs]
         order = np.random.default_rng(cell.seed).permutation(len(seen))[:CALIBRATION]
-        seen = [seen[i] for i in order] if cell.method == "fusion" else None
+        seen = [seen[i] for i in order] if cell.method in ("fusion", "means") else None
         model, _ = fj.compress(
             teacher, how, layers=layers, key=key, calibration=seen, progress=False
         )
@@ -209,8 +209,8 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, help="folder with nlg/ and lm/")
     arguments.add_argument("--runs", type=Path, help="folder of the model and the runs")
-    arguments.add_argument("--methods", nargs="+", choices=["paper", "fusion", "clustering"],
-                           default=["paper", "fusion"])  # fmt: skip
+    choices = ["paper", "fusion", "means", "clustering"]
+    arguments.add_argument("--methods", nargs="+", choices=choices, default=["paper", "means"])
     arguments.add_argument("--widths", nargs="+", type=float, default=[0.25])
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--epochs", type=int, default=3)

@@ -44,9 +44,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "function": {"metric": "function", "refit": False, "match": False},
     "function, refit": {"metric": "function", "match": False},
     "function, refit, match": {"metric": "function"},
+    "members": {},
 }
-OURS = "function, refit, match"
-WHOLE = ["paper", "raw", "function", "raw, refit", OURS]
+OURS = "members"
+WHOLE = ["paper", "raw", "function", "raw, refit", "function, refit, match", OURS]
 
 
 def method(name: str, width: int, scaling: Any) -> fj.Fusion:

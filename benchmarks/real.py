@@ -70,8 +70,8 @@ MORE = 4
 """The calibration "more" has this many times the tokens."""
 WINDOW = 512
 """The context of the larger language models."""
-MEMBER = "Fusion(represent='member')"
-BY_LOSS = f"{MEMBER}, widths by loss"
+MEAN = "Fusion(represent='mean')"
+BY_LOSS = "Fusion(), widths by loss"
 """The same number of units in all, shared out by `fusion_jax.allocate`."""
 SCORES = (
     "activation",
@@ -92,14 +92,15 @@ def methods() -> dict[str, Callable[[float], Method]]:
     """Returns the methods by name, each as a function of the width."""
     found: dict[str, Callable[[float], Any]] = {
         "Fusion()": lambda w: fj.Fusion(width=w),
-        MEMBER: lambda w: fj.Fusion(width=w, represent="member"),
-        BY_LOSS: lambda w: fj.Fusion(width=w, represent="member"),
+        BY_LOSS: lambda w: fj.Fusion(width=w),
+        MEAN: lambda w: fj.Fusion(width=w, represent="mean"),
         "Fusion.paper()": lambda w: fj.Fusion.paper(width=w),
     }
     for refit in (True, False):
         for score in SCORES:
             name = f"{score}{' + refit' if refit else ''}"
-            found[name] = lambda w, s=score, r=refit: fj.Prune(width=w, score=s, refit=r)
+            if name != "relative + refit":  # as a function it is Fusion()
+                found[name] = lambda w, s=score, r=refit: fj.Prune(width=w, score=s, refit=r)
     found["flap"] = lambda w: fj.Prune(width=w, score="fluctuation")
     return found
 
@@ -303,6 +304,29 @@ def _mean_change(old: Any, new: Any, x: Any) -> Any:
     return jax.lax.map(lambda b: (old(b) - new(b)).mean(0), blocks).mean(0)
 
 
+def first_step(model: Any, smaller: Any, seen: Mapping[str, Any]) -> float:
+    """Returns how far a first step of Adam moves outputs, in relation to the dense model's step.
+
+    Each MLP takes one step of sign descent at a rate of 1e-3 alone, for one random linear loss of
+    its outputs. The result is the largest ratio of the lengths of the changes.
+    """
+    found = []
+    for old, new in zip(fj.sites(model), fj.sites(smaller), strict=True):
+        x = jnp.asarray(seen[old.path].inputs)[:POSITIONS]
+        found.append(float(_step_of(new.mlp, x) / _step_of(old.mlp, x)))
+    return max(found)
+
+
+@nnx.jit
+def _step_of(mlp: Any, x: Any) -> Any:
+    graph, params, rest = nnx.split(mlp, nnx.Param, ...)
+    outputs = mlp(x)
+    above = jax.random.normal(jax.random.key(0), outputs.shape)
+    slopes = jax.grad(lambda p: (nnx.merge(graph, p, rest)(x) * above).sum())(params)
+    moved = jax.tree.map(lambda p, g: p - 1e-3 * jnp.sign(g), params, slopes)
+    return jnp.linalg.norm(nnx.merge(graph, moved, rest)(x) - outputs)
+
+
 class Table:
     """Rows in a file that is written after every case."""
 
@@ -376,6 +400,8 @@ def measure(subject: Subject, cases: list[dict[str, Any]], table: Table) -> None
         if subject.kind == "encoder" and isinstance(method, fj.Fusion):
             sgd = narrowed(subject.model, case, replace(method, scaling="sgd"), given, gradients)
         row = {**case, **subject.judge(smaller, sgd)}
+        if isinstance(method, fj.Fusion) and use in seen and case["method"] != BY_LOSS:
+            row["first_step"] = first_step(subject.model, smaller, seen[use])
         row |= {"prepare_seconds": prepared - start, "solve_seconds": solved - prepared}
         table.add({**row, "peak_gib": peak_gib()})
         del smaller, sgd
@@ -390,13 +416,13 @@ def all_cases(name: str, quick: bool) -> list[dict[str, Any]]:
     for width in WIDTHS[kind][: 1 if quick else None]:
         cases += [{**case, "width": width, "method": method} for method in methods()]
     if name in ("gemma", "qwen"):
-        chosen = (MEMBER, BY_LOSS, "activation + refit", "leverage + refit", "Fusion()")
+        chosen = ("Fusion()", BY_LOSS, "activation + refit", "leverage + refit", MEAN)
         for use, width in (("more", 0.75), ("more", 0.5), ("other", 0.75)):
             cases += [
                 {**case, "width": width, "method": method, "calibration": use} for method in chosen
             ]
     if quick:
-        few = ("dense", "Fusion()", MEMBER, BY_LOSS, "fisher + refit", "gradient", "flap", "obs")
+        few = ("dense", "Fusion()", MEAN, BY_LOSS, "fisher + refit", "gradient", "flap", "obs")
         cases = [each for each in cases if each["method"] in few]
     return cases
 

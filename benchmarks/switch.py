@@ -222,11 +222,11 @@ def main() -> int:
     compress = partial(fj.compress, layers=".*experts", key=jax.random.key(0), progress=False)
     paper, report = compress(model, fj.Fusion.paper(width=0.25))
     add("paper", "applied", paper)
-    uneven = fj.Fusion(width=0.25, by_use=0.5)
+    uneven = fj.Fusion(width=0.25, by_use=0.5, represent="mean")
     uneven, calibrated = compress(model, uneven, calibration=calibration)
     add("ours, widths by use", "applied", uneven)
     if not arguments.quick:
-        ours, _ = compress(model, fj.Fusion(width=0.25), calibration=calibration)
+        ours, _ = compress(model, fj.Fusion(width=0.25, represent="mean"), calibration=calibration)
         add("ours", "applied", ours)
         add("paper", "not applied", without_sizes(paper))
         add("ours", "not applied", without_sizes(ours))

@@ -26,7 +26,7 @@ from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import Site, select_sites, sites
 from ntk.selection import Selection
 
-MAX_POSITIONS = 16384
+MAX_POSITIONS = 32768
 """The number of positions of text that are kept for each site, by default."""
 
 
