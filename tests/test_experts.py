@@ -12,13 +12,14 @@ import safetensors.numpy
 from flax import nnx
 
 import fusion_jax as fj
-from fusion_jax.calibration import sample
+from fusion_jax.calibration import sample, sources
 from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
 from fusion_jax.methods.drop_experts import ExpertScore
 from fusion_jax.methods.scores import ON_GRADIENTS, ON_UPSTREAM, UnitScore
 from fusion_jax.models.moe import Moe, mixtures
+from fusion_jax.training.methods.layerwise import compressed
 from tests import tiny
 from tests.helpers import unchecked
 
@@ -237,6 +238,7 @@ def test_other_mlps_stay_and_may_have_their_own_method(models):
     fewer, report = fj.compress(model, drop, key=KEY)
     assert [row.site for row in report.rows] == ["layers.1.mlp.experts"]
     assert fewer.layers[1].mlp.experts.stack == (2,)
+    assert compressed(fewer, model) == ("layers.1.mlp.experts.",)  # what `fj.tune` trains
     assert bit_equal(fewer.layers[1].mlp.shared, model.layers[1].mlp.shared)
     assert bit_equal(fewer.layers[0], model.layers[0])
     plan = {site.path: fj.Prune(width=8) for site in fj.sites(model)}
@@ -308,15 +310,30 @@ def test_what_has_no_mixtures_is_told_so(models, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_methods_by_site_agree(mixtral):
+def test_methods_by_site_agree(models, mixtral):
     paths = [site.path for site in fj.sites(mixtral)]
     plan = dict.fromkeys(paths, fj.DropExperts(keep=2, score="magnitude"))
     plan[paths[1]] = fj.DropExperts(keep=3, score="magnitude")
     with pytest.raises(fj.InputError, match=r"keep 2 experts and layers\.1\.mlp\.experts 3; a"):
         fj.compress(mixtral, plan, key=KEY)
-    plan[paths[1]] = fj.Fusion(width=0.5, sequential=True)
+    del plan[paths[1]]
     with pytest.raises(fj.InputError, match=r"layers\.1\.mlp\.experts: experts are dropped in all"):
-        fj.compress(mixtral, plan, key=KEY, calibration=[tiny.batch("mixtral")])
+        fj.compress(mixtral, plan, key=KEY)
+    qwen, batch = models["qwen2-moe"], [tiny.batch("qwen2-moe")]
+    plan = {"layers.0.mlp": fj.Fusion(), "layers.1.mlp.experts": fj.DropExperts()}
+    with pytest.raises(fj.InputError, match="drop them first, then compress the result with"):
+        fj.compress(qwen, plan, key=KEY, calibration=batch)
+
+
+def test_use_is_counted_on_text_alone(mixtral, monkeypatch):
+    """Fits get random tokens besides; they would say nothing of how text is routed."""
+    monkeypatch.setattr(sources, "_tokenizer", lambda model: None)
+    monkeypatch.setattr(sources, "batches", lambda *_, **__: [tiny.batch("mixtral")])
+    monkeypatch.setattr(sources, "scrambled", lambda *_: pytest.fail("random tokens"))
+    _, report = fj.compress(mixtral, fj.DropExperts(), key=KEY, calibration=["a text"])
+    assert (
+        report.calibration == f"{tiny.batch('mixtral')['attention_mask'].sum()} positions of text"
+    )
 
 
 def test_options_are_checked():
@@ -382,7 +399,7 @@ def test_each_expert_is_refitted_at_its_own_positions(score, mixtral, monkeypatc
             return fj.Fusion(width=12, represent="member", refit=refit, match=False)
         return fj.Prune(width=12, score=score, refit=refit)
 
-    def compressed(refit):
+    def narrowed(refit):
         made = method(refit)
         given = {"calibration": seen} if made.takes_calibration else {}
         smaller, _ = fj.compress(mixtral, made, key=KEY, layers=0, **given)
@@ -392,8 +409,8 @@ def test_each_expert_is_refitted_at_its_own_positions(score, mixtral, monkeypatc
         lost = np.asarray(experts(inputs) - smaller(inputs))
         return (np.square(lost).sum(-1) * own).sum(1)
 
-    refitted = compressed(True)
-    assert (errors(refitted) < 0.9 * errors(compressed(False))).all()
+    refitted = narrowed(True)
+    assert (errors(refitted) < 0.9 * errors(narrowed(False))).all()
     one = fj.GatedMlp(16, 24, act="silu", use_bias=False, rngs=nnx.Rngs(0))
     for e in range(4):
         one.load_sub_mlps(jax.tree.map(lambda a, e=e: a[e], experts.sub_mlps()), None)

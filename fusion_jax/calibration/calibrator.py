@@ -114,6 +114,8 @@ class Calibrator:
         source: See `fusion_jax.compress`.
         sequential: Whether any site is calibrated in the model whose earlier sites are compressed.
         upstream: Whether gradients at the outputs of the sites are wanted, see `Calibration`.
+        text_alone: Whether text is taken as it is, for how a router uses experts on it; fits hold
+            more widely with random tokens beside it.
         key: Random key of the choice of positions.
 
     Raises:
@@ -128,6 +130,7 @@ class Calibrator:
         *,
         sequential: bool,
         upstream: bool = False,
+        text_alone: bool = False,
         key: Key[Array, ""],
     ):
         self._paths = tuple(site.path for site in chosen)
@@ -148,7 +151,7 @@ class Calibrator:
             return
         if upstream:
             check_called_whole(model, chosen, "a score by upstream gradients")
-        batches = model_arguments(model, source, key)
+        batches = model_arguments(model, source, key, scramble=not text_alone)
         self._sample = Sample(model, batches, self._paths, key, MAX_POSITIONS)
         self._model: Any = model
         kind = "text" if self._sample.of_tokens else "the given batches"

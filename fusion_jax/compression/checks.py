@@ -107,7 +107,14 @@ def checked(
                 calibration=calibration is not None and (own.takes_calibration or not calibrated),
                 gradients=gradients is not None and (own.takes_gradients or not graded),
             )
-    _check_routers(chosen, methods, known)
+    routed = _check_routers(chosen, methods, known)
+    if routed and calibration is not None:
+        others = [site for site in chosen if site.path not in routed]
+        if any(methods[site.path].takes_calibration for site in others):
+            raise InputError(
+                "dropping experts changes what other MLPs see: drop them first, then compress the "
+                "result with calibration"
+            )
     needs = [methods[site.path].model_needs for site in chosen]
     option = next((need.expert_use for need in needs if need.expert_use), None)
     if option and not any(site.mlp.stack for site in chosen):
@@ -121,6 +128,7 @@ def checked(
             calibration,
             sequential=any(need.earlier_sites for need in needs),
             upstream=any(methods[site.path].takes_upstream for site in chosen),
+            text_alone=bool(routed),
             # Sites are counted from 0, so that no site has the key of the calibration.
             key=jax.random.fold_in(key, 2**31 - 1),
         )
@@ -145,8 +153,8 @@ def checked(
 
 def _check_routers(
     chosen: list[Site], methods: Mapping[str, Method], known: Mapping[str, Moe]
-) -> None:
-    """Raises `InputError` if the mixtures of sites cannot have fewer experts."""
+) -> list[str]:
+    """Returns the sites whose routers change; raises `InputError` if they cannot."""
     found: list[str] = []
     counts: dict[int, str] = {}
     for site in chosen:
@@ -176,8 +184,7 @@ def _check_routers(
             f"{', '.join(path for path in known if path not in found)}: experts are dropped in all "
             "mixtures of a model at once, as its configuration has one number of experts"
         )
-    if found and any(methods[site.path].model_needs.earlier_sites for site in chosen):
-        raise InputError("sequential fitting does not follow dropped experts; compress twice")
+    return found
 
 
 def _chosen(
