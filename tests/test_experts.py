@@ -260,6 +260,14 @@ def test_experts_that_are_fused_are_dropped_too(mixtral, tmp_path):
     np.testing.assert_array_equal(logits(fewer, "mixtral"), logits(again, "mixtral"))
 
 
+@pytest.mark.full
+def test_masks_of_what_stays_refer_to_the_dense_model(mixtral, tmp_path):
+    fewer, _ = fj.compress(mixtral, fj.DropExperts(score="magnitude"), key=KEY)
+    masked, _ = fj.compress(fewer, fj.MaskPrune(keep=0.5), key=KEY)
+    again = fj.load(fj.save_masks(masked, tmp_path / "masks"))
+    assert bit_equal(masked, again) and again.config.num_experts == 2
+
+
 def test_a_budget_is_a_number_of_experts(mixtral):
     method = fj.DropExperts(score="magnitude")
     for share, count in ((0.5, 2), (0.74, 2), (0.75, 3)):
