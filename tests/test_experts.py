@@ -118,6 +118,7 @@ def test_scores_are_those_of_a_loop_over_tokens(family, own, models, monkeypatch
             for score in ExpertScore.__args__
         }
         np.testing.assert_allclose(scores["reap"], means, rtol=1e-4)
+        np.testing.assert_allclose(scores["total"], means * counts, rtol=1e-4)
         np.testing.assert_array_equal(scores["frequency"], counts)
         norms = [np.linalg.norm(np.asarray(x, np.float64), axis=-1) for x in (subs.up, subs.down)]
         if subs.gate is not None:

@@ -16,7 +16,7 @@ from fusion_jax.methods.base import Method, ModelNeeds, check_choice, check_size
 from fusion_jax.methods.scores import importance
 from fusion_jax.nn.submlps import SubMLPs
 
-ExpertScore = Literal["reap", "frequency", "magnitude"]
+ExpertScore = Literal["reap", "total", "frequency", "magnitude"]
 
 
 class ExpertFacts(NamedTuple):
@@ -53,9 +53,10 @@ class DropExperts(Method):
     keep: int | float = 0.5
     """Experts to keep in each mixture: an int, or a fraction of them."""
     score: ExpertScore = "reap"
-    """The importance of an expert: on calibration text the mean length of what it adds to the
-    output, over the positions that the router sends to it (reap), or the number of these positions
-    (frequency); or the sum of |w_i| |v_i| over its hidden units, by weights alone (magnitude)."""
+    """The importance of an expert: on calibration text the length of what it adds to the output, as
+    a mean (reap) or a sum (total) over the positions that the router sends to it, or the number of
+    these positions (frequency); or the sum of |w_i| |v_i| over its hidden units, by weights alone
+    (magnitude)."""
 
     def __post_init__(self):
         check_size("keep", self.keep, 1)
@@ -107,4 +108,7 @@ class DropExperts(Method):
         if self.score == "magnitude":
             return jax.vmap(importance)(subs).sum(-1)
         assert routing is not None
-        return routing.sizes if self.score == "reap" else routing.counts.astype(jnp.float32)
+        counts = routing.counts.astype(routing.sizes.dtype)
+        return {"reap": routing.sizes, "total": counts * routing.sizes, "frequency": counts}[
+            self.score
+        ]
