@@ -60,6 +60,7 @@ def _arguments() -> list[str]:
         "--json": "FILE",
         "--model": "PATH",
         "--runs": "DIR",
+        "--cache": "DIR",
     }
     before = ["", *sys.argv[1:]]
     return [names.get(last, each) for last, each in zip(before, sys.argv[1:], strict=False)]

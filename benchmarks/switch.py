@@ -112,6 +112,74 @@ def numbered(
     return both[0], both[1]
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The tokens of E2E.
+
+    Args:
+        ids: Sources and targets to train on.
+        held_out: The pairs to judge by.
+        seen: The rows of ``ids`` to calibrate on.
+        vocabulary: The number of tokens that there are.
+    """
+
+    ids: tuple[np.ndarray, np.ndarray]
+    held_out: Pairs
+    seen: np.ndarray
+    vocabulary: int
+
+    def calibration(self, model: Any) -> list[dict[str, np.ndarray]]:
+        """Returns the batches to calibrate on."""
+        found = []
+        for part in np.array_split(self.seen, max(1, len(self.seen) // BATCH)):
+            sources, targets = self.ids[0][part], self.ids[1][part]
+            found.append(
+                {
+                    "input_ids": sources,
+                    "attention_mask": sources != PAD,
+                    "decoder_input_ids": np.asarray(model.shift_right(targets)),
+                    "decoder_attention_mask": targets != PAD,
+                }
+            )
+        return found
+
+
+def prepared(data: Path, scale: Scale) -> Texts:
+    """Reads and numbers E2E, with the words that are there three times or more."""
+    texts, others = read(data, "train"), read(data, "valid")
+    counts = Counter(word for pair in texts for text in pair for word in text)
+    words = {word: i + 3 for i, word in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
+    ids, held_out = numbered(texts, words), numbered(others, words)
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(held_out[0]))[: scale.held_out]
+    seen = random.permutation(len(ids[0]))[: scale.calibration]
+    pairs = Pairs((held_out[0][chosen], held_out[1][chosen]))
+    return Texts(ids, pairs, seen, len(words) + 3)
+
+
+def untrained(vocabulary: int, scale: Scale) -> Any:
+    """Returns the model with random weights."""
+    config = T5Config.from_json(
+        {
+            "model_type": "switch_transformers",
+            "vocab_size": vocabulary,
+            "d_model": scale.d_model,
+            "d_kv": scale.d_model // 4,
+            "d_ff": scale.d_ff,
+            "num_layers": scale.layers,
+            "num_decoder_layers": scale.layers,
+            "num_heads": 4,
+            "num_experts": scale.experts,
+            # Three times the tokens of each expert if all get the same number.
+            "expert_capacity": 3 * LENGTH // scale.experts,
+            "num_sparse_encoder_layers": scale.layers // 2,
+            "num_sparse_decoder_layers": scale.layers // 2,
+        }
+    )
+    make = jax.jit(lambda: nnx.split(T5(config, head="seq2seq-lm", rngs=nnx.Rngs(0))))
+    return nnx.merge(*make())
+
+
 @jax.jit
 def scores(model: Any, batch: Any) -> tuple[Any, Any]:
     """Returns the nats and target tokens of a batch, and the number of tokens scored highest."""
@@ -156,46 +224,10 @@ def main() -> int:
     # A self-check compiles most of the time.
     jax.config.update("jax_disable_most_optimizations", arguments.quick)
 
-    texts, others = read(arguments.data, "train"), read(arguments.data, "valid")
-    counts = Counter(word for pair in texts for text in pair for word in text)
-    words = {word: i + 3 for i, word in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
-    ids, held_out = numbered(texts, words), numbered(others, words)
-    random = np.random.default_rng(0)
-    chosen = random.permutation(len(held_out[0]))[: scale.held_out]
-    held_out = Pairs((held_out[0][chosen], held_out[1][chosen]))
-    seen = random.permutation(len(ids[0]))[: scale.calibration]
-
-    config = T5Config.from_json(
-        {
-            "model_type": "switch_transformers",
-            "vocab_size": len(words) + 3,
-            "d_model": scale.d_model,
-            "d_kv": scale.d_model // 4,
-            "d_ff": scale.d_ff,
-            "num_layers": scale.layers,
-            "num_decoder_layers": scale.layers,
-            "num_heads": 4,
-            "num_experts": scale.experts,
-            # Three times the tokens of each expert if all get the same number.
-            "expert_capacity": 3 * LENGTH // scale.experts,
-            "num_sparse_encoder_layers": scale.layers // 2,
-            "num_sparse_decoder_layers": scale.layers // 2,
-        }
-    )
-    make = jax.jit(lambda: nnx.split(T5(config, head="seq2seq-lm", rngs=nnx.Rngs(0))))
-    model: Any = nnx.merge(*make())
-    model = trained(model, Pairs(ids, seed=0), scale.steps, 2e-3, seed=0)
-    calibration = []
-    for part in np.array_split(seen, max(1, len(seen) // BATCH)):
-        sources, targets = ids[0][part], ids[1][part]
-        calibration.append(
-            {
-                "input_ids": sources,
-                "attention_mask": sources != PAD,
-                "decoder_input_ids": np.asarray(model.shift_right(targets)),
-                "decoder_attention_mask": targets != PAD,
-            }
-        )
+    texts = prepared(arguments.data, scale)
+    ids, held_out = texts.ids, texts.held_out
+    model = trained(untrained(texts.vocabulary, scale), Pairs(ids, seed=0), scale.steps, 2e-3, 0)
+    calibration = texts.calibration(model)
 
     rows: list[dict[str, Any]] = []
 
@@ -234,7 +266,7 @@ def main() -> int:
     summary = {
         "parameters": report.before.params,
         "fused": report.after.params,
-        "vocabulary": len(words) + 3,
+        "vocabulary": texts.vocabulary,
         "least used expert": min(use),
         "most used expert": max(use),
         "seconds": time.perf_counter() - start,

@@ -629,6 +629,30 @@ def switch() -> Lines:
     yield f"Fusing removes {share:.0%} of the model's {found['parameters']:,} parameters."
 
 
+@block(
+    (
+        "experts-cpu",
+        "experts --data DIR --cache DIR",
+        "The machine was shared at the time: seconds, with calibration, are upper bounds",
+    )
+)
+def experts() -> Lines:
+    from benchmarks.experts import METHODS, MODELS, SHARES
+
+    names = {"switch": "Switch", "mixtral": "Mixtral"}
+    columns = [(model, share) for model in MODELS for share in SHARES]
+    heads = [f"{names[m]}, {s:g}" for m, s in columns]
+    yield " | ".join(["nats per token, by what is left of the experts", *heads, "s, Mixtral, 0.5"])
+    dense = {m: row("experts-cpu", model=m, method="dense")["nats"] for m in MODELS}
+    yield ["dense", *(f"{dense[m]:.3f}" for m, _ in columns), ""]
+    for method in METHODS:
+        found = [row("experts-cpu", model=m, share=s, method=method) for m, s in columns]
+        drop = method.removeprefix("drop, ")
+        label = _narrowed(method) if drop == method else f'`DropExperts(score="{drop}")`'
+        seconds = row("experts-cpu", model="mixtral", share=0.5, method=method)["seconds"]
+        yield [label, *(f"{r['nats']:.3f}" for r in found), short(seconds)]
+
+
 @block(("nlg-cpu", "nlg --data DIR --steps 500"))
 def nlg() -> Lines:
     yield " | BLEU | chrF | TER, low is good"

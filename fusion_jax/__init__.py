@@ -44,6 +44,7 @@ from fusion_jax.methods.prune import Prune as Prune
 from fusion_jax.methods.svd import Svd as Svd
 from fusion_jax.methods.mpo import MPO as MPO
 from fusion_jax.methods.mask_prune import MaskPrune as MaskPrune
+from fusion_jax.methods.drop_experts import DropExperts as DropExperts
 
 # Calibrate
 from fusion_jax.calibration.calibrator import calibrate as calibrate

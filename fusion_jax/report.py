@@ -33,6 +33,8 @@ EXPLANATIONS = {
     "excess": "by how much an error is above its bound; more than rounding would be a fault",
     "start": "the squared distance (MMD) of the chosen units from all units at the start",
     "end": "the same distance after optimizing",
+    "experts": "the number of experts that stay",
+    "kept_score": "the share of the scores of all experts that those that stay have",
     "kept_importance": "the share of the scores of all hidden units that the kept ones have",
 }
 """An explanation of each fact of the methods, by name."""
@@ -94,6 +96,7 @@ class SiteReport:
         use: The share of the calibration text's routed positions that each expert got; None if
             there are no experts or was no text.
         widths: The width of each expert after, where they differ; ``width_after`` is the widest.
+        experts: The experts that stay, by their numbers before, where others were dropped.
     """
 
     site: str
@@ -105,6 +108,7 @@ class SiteReport:
     seconds: float
     use: list[float] | None = None
     widths: list[int] | None = None
+    experts: list[int] | None = None
 
     @classmethod
     def of(
@@ -115,6 +119,7 @@ class SiteReport:
         facts: dict[str, bool | int | float],
         seconds: float,
         use: Sequence[float] | None = None,
+        experts: Sequence[int] | None = None,
     ) -> SiteReport:
         """Returns the report of an MLP and the module that replaced it."""
         return cls(
@@ -127,6 +132,7 @@ class SiteReport:
             seconds=seconds,
             use=None if use is None else list(use),
             widths=None if new.widths is None else list(new.widths),
+            experts=None if experts is None else list(experts),
         )
 
 

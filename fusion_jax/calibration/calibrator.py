@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 
-from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.data import Calibration, Routing
 from fusion_jax.calibration.sample import Sample
 from fusion_jax.calibration.sources import (
     CalibrationSource,
@@ -21,13 +21,17 @@ from fusion_jax.calibration.sources import (
 )
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
+from fusion_jax.models.moe import Moe, mixtures
 from fusion_jax.nn.adopted import adopted_sites
+from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import Site, select_sites, sites
 from ntk.selection import Selection
 
 MAX_POSITIONS = 32768
 """The number of positions of text that are kept for each site, by default."""
+BLOCK = 1024
+"""The number of positions at which all experts compute at a time."""
 
 
 @on_auto_axes
@@ -110,6 +114,8 @@ class Calibrator:
         source: See `fusion_jax.compress`.
         sequential: Whether any site is calibrated in the model whose earlier sites are compressed.
         upstream: Whether gradients at the outputs of the sites are wanted, see `Calibration`.
+        text_alone: Whether text is taken as it is, for how a router uses experts on it; fits hold
+            more widely with random tokens beside it.
         key: Random key of the choice of positions.
 
     Raises:
@@ -124,10 +130,12 @@ class Calibrator:
         *,
         sequential: bool,
         upstream: bool = False,
+        text_alone: bool = False,
         key: Key[Array, ""],
     ):
         self._paths = tuple(site.path for site in chosen)
         self._use: dict[str, np.ndarray] = {}
+        self._mixtures = mixtures(model)
         self._upstream: dict[str, np.ndarray] = {}
         self._wants_upstream = upstream
         source = read_source(source)
@@ -143,7 +151,7 @@ class Calibrator:
             return
         if upstream:
             check_called_whole(model, chosen, "a score by upstream gradients")
-        batches = model_arguments(model, source, key)
+        batches = model_arguments(model, source, key, scramble=not text_alone)
         self._sample = Sample(model, batches, self._paths, key, MAX_POSITIONS)
         self._model: Any = model
         kind = "text" if self._sample.of_tokens else "the given batches"
@@ -201,6 +209,12 @@ class Calibrator:
         counts = self._use.get(site.path)
         return None if counts is None else tuple((counts / max(1, counts.sum())).tolist())
 
+    def routing(self, site: Site) -> Routing:
+        """Returns how the router around a site uses its experts on the text."""
+        counts = jnp.asarray(self._use[site.path], jnp.int32)
+        inputs = jnp.asarray(self._inputs[site.path])
+        return Routing(counts, _sizes(self._mixtures[site.path], inputs, counts))
+
     def compressed(self, site: Site, new: AnyMlp) -> None:
         """Records that a site was compressed."""
         if self.sequential:
@@ -214,3 +228,24 @@ def _outputs(mlp: AnyMlp, x: Array) -> Array:
     y = mlp(x.astype(mlp.dtype))
     bias = mlp.out_bias()
     return y if bias is None else y - bias[None]
+
+
+@jax.jit
+def _sizes(moe: Moe, inputs: Float[Array, "e t d"], counts: Int[Array, " e"]) -> Float[Array, " e"]:
+    """Returns `Routing.sizes`; the inputs of each expert start with those routed to it."""
+    e, t, d = inputs.shape
+    size = min(BLOCK, t)
+    blocks = -(-t // size)
+    x = jnp.pad(inputs, ((0, 0), (0, blocks * size - t), (0, 0)))
+
+    def added(x: Float[Array, "e n d"]) -> Float[Array, "e n"]:
+        # As texts of one position each, which exceed no capacity.
+        weights, _ = moe.routes(moe.router_logits(x.reshape(-1, 1, d), None))
+        own = jnp.diagonal(weights.reshape(e, size, e), axis1=0, axis2=2).T
+        return own * jnp.linalg.norm(wide(moe.experts(x)), axis=-1)
+
+    parts = jax.lax.map(added, x.reshape(e, blocks, size, d).swapaxes(0, 1))
+    each = parts.swapaxes(0, 1).reshape(e, -1)
+    counted = jnp.arange(each.shape[1])[None] < counts[:, None]
+    total = jnp.where(counted, each, 0).sum(1)
+    return total / jnp.maximum(counted.sum(1, dtype=each.dtype), 1)

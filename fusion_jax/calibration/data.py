@@ -1,6 +1,6 @@
 """Holds the inputs of an MLP on calibration text.
 
-Axis letters in shapes: d inputs, o outputs, t positions.
+Axis letters in shapes: d inputs, o outputs, t positions, e experts.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fusion_jax.nn.dtypes import wide
 
@@ -47,3 +47,16 @@ class Calibration(NamedTuple):
         weights = jnp.ones(shape, dtype) if self.weights is None else wide(self.weights)
         total = weights.sum(-1, keepdims=True)
         return jnp.sqrt(weights / jnp.where(total > 0, total, 1))
+
+
+class Routing(NamedTuple):
+    """How a router uses the experts of a mixture on calibration text.
+
+    Args:
+        counts: The number of positions that go to each expert.
+        sizes: The mean over these positions of the length of what the expert adds to the output of
+            the mixture: its own output times its weight there; 0 for an expert without positions.
+    """
+
+    counts: Int[Array, " e"]
+    sizes: Float[Array, " e"]

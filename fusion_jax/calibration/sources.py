@@ -88,11 +88,14 @@ def site_arrays(source: Mapping[str, Any], site: Site) -> tuple[np.ndarray, np.n
     return np.asarray(x), None if upstream is None else np.asarray(upstream)
 
 
-def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Any]:
+def model_arguments(
+    model: nnx.Module, source: Any, key: Array, *, scramble: bool = True
+) -> Sequence[Any]:
     """Returns the batches of a source as arguments of a model.
 
     The source is strings, token batches, any arguments, or ``"random"`` for random tokens. For the
-    models of this library the arguments are keywords.
+    models of this library the arguments are keywords. Beside strings there are as many random
+    tokens, see `scrambled`, unless ``scramble`` is False.
 
     Raises:
         InputError: There is no text or no tokenizer, or a batch is unknown or too long.
@@ -118,7 +121,7 @@ def model_arguments(model: nnx.Module, source: Any, key: Array) -> Sequence[Any]
             raise InputError("calibration has no text")
         tokenizer = _tokenizer(model)
         items = batches(tokenizer, texts, max_length=longest)
-        keys = (jax.random.fold_in(key, i) for i in range(len(items)))
+        keys = (jax.random.fold_in(key, i) for i in range(len(items) if scramble else 0))
         items += [scrambled(b, tokenizer, k, rows) for b, k in zip(items, keys, strict=False)]
     else:
         items = source

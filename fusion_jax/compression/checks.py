@@ -16,6 +16,7 @@ from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.sources import CalibrationSource
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.base import Method, check_method
+from fusion_jax.models.moe import Moe, mixtures
 from fusion_jax.nn.adopted import adopted_sites
 from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
@@ -75,7 +76,17 @@ def checked(
             "fusion_jax.adopt, build them of fusion_jax.Mlp, GatedMlp or experts, or load a model "
             "with fusion_jax.load"
         )
-    chosen, methods = _chosen(sites(model), method, layers)
+    known = mixtures(model)
+    found = sites(model)
+    if isinstance(method, Method) and method.model_needs.router and layers is None:
+        # A method for mixtures leaves the other MLPs as they are.
+        found = [site for site in found if site.path in known]
+        if not found:
+            raise InputError(
+                f"{type(method).__name__} is for mixtures of experts with a router, and "
+                f"{type(model).__name__} has none"
+            )
+    chosen, methods = _chosen(found, method, layers)
     key = checked_key(key)
     if budget is not None and isinstance(method, Mapping):
         raise InputError("methods by site have their sizes; give a budget, or those")
@@ -96,6 +107,14 @@ def checked(
                 calibration=calibration is not None and (own.takes_calibration or not calibrated),
                 gradients=gradients is not None and (own.takes_gradients or not graded),
             )
+    routed = _check_routers(chosen, methods, known)
+    if routed and calibration is not None:
+        others = [site for site in chosen if site.path not in routed]
+        if any(methods[site.path].takes_calibration for site in others):
+            raise InputError(
+                "dropping experts changes what other MLPs see: drop them first, then compress the "
+                "result with calibration"
+            )
     needs = [methods[site.path].model_needs for site in chosen]
     option = next((need.expert_use for need in needs if need.expert_use), None)
     if option and not any(site.mlp.stack for site in chosen):
@@ -109,6 +128,7 @@ def checked(
             calibration,
             sequential=any(need.earlier_sites for need in needs),
             upstream=any(methods[site.path].takes_upstream for site in chosen),
+            text_alone=bool(routed),
             # Sites are counted from 0, so that no site has the key of the calibration.
             key=jax.random.fold_in(key, 2**31 - 1),
         )
@@ -129,6 +149,42 @@ def checked(
         if methods[site.path].model_needs.expert_use and site.mlp.stack and site.path in stacks:
             raise InputError(f"{site.path}: {option} is for experts; this is a stack of layers")
     return Checked(model, chosen, methods, key, calibrator, gradients)
+
+
+def _check_routers(
+    chosen: list[Site], methods: Mapping[str, Method], known: Mapping[str, Moe]
+) -> list[str]:
+    """Returns the sites whose routers change; raises `InputError` if they cannot."""
+    found: list[str] = []
+    counts: dict[int, str] = {}
+    for site in chosen:
+        name = methods[site.path].model_needs.router
+        if not name:
+            continue
+        moe = known.get(site.path)
+        if moe is None:
+            raise InputError(f"{site.path or 'the model'}: {name} is for experts with a router")
+        found.append(site.path)
+        count = methods[site.path].kept_count(moe.router.out_features)
+        counts.setdefault(count, site.path)
+        if count < moe.top_k:
+            raise InputError(
+                f"{site.path}: the router sends each position to {moe.top_k} experts, so that at "
+                f"least {moe.top_k} must stay; {name} would keep {count} of "
+                f"{moe.router.out_features}"
+            )
+    if len(counts) > 1:
+        (a, first), (b, second) = list(counts.items())[:2]
+        raise InputError(
+            f"{first} would keep {a} experts and {second} {b}; a model's configuration has one "
+            "number of experts"
+        )
+    if found and len(found) < len(known):
+        raise InputError(
+            f"{', '.join(path for path in known if path not in found)}: experts are dropped in all "
+            "mixtures of a model at once, as its configuration has one number of experts"
+        )
+    return found
 
 
 def _chosen(
@@ -161,9 +217,10 @@ def _named(method: Method) -> str:
 def _check_module(method: Method, mlp: AnyMlp) -> None:
     """Raises `InputError` if a method does not take such a module."""
     if method.accepts_compressed and not isinstance(mlp, Mlp):
-        raise InputError(
-            "has experts of different widths; fusion_jax.compress_matrices takes their matrices"
-        )
+        hint = "fusion_jax.compress_matrices takes their matrices"
+        if method.model_needs.router:
+            hint = "drop experts before their widths are made to differ"
+        raise InputError(f"has experts of different widths; {hint}")
     if not method.accepts_compressed and type(mlp) not in (Mlp, GatedMlp):
         raise InputError(f"is a {type(mlp).__name__} already; compress the original model")
     for name, linear in mlp.linears().items():

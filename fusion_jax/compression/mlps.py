@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method, Solution, check_method
 from fusion_jax.models.provenance import Provenance
+from fusion_jax.models.registry import state_expert_count
 from fusion_jax.nn.mlp import AnyMlp, Mlp
 from fusion_jax.nn.site import Site, gradients_of, sites
 from fusion_jax.nn.submlps import SubMLPs, activation
-from fusion_jax.nn.surgery import replaced
+from fusion_jax.nn.surgery import at, replaced
 from fusion_jax.nn.uneven_experts import UnevenExperts, take_experts
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, SiteReport, size_of
@@ -32,8 +33,20 @@ from ntk.selection import Selection
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 TreeT = TypeVar("TreeT")
-Made = tuple[AnyMlp, dict[str, Array]]
-"""A compressed MLP, and the method's facts."""
+
+
+class Made(NamedTuple):
+    """What a method made of a site.
+
+    Args:
+        mlp: The compressed MLP.
+        facts: The method's facts.
+        experts: The experts of a mixture that stay, where others were dropped; else None.
+    """
+
+    mlp: AnyMlp
+    facts: dict[str, Array]
+    experts: list[int] | None = None
 
 
 @on_auto_axes
@@ -104,15 +117,22 @@ def _solved(job: Checked[ModelT], progress: bool | None) -> tuple[ModelT, list[S
             start = time.perf_counter()
             with naming(*batch):
                 made = _solved_sites(job, batch)
-            for site, (new, facts) in zip(batch, made, strict=True):
-                smaller = replaced(smaller, site.path, new)
+            for site, (new, facts, experts) in zip(batch, made, strict=True):
+                if experts is None:
+                    smaller = replaced(smaller, site.path, new)
+                else:
+                    mixture = site.path.rpartition(".")[0]
+                    fewer = at(smaller, mixture).with_experts(experts)
+                    smaller = replaced(smaller, mixture, fewer)
                 if job.calibrator is not None:
                     job.calibrator.compressed(site, new)
                 seconds = (time.perf_counter() - start) / len(batch)
                 use = None if job.calibrator is None else job.calibrator.use(site)
                 values = {name: _fact(value) for name, value in facts.items()}
-                rows.append(SiteReport.of(site.path, site.mlp, new, values, seconds, use))
+                row = SiteReport.of(site.path, site.mlp, new, values, seconds, use, experts)
+                rows.append(row)
                 advance(site.path)
+    state_expert_count(smaller)
     return smaller, rows
 
 
@@ -140,7 +160,7 @@ def _sites_by_call(job: Checked) -> Iterator[list[Site]]:
 
 def _sites_per_call(method: Method, mlp: AnyMlp) -> int:
     """Returns how many sites like this one to solve in one call."""
-    if method.model_needs.expert_use:
+    if method.model_needs.expert_use or method.model_needs.router:
         return 1
     # A call holds copies of its arguments, and returns about as many bytes.
     arrays = jax.tree.leaves(jax.eval_shape(mlp.sub_mlps))
@@ -156,6 +176,8 @@ def _mlps_per_call() -> int:
 def _solved_sites(job: Checked, batch: list[Site]) -> Sequence[Made]:
     """Returns the compressed MLPs of some sites that are solved in one call."""
     method = job.methods[batch[0].path]
+    if method.model_needs.router:
+        return [_with_fewer_experts(job, method, batch[0])]
     seen = slopes = None
     if job.calibrator is not None and method.takes_calibration:
         follows = method.model_needs.earlier_sites is not None
@@ -174,6 +196,20 @@ def _solved_sites(job: Checked, batch: list[Site]) -> Sequence[Made]:
     return _solved_together(method, mlps, keys, seen, slopes)
 
 
+def _with_fewer_experts(job: Checked, method: Method, site: Site) -> Made:
+    """Returns the experts of a site that a method keeps."""
+    routing = None
+    if method.takes_calibration:
+        assert job.calibrator is not None
+        routing = job.calibrator.routing(site)
+        if not all_finite(routing):
+            raise InputError(
+                "on the calibration, the experts' outputs hold NaN or infinite numbers"
+            )
+    experts, facts = method.kept_experts(site.mlp.plain().sub_mlps(), routing)
+    return Made(take_experts(site.mlp, experts), facts._asdict(), experts)
+
+
 def _keys(key: Key[Array, ""], site: Site) -> Key[Array, "*e"]:
     """Returns the random key of a site, or of each of its experts."""
     key = jax.random.fold_in(key, site.index)
@@ -186,7 +222,7 @@ def _solved_together(
     keys: list[Array],
     seen: list[Calibration] | None,
     slopes: list[SubMLPs] | None = None,
-) -> list[tuple[Mlp, dict[str, Array]]]:
+) -> list[Made]:
     """Compresses MLPs of one shape in one call."""
     problems = Problems(
         _joined([mlp.sub_mlps() for mlp in mlps]),
@@ -197,7 +233,7 @@ def _solved_together(
     solutions = jax.block_until_ready(solve_stacked(method, mlps[0].act, problems))
     each = [solutions] if len(mlps) == 1 else unstacked(solutions, len(mlps))
     pairs = zip(mlps, each, strict=True)
-    return [(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
+    return [Made(method.build(mlp, one), one.facts._asdict()) for mlp, one in pairs]
 
 
 def _joined(trees: list[TreeT]) -> TreeT:
@@ -219,11 +255,11 @@ def _solved_by_groups(
         )[0]
         for own, members in groups
     ]
-    facts = jax.tree.map(lambda *x: jnp.concatenate(x), *(facts for _, facts in made))
-    parts = [part for part, _ in made]
+    facts = jax.tree.map(lambda *x: jnp.concatenate(x), *(each.facts for each in made))
+    parts = [each.mlp for each in made if isinstance(each.mlp, Mlp)]  # all are
     if len(parts) == 1:
-        return parts[0], facts
-    return UnevenExperts(parts, [members for _, members in groups]), facts
+        return Made(parts[0], facts)
+    return Made(UnevenExperts(parts, [members for _, members in groups]), facts)
 
 
 def _fact(value: Array) -> bool | int | float:
@@ -242,6 +278,8 @@ def _reported(job: Checked, smaller: ModelT, rows: list[SiteReport]) -> tuple[Mo
             "sites": [site.path for site in job.chosen],
             "calibration": job.calibration,
         }
+        kept = {row.site: row.experts for row in rows if row.experts is not None}
+        done |= {"experts": kept} if kept else {}
         smaller.provenance = provenance.after(done)  # type: ignore[attr-defined]
     report = Report(
         method=job.described,

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from jaxtyping import Array, Key, PyTree
 
-from fusion_jax.calibration.data import Calibration
+from fusion_jax.calibration.data import Calibration, Routing
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import SubMLPs
@@ -35,10 +35,13 @@ class ModelNeeds(NamedTuple):
             already compressed; None if every site is fitted in the original model.
         expert_use: The option by which the widths of a layer's experts depend on how often the
             router uses each expert, see `Method.expert_groups`; None if it has no influence.
+        router: What in the method changes the router of a mixture together with its experts, see
+            `Method.kept_experts`; None if it compresses each MLP on its own.
     """
 
     earlier_sites: str | None = None
     expert_use: str | None = None
+    router: str | None = None
 
 
 class Method:
@@ -90,6 +93,21 @@ class Method:
             use: How often the router uses each expert, as shares.
         """
         return [(self, list(range(len(use))))]
+
+    def kept_count(self, count: int) -> int:
+        """Returns how many of the experts of a mixture stay; all, unless it changes the router."""
+        return count
+
+    def kept_experts(self, subs: SubMLPs, routing: Routing | None) -> tuple[list[int], PyTree]:
+        """Returns the experts of a mixture that stay, by number, and the facts for the report.
+
+        For methods that change the router; the others go with their outputs of the router.
+
+        Args:
+            subs: The sub-MLPs of the experts, stacked.
+            routing: How the router uses the experts on calibration text; None without it.
+        """
+        raise NotImplementedError
 
     def within(self, subs: SubMLPs, share: float) -> Method:
         """Returns the method with the largest size that keeps at most a share of the parameters.

@@ -7,6 +7,7 @@ from typing import Any
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.base import Method
 from fusion_jax.methods.clustering import Clustering
+from fusion_jax.methods.drop_experts import DropExperts
 from fusion_jax.methods.factored import Factored
 from fusion_jax.methods.fusion import Fusion
 from fusion_jax.methods.mask_prune import MaskPrune
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Clustering,
+        DropExperts,
         Fusion,
         MaskPrune,
         MMD,

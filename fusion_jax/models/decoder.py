@@ -317,6 +317,7 @@ def decoder_family(
     rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,
     answers: str | None = None,
     width_fields: Mapping[str, str] | None = None,
+    experts_field: str = "num_experts",
     **other: str,
 ) -> Family:
     """Returns the family of a decoder.
@@ -328,6 +329,7 @@ def decoder_family(
         rules: The key rules without those of heads, if they are not Llama's.
         answers: See `with_head`.
         width_fields: See `Family`.
+        experts_field: See `Family`.
         **other: See `decoder_architectures`.
     """
 
@@ -341,4 +343,5 @@ def decoder_family(
         architectures=decoder_architectures(name, heads, **other),
         width_field="intermediate_size",
         width_fields=width_fields or {},
+        experts_field=experts_field,
     )

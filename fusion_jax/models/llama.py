@@ -55,5 +55,7 @@ FAMILIES = {
     "llama": decoder_family("Llama", _llama, answers="transformer."),
     "mistral": decoder_family("Mistral", _mistral),
     "ministral": decoder_family("Ministral", _ministral, answers="transformer."),
-    "mixtral": decoder_family("Mixtral", _mixtral, rules=_mixtral_rules),
+    "mixtral": decoder_family(
+        "Mixtral", _mixtral, rules=_mixtral_rules, experts_field="num_local_experts"
+    ),
 }

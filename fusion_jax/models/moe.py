@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import matrix_of
+from fusion_jax.nn.linear_forms import check_plain, matrix_of
 from fusion_jax.nn.mlp import Mlp, experts
+from fusion_jax.nn.surgery import find_modules
+from fusion_jax.nn.uneven_experts import take_experts
 
 MANY_POSITIONS = 256
 """From this number of positions on, the number of slots adapts to the use of the experts."""
@@ -156,6 +158,29 @@ class Moe(nnx.Module):
         if self.capacity is not None:
             chosen &= jnp.cumsum(chosen, axis=1, dtype=jnp.int32) <= self.capacity
         return weights, chosen
+
+    def with_experts(self, members: Sequence[int]) -> Moe:
+        """Returns the mixture of some of its experts, whose router knows no others.
+
+        Args:
+            members: The experts to keep, by their numbers; ``top_k`` or more.
+
+        Raises:
+            InputError: The router is not a plain linear layer.
+        """
+        check_plain(self.router, "the router")
+        new = nnx.clone(self)
+        new.router.out_features = len(members)
+        for variable in (new.router.kernel, new.router.bias):
+            if variable is not None:
+                variable.set_value(variable.get_value()[..., jnp.asarray(members)])
+        new.experts = take_experts(self.experts, members)
+        return new
+
+
+def mixtures(model: nnx.Module) -> dict[str, Moe]:
+    """Returns the mixtures of a model by the paths of their experts, which are sites."""
+    return {f"{path}.experts".lstrip("."): moe for path, moe in find_modules(model, Moe).items()}
 
 
 def load_balancing_loss(

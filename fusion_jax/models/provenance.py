@@ -34,7 +34,8 @@ class Provenance:
         name: The hub id or folder of the original model. It stays the same when a compressed model
             is saved and loaded again.
         folder: The local folder whose files were loaded; tokenizer files are copied from it.
-        config: The text of the original ``config.json``, verbatim.
+        config: The text of the original ``config.json``, verbatim but for the number of experts
+            where some were dropped.
         head: The head of the model, or None.
         history: What was done to the model, such as compressing it: JSON texts, oldest first.
         base: The base model of a mask artefact, if it was loaded with ``base=``; None for the base

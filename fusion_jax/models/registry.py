@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
+
+from flax import nnx
 
 from fusion_jax.models import (
     bert,
@@ -22,6 +26,9 @@ from fusion_jax.models import (
     t5,
 )
 from fusion_jax.models.base import Family as Family
+from fusion_jax.models.base import Model
+from fusion_jax.models.moe import mixtures
+from fusion_jax.models.provenance import Provenance
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
@@ -87,3 +94,25 @@ def coverage() -> list[Coverage]:
         )
         for model_type, family in sorted(FAMILIES.items())
     ]
+
+
+def state_expert_count(model: nnx.Module) -> None:
+    """Makes the configuration of a model state the number of experts that its mixtures have.
+
+    So does the text of its ``config.json``, for artefacts and exports.
+    """
+    counts = {moe.router.out_features for moe in mixtures(model).values()}
+    if not isinstance(model, Model) or not counts or model.config.num_experts in counts:
+        return
+    (count,) = counts  # as `fusion_jax.compress` has checked
+    old, new = model.config, replace(model.config, num_experts=count)
+    for _, module in nnx.iter_modules(model):
+        if getattr(module, "config", None) == old:
+            module.config = new  # type: ignore[attr-defined]
+    provenance = getattr(model, "provenance", None)
+    if isinstance(provenance, Provenance):
+        fields = json.loads(provenance.config)
+        names = {FAMILIES[new.model_type].experts_field}
+        names |= {"num_experts", "num_local_experts"} & fields.keys()
+        fields |= dict.fromkeys(sorted(names), count)
+        model.provenance = replace(provenance, config=json.dumps(fields, indent=2))

@@ -87,6 +87,11 @@ def compress_files(
     """
     files.check_new_folder(folder)
     key = checked_key(key)
+    if method.model_needs.router:
+        raise InputError(
+            f"{method.model_needs.router} needs the whole model in memory: load it and use "
+            "fusion_jax.compress (on the command line, without --stream)"
+        )
     opened = open_checkpoint(name, head=head, dtype=dtype)
     opened.check_all()
     work = _Work(opened, method, key, layers, budget, calibration, progress)

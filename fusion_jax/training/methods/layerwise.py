@@ -145,8 +145,9 @@ def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
 
 
 def _structure(mlp: AnyMlp) -> tuple[object, ...]:
-    """Returns the kind and shape of an MLP and of its matrices in other forms."""
-    return mlp.spec(), {path: form.spec() for path, form in find_forms(mlp).items()}
+    """Returns the kind, experts and shape of an MLP, and of its matrices in other forms."""
+    forms = {path: form.spec() for path, form in find_forms(mlp).items()}
+    return mlp.spec(), mlp.stack, forms
 
 
 def _in_dtype(teacher: Model, config: TrainConfig) -> nnx.Module:
