@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[float], Method]] = {
     "drop, frequency": lambda share: fj.DropExperts(keep=share, score="frequency"),
     "drop, magnitude": lambda share: fj.DropExperts(keep=share, score="magnitude"),
     "Fusion()": lambda share: fj.Fusion(width=share),
-    "Fusion(represent='member')": lambda share: fj.Fusion(width=share, represent="member"),
+    "Fusion(represent='mean')": lambda share: fj.Fusion(width=share, represent="mean"),
     "activation + refit": lambda share: fj.Prune(width=share, score="activation", refit=True),
     "Fusion.paper()": lambda share: fj.Fusion.paper(width=share),
 }
