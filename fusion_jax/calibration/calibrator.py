@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,36 @@ BLOCK = 1024
 """The number of positions at which all experts compute at a time."""
 
 
+@overload
+def calibrate(
+    model: nnx.Module,
+    texts: CalibrationSource,
+    *,
+    key: Key[Array, ""],
+    layers: Selection = None,
+    max_positions: int = MAX_POSITIONS,
+    upstream: Literal[False] = False,
+) -> dict[str, np.ndarray]: ...
+@overload
+def calibrate(
+    model: nnx.Module,
+    texts: CalibrationSource,
+    *,
+    key: Key[Array, ""],
+    layers: Selection = None,
+    max_positions: int = MAX_POSITIONS,
+    upstream: Literal[True],
+) -> dict[str, Calibration]: ...
+@overload
+def calibrate(
+    model: nnx.Module,
+    texts: CalibrationSource,
+    *,
+    key: Key[Array, ""],
+    layers: Selection = None,
+    max_positions: int = MAX_POSITIONS,
+    upstream: bool,
+) -> dict[str, Any]: ...
 @on_auto_axes
 def calibrate(
     model: nnx.Module,

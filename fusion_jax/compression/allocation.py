@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ NEEDED_POSITIONS = 8
 """The number of positions that a site or an expert needs; kernels are compared at two of them."""
 CURVE_POINTS = 512
 """The number of widths, about, that a site can get."""
+MethodT = TypeVar("MethodT", Fusion, Prune)
+
 TIE_BREAK = 1e-6
 """The weight of a site's width among equal errors: more units are better, so that none is left."""
 
@@ -44,7 +46,7 @@ TIE_BREAK = 1e-6
 @on_auto_axes
 def allocate(
     model: nnx.Module,
-    method: Fusion | Prune,
+    method: MethodT,
     *,
     total_width: int | float,
     calibration: CalibrationSource,
@@ -52,7 +54,7 @@ def allocate(
     by: Literal["kernel", "loss"] = "kernel",
     layers: Selection = None,
     progress: bool | None = None,
-) -> dict[str, Any]:
+) -> dict[str, MethodT]:
     """Gives each site its own width, so that the sum of the sites' errors is smallest.
 
     By ``"kernel"``, each site is fused alone at a few widths. Its error is measured at held-out
@@ -160,11 +162,11 @@ def allocate(
 
 
 def _plan(
-    method: Fusion | Prune,
+    method: MethodT,
     chosen: Sequence[Site],
     curves: Sequence[tuple[np.ndarray, np.ndarray]],
     total_width: int,
-) -> dict[str, Any]:
+) -> dict[str, MethodT]:
     """Returns the method of each site, whose widths make the sum of the errors smallest."""
     best = _best_widths([errors for _, errors in curves], [w for w, _ in curves], total_width)
     return {
