@@ -320,7 +320,7 @@ def test_text_is_read_as_the_model_reads_it(models, tmp_path):
     assert windows(0)["input_ids"].shape == (2, len("w1 w2\n\nw3\n"))
     whole = read_files(decoder, [file, file], 6)
     assert len(whole.train) == 2 * len("w1 w2\n\nw3\n")
-    with pytest.raises(fj.InputError, match="context is for decoder-only language models"):
+    with pytest.raises(fj.InputError, match="context is for decoder-only models"):
         read_files(encoder, [file], 6)
 
 
@@ -335,7 +335,7 @@ def test_the_commands(tmp_path, capsys):
     head, context = ["--head", "causal-lm"], ["--context", "8"]
     assert main(["compress", model, small, "fusion", "--width", "8", *head]) == 0
     assert main(["store-logits", model, str(text), "-o", logits, *head, *context]) == 0
-    options = ["--steps", "2", "--batch-size", "2", *context]
+    options = ["--steps", "2", "--batch-size", "8", *context]
     assert main(["heal", small, logits, str(text), "-o", healed, *options]) == 0
     assert capsys.readouterr().out.endswith(f"Saved {logits}.\nSaved {healed}.\n")
     assert not (tmp_path / "healed.run").exists()

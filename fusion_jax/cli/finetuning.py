@@ -28,7 +28,7 @@ from fusion_jax.cli.options import (
 from fusion_jax.cli.run_folders import RESUME, history_table, resumable, run_recorder
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
-from fusion_jax.models.provenance import CLASS_HEADS
+from fusion_jax.models.provenance import CLASS_HEADS, Head
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit
@@ -50,6 +50,11 @@ from fusion_jax.training.tasks.unlabeled import read_files
 _Task = Classification | TextPairs | PlainText | TokenClassification | QuestionAnswering
 _WITH_HEAD = (Classification, TokenClassification, QuestionAnswering)
 """The tasks whose models get a head of their own."""
+
+
+StatedHead = Annotated[
+    Head | None, arg(metavar="HEAD", help_behavior_hint="(default: as the model's files state)")
+]
 
 
 @resumable
@@ -266,6 +271,7 @@ def heal(
 def store_logits(
     model: Positional[ModelName],
     out: Annotated[Path, arg(metavar="OUT", aliases=["-o"])],
+    head: StatedHead = None,
     top_k: int = TOP_K,
     batch_size: int = 8,
     max_length: Length = None,
@@ -277,6 +283,8 @@ def store_logits(
     Args:
         model: Hub id or folder of the model before compression.
         out: New folder for the logits.
+        head: Head of the model: classification, token-classification, question-answering,
+            masked-lm, causal-lm or seq2seq-lm.
         top_k: Number of classes to store for each token or text; the others are stored as one.
         batch_size: Texts that are computed at once.
         max_length: Longest text in tokens, as in heal.
@@ -286,7 +294,7 @@ def store_logits(
     check_new_folder(out)
     inputs = data.inputs()
     config = TrainConfig(batch_size=batch_size, max_length=max_length, truncate=truncate)
-    teacher = checkpoint.load(model, head=stated_head(model))
+    teacher = checkpoint.load(model, head=head or stated_head(model))
     store(teacher, inputs(teacher), out, config, top_k=top_k, progress=True)
     print(f"Saved {out}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -151,9 +152,9 @@ def healing(
         as means: with accumulated parts, each part has its own.
     """
     batch, top = without_teacher(batch)
-    asked = {"output_hidden_states": True} if states else {}
-    out = run(model, batch, key, **asked)
-    theirs = None if teacher is None else run(teacher, batch, **asked)
+    forward = partial(run, output_hidden_states=True) if states else run
+    out = forward(model, batch, key)
+    theirs: PyTree = None if teacher is None else forward(teacher, batch)
     weights = jnp.asarray(batch["weights"])[:, None]
     if kind == "states":
         seen = jnp.asarray(batch["attention_mask"]).astype(bool)
@@ -182,17 +183,17 @@ class _Ran(Model, pytree=False):
     """Stands for a model that has run: gives its output, and has its attributes."""
 
     def __init__(self, model: Model, out: PyTree):
-        self.__dict__.update(ran=model, out=out)  # as they are: not parts of this module
+        self._model, self._out = model, out
 
     def __call__(self, *_: object, **__: object) -> PyTree:
         """Returns the output."""
-        return self.__dict__["out"]
+        return self._out
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the model."""
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.__dict__["ran"], name)
+        return getattr(self._model, name)
 
 
 def state_errors(theirs: PyTree, ours: PyTree, model: Model, batch: Batch) -> Float[Array, ""]:

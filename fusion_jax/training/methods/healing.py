@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -239,12 +239,7 @@ def _checked(student: Model, teacher: Model, batch: losses.Batch, healing: Heali
         raise InputError(
             "the hidden states of student and teacher have other shapes; leave hidden_states out"
         )
-    names = [getattr(getattr(m, "provenance", None), "labels", None) for m in (student, teacher)]
-    if None not in names and names[0] != names[1]:
-        raise InputError(
-            f"the teacher's classes ({', '.join(names[1])}) are not the student's, in the same "
-            f"order ({', '.join(names[0])})"
-        )
+    _check_labels(student, _labels_of(teacher), "the teacher's classes")
     return ours
 
 
@@ -274,12 +269,18 @@ def _check_use(stored: StoredLogits, student: Model, config: TrainConfig, healin
             f"the student is the model whose logits are in {stored.folder}, and there is nothing "
             "to heal; the student is the model after compression"
         )
-    ours, theirs = (
-        getattr(getattr(student, "provenance", None), "labels", None),
-        stored.facts["labels"],
-    )
-    if ours is not None and theirs is not None and list(ours) != theirs:
+    _check_labels(student, stored.facts["labels"], f"the classes of the logits in {stored.folder}")
+
+
+def _labels_of(model: Model) -> Sequence[str] | None:
+    return getattr(getattr(model, "provenance", None), "labels", None)
+
+
+def _check_labels(student: Model, theirs: Sequence[str] | None, what: str) -> None:
+    """Raises `InputError` if a teacher's classes are not the student's, where both have names."""
+    ours = _labels_of(student)
+    if ours is not None and theirs is not None and list(ours) != list(theirs):
         raise InputError(
-            f"the classes of the logits in {stored.folder} ({', '.join(theirs)}) are not the "
-            f"student's, in the same order ({', '.join(ours)})"
+            f"{what} ({', '.join(theirs)}) are not the student's, in the same order "
+            f"({', '.join(ours)})"
         )

@@ -67,8 +67,8 @@ class Output(NamedTuple):
 
 def output_of(model: Model, batch: losses.Batch, *, states: bool = False) -> Output:
     """Returns what a model says of a batch, without computing it."""
-    asked = {"output_hidden_states": True} if states else {}
-    out = jax.eval_shape(lambda m, b: losses.run(m, b, **asked), model, dict(batch))
+    forward = partial(losses.run, output_hidden_states=True) if states else losses.run
+    out = jax.eval_shape(forward, model, dict(batch))
     shape = None if out.logits is None else out.logits.shape
     kind = kind_of(model, shape)
     stacks = [out] + ([out.encoder] if getattr(out, "encoder", None) is not None else [])

@@ -69,20 +69,20 @@ def read_files(
             positions or the text has tokens if these are fewer.
 
     Returns:
-        For a decoder-only language model the files one after the other, in windows; for other
-        models a text for each line that is not empty.
+        For a decoder the files one after the other, in windows; for other models a text for each
+        line that is not empty.
 
     Raises:
         InputError: A file is missing, is not UTF-8 or has no text, or there are no windows.
     """
     paths = [Path(file).expanduser() for file in files]
-    if isinstance(model, Generative) and model.reads_prompts and model.has_logits:
+    if isinstance(model, Generative) and model.reads_prompts:
         ids = np.concatenate([token_ids(model, path) for path in paths])
         if context is None:
             context = max(2, min(CONTEXT, max_positions(model) or CONTEXT, len(ids)))
         return PlainText(ids, context=context)
     if context is not None:
-        raise InputError("context is for decoder-only language models; leave it out")
+        raise InputError("context is for decoder-only models; leave it out")
     texts, names = [], []
     for path in paths:
         for i, line in enumerate(tables.read_text(path).splitlines(), 1):
