@@ -294,6 +294,9 @@ def test_models_that_do_not_fit(models, key):
         fj.heal(student, models("bert", None)[0], data, key=key)
     with pytest.raises(fj.InputError, match="there is no text in the data"):
         fj.heal(student, teacher, [], key=key)
+    bare = {name: x for name, x in data(0).items() if name == "input_ids"}
+    with pytest.raises(fj.InputError, match="batches have no attention_mask and no weights"):
+        fj.heal(student, teacher, Fixed(bare), key=key)
     with pytest.raises(fj.InputError, match="steps must be at least 1"):
         fj.heal(student, teacher, data, steps=0, key=key)
     with pytest.raises(fj.InputError, match="router_z does not apply"):

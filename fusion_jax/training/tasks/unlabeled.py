@@ -39,6 +39,11 @@ def unlabeled(model: Model, data: Inputs, config: TrainConfig, key: Array) -> Ba
     """
     if isinstance(data, BatchSource):
         source = data
+        if not len(source):
+            raise InputError("there is no text in the data")
+        missing = [name for name in ("attention_mask", "weights") if name not in source(0)]
+        if missing:
+            raise InputError(f"the batches have no {' and no '.join(missing)}; see BatchSource")
     else:
         data = read_files(model, [data]) if isinstance(data, str | os.PathLike) else data
         if isinstance(data, Task):
@@ -52,8 +57,6 @@ def unlabeled(model: Model, data: Inputs, config: TrainConfig, key: Array) -> Ba
             if not len(data.texts):
                 raise InputError("there is no text in the data")
             source = unlabeled_batches(data, model, config, key=key)
-    if not len(source):
-        raise InputError("there is no text in the data")
     return source
 
 
