@@ -20,7 +20,6 @@ import gc
 import re
 import sys
 import time
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from benchmarks.language import CONTEXT
 from benchmarks.language import texts as small_texts
 from benchmarks.real import MEMBER, SMALL, TOKENS, WINDOW, Subject, Table, Tiny, methods, narrowed
 from fusion_jax.models.tokens import load_tokenizer
-from fusion_jax.training import HEAL_CONFIG
+from fusion_jax.training import heal_config
 
 MODELS = {"stories260k": 0.25, "tinygpt": 0.25, "gemma": 0.5}
 """The models, and their new widths."""
@@ -119,7 +118,7 @@ def measure(subject: Any, cases: list[dict[str, Any]], table: Table) -> None:
                 model,
                 subject.model,
                 Drawn(subject.windows["training"]),
-                replace(HEAL_CONFIG, accumulate=PARTS.get(case["model"], 1)),
+                heal_config(model, accumulate=PARTS.get(case["model"], 1)),
                 steps=case["steps"],
                 key=jax.random.key(1),
                 progress=False,

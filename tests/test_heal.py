@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
-from fusion_jax.training import Batches, Examples, Healing, PairBatches
+from fusion_jax.training import Batches, Examples, Healing, PairBatches, heal_config
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.divergence import healing, top_classes, top_divergence
 from fusion_jax.training.methods.stored_logits import StoredLogits, output_of
@@ -279,6 +279,13 @@ def test_what_trains(models, key):
         ).model)  # fmt: skip
     assert {path.split(".mlp.")[0] for path in paths["compressed"]} == {"layers.0", "layers.1"}
     assert paths["all"] > paths["compressed"]
+
+
+def test_the_learning_rate_depends_on_the_features(models):
+    _, student = models("gpt2", "causal-lm")
+    config = heal_config(student, batch_size=2)
+    assert (config.learning_rate, config.batch_size) == (0.064 / 16, 2)
+    assert heal_config(student, learning_rate=1.0).learning_rate == 1
 
 
 def test_models_that_do_not_fit(models, key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import jax
 from jaxtyping import Array
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fusion_jax import checkpoint
 from fusion_jax.checkpoint.files import check_new_folder
@@ -33,7 +34,7 @@ from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit
 from fusion_jax.training.methods.finetuning import finetune as finetune_model
-from fusion_jax.training.methods.healing import HEAL_CONFIG, Healing
+from fusion_jax.training.methods.healing import SETTINGS, Healing, heal_config
 from fusion_jax.training.methods.healing import heal as heal_model
 from fusion_jax.training.methods.layerwise import tune as tune_model
 from fusion_jax.training.methods.stored_logits import LOGITS, TOP_K
@@ -209,14 +210,25 @@ class TextData(UnlabeledData):
         return lambda model: read
 
 
+@dataclass(frozen=True, kw_only=True)
+class HealSettings(TrainConfig):
+    """The settings of training that have the same default for all models."""
+
+    learning_rate: Hidden[float] = SETTINGS.learning_rate
+
+
 @resumable
 def heal(
     student: Positional[Annotated[str, arg(metavar="STUDENT")]],
     teacher: Positional[Annotated[str, arg(metavar="MODEL|LOGITS")]],
     out: Annotated[Path, arg(metavar="OUT", aliases=["-o"])],
-    config: Settings = HEAL_CONFIG,
+    config: OmitArgPrefixes[HealSettings] = HealSettings(**dataclasses.asdict(SETTINGS)),  # noqa: B008 - frozen
     steps: Annotated[
-        int | None, arg(metavar="N", help_behavior_hint=f"(default: {HEAL_CONFIG.max_steps})")
+        int | None, arg(metavar="N", help_behavior_hint=f"(default: {SETTINGS.max_steps})")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        arg(metavar="FLOAT", help_behavior_hint="(default: 0.064 / features of hidden states)"),
     ] = None,
     healing: Flat[Healing] = Healing(),  # noqa: B008 - frozen
     seed: int = 0,
@@ -235,6 +247,7 @@ def heal(
         config: Settings of training; dropout and the routers' losses do not apply. With --train
             compressed only MLPs train that differ from the original's in shape or kind.
         steps: Number of steps, over as many epochs as needed; as --max-steps.
+        learning_rate: Highest learning rate.
         healing: What is minimized.
         seed: Seed of the order of the texts.
         data: The texts.
@@ -251,6 +264,8 @@ def heal(
     key = jax.random.key(seed)
     folder = out.with_name(f"{out.name}.run")
     small = checkpoint.load(student, head=stated_head(student))
+    rate = heal_config(small).learning_rate if learning_rate is None else learning_rate
+    config = dataclasses.replace(config, learning_rate=rate)
     stored = (Path(teacher).expanduser() / LOGITS).is_file()
     big = teacher if stored else _teacher_of(small, teacher, key)
     with devices.used():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Array, Key
@@ -15,6 +16,7 @@ from jaxtyping import Array, Key
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
+from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
@@ -40,15 +42,44 @@ from fusion_jax.training.tasks.unlabeled import Inputs, unlabeled
 
 COMPRESSED = "compressed"
 """The value of ``TrainConfig.train`` with which only compressed MLPs train."""
-HEAL_CONFIG = TrainConfig(
+SETTINGS = TrainConfig(
     epochs=1_000_000,  # as many as the steps need
     max_steps=200,
     batch_size=8,
-    learning_rate=1e-3,
+    learning_rate=1e-4,
     weight_decay=0.0,
     schedule="cosine",
     dropout=False,
 )
+"""How healing trains, but for the learning rate, which depends on the model: see `heal_config`."""
+_RATE = 0.064
+"""The learning rate times the number of features."""
+
+
+def heal_config(model: Model, **settings: Any) -> TrainConfig:
+    """Returns the settings with which `heal` trains a model unless you say otherwise.
+
+    200 steps on batches of 8 with AdamW, no weight decay, a cosine schedule, no dropout. The
+    learning rate is 0.064 divided by the number of features of the hidden states: 1e-3 for 64, 1e-4
+    for 640. Weights of wider layers bear smaller steps; one rate for all models would be too low
+    for small ones or damage larger ones.
+
+    Args:
+        model: The model.
+        **settings: Other values for some of the settings.
+
+    Returns:
+        The settings.
+
+    References:
+        Yang et al. (2022), Tensor Programs V (arXiv 2203.03466): Adam's learning rate of matrices
+        falls as one over the width.
+
+    Example:
+        >>> config = heal_config(student, batch_size=16)  # doctest: +SKIP
+    """
+    features = max((site.mlp.d_in for site in sites(model)), default=640)
+    return dataclasses.replace(SETTINGS, **{"learning_rate": _RATE / features, **settings})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +140,7 @@ def heal(
         data: The task, whose training inputs are used; or its texts or pairs, plain strings, a text
             file, or batches. An encoder-decoder that writes text needs pairs. A language model is
             compared at every token, a masked one on the text as it is.
-        config: The settings of training; None for `fusion_jax.training.HEAL_CONFIG`. With
+        config: The settings of training; None for those of `fusion_jax.training.heal_config`. With
             ``train="compressed"`` only the MLPs train whose shape or kind differs from the
             teacher's. ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
@@ -134,7 +165,7 @@ def heal(
         >>> smaller, _ = fj.compress(model, fj.Fusion(width=0.5), key=key)  # doctest: +SKIP
         >>> fit = fj.heal(smaller, model, "book.txt", steps=200, key=key)  # doctest: +SKIP
     """
-    config = dataclasses.replace(HEAL_CONFIG if config is None else config, dropout=False)
+    config = heal_config(student) if config is None else dataclasses.replace(config, dropout=False)
     if steps is not None:
         check_at_least(1, steps=steps)
         config = dataclasses.replace(config, epochs=max(config.epochs, steps), max_steps=steps)
