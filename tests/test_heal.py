@@ -16,7 +16,7 @@ from fusion_jax.cli.main import main
 from fusion_jax.training import Batches, Examples, Healing, PairBatches, heal_config
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.divergence import healing, top_classes, top_divergence
-from fusion_jax.training.methods.stored_logits import StoredLogits, output_of
+from fusion_jax.training.methods.stored_logits import StoredLogits, output_of, row_names
 from fusion_jax.training.tasks.unlabeled import read_files, unlabeled
 from tests import glue, nlg, tiny
 from tests.helpers import TRAIN_CONFIG, flat, moved
@@ -189,6 +189,21 @@ def test_what_is_stored(models, tmp_path):
         np.testing.assert_allclose(top.others[here], logsumexp(sorted_[..., 5:], -1), atol=1e-5)
     assert (top.log_probs[2] == -100).all()  # a padded row
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_of_texts():
+    """They depend on what the model reads of a row, and not on what is around it."""
+    one = {"input_ids": [[5, 6, 0, 0]], "attention_mask": [[1, 1, 0, 0]], "weights": [1.0]}
+    one = {name: np.array(x) for name, x in one.items()}
+    shorter = {name: x[:, :3] if x.ndim > 1 else x for name, x in one.items()}
+    assert row_names(shorter, "tokens") == row_names(one, "tokens")
+    targets = {**one, "decoder_input_ids": np.array([[0, 1, 2, 3]])}
+    others = {**one, "decoder_input_ids": np.array([[0, 1, 2, 4]])}
+    labeled = {**one, "labels": np.array([[1, 2, -100]])}
+    named = [row_names(batch, "targets")[0] for batch in (targets, others, labeled)]
+    assert len({*named, row_names(one, "tokens")[0]}) == 4
+    assert row_names({**labeled, "labels": np.array([[1, 2]])}, "targets")[0] == named[2]
+    assert row_names({**one, "weights": np.zeros(1)}, "tokens") == [None]
 
 
 def test_stored_logits_that_do_not_fit(models, key, tmp_path):

@@ -16,7 +16,13 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array
 
-from fusion_jax.checkpoint.files import new_folder, read_json, versions, write_json
+from fusion_jax.checkpoint.files import (
+    check_new_folder,
+    new_folder,
+    read_json,
+    versions,
+    write_json,
+)
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
@@ -118,9 +124,11 @@ def store_logits(
     """
     config = _CONFIG if config is None else config
     check_at_least(1, top_k=top_k)
+    check_new_folder(folder)
     if jax.process_count() > 1:
         raise InputError("logits are stored by one process; run it on its own")
     source = unlabeled(teacher, data, config, jax.random.key(0))
+    Placement().check_batch(len(source(0)["weights"]))
     output = output_of(teacher, source(0))
     if output.kind in ("states", "number"):
         what = "no head" if output.kind == "states" else "a head for a number"
@@ -142,11 +150,10 @@ def store_logits(
     }
     with new_folder(folder) as new:
         parts = 0
-        for parts, part in enumerate(
-            _parts(in_compute_dtype(teacher, config), source, output, top_k, progress)
-        ):
+        for part in _parts(in_compute_dtype(teacher, config), source, output, top_k, progress):
             safetensors.numpy.save_file(part, new / _part_name(parts))
-        write_json(new / LOGITS, {**facts, "parts": parts + 1})
+            parts += 1
+        write_json(new / LOGITS, {**facts, "parts": parts})
     return Path(folder).expanduser()
 
 
@@ -188,7 +195,9 @@ def _parts(
                 yield _joined(rows)
                 rows, size = [], 0
             advance("batches")
-    if rows or not known:
+    if not known:
+        raise InputError("there is no text in the data")
+    if rows:
         yield _joined(rows)
 
 
@@ -232,8 +241,10 @@ def row_names(batch: Mapping[str, np.ndarray], kind: Compared) -> list[bytes | N
         for name, x in arrays.items():
             if name == "labels":
                 value = x[row, : _last(x[row] != -100)]
+            elif x.ndim > 1 and x.shape[1] == padded and not name.startswith("decoder_"):
+                value = x[row, :length]
             else:
-                value = x[row, :length] if x.ndim > 1 and x.shape[1] == padded else x[row]
+                value = x[row]
             digest.update(f"{name} {value.shape} {value.dtype} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         found.append(digest.digest())
@@ -282,6 +293,8 @@ class StoredLogits:
         self._files: list[safetensors.safe_open] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         try:
+            for name in ("kind", "classes", "labels", "top_k", "teacher", "tokenizer"):
+                fields[name]
             for i in range(fields["parts"]):
                 self._open(i)
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError, OSError) as error:
