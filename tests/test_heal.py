@@ -282,6 +282,9 @@ def test_weights_of_the_loss(models):
     got = healing(teacher, losses.next_token, student, batch, None, **options)
     np.testing.assert_allclose(got.total / got.count, want, rtol=1e-5)
     assert float(got.count) == real.sum()
+    empty = {**batch, "weights": np.zeros(4, np.float32)}
+    got = healing(teacher, losses.next_token, student, empty, None, **options)
+    assert (float(got.total), float(got.count)) == (0, 0)
 
 
 def test_what_trains(models, key):

@@ -218,7 +218,8 @@ def state_errors(theirs: PyTree, ours: PyTree, model: Model, batch: Batch) -> Fl
         real = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)
         pairs = list(zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True))
         errors = sum((_relative(a, b) * real).sum() for a, b in pairs) / len(pairs)
-        means.append(errors / real.sum())
+        # A part of an accumulated batch may hold nothing but padding.
+        means.append(errors / jnp.maximum(real.sum(), jnp.finfo(real.dtype).tiny))
     return jnp.stack(means).sum()
 
 

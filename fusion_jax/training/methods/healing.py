@@ -172,11 +172,11 @@ def heal(
     for name in ("router_balance", "router_z"):
         if getattr(config, name) is not None:
             raise InputError(f"{name} does not apply to healing; leave it out")
-    stored = None if isinstance(teacher, Model) else StoredLogits(teacher)
+    stored = StoredLogits(teacher) if isinstance(teacher, str | os.PathLike) else None
     source, labeled = _with_loss(student, data, config, healing, key)
     about: dict[str, object] = {"healing": dataclasses.asdict(healing)}
     trains: Trains | None = None
-    if isinstance(teacher, Model):
+    if not isinstance(teacher, str | os.PathLike):
         output = _checked(student, teacher, source(0), healing)
         top_k = healing.top_k or TOP_K
         if config.train == COMPRESSED:
