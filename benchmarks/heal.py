@@ -114,7 +114,7 @@ def measure(subject: Any, cases: list[dict[str, Any]], table: Table) -> None:
             smaller[name] = narrowed(subject.model, case, method, given, None)
         start, model = time.perf_counter(), smaller[name]
         if case["steps"]:
-            model = fj.heal(
+            fit = fj.heal(
                 model,
                 subject.model,
                 Drawn(subject.windows["training"]),
@@ -122,7 +122,10 @@ def measure(subject: Any, cases: list[dict[str, Any]], table: Table) -> None:
                 steps=case["steps"],
                 key=jax.random.key(1),
                 progress=False,
-            ).model
+            )
+            if not fit.finished:  # told to stop: a row would say what is not true
+                raise SystemExit(f"stopped after step {fit.step}")
+            model = fit.model
         seconds = time.perf_counter() - start
         row = {**case, **subject.judge(model), "heal_seconds": seconds, "peak_gib": peak_gib()}
         table.add(row)
