@@ -602,6 +602,27 @@ def real_encoders() -> Lines:
     yield from _table_of(columns)
 
 
+@block(("heal-cpu", "heal --models DIR --data DIR"))
+def heal() -> Lines:
+    from benchmarks.heal import METHODS, MODELS, STEPS
+
+    yield " | ".join(["nats per token, after steps", *(f"{n:,}" for n in STEPS)])
+    names = {"gemma": "Gemma 3 270M"}
+    for model, width in MODELS.items():
+        if not rows("heal-cpu", model=model, width=width):
+            continue
+        name = names.get(model, model)
+        dense = row("heal-cpu", model=model, method="dense")["nats"]
+        yield [f"{name}: dense", f"{dense:.3f}", *([""] * (len(STEPS) - 1))]
+        for method in METHODS:
+            cells = []
+            for n in STEPS:
+                found = rows("heal-cpu", model=model, width=width, method=method, steps=n)
+                cells.append(f"{found[0]['nats']:.3f}" if found else "")
+            if any(cells):
+                yield [f"{name}, {width:g}: {_narrowed(method)}", *cells]
+
+
 @block(("switch-cpu", "switch --data DIR"))
 def switch() -> Lines:
     yield " | nats: fused | tuned | fine-tuned | accuracy: fused | tuned | fine-tuned"

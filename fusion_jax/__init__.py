@@ -55,6 +55,9 @@ from fusion_jax.training import finetune as finetune
 from fusion_jax.training import TrainConfig as TrainConfig
 from fusion_jax.training import Recipe as Recipe
 from fusion_jax.training import tune as tune
+from fusion_jax.training import heal as heal
+from fusion_jax.training import Healing as Healing
+from fusion_jax.training import store_logits as store_logits
 from fusion_jax.training import load_task as load_task
 from fusion_jax.training import read_task as read_task
 from fusion_jax.training import load_pairs as load_pairs

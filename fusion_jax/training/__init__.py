@@ -13,7 +13,11 @@ from fusion_jax.training.engine.step import VariableUpdate as VariableUpdate
 from fusion_jax.training.engine.trainer import Fit as Fit
 from fusion_jax.training.engine.trainer import fit as fit
 from fusion_jax.training.methods.finetuning import finetune as finetune
+from fusion_jax.training.methods.healing import Healing as Healing
+from fusion_jax.training.methods.healing import heal as heal
+from fusion_jax.training.methods.healing import heal_config as heal_config
 from fusion_jax.training.methods.layerwise import tune as tune
+from fusion_jax.training.methods.stored_logits import store_logits as store_logits
 
 # Tasks
 from fusion_jax.training.engine.batches import Batches as Batches

@@ -18,7 +18,11 @@ _STEP = 8
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Batches by step, such as `Batches`: arrays of the same number of rows, by name."""
+    """Batches by step, such as `Batches`: arrays of the same number of rows, by name.
+
+    The losses here need the model's inputs with ``attention_mask`` (b, t), ``weights`` (b,), which
+    are 0 for padded rows, and ``labels`` where there are labels.
+    """
 
     def __len__(self) -> int:
         """Returns the number of batches in an epoch."""

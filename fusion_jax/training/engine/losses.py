@@ -64,7 +64,7 @@ def run(model: Forward, batch: Batch, key: Key[Array, ""] | None = None, **optio
     after the configuration's ``decoder_start_token_id``.
     """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
-    if _reads_targets(model) and "labels" in batch:
+    if reads_targets(model) and "labels" in batch:
         # As in Hugging Face's models, 0 after the end of a target.
         tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
         start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
@@ -181,7 +181,7 @@ def router_losses(
     encoder = getattr(out, "encoder", None)
     if encoder is not None:
         stacks = [(encoder.router_logits, batch.get("attention_mask"))]
-        stacks += [(out.router_logits, _decoder_mask(model, batch))]
+        stacks += [(out.router_logits, decoder_mask(model, batch))]
     top_k = getattr(model.config, "num_experts_per_tok", 1)
     total = jnp.float32(0)
     for logits, mask in stacks:
@@ -223,8 +223,9 @@ def _plus(result: Total, auxiliary: Array) -> Total:
     return result._replace(total=result.total + auxiliary.astype(result.total.dtype) * result.count)
 
 
-def _decoder_mask(model: Model, batch: Batch) -> Array | np.ndarray | None:
-    if not _reads_targets(model):  # but the text that the encoder reads
+def decoder_mask(model: Model, batch: Batch) -> Array | np.ndarray | None:
+    """Returns where the decoder of an encoder-decoder reads a token; None for everywhere."""
+    if not reads_targets(model):  # but the text that the encoder reads
         return batch.get("attention_mask")
     if "labels" in batch:
         return jnp.asarray(batch["labels"]) != -100
@@ -244,7 +245,7 @@ def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""
     seen = jnp.asarray(batch["attention_mask"]).astype(bool)
     stacks = [(outs, seen)]
     if getattr(outs[0], "encoder", None) is not None:
-        mask = _decoder_mask(model, batch)
+        mask = decoder_mask(model, batch)
         read = jnp.ones((1, 1), bool) if mask is None else jnp.asarray(mask).astype(bool)
         stacks = [([out.encoder for out in outs], seen), (outs, read)]
     weights = jnp.asarray(batch["weights"])[:, None]
@@ -259,7 +260,7 @@ def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""
     return result
 
 
-def _reads_targets(model: object) -> TypeGuard[Model]:
+def reads_targets(model: object) -> TypeGuard[Model]:
     """Returns whether a model is an encoder-decoder whose decoder reads the target texts."""
     return not getattr(model, "reads_prompts", True)
 

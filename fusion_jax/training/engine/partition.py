@@ -19,6 +19,7 @@ from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import ModuleT, path_name, value_of, with_value
 from fusion_jax.nn.uneven_experts import UnevenExperts
+from fusion_jax.training.engine.config import TrainConfig
 from ntk.selection import select
 
 Trains = str | Callable[[str], bool]
@@ -129,6 +130,13 @@ class Partition(Generic[ModuleT]):
             value = value if value.dtype == want else value.astype(want)
             flat[path] = with_value(variable, value)
         return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def in_compute_dtype(model: ModuleT, config: TrainConfig) -> ModuleT:
+    """Returns a model in the dtype that a training step computes in, such as a teacher."""
+    dtype = config.compute_dtype and jnp.dtype(config.compute_dtype)
+    partition = Partition(model, compute_dtype=dtype)
+    return partition.compute(*partition.split(model))
 
 
 def _select(model: nnx.Module, params: list[str], trains: Trains) -> tuple[str, ...]:

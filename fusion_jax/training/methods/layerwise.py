@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -18,7 +16,6 @@ from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_all_bits,
@@ -26,20 +23,17 @@ from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_model,
     fingerprint_of_tokenizer,
 )
-from fusion_jax.training.engine.partition import Partition
+from fusion_jax.training.engine.partition import in_compute_dtype
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
-from fusion_jax.training.tasks.base import Task
-from fusion_jax.training.tasks.classification import Texts, unlabeled_batches
-from fusion_jax.training.tasks.generation import tuning_batches
-from fusion_jax.training.tasks.pair_encoding import Pairs
+from fusion_jax.training.tasks.unlabeled import Inputs, unlabeled
 
 
 @on_auto_axes
 def tune(
     student: Model,
     teacher: Model,
-    data: Task | Texts | Pairs | Sequence[str] | BatchSource,
+    data: Inputs,
     config: TrainConfig | None = None,
     *,
     key: Key[Array, ""],
@@ -55,8 +49,8 @@ def tune(
     Args:
         student: The compressed model; not changed.
         teacher: The model before compression.
-        data: The task, whose training inputs are used; or its texts or pairs, plain strings, or
-            batches. An encoder-decoder that writes text needs pairs.
+        data: The task, whose training inputs are used; or its texts or pairs, plain strings, a text
+            file, or batches. An encoder-decoder that writes text needs pairs.
         config: The settings of training; None for one epoch with the paper's settings. ``train``,
             ``dropout`` and the routers' losses do not apply.
         key: Random key of the order of the texts.
@@ -83,7 +77,7 @@ def tune(
         raise InputError("train does not apply: the compressed MLPs train")
     config = replace(config, dropout=False)
     places = compressed(student, teacher)
-    source = _batches(student, data, config, key)
+    source = unlabeled(student, data, config, key)
     about = {}
     if folder is not None:
         about = {
@@ -96,30 +90,13 @@ def tune(
     return fit(
         student,
         source,
-        jax.tree_util.Partial(losses.hidden_states, _in_dtype(teacher, config)),
+        jax.tree_util.Partial(losses.hidden_states, in_compute_dtype(teacher, config)),
         config,
         key=key,
         folder=folder,
         recipe=Recipe(trains=lambda path: path.startswith(places), about=about),
         progress=progress,
     )
-
-
-def _batches(
-    student: Model,
-    data: Task | Texts | Pairs | Sequence[str] | BatchSource,
-    config: TrainConfig,
-    key: Array,
-) -> BatchSource:
-    if isinstance(data, BatchSource):
-        return data
-    if isinstance(data, Task):
-        return data.inputs(student, config, key=key)
-    if isinstance(data, Pairs):
-        return tuning_batches(data, student, config, key=key)
-    if not isinstance(data, Texts):
-        data = Texts([(text,) for text in data], None, [f"data[{i}]" for i in range(len(data))])
-    return unlabeled_batches(data, student, config, key=key)
 
 
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:
@@ -148,9 +125,3 @@ def _structure(mlp: AnyMlp) -> tuple[object, ...]:
     """Returns the kind, experts and shape of an MLP, and of its matrices in other forms."""
     forms = {path: form.spec() for path, form in find_forms(mlp).items()}
     return mlp.spec(), mlp.stack, forms
-
-
-def _in_dtype(teacher: Model, config: TrainConfig) -> nnx.Module:
-    dtype = config.compute_dtype and jnp.dtype(config.compute_dtype)
-    partition = Partition(teacher, compute_dtype=dtype)
-    return partition.compute(*partition.split(teacher))
