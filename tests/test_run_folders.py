@@ -408,6 +408,8 @@ def test_a_disk_without_room_for_a_checkpoint(whole, tmp_path, monkeypatch):
     assert bit_equal(train(tmp_path).model, whole.model)
 
 
+# Under load, futures of orbax report what failed once more when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 

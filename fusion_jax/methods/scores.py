@@ -181,8 +181,7 @@ def hidden_moments(
     def moments(x: Array, r: Array, *upstream: Array) -> Moments:
         hidden = r[:, None] * responses(subs, x, act).hidden
         if relative:
-            size = jnp.linalg.norm(hidden, axis=1, keepdims=True)
-            hidden = r[:, None] * hidden / jnp.where(size > 0, size, 1)
+            hidden = r[:, None] * _of_length_one(_of_length_one(hidden, jnp.inf), 2)
         squares = jnp.square(hidden)
         slopes = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
         return Moments(
@@ -195,6 +194,12 @@ def hidden_moments(
 
     known = () if calibration.upstream is None else (wide(calibration.upstream),)
     return sum_over_blocks(moments, wide(calibration.inputs), calibration.root_weights(), *known)
+
+
+def _of_length_one(x: Float[Array, "t p"], norm: int | float) -> Float[Array, "t p"]:
+    """Returns rows divided by a norm of theirs; rows of zeros stay."""
+    size = jnp.linalg.norm(x, ord=norm, axis=1, keepdims=True)
+    return x / jnp.where(size > 0, size, 1)
 
 
 class Removal(NamedTuple):
