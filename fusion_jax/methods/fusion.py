@@ -76,8 +76,23 @@ class FusionFacts(NamedTuple):
 _OF_MEANS = ("metric", "init", "refine", "n_init", "max_iters", "tol")
 """The options of the clustering whose means stand for clusters."""
 
-_Clusters = tuple[Int[Array, " p"], Float[Array, " c"], SubMLPs, FusionFacts]
-"""Labels, sizes, the rows that stand for clusters with sizes in output weights, and the facts."""
+
+class _Clusters(NamedTuple):
+    """Clusters of sub-MLPs.
+
+    Args:
+        labels: (p,) the cluster of each sub-MLP.
+        sizes: (c,) cluster sizes.
+        loads: (c,) how many times its own activity each unit left stands for; for means the sizes.
+        effective: The units left, with sizes in their output weights.
+        facts: The facts to report.
+    """
+
+    labels: Int[Array, " p"]
+    sizes: Float[Array, " c"]
+    loads: Float[Array, " c"]
+    effective: SubMLPs
+    facts: FusionFacts
 
 
 def _default(name: str) -> object:
@@ -272,17 +287,18 @@ class Fusion(Method):
         """
         if calibration is not None and self.of_members:
             assert act is not None
-            labels, sizes, effective, facts = self._members(subs, calibration, act)
+            found = self._members(subs, calibration, act)
         else:
-            labels, sizes, effective, facts = self._means(subs, key, calibration, act)
+            found = self._means(subs, key, calibration, act)
             if calibration is not None and self.refit:
                 assert act is not None
-                effective = refitted(effective, subs, calibration, act, self.ridge)
-        around = factors(sizes, self.scaling)
-        if calibration is not None:
+                new = refitted(found.effective, subs, calibration, act, self.ridge)
+                found = found._replace(effective=new)
+        labels, sizes, loads, effective, facts = found
+        around = factors(loads, self.scaling)
+        if calibration is not None and self.match:
             assert act is not None
-            if self.match:
-                around = matched(effective, subs, labels, sizes, calibration, act, self.scaling)
+            around = matched(effective, subs, labels, loads, calibration, act, self.scaling)
         parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
         return Solution(parts, facts)
 
@@ -317,7 +333,7 @@ class Fusion(Method):
             steps=result.iterations + result.moves,
             converged=result.converged,
         )
-        return labels, sizes, effective, facts
+        return _Clusters(labels, sizes, sizes, effective, facts)
 
     def _members(self, subs: SubMLPs, calibration: Calibration, act: Activation) -> _Clusters:
         """Chooses and refits some sub-MLPs; each other one joins the one that explains it best.
@@ -350,7 +366,11 @@ class Fusion(Method):
             left = refitted(left, subs, calibration, act, self.ridge)
         elif self.refit:
             left = refitted_from_gram(subs, chosen, gram, self.ridge)
-        return labels, sizes, left, facts
+        # A large unit that stands for many small ones stands for little more than itself.
+        activity = own if self.scaling == "sgd" else jnp.sqrt(own)
+        whole = sum_by_label(activity, labels, count)
+        loads = jnp.where(own[chosen] > 0, whole / jnp.where(own > 0, activity, 1)[chosen], 1)
+        return _Clusters(labels, sizes, loads, left, facts)
 
     def build(self, mlp: Mlp, solution: Solution) -> FusedMlp | FusedGatedMlp:
         """Returns the fused MLP of a solution, in the dtype of the original."""

@@ -263,7 +263,7 @@ def matched(
     effective: SubMLPs,
     subs: SubMLPs,
     labels: Int[Array, " p"],
-    sizes: Float[Array, " c"],
+    loads: Float[Array, " c"],
     calibration: Calibration,
     act: Activation,
     scaling: Scaling,
@@ -294,7 +294,7 @@ def matched(
         effective: The c units left, with the sizes of clusters in their output weights.
         subs: The p original units.
         labels: The cluster of each original unit.
-        sizes: Cluster sizes.
+        loads: How many units like itself each unit left stands for; for means the cluster sizes.
         calibration: Inputs.
         act: The activation.
         scaling: The kernel to match, ``"adam"`` or ``"sgd"``; ``"folded"`` has no factors.
@@ -302,7 +302,7 @@ def matched(
     Returns:
         The factors.
     """
-    standard = factors(sizes, scaling)
+    standard = factors(loads, scaling)
     if scaling == "folded":
         return standard
     sample = calibration.head(KERNEL_POSITIONS)
@@ -336,7 +336,7 @@ def matched(
 
     def kept(a: Array, b: Array) -> Array:
         """Returns the coefficients that keep the mean of a power over each cluster."""
-        total = sum_by_label((root**2 * jnp.abs(a) ** power).sum(0), labels, sizes.shape[0])
+        total = sum_by_label((root**2 * jnp.abs(a) ** power).sum(0), labels, loads.shape[0])
         mean = (root**2 * jnp.abs(b) ** power).sum(0)
         return total / jnp.where(mean > 0, mean, 1)
 
