@@ -591,6 +591,7 @@ def real_encoders() -> Lines:
         "output": "output",
         "sgd_kernel": "SGD kernel",
         "adam_kernel": "Adam kernel",
+        "first_step": "first step",
     }
     columns, heads = [], []
     for model, width in (("minilm", 0.25), ("minilm", 0.125), ("mpnet", 0.25)):

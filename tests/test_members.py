@@ -70,6 +70,19 @@ def test_units_that_differ_by_a_sign_are_one():
     np.testing.assert_allclose(*outputs, atol=2e-3 * float(jnp.abs(outputs[0]).max()))
 
 
+@pytest.mark.parametrize("scaling", ["adam", "sgd"])
+def test_a_large_unit_stands_for_little_more_than_itself(scaling):
+    """Factors count the activity of a cluster, and not its units: a step moves no more."""
+    mlp, x = make(fj.Mlp, width=P, d_in=D, act="relu"), inputs(D, T)
+    up = mlp.up.kernel[...].at[:, KEPT:].multiply(1e-3)
+    mlp.up.kernel.set_value(up)
+    mlp.up.bias.set_value(mlp.up.bias[...].at[KEPT:].multiply(1e-3))
+    method = fj.Fusion(width=KEPT, scaling=scaling, match=False)
+    fused, _ = fj.compress(mlp, method, key=KEY, calibration={"": x})
+    assert fused.sizes[...].max() > 1
+    np.testing.assert_allclose(fused.outer[...], 1, atol=0.1)
+
+
 def test_members_of_experts():
     many = fj.experts(partial(fj.Mlp, D, P, act="relu"), 2, rngs=nnx.Rngs(0))
     seen = jnp.stack([inputs(D, T), inputs(D, T) * 2])
