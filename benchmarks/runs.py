@@ -91,6 +91,7 @@ def run_all(
     if options.data is not None and not options.data.is_dir():
         raise SystemExit(f"--data: there is no folder {options.data}")
     end = time.perf_counter() + options.budget
+    settings = json.loads(json.dumps(settings))  # as they come back from the file
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     rows: list[dict[str, Any]] = []
     if options.json is not None and options.json.is_file():
