@@ -25,7 +25,7 @@ from fusion_jax.methods.base import (
     width_within,
 )
 from fusion_jax.methods.geometry import Metric, points
-from fusion_jax.methods.least_squares import matched, refitted, refitted_from_gram
+from fusion_jax.methods.least_squares import matched, refitted
 from fusion_jax.methods.scores import kept_units
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
@@ -290,15 +290,14 @@ class Fusion(Method):
             found = self._members(subs, calibration, act)
         else:
             found = self._means(subs, key, calibration, act)
-            if calibration is not None and self.refit:
-                assert act is not None
-                new = refitted(found.effective, subs, calibration, act, self.ridge)
-                found = found._replace(effective=new)
         labels, sizes, loads, effective, facts = found
         around = factors(loads, self.scaling)
-        if calibration is not None and self.match:
+        if calibration is not None:
             assert act is not None
-            around = matched(effective, subs, labels, loads, calibration, act, self.scaling)
+            if self.refit:
+                effective = refitted(effective, subs, calibration, act, self.ridge)
+            if self.match:
+                around = matched(effective, subs, labels, loads, calibration, act, self.scaling)
         parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
         return Solution(parts, facts)
 
@@ -336,7 +335,7 @@ class Fusion(Method):
         return _Clusters(labels, sizes, sizes, effective, facts)
 
     def _members(self, subs: SubMLPs, calibration: Calibration, act: Activation) -> _Clusters:
-        """Chooses and refits some sub-MLPs; each other one joins the one that explains it best.
+        """Chooses some sub-MLPs, and gives each of the others to the one that explains it best.
 
         With G the mean of ``h h^T`` over positions, each divided by its length, unit j explains
         ``G_ij^2 / G_jj`` of the ``G_ii`` of unit i.
@@ -362,10 +361,6 @@ class Fusion(Method):
             converged=jnp.array(True),
         )
         left = jax.tree.map(lambda x: wide(x)[chosen], subs)
-        if self.refit and calibration.outputs is not None:
-            left = refitted(left, subs, calibration, act, self.ridge)
-        elif self.refit:
-            left = refitted_from_gram(subs, chosen, gram, self.ridge)
         # A large unit that stands for many small ones stands for little more than itself.
         activity = own if self.scaling == "sgd" else jnp.sqrt(own)
         whole = sum_by_label(activity, labels, count)

@@ -102,31 +102,10 @@ def refitted(
         hidden = responses(effective, x, act).hidden
         target = outputs[0] if outputs else product(responses(subs, x, act).hidden, original)
         hidden, error = r[:, None] * hidden, r[:, None] * (target - product(hidden, down))
-        return product(hidden.T, hidden), product(hidden.T, error)
+        return gram_of(hidden), product(hidden.T, error)
 
     gram, error = sum_over_blocks(moments, wide(calibration.inputs), root, *known)
     return effective._replace(down=down + _ridge(gram, error, ridge))
-
-
-def refitted_from_gram(
-    subs: SubMLPs, chosen: Int[Array, " c"], gram: Float[Array, "p p"], ridge: float
-) -> SubMLPs:
-    """Returns some of the units with output weights refitted to the outputs of all of them.
-
-    What `refitted` computes from positions comes from the Gram matrix of all units here, weighted
-    as that is.
-
-    Args:
-        subs: The p original units.
-        chosen: The units left.
-        gram: The mean of h h^T.
-        ridge: See `refitted`.
-    """
-    left, down = jax.tree.map(lambda x: wide(x)[chosen], subs), wide(subs.down)
-    across = gram[chosen]
-    own = across[:, chosen]
-    error = product(across, down) - product(own, left.down)
-    return left._replace(down=left.down + _ridge(own, error, ridge))
 
 
 def gram_of(x: Float[Array, "t p"]) -> Float[Array, "p p"]:

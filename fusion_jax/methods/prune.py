@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution, check_choice
-from fusion_jax.methods.least_squares import refitted, refitted_from_gram
+from fusion_jax.methods.least_squares import refitted
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.methods.scores import (
     ON_GRADIENTS,
@@ -101,7 +101,7 @@ class Prune(Narrower):
         gradients: SubMLPs | None = None,
     ) -> Solution:
         """Keeps some sub-MLPs of one MLP, in their order."""
-        chosen, score, gram = kept_units(
+        chosen, score, _ = kept_units(
             self.score,
             subs,
             self.kept(subs),
@@ -114,8 +114,5 @@ class Prune(Narrower):
         left = jax.tree.map(lambda x: x[chosen], subs)
         if self.refit:
             assert calibration is not None and act is not None
-            if gram is None or calibration.outputs is not None:
-                left = refitted(left, subs, calibration, act, self.ridge)
-            else:
-                left = refitted_from_gram(subs, chosen, gram, self.ridge)
+            left = refitted(left, subs, calibration, act, self.ridge)
         return Solution(left, facts)
