@@ -131,7 +131,10 @@ def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
         options = {"width": 0.25, "scaling": cast(Any, kind)}
         model: Any = dense
         if name != "dense":
-            method = fj.Fusion.paper(**options) if name == "paper" else fj.Fusion(**options)
+            if name == "paper":
+                method = fj.Fusion.paper(**options)
+            else:
+                method = fj.Fusion(represent="mean", **options)
             source = calibration(data) if name == "ours" else None
             model, _ = fj.compress(
                 dense, method, layers=LAYERS, calibration=source, key=jax.random.key(0)

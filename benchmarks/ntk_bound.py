@@ -271,7 +271,9 @@ def cases(
         yield from of(mlp, ["p/4"], SCALINGS[2:])
         for refit in (False, True):
             for scaling in KINDS:
-                method = fj.Fusion(width=0.25, scaling=cast(Any, scaling), refit=refit)
+                method = fj.Fusion(
+                    width=0.25, scaling=cast(Any, scaling), refit=refit, represent="mean"
+                )
                 name = f"{scaling}, {'refitted' if refit else 'matched'}"
                 yield mlp, fitted(mlp, method), {"width": "p/4", "scaling": name}
         if mlp.name == "layer 5":

@@ -260,7 +260,7 @@ def dynamics() -> Lines:
         "explained, in all of training"
     )
     for kernel, title in (("sgd", "gradient descent"), ("adam", "sign descent")):
-        for method, label in (("paper", PAPER), ("ours", OURS)):
+        for method, label in (("paper", PAPER), ("ours", MEANS)):
             r = row("dynamics-cpu", kernel=kernel, method=method)
             cells = numbers(r, ("kernel_error", "apart_early", "apart_predicted_early"))
             yield [
@@ -521,7 +521,7 @@ def language() -> Lines:
         dense = row("language-cpu", model=model, method="dense")
         nats = numbers(dense, ("nats", "fine_tuned"))
         yield [f"{label}: dense", "", "", "", nats[0], "", nats[1]]
-        for method, title in (("paper", PAPER), ("ours", OURS)):
+        for method, title in (("paper", PAPER), ("ours", MEANS)):
             for width, size in ((0.5, "p/2"), (0.25, "p/4"), (0.125, "p/8")):
                 r = row("language-cpu", model=model, method=method, width=width)
                 keys = [*ERRORS, "nats", "tuned", "fine_tuned"]
