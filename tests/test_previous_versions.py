@@ -82,7 +82,7 @@ def test_masks_whose_base_was_moved():
 @pytest.mark.full
 def test_calibration_and_report():
     """The artefact and its report come out of the calibration in the file as they did."""
-    command = "compress models/bert again fusion --width 8 --head classification"
+    command = "compress models/bert again fusion --width 8 --represent mean --head classification"
     assert main([*command.split(), "--calibration", "data/calibration.safetensors"]) == 0
     close(outputs(fj.load("again"), "bert"), TENSORS["artefacts.bert"])
     old, new = (json.loads(Path(f, "report.json").read_text()) for f in ("artefacts/bert", "again"))
