@@ -11,7 +11,7 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.calibration.upstream import drawn_loss
-from fusion_jax.methods.least_squares import refitted
+from fusion_jax.methods.least_squares import GRAM_BLOCKS, gram_of, refitted
 from fusion_jax.methods.scores import ON_INPUTS, ONE_AT_A_TIME, removal, unit_scores
 from tests.helpers import inputs, make
 from tests.tiny import checkpoint
@@ -262,3 +262,9 @@ def test_what_the_scores_need_is_said(key, tmp_path):
     text = [{"input_ids": np.ones((2, 5), np.int32)}]
     with pytest.raises(fj.InputError, match="upstream gradients is for single MLPs"):
         fj.compress(model, fj.Prune(score="fisher"), key=key, calibration=text)
+
+
+@pytest.mark.parametrize("width", [7, GRAM_BLOCKS * 128, GRAM_BLOCKS * 128 + 13])
+def test_one_half_of_a_gram_matrix_is_computed(width):
+    x = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
+    np.testing.assert_allclose(gram_of(jnp.asarray(x)), x.T @ x, atol=1e-5)
