@@ -96,3 +96,19 @@ def with_words(folder, family="bert"):
     tensors = {n: x for n, x in tiny.weights(family, "masked-lm").items() if ".layer.2." not in n}
     config = {**tiny.CONFIGS[family], "num_hidden_layers": 2}
     return glue.vocabulary(tiny.write_folder(folder, config, tensors))
+
+
+class OneBatch:
+    """A source of one batch, again and again."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __call__(self, step):
+        return self.batch
+
+    def names(self, step):
+        return ["batch"]

@@ -37,7 +37,7 @@ from fusion_jax.training.methods.importance import type_of
 from fusion_jax.training.methods.squeezing import Cut, chains, cheapest_cut, cut
 from tests import glue, tiny
 from tests.helpers import TRAIN_CONFIG as CONFIG
-from tests.helpers import flat, moved, unchecked
+from tests.helpers import OneBatch, flat, moved, unchecked
 
 LAYERS = r"layers\..*"
 
@@ -286,22 +286,6 @@ def test_cores_train_if_their_matrix_did(train, model, data, source, key):
             np.testing.assert_allclose(form.matrix(), at(model, path).kernel, atol=1e-5)
 
 
-class One:
-    """A source of one batch."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return 1
-
-    def __call__(self, step):
-        return self.batch
-
-    def names(self, step):
-        return []
-
-
 @pytest.mark.full
 def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
     batches, loss = batches_and_loss(model, data, key)
@@ -329,7 +313,7 @@ def test_cores_have_the_multiplier_of_their_matrix(model, data, source, key):
     paths = sorted(find_forms(fit.model))
     assert sorted(path.rpartition(".")[2] for path in paths) == ["query", "up"]
     before = overparameterize(Partition(model).merge(seen[2].params, seen[2].rest), paths, cores=3)
-    grads = mean_gradients(before, One(batches(2)), loss)
+    grads = mean_gradients(before, OneBatch(batches(2)), loss)
     for path in paths:
         rate = 0.1 * (0.5 * 0.25 if path.endswith("up") else 3.0)
         for i, core in enumerate(at(before, path).cores):
@@ -397,7 +381,7 @@ def test_chains_grow_in_all_layers_but_no_routers(family, tmp_path):
     batch = {**rows, "weights": np.ones(3, np.float32)}
     batch["labels"] = batch.pop("decoder_input_ids", rows["input_ids"])
     loss = losses.next_token if head == "causal-lm" else losses.sequence_to_sequence
-    growth = Chains(source=One(batch), loss=loss, every=1, per_round=1, total=1, cores=3)
+    growth = Chains(source=OneBatch(batch), loss=loss, every=1, per_round=1, total=1, cores=3)
     chosen = growth.choose(model, 1)
     types = [type_of(path) for path in chosen]
     every = {type_of(path) for path in weight_matrices(model) if "layers." in path}
@@ -807,13 +791,13 @@ def test_what_over_parameterising_is_given():
     for paths in ("up", []):
         with pytest.raises(fj.InputError, match="list of paths"):
             overparameterize(mlp, paths)
-    growth = Chains(source=One({}), loss=losses.next_token, every=8)
+    growth = Chains(source=OneBatch({}), loss=losses.next_token, every=8)
     config, recipe = fj.TrainConfig(max_steps=8, epochs=99), Recipe(growth=growth)
     with pytest.raises(fj.InputError, match="every 8 steps does nothing in a run of 8"):
-        fit(mlp, One({}), losses.next_token, config, key=jax.random.key(0), recipe=recipe)
+        fit(mlp, OneBatch({}), losses.next_token, config, key=jax.random.key(0), recipe=recipe)
     for options in ({"cores": 1}, {"batches": 0}):
         with pytest.raises(fj.InputError, match="must be at least"):
-            Chains(source=One({}), loss=losses.next_token, every=1, **options)
+            Chains(source=OneBatch({}), loss=losses.next_token, every=1, **options)
     with pytest.raises(fj.InputError, match="count must be at least 1"):
         top_of_each_type({"up": 1.0}, 0)
     with pytest.raises(fj.InputError, match="chain of one core"):

@@ -15,11 +15,16 @@ from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
 from fusion_jax.training import Batches, Examples, Healing, PairBatches, heal_config
 from fusion_jax.training.engine import losses
-from fusion_jax.training.engine.divergence import healing, top_classes, top_divergence
-from fusion_jax.training.methods.stored_logits import StoredLogits, output_of, row_names
+from fusion_jax.training.engine.divergence import (
+    healing,
+    output_of,
+    top_classes,
+    top_divergence,
+)
+from fusion_jax.training.methods.stored_logits import StoredLogits, row_names
 from fusion_jax.training.tasks.unlabeled import read_files, unlabeled
 from tests import glue, nlg, tiny
-from tests.helpers import TRAIN_CONFIG, flat, moved
+from tests.helpers import TRAIN_CONFIG, OneBatch, flat, moved
 
 CONFIG = dataclasses.replace(TRAIN_CONFIG, batch_size=4)
 
@@ -58,22 +63,6 @@ def test_divergence_equals_numpy(k):
     if k >= 11:
         want = np.exp(log_softmax(student)) - np.exp(log_softmax(teacher))
         np.testing.assert_allclose(gradient, want, atol=1e-5)
-
-
-class Fixed:
-    """One batch, again and again."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return 1
-
-    def __call__(self, step):
-        return self.batch
-
-    def names(self, step):
-        return ["batch"]
 
 
 def rows(lengths=(9, 6, 3, 5), vocab=50, seed=0):
@@ -238,12 +227,12 @@ def test_stored_logits_that_do_not_fit(models, key, tmp_path):
 def test_a_run_that_was_killed_resumes_with_the_same_bits(models, key, tmp_path):
     teacher, student = models("gpt2", "causal-lm")
     batch = data_of("gpt2", "causal-lm")(0)
-    logits = fj.store_logits(teacher, Fixed(batch), tmp_path / "logits")
+    logits = fj.store_logits(teacher, OneBatch(batch), tmp_path / "logits")
 
     class Killed(Exception):
         pass
 
-    class Killing(Fixed):
+    class Killing(OneBatch):
         def __call__(self, step):
             if step == 4:
                 raise Killed
@@ -252,14 +241,14 @@ def test_a_run_that_was_killed_resumes_with_the_same_bits(models, key, tmp_path)
     def heal(source, **more):
         return fj.heal(student, logits, source, CONFIG, steps=6, key=key, **more)
 
-    whole = heal(Fixed(batch))
+    whole = heal(OneBatch(batch))
     with pytest.raises(Killed):
         heal(Killing(batch), folder=tmp_path / "run")
-    ended = heal(Fixed(batch), folder=tmp_path / "run")
+    ended = heal(OneBatch(batch), folder=tmp_path / "run")
     assert ended.finished
     assert bit_equal(whole.model, ended.model)
     with pytest.raises(fj.InputError, match=r"holds a run with other settings \(healing"):
-        heal(Fixed(batch), folder=tmp_path / "run", healing=Healing(labels=1.0))
+        heal(OneBatch(batch), folder=tmp_path / "run", healing=Healing(labels=1.0))
 
 
 def test_weights_of_the_loss(models):
@@ -321,7 +310,7 @@ def test_models_that_do_not_fit(models, key):
         fj.heal(student, teacher, [], key=key)
     bare = {name: x for name, x in data(0).items() if name == "input_ids"}
     with pytest.raises(fj.InputError, match="batches have no attention_mask and no weights"):
-        fj.heal(student, teacher, Fixed(bare), key=key)
+        fj.heal(student, teacher, OneBatch(bare), key=key)
     with pytest.raises(fj.InputError, match="steps must be at least 1"):
         fj.heal(student, teacher, data, steps=0, key=key)
     with pytest.raises(fj.InputError, match="router_z does not apply"):

@@ -36,7 +36,7 @@ TreeT = TypeVar("TreeT")
 
 
 class Made(NamedTuple):
-    """What a method made of a site.
+    """The result of a method at a site.
 
     Args:
         mlp: The compressed MLP.

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.clustering.labels import sum_by_label
@@ -48,17 +48,17 @@ product = partial(jnp.matmul, precision="highest")
 """A product of matrices in all digits of its dtype."""
 
 
+def in_blocks(x: Shaped[Array, "t ..."]) -> Shaped[Array, "b n ..."]:
+    """Returns an array of positions in blocks of at most `BLOCK`, the last padded with zeros."""
+    size = min(BLOCK, len(x))
+    blocks = -(-len(x) // size)
+    x = jnp.pad(x, [(0, blocks * size - len(x)), *[(0, 0)] * (x.ndim - 1)])
+    return x.reshape(blocks, size, *x.shape[1:])
+
+
 def sum_over_blocks(f: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """Returns the sum of f over blocks of positions; the last block is padded with zero rows."""
-    count = arrays[0].shape[0]
-    size = min(BLOCK, count)
-    blocks = -(-count // size)
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(blocks, size, *x.shape[1:])
-
-    parts = jax.tree.map(split, arrays)
+    parts = jax.tree.map(in_blocks, arrays)
     first = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(lambda p: f(*jax.tree.map(lambda x: x[0], p)), parts),

@@ -5,7 +5,6 @@ Axis letters in shapes: p width, c units left, d inputs, o outputs, t positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -16,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.methods.least_squares import (
-    BLOCK,
     gram_of,
+    in_blocks,
     level_of,
     product,
     sum_over_blocks,
@@ -366,7 +365,8 @@ def loss_of_removal(
     """
     assert calibration.upstream is not None
     x, upstream = wide(calibration.inputs), wide(calibration.upstream)
-    sizes = _in_blocks(lambda x: jnp.linalg.norm(responses(subs, x, act).hidden, axis=1), x)
+    length = lambda x: jnp.linalg.norm(responses(subs, x, act).hidden, axis=1)  # noqa: E731
+    sizes = lax.map(length, in_blocks(x)).reshape(-1)[: len(x)]
     strength = sizes * jnp.linalg.norm(upstream, axis=1)
     clip = jnp.minimum(1, jnp.quantile(strength, 0.99) / jnp.where(strength > 0, strength, 1))
     rows = (calibration.root_weights() * clip * sizes)[:, None] * upstream
@@ -374,11 +374,3 @@ def loss_of_removal(
     half = vectors * jnp.sqrt(jnp.maximum(values, 0) / 2)[None]
     gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
     return removal(product(wide(subs.down), half), gram, count, ridge).costs
-
-
-def _in_blocks(f: Callable[[Array], Array], x: Float[Array, "t d"]) -> Float[Array, " t"]:
-    """Returns a number for each position, computed in blocks of positions."""
-    size = min(BLOCK, len(x))
-    blocks = -(-len(x) // size)
-    padded = jnp.pad(x, ((0, blocks * size - len(x)), (0, 0)))
-    return lax.map(f, padded.reshape(blocks, size, -1)).reshape(-1)[: len(x)]

@@ -15,11 +15,12 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.training.engine.losses import Batch, Loss, Total, decoder_mask, reads_targets, run
 
 Compared = Literal["tokens", "targets", "class", "answer", "number", "states"]
-"""What is compared: the logits at every token, at every token of the target texts, of the classes
-of a text, of the places where an answer starts and ends, a number, or the final hidden states."""
+"""Which outputs are compared: the logits at every token, at every token of the target texts, of the
+classes of a text, of the places where an answer starts and ends, a number, or the final hidden
+states."""
 TEACHER = "teacher "
 """How the names of the arrays of `Top` begin in a batch."""
-_LEAST = -100.0
+LEAST = -100.0
 """Log-probabilities are not below this; in float32 the probability is 0 then."""
 
 
@@ -44,7 +45,7 @@ def top_classes(logits: Float[Array, "b n classes"], k: int) -> Top:
     values, indices = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     others = _log_mass_of_others(logits, indices) - total
     log_probs = values - total[..., None]
-    return Top(indices, jnp.maximum(log_probs, _LEAST), jnp.maximum(others, _LEAST))
+    return Top(indices, jnp.maximum(log_probs, LEAST), jnp.maximum(others, LEAST))
 
 
 def top_divergence(top: Top, logits: Float[Array, "b n classes"]) -> Float[Array, "b n"]:
@@ -243,3 +244,31 @@ def kind_of(model: Model, logits_shape: tuple[int, ...] | None) -> Compared:
     if len(logits_shape) == 2:
         return "number" if logits_shape[1] == 1 else "class"
     return "targets" if reads_targets(model) else "tokens"
+
+
+class Output(NamedTuple):
+    """The outputs of a model that can be compared with another model's.
+
+    Args:
+        kind: What is compared.
+        classes: The number of classes, or the size of the vocabulary; None without logits, and
+            where the classes are places.
+        states: The shapes of the hidden states; None if they were not asked for.
+    """
+
+    kind: Compared
+    classes: int | None
+    states: tuple[tuple[int, ...], ...] | None = None
+
+
+def output_of(model: Model, batch: Batch, *, states: bool = False) -> Output:
+    """Returns which outputs a model has for a batch, without computing them."""
+    forward = partial(run, output_hidden_states=True) if states else run
+    out = jax.eval_shape(forward, model, dict(batch))
+    shape = None if out.logits is None else out.logits.shape
+    kind = kind_of(model, shape)
+    stacks = [out] + ([out.encoder] if getattr(out, "encoder", None) is not None else [])
+    shapes = tuple(x.shape for each in stacks for x in each.hidden_states or ())
+    shapes = (*shapes, out.last_hidden_state.shape)
+    classes = None if shape is None or kind == "answer" else shape[-1]
+    return Output(kind, classes, shapes if states or kind == "states" else None)

@@ -20,6 +20,7 @@ from fusion_jax.nn.site import sites
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
+from fusion_jax.training.engine.divergence import Output, output_of
 from fusion_jax.training.engine.divergence import healing as healing_loss
 from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_all_bits,
@@ -30,13 +31,7 @@ from fusion_jax.training.engine.partition import Trains, in_compute_dtype
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
 from fusion_jax.training.methods.layerwise import compressed
-from fusion_jax.training.methods.stored_logits import (
-    TOP_K,
-    Output,
-    StoredLogits,
-    WithLogits,
-    output_of,
-)
+from fusion_jax.training.methods.stored_logits import TOP_K, StoredLogits, WithLogits
 from fusion_jax.training.tasks.base import Task
 from fusion_jax.training.tasks.unlabeled import Inputs, unlabeled
 
@@ -84,7 +79,7 @@ def heal_config(model: Model, **settings: Any) -> TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Healing:
-    """What `heal` minimizes: the divergence from the teacher, and what is added to it.
+    """The loss that `heal` minimizes: the divergence from the teacher, and terms added to it.
 
     Args:
         top_k: The number of the teacher's most probable classes that are compared one by one; all
@@ -131,7 +126,7 @@ def heal(
     Minimizes KL(teacher || student), per token for language models and token classes, per text for
     classes, and over the places of answers: see `fusion_jax.training.Healing`. A head that predicts
     a number minimizes its squared error, and a model without a head the squared error of the final
-    hidden states relative to the teacher's squares. There is no dropout.
+    hidden states relative to the teacher's squares. Dropout is off.
 
     Args:
         student: The compressed model; not changed.

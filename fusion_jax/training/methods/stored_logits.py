@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,12 @@ from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import BatchSource
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.divergence import (
+    LEAST,
     Compared,
+    Output,
     Top,
     compared,
-    kind_of,
+    output_of,
     top_classes,
     with_teacher,
 )
@@ -53,35 +55,6 @@ TOP_K = 64
 _CONFIG = TrainConfig(batch_size=8)
 _FORMAT = 1
 _PART_BYTES = 1 << 26
-_NOTHING = -100.0  # a logarithm of 0
-
-
-class Output(NamedTuple):
-    """What a model says of a batch, as far as it can be compared with another model.
-
-    Args:
-        kind: What is compared.
-        classes: The number of classes, or the size of the vocabulary; None without logits, and
-            where the classes are places.
-        states: The shapes of the hidden states; None if they were not asked for.
-    """
-
-    kind: Compared
-    classes: int | None
-    states: tuple[tuple[int, ...], ...] | None = None
-
-
-def output_of(model: Model, batch: losses.Batch, *, states: bool = False) -> Output:
-    """Returns what a model says of a batch, without computing it."""
-    forward = partial(losses.run, output_hidden_states=True) if states else losses.run
-    out = jax.eval_shape(forward, model, dict(batch))
-    shape = None if out.logits is None else out.logits.shape
-    kind = kind_of(model, shape)
-    stacks = [out] + ([out.encoder] if getattr(out, "encoder", None) is not None else [])
-    shapes = tuple(x.shape for each in stacks for x in each.hidden_states or ())
-    shapes = (*shapes, out.last_hidden_state.shape)
-    classes = None if shape is None or kind == "answer" else shape[-1]
-    return Output(kind, classes, shapes if states or kind == "states" else None)
 
 
 @on_auto_axes
@@ -206,7 +179,7 @@ def _row_of(top: Top, row: int, n: int, width: int) -> Top:
     pad = ((0, 0), (0, width - top.indices.shape[-1]))
     indices = np.pad(top.indices[row, :n], pad)
     return Top(
-        indices, np.pad(top.log_probs[row, :n], pad, constant_values=_NOTHING), top.others[row, :n]
+        indices, np.pad(top.log_probs[row, :n], pad, constant_values=LEAST), top.others[row, :n]
     )
 
 
@@ -361,8 +334,8 @@ class StoredLogits:
         shape = (len(names), self._padded(batch, kind))
         top = Top(
             np.zeros((*shape, width), np.int32),
-            np.full((*shape, width), _NOTHING, np.float16),
-            np.full(shape, _NOTHING, np.float32),
+            np.full((*shape, width), LEAST, np.float16),
+            np.full(shape, LEAST, np.float32),
         )
         for row, place in enumerate(places):
             if place is not None:
