@@ -25,7 +25,7 @@ from fusion_jax.methods.base import (
     width_within,
 )
 from fusion_jax.methods.geometry import Metric, points
-from fusion_jax.methods.least_squares import matched, refitted
+from fusion_jax.methods.least_squares import matched, refitted, refitted_selection
 from fusion_jax.methods.scores import kept_units
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.fused import Factors, FusedGatedMlp, FusedMlp, Scaling, factors, stored_rows
@@ -292,12 +292,9 @@ class Fusion(Method):
             found = self._means(subs, key, calibration, act)
         labels, sizes, loads, effective, facts = found
         around = factors(loads, self.scaling)
-        if calibration is not None:
+        if calibration is not None and self.match:
             assert act is not None
-            if self.refit:
-                effective = refitted(effective, subs, calibration, act, self.ridge)
-            if self.match:
-                around = matched(effective, subs, labels, loads, calibration, act, self.scaling)
+            around = matched(effective, subs, labels, loads, calibration, act, self.scaling)
         parts = FusionParts(stored_rows(effective, around), around, sizes, labels)
         return Solution(parts, facts)
 
@@ -308,7 +305,7 @@ class Fusion(Method):
         calibration: Calibration | None,
         act: Activation | None,
     ) -> _Clusters:
-        """Clusters the sub-MLPs, and returns what the clusters do together."""
+        """Clusters the sub-MLPs; the means stand for the clusters, refitted where there is text."""
         metric = self.metric
         if metric == "auto":
             metric = "raw" if calibration is None else "function"
@@ -324,6 +321,9 @@ class Fusion(Method):
         )
         labels, sizes = result.labels, result.sizes
         effective, raw_inertia = _averaged(subs, labels, sizes)
+        if self.refit and calibration is not None:
+            assert act is not None
+            effective = refitted(effective, subs, calibration, act, self.ridge)
         facts = FusionFacts(
             inertia=result.inertia_fraction,
             raw_inertia=raw_inertia,
@@ -341,15 +341,22 @@ class Fusion(Method):
         ``G_ij^2 / G_jj`` of the ``G_ii`` of unit i.
         """
         count = kept_width(self.width, subs.width, self.round_to)
-        chosen, _, gram = kept_units(
-            "relative", subs, count, act=act, calibration=calibration, ridge=self.ridge
+        given = calibration.outputs is not None
+        chosen, _, compared, gram = kept_units(
+            "relative",
+            subs,
+            count,
+            act=act,
+            calibration=calibration,
+            ridge=self.ridge,
+            gram=self.refit and not given,
         )
-        assert gram is not None
-        own = jnp.diagonal(gram)
+        assert compared is not None
+        own = jnp.diagonal(compared)
         known = jnp.where(own[chosen] > 0, own[chosen], 1)
-        explained = jnp.square(gram[:, chosen]) / known[None]
+        explained = jnp.square(compared[:, chosen]) / known[None]
         labels = jnp.argmax(explained, axis=1).at[chosen].set(jnp.arange(count)).astype(jnp.int32)
-        sizes = jnp.bincount(labels, length=count).astype(gram.dtype)
+        sizes = jnp.bincount(labels, length=count).astype(compared.dtype)
         total = jnp.where(own.sum() > 0, own.sum(), 1)
         missed = own.sum() - jnp.take_along_axis(explained, labels[:, None], axis=1).sum()
         facts = FusionFacts(
@@ -361,6 +368,10 @@ class Fusion(Method):
             converged=jnp.array(True),
         )
         left = jax.tree.map(lambda x: wide(x)[chosen], subs)
+        if gram is not None:
+            left = refitted_selection(subs, chosen, gram, self.ridge)
+        elif self.refit:
+            left = refitted(left, subs, calibration, act, self.ridge)
         # A large unit that stands for many small ones stands for little more than itself.
         activity = own if self.scaling == "sgd" else jnp.sqrt(own)
         whole = sum_by_label(activity, labels, count)

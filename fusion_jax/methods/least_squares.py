@@ -31,7 +31,7 @@ PAIRED_POSITIONS = 128
 """The number of positions whose pairs, one by one, the second factors for Adam are fitted at."""
 RIDGE_OF_FACTORS = 1e-2
 CG_STEPS = 30
-"""The largest number of steps of conjugate gradients for the second factors."""
+"""The largest number of steps of conjugate gradients for factors."""
 FACTOR_RANGE = 8.0
 """Fitted factors are at most this many times larger or smaller than the standard ones. Stored
 weights are divided by them and do not train with them: a step of Adam changes what a unit does by
@@ -110,6 +110,11 @@ def refitted(
 
 def gram_of(x: Float[Array, "t p"]) -> Float[Array, "p p"]:
     """Returns ``x^T x``; of its two equal halves one is computed, block by block."""
+    return mirrored(upper_gram(x))
+
+
+def upper_gram(x: Float[Array, "t p"]) -> Float[Array, "p p"]:
+    """Returns a matrix whose upper triangle is that of ``x^T x``; see `mirrored`."""
     width = x.shape[1]
     size = -(-width // GRAM_BLOCKS)
     if width < GRAM_BLOCKS * 128:
@@ -118,8 +123,39 @@ def gram_of(x: Float[Array, "t p"]) -> Float[Array, "p p"]:
         jnp.pad(product(x[:, i : i + size].T, x[:, i:]), ((0, 0), (i, 0)))
         for i in range(0, width, size)
     ]
-    upper = jnp.triu(jnp.concatenate(rows))
-    return upper + jnp.triu(upper, 1).T
+    return jnp.concatenate(rows)
+
+
+def mirrored(upper: Float[Array, "p p"]) -> Float[Array, "p p"]:
+    """Returns the symmetric matrix with the upper triangle of a given one."""
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+
+@jax.jit
+def refitted_selection(
+    subs: SubMLPs,
+    chosen: Int[Array, " c"],
+    gram: Float[Array, "p p"],
+    ridge: float | Float[Array, ""],
+) -> SubMLPs:
+    """Returns some of an MLP's units, refitted as by `refitted`, from one Gram matrix of all units.
+
+    What the units left have to make up for is what the others do, so that the moments of the
+    regression are parts of the Gram matrix, and the text need not be read again.
+
+    Args:
+        subs: The p original units.
+        chosen: The units left.
+        gram: The Gram matrix of the units' hidden values, at the positions of the text.
+        ridge: The strength, above 0.
+
+    Returns:
+        The c units left, with new output weights.
+    """
+    left = jax.tree.map(lambda x: wide(x)[chosen], subs)
+    others = wide(subs.down).at[chosen].set(0)
+    rows = gram[chosen]
+    return left._replace(down=left.down + _ridge(rows[:, chosen], product(rows, others), ridge))
 
 
 def _ridge(gram: Array, right: Array, ridge: float | Float[Array, ""]) -> Array:
@@ -139,35 +175,7 @@ def _solved(gram: Array, right: Array, level: Array) -> Array:
     return jax.scipy.linalg.solve(gram + levels, right, assume_a="pos")
 
 
-def _bounded_ridge(gram: Array, right: Array, start: Array, low: Array, high: Array) -> Array:
-    """Returns the coefficients of a ridge regression that shrinks to a start, within bounds.
-
-    What comes out beyond a bound is fixed there, and the others are fitted again.
-
-    Args:
-        gram: (c, c).
-        right: The products of the terms with what the start leaves, (c,).
-        start: (c,).
-        low: (c,) smallest coefficients.
-        high: (c,) largest coefficients.
-
-    Returns:
-        (c,).
-    """
-    level = _own_levels(jnp.diagonal(gram))
-
-    def fitted(fixed: Array, x: Array) -> Array:
-        known = jnp.where(fixed, x - start, 0)
-        free = ~fixed[:, None] & ~fixed[None]
-        left = jnp.where(fixed, 0, right - product(gram, known))
-        return jnp.where(
-            fixed, x, start + _solved(jnp.where(free, gram, 0), left[:, None], level)[:, 0]
-        )
-
-    return _within(fitted, start, low, high)
-
-
-def _bounded_ridge_by_steps(
+def _bounded_ridge(
     times: Callable[[Array], Array],
     diagonal: Array,
     right: Array,
@@ -175,15 +183,21 @@ def _bounded_ridge_by_steps(
     low: Array,
     high: Array,
 ) -> Array:
-    """Returns what `_bounded_ridge` does, by conjugate gradients, without the Gram matrix.
+    """Returns the coefficients of a ridge regression that shrinks to a start, within bounds.
+
+    What comes out beyond a bound is fixed there, and the others are fitted again. Each fit is by
+    conjugate gradients: a few products with the Gram matrix.
 
     Args:
         times: Returns the product of the Gram matrix with a vector.
         diagonal: The diagonal of the Gram matrix, (c,).
-        right: See `_bounded_ridge`, as for the other arguments.
+        right: The products of the terms with what the start leaves, (c,).
         start: (c,).
-        low: (c,).
-        high: (c,).
+        low: (c,) smallest coefficients.
+        high: (c,) largest coefficients.
+
+    Returns:
+        (c,).
     """
     level = _own_levels(diagonal)
     root = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) + level)
@@ -309,9 +323,10 @@ def matched(
         low, high = bounds(factor, b, len(b))
         a, b, signs_a, signs_b = (root * x for x in (a, b, jnp.sign(a), jnp.sign(b)))
         seconds = (signs_a, signs_b) if scaling == "adam" else (a, b)
-        gram = product(b.T, b) * product(seconds[1].T, seconds[1])
-        right = (b * product(product(a, seconds[0].T), seconds[1])).sum(0)
-        return _bounded_ridge(gram, right - product(gram, start), start, low, high)
+        gram = gram_of(b) * gram_of(seconds[1])
+        times = partial(product, gram)
+        right = (b * product(product(a, seconds[0].T), seconds[1])).sum(0) - times(start)
+        return _bounded_ridge(times, jnp.diagonal(gram), right, start, low, high)
 
     def kept(a: Array, b: Array) -> Array:
         """Returns the coefficients that keep the mean of a power over each cluster."""
@@ -339,7 +354,7 @@ def matched(
 
         diagonal = (jnp.square(b) * product(jnp.square(weights), jnp.square(signs_b))).sum(0)
         right = back(weights * product(a, signs_a.T) - kernel(start))
-        return _bounded_ridge_by_steps(lambda v: back(kernel(v)), diagonal, right, start, low, high)
+        return _bounded_ridge(lambda v: back(kernel(v)), diagonal, right, start, low, high)
 
     outer = fitted(old.hidden, new.hidden, standard.outer**power, standard.outer)
     inner = []

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Solution, check_choice
-from fusion_jax.methods.least_squares import refitted
+from fusion_jax.methods.least_squares import refitted, refitted_selection
 from fusion_jax.methods.narrower import Narrower
 from fusion_jax.methods.scores import (
     ON_GRADIENTS,
@@ -101,7 +101,7 @@ class Prune(Narrower):
         gradients: SubMLPs | None = None,
     ) -> Solution:
         """Keeps some sub-MLPs of one MLP, in their order."""
-        chosen, score, _ = kept_units(
+        chosen, score, _, gram = kept_units(
             self.score,
             subs,
             self.kept(subs),
@@ -109,10 +109,14 @@ class Prune(Narrower):
             calibration=calibration,
             gradients=gradients,
             ridge=self.ridge,
+            gram=self.refit,
         )
         facts = PruneFacts(score[chosen].sum() / jnp.maximum(score.sum(), 1e-30))
         left = jax.tree.map(lambda x: x[chosen], subs)
         if self.refit:
             assert calibration is not None and act is not None
-            left = refitted(left, subs, calibration, act, self.ridge)
+            if gram is not None and calibration.outputs is None:
+                left = refitted_selection(subs, chosen, gram, self.ridge)
+            else:
+                left = refitted(left, subs, calibration, act, self.ridge)
         return Solution(left, facts)

@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.methods.least_squares import (
-    gram_of,
     in_blocks,
     level_of,
+    mirrored,
     product,
     sum_over_blocks,
+    upper_gram,
 )
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
@@ -62,13 +63,15 @@ class Moments(NamedTuple):
         square: (p,) sum of h^2.
         fisher: (p,) sum of (h v . g)^2, where g is the upstream gradient; 0 without it.
         gram: (p, p) sum of h h^T, or (0, 0) where it is not wanted.
+        relative: The same for the hidden values of each position divided by their length.
     """
 
     size: Float[Array, " p"]
     mean: Float[Array, " p"]
     square: Float[Array, " p"]
     fisher: Float[Array, " p"]
-    gram: Float[Array, "a b"]
+    gram: Float[Array, "a a"]
+    relative: Float[Array, "b b"]
 
 
 def importance(subs: SubMLPs) -> Float[Array, " p"]:
@@ -143,7 +146,10 @@ def unit_scores(
     assert act is not None
     assert calibration is not None
     correlated = score == "leverage" or score in ONE_AT_A_TIME
-    seen = hidden_moments(subs, calibration, act, gram=correlated, relative=score == "relative")
+    relative = score == "relative"
+    seen = hidden_moments(
+        subs, calibration, act, gram=correlated and not relative, relative=relative
+    )
     rms = jnp.sqrt(seen.square)
     if score == "hidden":
         return seen.size
@@ -157,7 +163,7 @@ def unit_scores(
     if score == "fisher":
         assert calibration.upstream is not None
         return jnp.where(seen.fisher.max() > 0, seen.fisher, by_weights.astype(seen.fisher.dtype))
-    inverse = _inverse(seen.gram, ridge)
+    inverse = _inverse(seen.relative if relative else seen.gram, ridge)
     if score in ONE_AT_A_TIME:
         return _losses(inverse, down)
     return 1 - level_of(seen.gram, ridge) * jnp.diagonal(inverse)
@@ -168,31 +174,33 @@ def hidden_moments(
     calibration: Calibration,
     act: Activation,
     *,
-    gram: bool,
+    gram: bool = False,
     relative: bool = False,
 ) -> Moments:
-    """Returns sums over positions of the hidden values, block by block, see `Moments`.
-
-    With ``relative``, the hidden values at each position are divided by their length.
-    """
+    """Returns sums over positions of the hidden values, block by block, see `Moments`."""
     down = wide(subs.down)
 
     def moments(x: Array, r: Array, *upstream: Array) -> Moments:
         hidden = r[:, None] * responses(subs, x, act).hidden
-        if relative:
-            hidden = r[:, None] * _of_length_one(_of_length_one(hidden, jnp.inf), 2)
         squares = jnp.square(hidden)
         slopes = jnp.square(product(upstream[0], down.T)) if upstream else jnp.zeros(())
-        return Moments(
+        none = jnp.zeros((0, 0), hidden.dtype)
+        found = Moments(
             size=(r[:, None] * jnp.abs(hidden)).sum(0),
             mean=(r[:, None] * hidden).sum(0),
             square=squares.sum(0),
             fisher=(squares * slopes).sum(0),
-            gram=gram_of(hidden) if gram else jnp.zeros((0, 0), hidden.dtype),
+            gram=upper_gram(hidden) if gram else none,
+            relative=none,
         )
+        if not relative:
+            return found
+        hidden = r[:, None] * _of_length_one(_of_length_one(hidden, jnp.inf), 2)
+        return found._replace(relative=upper_gram(hidden))
 
     known = () if calibration.upstream is None else (wide(calibration.upstream),)
-    return sum_over_blocks(moments, wide(calibration.inputs), calibration.root_weights(), *known)
+    found = sum_over_blocks(moments, wide(calibration.inputs), calibration.root_weights(), *known)
+    return found._replace(gram=mirrored(found.gram), relative=mirrored(found.relative))
 
 
 def _of_length_one(x: Float[Array, "t p"], norm: int | float) -> Float[Array, "t p"]:
@@ -219,11 +227,13 @@ class Kept(NamedTuple):
     Args:
         units: (c,) the units, in their order.
         scores: (p,) the scores of all units.
-        gram: (p, p) the Gram matrix that the score is made of, or None if it is made of others.
+        compared: (p, p) the Gram matrix that the score is made of, if it is in `ONE_AT_A_TIME`.
+        gram: (p, p) the Gram matrix of hidden values, if it is wanted and the score is of those.
     """
 
     units: Int[Array, " c"]
     scores: Float[Array, " p"]
+    compared: Float[Array, "p p"] | None = None
     gram: Float[Array, "p p"] | None = None
 
 
@@ -236,6 +246,7 @@ def kept_units(
     calibration: Calibration | None = None,
     gradients: SubMLPs | None = None,
     ridge: float = 0.01,
+    gram: bool = False,
 ) -> Kept:
     """Returns the units that a score leaves, and the scores of all units.
 
@@ -248,6 +259,7 @@ def kept_units(
         calibration: Inputs.
         gradients: Gradients of the weights.
         ridge: The strength l.
+        gram: Whether the Gram matrix of hidden values is wanted.
     """
     if score not in ONE_AT_A_TIME:
         scores = unit_scores(
@@ -255,10 +267,12 @@ def kept_units(
         )
         return Kept(jnp.sort(lax.top_k(scores, count)[1]), scores)
     assert act is not None and calibration is not None
-    gram = hidden_moments(subs, calibration, act, gram=True, relative=score == "relative").gram
-    inverse, down = _inverse(gram, ridge), wide(subs.down)
+    relative = score == "relative"
+    seen = hidden_moments(subs, calibration, act, gram=gram or not relative, relative=relative)
+    compared = seen.relative if relative else seen.gram
+    inverse, down = _inverse(compared, ridge), wide(subs.down)
     units = _left(_removal(down, inverse, count), len(down))
-    return Kept(units, _losses(inverse, down), gram)
+    return Kept(units, _losses(inverse, down), compared, seen.gram if gram else None)
 
 
 def _left(removal: Removal, width: int) -> Int[Array, " c"]:
@@ -372,5 +386,5 @@ def loss_of_removal(
     rows = (calibration.root_weights() * clip * sizes)[:, None] * upstream
     values, vectors = jnp.linalg.eigh(product(rows.T, rows))
     half = vectors * jnp.sqrt(jnp.maximum(values, 0) / 2)[None]
-    gram = hidden_moments(subs, calibration, act, gram=True, relative=True).gram
+    gram = hidden_moments(subs, calibration, act, relative=True).relative
     return removal(product(wide(subs.down), half), gram, count, ridge).costs
