@@ -1,11 +1,14 @@
 """Measures time and peak memory of exact kernels with every engine and with neural-tangents.
 
-``python -m benchmarks.ntk_cost [--quick] [--model PATH] [--json FILE]``
+``python -m benchmarks.ntk_cost [--quick] [--model PATH] [--models DIR --data DIR] [--json FILE]``
 
 1. One MLP of RoBERTa-base's size (768 -> 3,072 -> 768, 16 inputs), traced over its outputs and in
    full: the closed form, our engines, and neural-tangents' three implementations.
 2. A whole model that all of them can handle: a small random encoder, or the checkpoint at PATH.
 3. The 64-example, 2-logit kernels, SGD and Adam, of a random encoder of RoBERTa-base's size.
+4. With ``--models`` and ``--data``: the kernels, SGD and Adam, of Qwen2.5-Coder 0.5B for 16 texts
+   of 64 tokens; the output is the log-odds of the token that follows. Some entries are compared
+   with whole gradients of two texts.
 
 Each row runs in a process of its own, whose peak memory is the row's. If kernels of one problem do
 not agree, the exit status is 1. ``--quick`` uses small sizes.
@@ -35,7 +38,7 @@ TOLERANCE = 1e-4
 """The largest difference of kernels in float32, relative to the largest entry."""
 LIMIT_GIB = 14
 """The memory limit of a row, beside parameters, inputs and result."""
-TIMEOUT_S = {"mlp-traced": 60, "mlp-full": 60, "model": 60, "encoder": 900}
+TIMEOUT_S = {"mlp-traced": 60, "mlp-full": 60, "model": 60, "encoder": 900, "language": 900}
 """A row is stopped after this time: only the fastest of neural-tangents' three matters."""
 SECONDS = 10
 """A row repeats its kernel for this long, and reports the fastest."""
@@ -60,8 +63,8 @@ class Row:
     kind: str = "sgd"
 
 
-def rows() -> list[Row]:
-    """Returns all measurements; each is compared with the first of its problem."""
+def rows(problem: str | None, language: bool) -> list[Row]:
+    """Returns the measurements; each is compared with the first of its problem."""
     theirs = [("neural-tangents", name) for name in IMPLEMENTATIONS]
     ours = [("jacobian", None), ("vector-product", None)]
     made = [
@@ -69,7 +72,9 @@ def rows() -> list[Row]:
         for problem in ("mlp-traced", "mlp-full", "model")
         for how in ([] if problem == "model" else [("closed-form", None)]) + ours + theirs
     ]
-    return made + [Row("encoder", "auto", kind=kind) for kind in ("sgd", "adam")]
+    whole = ["encoder", *(["language"] if language else [])]
+    made += [Row(name, "auto", kind=kind) for name in whole for kind in ("sgd", "adam")]
+    return [row for row in made if problem in (None, row.problem)]
 
 
 def mlp(quick: bool, traced: bool) -> dict[str, Any]:
@@ -139,21 +144,79 @@ def encoder(base: bool, quick: bool, path: str | None) -> dict[str, Any]:
     }
 
 
-PROBLEMS: dict[str, Callable[[bool, str | None], dict[str, Any]]] = {
-    "mlp-traced": lambda quick, path: mlp(quick, traced=True),
-    "mlp-full": lambda quick, path: mlp(quick, traced=False),
-    "model": lambda quick, path: encoder(False, quick, path),
-    "encoder": lambda quick, path: encoder(True, quick, path),
+def language(models: Path | None, data: Path | None) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    import fusion_jax as fj
+    import ntk
+    from fusion_jax.models.tokens import load_tokenizer
+
+    assert models is not None and data is not None
+    model = fj.load(models / "qwen2.5-coder-0.5b", head="causal-lm", dtype="float32")
+    tokenizer = load_tokenizer(model.provenance.folder)
+    texts, tokens = 16, 64
+    text = (data / "lm/wikitext-2/test.txt").read_text()[: texts * tokens * 40]
+    ids = np.asarray(tokenizer(text)["input_ids"], np.int32)[: texts * (tokens + 1)]
+    ids = ids.reshape(texts, tokens + 1)
+    logits, params = ntk.functional(model, outputs=ntk.token(-1, of="logits"))
+
+    def log_odds(params: Any, x: Any) -> Any:
+        """Returns the logit of the token that follows, less the log of the sum for the others."""
+        found = logits(params, {"input_ids": x["ids"]})
+        chosen = jax.nn.one_hot(x["next"], found.shape[1], dtype=bool)
+        return jnp.where(chosen, found, 0).sum(1) - jax.nn.logsumexp(
+            jnp.where(chosen, -jnp.inf, found), axis=1
+        )
+
+    return {
+        "f": log_odds,
+        "params": params,
+        "x": {"ids": jnp.asarray(ids[:, :-1]), "next": jnp.asarray(ids[:, -1])},
+        "trace_axes": (),
+        "gradients": True,
+    }
+
+
+def largest_difference(problem: dict[str, Any], kind: str, found: np.ndarray) -> float:
+    """Returns how far a kernel is from products of whole gradients of its first two examples.
+
+    The largest difference of the four entries, relative to the largest of them.
+    """
+    import jax
+
+    f, params, x = problem["f"], problem["params"], problem["x"]
+    gradient = jax.jit(jax.grad(lambda params, x: f(params, x)[0]))
+
+    def of(example: int) -> list[np.ndarray]:
+        alone = jax.tree.map(lambda a: a[example : example + 1], x)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(gradient(params, alone))]
+
+    def entry(first: list[np.ndarray], second: list[np.ndarray]) -> float:
+        pairs = zip(first, second, strict=True)
+        return sum(float(np.vdot(g, np.sign(h) if kind == "adam" else h)) for g, h in pairs)
+
+    two = [of(0), of(1)]
+    exact = np.array([[entry(a, b) for b in two] for a in two])
+    return float(np.abs(found[:2, :2] - exact).max() / np.abs(exact).max())
+
+
+PROBLEMS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "mlp-traced": lambda given: mlp(given.quick, traced=True),
+    "mlp-full": lambda given: mlp(given.quick, traced=False),
+    "model": lambda given: encoder(False, given.quick, given.model),
+    "encoder": lambda given: encoder(True, given.quick, given.model),
+    "language": lambda given: language(given.models, given.data),
 }
 
 
-def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]:
+def measure(row: Row, given: Any) -> dict[str, Any]:
     """Runs one row in this process and writes the kernel to a file."""
     import jax
 
     import ntk
 
-    problem = PROBLEMS[row.problem](quick, path)
+    problem = PROBLEMS[row.problem](given)
     params, x = problem["params"], problem["x"]
     jax.block_until_ready((params, x))
     before = peak_gib()
@@ -173,15 +236,15 @@ def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]
         )
     times = []
     try:
-        seconds = SECONDS / 10 if quick else SECONDS
+        seconds = SECONDS / 10 if given.quick else SECONDS
         while not times or (times[0] < ONCE_S and sum(times[1:]) < seconds):
             start = time.perf_counter()
             result = jax.block_until_ready(compute())
             times.append(time.perf_counter() - start)
     except ntk.InputError as error:
         return {"refused": str(error)}
-    np.save(out, np.asarray(result))
-    return {
+    np.save(given.out, np.asarray(result))
+    measured = {
         "seconds": min(times),
         "first_seconds": times[0],
         "peak_gib": peak_gib(),
@@ -189,13 +252,18 @@ def measure(row: Row, quick: bool, path: str | None, out: str) -> dict[str, Any]
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "shape": list(result.shape),
     }
+    if problem.get("gradients"):
+        measured["rel_diff"] = largest_difference(problem, row.kind, np.asarray(result))
+    return measured
 
 
-def run(row: Row, quick: bool, path: str | None, out: Path) -> dict[str, Any]:
+def run(row: Row, given: Any, out: Path) -> dict[str, Any]:
     """Runs one row in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.ntk_cost", "--row", json.dumps(asdict(row))]
-    command += ["--out", str(out)] + (["--quick"] if quick else [])
-    command += [] if path is None else ["--model", path]
+    command += ["--out", str(out)] + (["--quick"] if given.quick else [])
+    for name in ("model", "models", "data"):
+        value = getattr(given, name)
+        command += [] if value is None else [f"--{name}", str(value)]
     limit = TIMEOUT_S[row.problem]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -256,24 +324,23 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--model", help="folder of a checkpoint for the whole-model rows")
+    arguments.add_argument("--models", type=Path, help="folder with qwen2.5-coder-0.5b")
+    arguments.add_argument("--data", type=Path, help="folder with lm/wikitext-2")
     arguments.add_argument("--problem", choices=PROBLEMS, help="run only this problem")
     arguments.add_argument("--row", help="run one row, given as JSON, in this process")
     arguments.add_argument("--out", help="file for that row's kernel")
     options = arguments.parse_args()
     if options.row:
-        result = measure(Row(**json.loads(options.row)), options.quick, options.model, options.out)
-        print(json.dumps(result))
+        print(json.dumps(measure(Row(**json.loads(options.row)), options)))
         return 0
 
     with tempfile.TemporaryDirectory() as folder:
         # With --quick, times do not matter, and two rows may run at the same time.
         with ThreadPoolExecutor(2 if options.quick else 1) as pool:
-            every = [row for row in rows() if options.problem in (None, row.problem)]
-            every = list(enumerate(every))
+            real = options.models is not None and options.data is not None
+            every = list(enumerate(rows(options.problem, real)))
             outs = [Path(folder) / f"{i}.npy" for i, _ in every]
-            measured = pool.map(
-                lambda item: run(item[1], options.quick, options.model, outs[item[0]]), every
-            )
+            measured = pool.map(lambda item: run(item[1], options, outs[item[0]]), every)
             results = []
             for (_, row), result in zip(every, measured, strict=True):
                 results.append({**asdict(row), **result})

@@ -23,6 +23,11 @@ KernelArray = Float[Array, "n r m r"]
 
 _einsum = partial(jnp.einsum, precision="highest")
 
+_ROW_BLOCKS = 16
+"""Blocks of rows of a symmetric product, of whose two halves one is computed."""
+_FEWEST_ROWS = 64
+"""Rows in a block from which on a matrix product is fast."""
+
 
 class GradientFactors(NamedTuple):
     """Gradients X^T D of one parameter, for a block of examples and all outputs.
@@ -55,23 +60,42 @@ class Contraction:
 
 
 @partial(jax.jit, static_argnums=0)
-def add_full(sign: bool, total: KernelArray, first: Array, second: Array) -> KernelArray:
+def add_full(
+    sign: bool, total: KernelArray, first: Array, second: Array | None = None
+) -> KernelArray:
     """Returns a total plus the inner products of gradients that are given in full.
 
     Args:
         sign: Whether the second gradient is replaced by its sign.
         total: What the products are added to, (n, r, m, r).
         first: The first gradients, (n, r, ...).
-        second: The second gradients, (m, r, ...).
+        second: The second gradients, (m, r, ...); None if they are the first.
 
     Example:
         >>> g = jnp.array([[[1.0, -2.0]]])
-        >>> add_full(True, jnp.zeros((1, 1, 1, 1)), g, g).ravel().tolist()
+        >>> add_full(True, jnp.zeros((1, 1, 1, 1)), g).ravel().tolist()
         [3.0]
     """
-    second = jnp.sign(second) if sign else second
-    first, second = (g.reshape(*g.shape[:2], math.prod(g.shape[2:])) for g in (first, second))
-    return total + _einsum("irk,jqk->irjq", first, second)
+    first = first.reshape(*first.shape[:2], math.prod(first.shape[2:]))
+    if second is None and not sign:
+        return total + _products_of_pairs(first)
+    second = first if second is None else second.reshape(*second.shape[:2], first.shape[2])
+    return total + _einsum("irk,jqk->irjq", first, jnp.sign(second) if sign else second)
+
+
+def _products_of_pairs(x: Float[Array, "n r k"]) -> KernelArray:
+    """Returns the inner products of all pairs of rows, each of which is computed once."""
+    n, r, k = x.shape
+    rows = x.reshape(n * r, k)
+    size = -(-n * r // _ROW_BLOCKS)
+    if size < _FEWEST_ROWS:
+        return _einsum("irk,jqk->irjq", x, x)
+    found = jnp.zeros((n * r, n * r), x.dtype)
+    for i in range(0, n * r, size):
+        part = jnp.matmul(rows[i : i + size], rows[i:].T, precision="highest")
+        found = found.at[i : i + size, i:].set(part)
+        found = found.at[i + size :, i : i + size].set(part[:, size:].T)
+    return found.reshape(n, r, n, r)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -135,6 +159,9 @@ def _by_grams(
         else:
             x1, x2 = x1[:, :, None, None], x2[None, None]
             inner = ((x1 == x2) & (x1 < how.table_rows)).astype(total.dtype)
+        if same and t == 1:  # both sides are the same positions
+            pairs = _products_of_pairs(d1.reshape(*d1.shape[:2], math.prod(d1.shape[2:])))
+            return total + inner[:, :, :, 0][:, :, :, None] * pairs
         part = (inner[:, None, :, :, None] * _einsum("nrstb,mqsub->nrtmqu", d1, d2)).sum((2, 5))
         if same:
             mirrored = jnp.where(rows[k] < columns[k], 1, 0).astype(total.dtype)

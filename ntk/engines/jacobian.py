@@ -277,8 +277,7 @@ class JacobianEngine(Engine[JacobianPlan, BlockGradients]):
             )
             calls.append(_Call(add_factored, how, tuple(factors)))
         if any(isinstance(term, FullTerm) for term in plan.terms[group]):
-            both = given[0].full, given[-1].full
-            calls.append(_Call(add_full, self.task.sign, both))
+            calls.append(_Call(add_full, self.task.sign, tuple(side.full for side in given)))
         return calls
 
     def memory(self, plan: JacobianPlan, values: Values, blocks: tuple[Abstract, Abstract]) -> int:
