@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from huggingface_hub import ModelCard
 
 import fusion_jax as fj
 from fusion_jax.checkpoint import files, tensor_files
@@ -385,6 +386,38 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path, monkeypatch):
     with contextlib.suppress(fj.InputError):
         load_tokenizer(str(source))
     assert not ran.exists()
+
+
+def test_model_card_carries_on_what_holds_for_the_smaller_model(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "source")
+    (source / "LICENSE").write_text("Do good.")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nbase_model: someone/original\nmetrics: [accuracy]\ntags: [tiny]\n---\n"
+        "# Tiny\nAll about it.\n"
+        "## How to cite\n```bibtex\n# not a heading\n@misc{tiny}\n```\n## More\nNothing.\n"
+    )
+    model = fj.load(source)
+    smaller, report = fj.compress(model, fj.Prune(width=3), layers=[1], key=jax.random.key(0))
+    artefact = fj.save(smaller, tmp_path / "artefact", report=report)
+    exported = fj.export_hf(fj.load(artefact), tmp_path / "hf")
+    for new, library in ((artefact, "fusion-jax"), (exported, "transformers")):
+        card = ModelCard.load(new / "README.md")
+        assert card.data.to_dict() == {
+            "license": "mit",
+            "base_model": "someone/original",
+            "library_name": library,
+            "tags": ["tiny", "fusion-jax"],
+        }
+        assert "# not a heading\n@misc{tiny}\n```" in card.text
+        assert "All about it" not in card.text and "Nothing" not in card.text
+        assert str(report) in card.text
+        assert card.text.count("## License") == card.text.count("arxiv.org") == 1
+        assert (new / "LICENSE").read_text() == "Do good."
+    wide, narrow = report.rows[0].params_before, report.rows[0].params_after
+    assert f"{wide - narrow:,} of the numbers in the file are such zeros" in card.text
+
+    (source / "README.md").write_text("---\n: : [\n---\n")  # nothing depends on what others write
+    assert (fj.save(fj.load(source), tmp_path / "again") / "README.md").is_file()
 
 
 def test_tokenizer_files_come_along(folder, tmp_path):

@@ -73,7 +73,7 @@ def write_module(model: nnx.Module, folder: str | os.PathLike[str], report: Repo
         files.write_tensors(new, ((name, np.asarray(_data(x))) for name, x in values.items()))
         files.write_json(new / files.FUSION, fields)
         if report is not None:
-            files.write_json(new / "report.json", report.to_json())
+            files.write_json(new / files.REPORT, report.to_json())
     return Path(folder)
 
 

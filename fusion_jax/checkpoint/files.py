@@ -30,6 +30,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FUSION = "fusion.json"
 GENERATION = "generation_config.json"
+CARD = "README.md"
+REPORT = "report.json"
 FORMAT = 1
 """The version of ``fusion.json`` that is written; older versions are read."""
 SHARD_BYTES = 5_000_000_000
@@ -52,6 +54,7 @@ TOKENIZER = (
 """Files that are copied beside the weights, so that a result keeps its tokenizer."""
 TEMPLATES = "additional_chat_templates"
 MODULES = "modules.json"
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 SENTENCES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
 """Files of a sentence encoder; `MODULES` lists the folders of what follows the model."""
 
@@ -83,6 +86,7 @@ def find_folder(name: str | os.PathLike[str], revision: str | None = None) -> Pa
     try:
         # The index first: it says which of the files with weights belong to the model.
         patterns = [CONFIG, FUSION, INDEX, *TOKENIZER, f"{TEMPLATES}/*.jinja", *SENTENCES]
+        patterns += [CARD, *LICENSES]
         patterns += [f"[0-9]_*/{file}" for file in (CONFIG, WEIGHTS)]
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
         index = folder / INDEX
@@ -440,7 +444,7 @@ def copy_companions(source: Path, target: Path, *, sentences: bool) -> None:
         target: The new folder.
         sentences: Whether to copy what makes a sentence encoder of the model, such as pooling.
     """
-    names = [*TOKENIZER, *(SENTENCES if sentences else ())]
+    names = [*TOKENIZER, *LICENSES, *(SENTENCES if sentences else ())]
     names += [f"{TEMPLATES}/{path.name}" for path in (source / TEMPLATES).glob("*.jinja")]
     if sentences and (source / MODULES).is_file():
         folders = [path.name for path in source.glob("[0-9]_*") if path.is_dir()]

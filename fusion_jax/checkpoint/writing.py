@@ -12,6 +12,7 @@ from flax import nnx
 
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.any_module import write_module
+from fusion_jax.checkpoint.card import write_card
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Provenance
@@ -20,7 +21,7 @@ from fusion_jax.models.rules import KeyRules
 from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import path_name, replaced
-from fusion_jax.report import Report
+from fusion_jax.report import Report, num_params
 
 _ALIGNMENT = 16
 """The width of an exported expert is a multiple of this many bytes."""
@@ -114,11 +115,14 @@ def write_description(
     (new / files.CONFIG).write_text(provenance.config, encoding="utf-8")
     files.write_json(new / files.FUSION, fields)
     if report is not None:
-        files.write_json(new / "report.json", report.to_json())
+        files.write_json(new / files.REPORT, report.to_json())
     files.copy_companions(Path(provenance.folder), new, sentences=provenance.head is None)
+    write_card(new, model, report)
 
 
-def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
+def export_hf(
+    model: Model, folder: str | os.PathLike[str], *, report: Report | None = None
+) -> Path:
     """Writes a plain Hugging Face checkpoint that gives the same logits in `transformers`.
 
     Everything that `transformers` does not know is computed: cluster sizes are multiplied into the
@@ -132,6 +136,8 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
     Args:
         model: A model from `load`, compressed or not.
         folder: The folder to write; it must not exist or be empty. Writing is atomic.
+        report: The report of the compression, for the model card; None for that of the artefact
+            that the model was loaded from.
 
     Returns:
         The folder.
@@ -161,8 +167,12 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
             width = -(-width // unit) * unit
         widths[name] = max(width, widths.get(name, 0))
     plain = multiplied_out(model)
+    padded: dict[str, tuple[int, int]] = {}
     for site in sites(plain):
-        plain = replaced(plain, site.path, site.mlp.padded(widths[width_fields[site.path]]))
+        wider = site.mlp.padded(widths[width_fields[site.path]])
+        if wider.width > site.mlp.width:
+            padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
+        plain = replaced(plain, site.path, wider)
     head = provenance.head
     fields = {**json.loads(provenance.config), **widths}
     _, label_ids = labels_of(model)
@@ -187,7 +197,20 @@ def export_hf(model: Model, folder: str | os.PathLike[str]) -> Path:
         files.write_tensors(new, _exported(plain, family.rules(config, head)))
         files.write_json(new / files.CONFIG, fields)
         files.copy_companions(Path(provenance.folder), new, sentences=head is None)
+        write_card(new, model, report or _report_of(provenance), padded)
     return Path(folder)
+
+
+def _report_of(provenance: Provenance) -> Report | None:
+    """Returns the report of the artefact that a model was loaded from, if it is still the last."""
+    folder = Path(provenance.folder)
+    try:
+        _, described = files.read_json(folder / files.FUSION)
+        if described.get("history") != [json.loads(step) for step in provenance.history]:
+            return None
+        return Report.from_json(files.read_json(folder / files.REPORT)[1])
+    except (OSError, InputError):  # not an artefact, or one without a report
+        return None
 
 
 def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:

@@ -135,7 +135,7 @@ def demo(out: Path = Path("fusion-demo")) -> None:
     artefact = save(smaller, out / "artefact", report=report)
     if not bit_equal(smaller, load(artefact)):
         raise RuntimeError(f"{artefact} does not load back equal to what was saved")
-    exported = export_hf(smaller, out / "huggingface")
+    exported = export_hf(smaller, out / "huggingface", report=report)
     print(f"Artefact  {artefact}  (loads back equal to the bit: fusion_jax.load)")
     print(f"Export    {exported}  (transformers: AutoModel.from_pretrained)")
     count = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -116,3 +116,30 @@ def class_order(wanted: Sequence[str], given: Sequence[str]) -> list[int] | None
     if sorted(first) != sorted(second) or len(set(first)) < len(first):
         return None
     return [second.index(name) for name in first]
+
+
+def history_in_words(history: Iterable[str]) -> str:
+    """Returns in a few words what was done to a model, given the history of its provenance.
+
+    Example:
+        >>> history_in_words(['{"compress": {"method": "fusion", "width": 0.25}}'])
+        'compressed by fusion (width 0.25)'
+    """
+    names = []
+    for text in history:
+        step = json.loads(text)
+        step = step if isinstance(step, dict) and step else {"a step that is not known": None}
+        what, details = next(iter(step.items()))
+        if what == "compress" and isinstance(details, dict):
+            what = _method_name(details)
+        names.append(what)
+    return f"compressed by {', then '.join(names)}" if names else "compressed"
+
+
+def _method_name(method: Mapping[str, object]) -> str:
+    """Returns the name and size of a method, or of each if sites have methods of their own."""
+    if "method" not in method:
+        names = {str(own.get("method")) for own in method.values() if isinstance(own, dict)}
+        return f"{' and '.join(sorted(names))}, sizes by site"
+    sizes = [f"{k} {method[k]}" for k in ("width", "keep", "rank", "bond") if k in method]
+    return f"{method['method']} ({', '.join(sizes)})" if sizes else str(method["method"])

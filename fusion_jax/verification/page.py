@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from fusion_jax.models.provenance import history_in_words
 from fusion_jax.report import EXPLANATIONS, Report, cell
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import KERNEL_NAMES, LOOSE, Verification, VerifiedArtefact
@@ -67,7 +67,7 @@ def html_page(verified: VerifiedArtefact) -> str:
     ]
     # The last folder of a path is often called "model"; with the one above, a hub id stays whole.
     model = "/".join(Path(verified.original).parts[-2:])
-    title = f"{model}, {_done(verified.history)}"
+    title = f"{model}, {history_in_words(verified.history)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -78,28 +78,6 @@ def html_page(verified: VerifiedArtefact) -> str:
         f'<a href="#texts">{v.num_texts} texts</a> below.</p>'
         f"{''.join(sections)}</body></html>\n"
     )
-
-
-def _done(history: Iterable[str]) -> str:
-    """Returns in a few words what was done to a model."""
-    names = []
-    for text in history:
-        step = json.loads(text)
-        step = step if isinstance(step, dict) and step else {"a step that is not known": None}
-        what, details = next(iter(step.items()))
-        if what == "compress" and isinstance(details, dict):
-            what = _method_name(details)
-        names.append(what)
-    return f"compressed by {', then '.join(names)}" if names else "compressed"
-
-
-def _method_name(method: Mapping[str, object]) -> str:
-    """Returns the name and size of a method, or of each if sites have methods of their own."""
-    if "method" not in method:
-        names = {str(own.get("method")) for own in method.values() if isinstance(own, dict)}
-        return f"{' and '.join(sorted(names))}, sizes by site"
-    sizes = [f"{k} {method[k]}" for k in ("width", "keep", "rank", "bond") if k in method]
-    return f"{method['method']} ({', '.join(sizes)})" if sizes else str(method["method"])
 
 
 def _facts(
