@@ -22,6 +22,11 @@ from fusion_jax.compression.mlps import compress_mlp as compress_mlp
 from fusion_jax.streaming.layerwise import compress_files as compress_files
 from fusion_jax.compression.matrices import compress_matrices as compress_matrices
 from fusion_jax.compression.allocation import allocate as allocate
+from fusion_jax.compression.allocation import score_widths as score_widths
+from fusion_jax.compression.width_scores import WidthScores as WidthScores
+from fusion_jax.compression.budgets import Budget as Budget
+from fusion_jax.compression.budgets import measure_latency as measure_latency
+from fusion_jax.compression.budgets import Latency as Latency
 from fusion_jax.report import Report as Report
 from fusion_jax.nn.site import sites as sites
 from fusion_jax.nn.site import Site as Site

@@ -14,7 +14,7 @@ from fusion_jax.calibration import sample as calibration
 from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.capture import mlp_inputs
 from fusion_jax.cli.demo import bit_equal
-from fusion_jax.compression import allocation
+from fusion_jax.compression import allocation, width_scores
 from fusion_jax.methods.geometry import points
 from fusion_jax.methods.least_squares import (
     FACTOR_RANGE,
@@ -558,7 +558,7 @@ def test_budget_is_met_and_best():
     widths = [np.arange(1, 6), np.arange(2, 11, 2), np.arange(1, 8)]
     errors = [np.sort(rng.random(len(w)))[::-1] for w in widths]
     for budget in (4, 9, 15, 22):
-        chosen = allocation._best_widths(errors, widths, budget)
+        chosen = width_scores._best_widths(errors, widths, budget)
         assert sum(w[i] for w, i in zip(widths, chosen, strict=True)) <= budget
         got = sum(e[i] for e, i in zip(errors, chosen, strict=True))
         all_choices = itertools.product(*(range(len(w)) for w in widths))

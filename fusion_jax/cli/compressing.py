@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import jax
 from tyro.conf import Positional, arg, subcommand
 
-from fusion_jax.checkpoint.files import check_new_folder
+from fusion_jax.checkpoint.files import check_new_folder, read_json
 from fusion_jax.checkpoint.opening import load, open_checkpoint
 from fusion_jax.checkpoint.writing import export_hf, save
 from fusion_jax.cli.options import Artefact, DType, ModelName, NewFolder
 from fusion_jax.compression import mlps
+from fusion_jax.compression.width_scores import plan_from_json
 from fusion_jax.errors import InputError
-from fusion_jax.methods.base import Method
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.provenance import Head
 from fusion_jax.nn.linear_forms import find_forms
@@ -28,10 +30,21 @@ def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 
 
+PLAN = "plan"
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """The method and the width of each MLP from a file of the command plan."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The file."""
+
+
 AnyMethod = Union[  # noqa: UP007 - made at run time
     tuple(
         Annotated[cls, subcommand(name, description=_first_line(cls))]
-        for name, cls in METHODS.items()
+        for name, cls in (*METHODS.items(), (PLAN, PlanFile))
     )
 ]
 Layers = Annotated[
@@ -119,7 +132,8 @@ def compress(
         stream: Have one layer in memory at a time, for models that are larger than memory.
     """
     check_new_folder(out)
-    assert isinstance(method, Method)
+    if isinstance(method, PlanFile):
+        method = plan_from_json(read_json(method.file)[1])
     key = jax.random.key(seed)
     shared: dict[str, Any] = {
         "key": key,
@@ -128,6 +142,8 @@ def compress(
         "calibration": calibration,
         "progress": True,
     }
+    if stream and isinstance(method, dict):
+        raise InputError("--stream takes one method for all MLPs, not a plan")
     if stream and (new_head or num_labels is not None):
         raise InputError("--stream does not make a new head")
     if stream:

@@ -22,9 +22,11 @@ from fusion_jax.cli import (
     finetuning,
     generating,
     listing,
+    planning,
     static_pruning,
     verifying,
 )
+from fusion_jax.cli.compressing import PLAN
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.progress import progress_shown
@@ -33,6 +35,7 @@ from fusion_jax.training.engine.preemption import Terminated, raise_on_sigterm
 COMMANDS = {
     **demo.COMMANDS,
     **compressing.COMMANDS,
+    **planning.COMMANDS,
     **finetuning.COMMANDS,
     **static_pruning.COMMANDS,
     **evaluating.COMMANDS,
@@ -123,12 +126,12 @@ def _misspelled(args: list[str]) -> str | None:
     if command not in COMMANDS:
         return f"there is no command {command!r}{nearest(command, COMMANDS)}"
     words = [word for word in args[1:] if not word.startswith("-")]
-    if command != "compress" or {"-h", "--help"} & set(args) or set(words) & set(METHODS):
+    if command != "compress" or {"-h", "--help"} & set(args) or set(words) & {*METHODS, PLAN}:
         return None
     for word in words:
         if get_close_matches(word, METHODS, n=1, cutoff=0.75):
             return f"there is no method {word!r}{nearest(word, METHODS)}"
-    return f"give a method after MODEL and OUT: {', '.join(METHODS)}"
+    return f"give a method after MODEL and OUT: {', '.join((*METHODS, PLAN))}"
 
 
 def _plainer(text: str, args: list[str]) -> str:
@@ -140,6 +143,6 @@ def _plainer(text: str, args: list[str]) -> str:
     name, _, rest = found[1].partition(" ")
     flag = "--" + name.replace("_", "-")
     given = any(word == flag or word.startswith(f"{flag}=") for word in args)
-    path = [args[0], *(word for word in args if word in METHODS)]
+    path = [args[0], *(word for word in args if word in (*METHODS, PLAN))]
     message = f"{flag if given else name} {rest}"
     return f"error: {message}; see fusion-jax {' '.join(path)} --help\n"

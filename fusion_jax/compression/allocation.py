@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.calibration.sample import stack_padded
 from fusion_jax.calibration.sources import CalibrationSource
+from fusion_jax.compression.budgets import Budget, UnitCost
 from fusion_jax.compression.mlps import compress
+from fusion_jax.compression.width_scores import MethodT, SiteScores, WidthScores
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import check_choice, check_method
@@ -26,6 +28,7 @@ from fusion_jax.methods.scores import loss_of_removal
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import Site, select_sites, sites
 from fusion_jax.progress import show_progress
+from fusion_jax.report import size_of
 from ntk.mlp import mlp_weights, traced_kernel, upstream_kernel
 from ntk.selection import Selection
 
@@ -37,8 +40,6 @@ NEEDED_POSITIONS = 8
 """The number of positions that a site or an expert needs; kernels are compared at two of them."""
 CURVE_POINTS = 512
 """The number of widths, about, that a site can get."""
-MethodT = TypeVar("MethodT", Fusion, Prune)
-
 TIE_BREAK = 1e-6
 """The weight of a site's width among equal errors: more units are better, so that none is left."""
 
@@ -48,7 +49,8 @@ def allocate(
     model: nnx.Module,
     method: MethodT,
     *,
-    total_width: int | float,
+    total_width: int | float | None = None,
+    budget: Budget | None = None,
     calibration: CalibrationSource,
     key: Key[Array, ""],
     by: Literal["kernel", "loss"] = "kernel",
@@ -57,34 +59,26 @@ def allocate(
 ) -> dict[str, MethodT]:
     """Gives each site its own width, so that the sum of the sites' errors is smallest.
 
-    By ``"kernel"``, each site is fused alone at a few widths. Its error is measured at held-out
-    positions of the calibration: the relative change of its neural tangent kernel, SGD's or Adam's
-    as the scaling says, or of its outputs if the scaling is ``"folded"``. Errors at other widths
-    are interpolated. By ``"loss"``, the error is by how much the model's loss grows, to second
-    order, with every unit that goes: see `fusion_jax.methods.scores.loss_of_removal`. That takes
-    one backward pass and no labels. The result is an exact minimum over all widths that add up to
-    the budget.
+    The same as ``score_widths(...).plan(budget)``; keep the scores to solve for other budgets.
 
     Args:
-        model: The model.
-        method: The method; its ``width`` is not used. By ``"loss"`` it is one that removes one unit
-            at a time: ``Fusion()``, not of means, or ``Prune(score="relative")``.
+        model: As for `score_widths`, as are all arguments but two.
+        method: The method; its ``width`` is not used.
         total_width: The hidden units of all sites together: an int, or a fraction of the original.
-        calibration: As for `compress`; by ``"loss"`` text, or what `calibrate` returns with
-            ``upstream=True``.
+        budget: What the model may cost, in place of ``total_width``.
+        calibration: Text, tokens, or inputs.
         key: Random key.
         by: What an error is, ``"kernel"`` or ``"loss"``.
-        layers: Which sites, as for `compress`.
+        layers: Which sites.
         progress: As for `compress`.
 
     Returns:
         The method for each site's path, for `compress`. Widths are multiples of the method's
-        ``round_to``, or the original width; their sum is at most ``total_width``.
+        ``round_to``, or the original width; what they cost is at most the budget.
 
     Raises:
-        InputError: There is no calibration, the budget is below ``round_to`` for each site or above
-            the original width of the sites, or a site or an expert has too few positions to hold
-            some out.
+        InputError: As for `score_widths`; or the budget is below ``round_to`` for each site or
+            above the original width of the sites.
 
     Example:
         >>> from fusion_jax import Mlp
@@ -94,6 +88,87 @@ def allocate(
         ...                 key=jax.random.key(1))
         >>> sum(method.width for method in plan.values())
         16
+    """
+    if (total_width is None) == (budget is None):
+        raise InputError("give total_width or budget, and not both")
+    check_method(method)
+    if budget is None:
+        assert total_width is not None
+        chosen = select_sites(sites(model), layers)
+        budget = _budget_of_units(total_width, chosen, getattr(method, "round_to", 1))
+    scores = score_widths(
+        model, method, calibration=calibration, key=key, by=by, layers=layers, progress=progress
+    )
+    return scores.plan(budget)
+
+
+def _budget_of_units(total_width: int | float, chosen: Sequence[Site], unit: int) -> Budget:
+    """Returns the budget of a number of hidden units, or of a fraction of them."""
+    originals = [site.mlp.width for site in chosen]
+    if isinstance(total_width, float):
+        if not 0 < total_width <= 1:
+            raise InputError(
+                f"a total_width given as a fraction must be in (0, 1]; got {total_width}"
+            )
+        total_width = int(total_width * sum(originals) + 1e-6)
+    smallest = [min(unit, width) for width in originals]
+    if not sum(smallest) <= total_width <= sum(originals):
+        raise InputError(
+            f"total_width must be {sum(smallest)} to {sum(originals)} for {len(chosen)} sites with "
+            f"round_to {unit}; got {total_width}"
+        )
+    return Budget(width=total_width)
+
+
+@on_auto_axes
+def score_widths(
+    model: nnx.Module,
+    method: MethodT,
+    *,
+    calibration: CalibrationSource,
+    key: Key[Array, ""],
+    by: Literal["kernel", "loss"] = "kernel",
+    layers: Selection = None,
+    progress: bool | None = None,
+) -> WidthScores[MethodT]:
+    """Returns what each site of a model loses at each width that it can get.
+
+    By ``"kernel"``, each site is fused alone at a few widths. Its error is measured at held-out
+    positions of the calibration: the relative change of its neural tangent kernel, SGD's or Adam's
+    as the scaling says, or of its outputs if the scaling is ``"folded"``. Errors at other widths
+    are interpolated. By ``"loss"``, the error is by how much the model's loss grows, to second
+    order, with every unit that goes: see `fusion_jax.methods.scores.loss_of_removal`. That takes
+    one backward pass and no labels. `WidthScores.plan` finds an exact minimum over all widths
+    within a budget.
+
+    Args:
+        model: The model.
+        method: The method; its ``width`` is not used. By ``"loss"`` it is one that removes one unit
+            at a time: ``Fusion()``, not of means, or ``Prune(score="relative")``.
+        calibration: As for `compress`; by ``"loss"`` text, or what `calibrate` returns with
+            ``upstream=True``.
+        key: Random key.
+        by: What an error is, ``"kernel"`` or ``"loss"``.
+        layers: Which sites, as for `compress`.
+        progress: As for `compress`.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InputError: There is no calibration, the method cannot be scored so, or a site or an expert
+            has too few positions to hold some out.
+
+    Example:
+        >>> from fusion_jax import Mlp
+        >>> mlps = nnx.List([Mlp(4, 16, act="relu", rngs=nnx.Rngs(i)) for i in range(2)])
+        >>> seen = {path: jax.random.normal(jax.random.key(0), (64, 4)) for path in ("0", "1")}
+        >>> scores = score_widths(mlps, Fusion(), calibration=seen, key=jax.random.key(1))
+        >>> for share in (0.5, 0.75):  # another budget takes no other calibration
+        ...     plan = scores.plan(Budget(params=share))
+        ...     print(sum(method.width for method in plan.values()))
+        15
+        23
     """
     check_method(method)
     check_choice("by", by, ("kernel", "loss"))
@@ -109,19 +184,8 @@ def allocate(
         raise InputError(f"widths are allocated for Fusion, not for {type(method).__name__}")
     if calibration is None:
         raise InputError("allocating needs calibration: texts, or 'random' if there are none")
-    if isinstance(total_width, float) and not 0 < total_width <= 1:
-        raise InputError(f"a total_width given as a fraction must be in (0, 1]; got {total_width}")
     chosen = select_sites(sites(model), layers)
-    originals = [site.mlp.width for site in chosen]
-    if isinstance(total_width, float):
-        total_width = int(total_width * sum(originals) + 1e-6)
     unit = method.round_to
-    smallest = [min(unit, width) for width in originals]
-    if not sum(smallest) <= total_width <= sum(originals):
-        raise InputError(
-            f"total_width must be {sum(smallest)} to {sum(originals)} for {len(chosen)} sites with "
-            f"round_to {unit}; got {total_width}"
-        )
     text_key, fit_key, up_key = jax.random.split(key, 3)
     source = Calibrator(
         model, chosen, calibration, sequential=False, upstream=by == "loss", key=text_key
@@ -141,9 +205,9 @@ def allocate(
             for site in chosen:
                 curves.append(_loss_curve(site, source.of(site), method.ridge, unit))
                 advance(site.path)
-        return _plan(method, chosen, curves, total_width)
+        return _scores(model, method, by, chosen, curves)
     assert isinstance(method, Fusion)
-    tried = [_tried_widths(width, unit) for width in originals]
+    tried = [_tried_widths(site.mlp.width, unit) for site in chosen]
     curves = []
     total = sum(map(len, tried))
     with show_progress("Allocating", total, progress, first="compiling") as advance:
@@ -158,21 +222,22 @@ def allocate(
                 points.append((width, error))
                 advance(f"{site.path} at {width}")
             curves.append(_curve(points, site.mlp.width, unit))
-    return _plan(method, chosen, curves, total_width)
+    return _scores(model, method, by, chosen, curves)
 
 
-def _plan(
+def _scores(
+    model: nnx.Module,
     method: MethodT,
+    by: str,
     chosen: Sequence[Site],
     curves: Sequence[tuple[np.ndarray, np.ndarray]],
-    total_width: int,
-) -> dict[str, MethodT]:
-    """Returns the method of each site, whose widths make the sum of the errors smallest."""
-    best = _best_widths([errors for _, errors in curves], [w for w, _ in curves], total_width)
-    return {
-        site.path: dataclasses.replace(method, width=int(widths[i]))
-        for site, (widths, _), i in zip(chosen, curves, best, strict=True)
-    }
+) -> WidthScores[MethodT]:
+    """Returns the scores, with what the units and the whole model cost."""
+    size = size_of(model, [site.mlp for site in sites(model)])
+    every = zip(chosen, curves, strict=True)
+    scored = [SiteScores(s.path, *curve, UnitCost.of(s.mlp)) for s, curve in every]
+    totals = {"params": size.params, "megabytes": size.bytes / 1e6, "flops": size.mlp_flops}
+    return WidthScores(method=method, by=by, sites=tuple(scored), totals=totals)
 
 
 def _loss_curve(
@@ -256,26 +321,3 @@ def _curve(
     falling = np.minimum.accumulate([known[w] for w in tried])
     errors = np.interp(np.log(widths), np.log(tried), falling)
     return widths, errors + TIE_BREAK * (1 - widths / original)
-
-
-def _best_widths(errors: list[np.ndarray], widths: list[np.ndarray], budget: int) -> list[int]:
-    """Returns which width each site gets, so that the sum of errors within a budget is smallest."""
-    best = np.zeros(budget + 1)
-    choices = []
-    for error, width in zip(errors, widths, strict=True):
-        total = np.full(budget + 1, np.inf)
-        choice = np.zeros(budget + 1, np.int32)
-        for i, (e, w) in enumerate(zip(error, width, strict=True)):
-            if w > budget:
-                break
-            candidate = best[: budget + 1 - w] + e
-            better = candidate < total[w:]
-            total[w:][better] = candidate[better]
-            choice[w:][better] = i
-        best = total
-        choices.append(choice)
-    left, chosen = budget, []
-    for choice, width in zip(reversed(choices), reversed(widths), strict=True):
-        chosen.append(int(choice[left]))
-        left -= int(width[chosen[-1]])
-    return chosen[::-1]
