@@ -109,6 +109,11 @@ def test_nats_are_the_mean_over_all_windows(model, text):
     for size in (3, 32):
         got = nats_per_token(model, text, 8, batch_size=size)
         np.testing.assert_allclose(got, total / count, rtol=1e-5)
+    # With a token that texts start with, all tokens are predicted, the first one too.
+    windows = np.stack([[3, *text[i : i + 7]] for i in range(0, len(text) - 6, 7)])
+    total, count = by_hand(model, windows, np.ones((len(windows), 1)))
+    got = nats_per_token(model, text, 8, start=3)
+    np.testing.assert_allclose(got, total / count, rtol=1e-5)
 
 
 def test_learns_and_resumes(model, text, key, tmp_path):

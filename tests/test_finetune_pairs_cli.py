@@ -122,6 +122,8 @@ def test_plain_text(places, tmp_path, capsys):
     assert found == pytest.approx(
         {"held.txt nats": nats, "held.txt perplexity": np.exp(nats)}, abs=1e-3
     )
+    assert main(["evaluate", run, "--perplexity", held]) == 0
+    assert said(capsys) == found
 
 
 def test_plain_text_is_a_file_or_tokens(places, key):

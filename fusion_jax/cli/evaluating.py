@@ -43,7 +43,7 @@ from fusion_jax.training.tasks import (
 from fusion_jax.training.tasks.classification import TaskSpec
 from fusion_jax.training.tasks.glue import GLUE, load_task, texts_of
 from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
-from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, token_ids
+from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, start_token, token_ids
 from fusion_jax.training.tasks.questions import Questions, measure_answers, questions_of
 from fusion_jax.training.tasks.tagged_words import measure_tags, tag_set, tagged_words_of
 from fusion_jax.training.tasks.text_metrics import TEXT_METRICS, sacrebleu
@@ -69,6 +69,7 @@ def evaluate(
     task: TaskName = None,
     data: Data = None,
     file: File = None,
+    perplexity: File = None,
     text: TextColumns = ("text",),
     label: str = "label",
     source: SourceColumn = "source",
@@ -94,6 +95,8 @@ def evaluate(
         data: The task's files.
         file: A csv, tsv or jsonl file with labels, if the model is given by its run folder, or with
             sources and targets; or the tags or the questions of a --task or a run.
+        perplexity: A text file, short for --task text --data FILE. Each window starts with the
+            token that the model's texts start with, if there is one.
         text: Columns with text.
         label: Column with labels.
         source: Column with sources.
@@ -107,6 +110,10 @@ def evaluate(
         max_length: Longest text in tokens.
         truncate: Cut longer texts off; of pairs, the sources.
     """
+    if perplexity is not None:
+        if task is not None or data is not None:
+            raise InputError("give either --perplexity FILE or --task and --data")
+        task, data = PLAIN, str(perplexity)
     run = read_run(model)
     folder = model if run is None else run.model
     options = DataOptions(
@@ -308,7 +315,10 @@ def _measure_plain_text(
     path = Path(options.data)
     trained_with = CONTEXT if run is None else run.task.get("context", CONTEXT)
     context = options.context or trained_with
-    nats = nats_per_token(model, token_ids(model, path), context, batch_size=batch_size)
+    # Runs train on windows without it.
+    start = start_token(model) if run is None else None
+    ids = token_ids(model, path)
+    nats = nats_per_token(model, ids, context, batch_size=batch_size, start=start)
     return {f"{path.name} nats": nats, f"{path.name} perplexity": float(np.exp(nats))}
 
 

@@ -42,6 +42,8 @@ class Windows:
         batch_size: The number of windows in a batch; the last batch is padded with windows of
             weight 0.
         seed: Seed of the order; None keeps the order of the text.
+        start: The token that every window starts with, for models that expect one, see
+            `start_token`. Windows then do not overlap, and the text's first token is predicted too.
 
     Raises:
         InputError: The text is shorter than a window.
@@ -50,10 +52,23 @@ class Windows:
         >>> windows = Windows(np.arange(10), context=4, batch_size=2)
         >>> len(windows), windows(1)["input_ids"].tolist(), windows(1)["weights"].tolist()
         (2, [[6, 7, 8, 9], [6, 7, 8, 9]], [1.0, 0.0])
+        >>> Windows(np.arange(6), context=4, batch_size=2, start=9)(0)["input_ids"].tolist()
+        [[9, 0, 1, 2], [9, 3, 4, 5]]
     """
 
-    def __init__(self, ids: PlainTokens, context: int, batch_size: int, *, seed: int | None = None):
-        self._ids = np.asarray(ids, np.int32)
+    def __init__(
+        self,
+        ids: PlainTokens,
+        context: int,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        start: int | None = None,
+    ):
+        self._start = start
+        # A first token in front of the text leaves one of overlap, which the start replaces.
+        before = [] if start is None else [start]
+        self._ids = np.concatenate([np.asarray(before, np.int32), np.asarray(ids, np.int32)])
         if context < 2 or len(self._ids) < context:
             raise InputError(
                 f"a text of {len(self._ids)} tokens has no window of {context}; windows have at "
@@ -95,6 +110,8 @@ class Windows:
         weights[: len(rows)] = 1
         rows = np.resize(rows, self._batch_size)
         ids = self._ids[rows[:, None] * (self._context - 1) + np.arange(self._context)]
+        if self._start is not None:
+            ids[:, 0] = self._start
         return {"input_ids": ids, "attention_mask": np.ones(ids.shape, bool), "weights": weights}
 
 
@@ -178,6 +195,16 @@ def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> Token
     return np.array(out["input_ids"], np.int32)
 
 
+def start_token(model: Model) -> int | None:
+    """Returns the token that a model's texts start with, as its tokenizer says; None without one.
+
+    A model that was trained with one, such as Gemma, says little of use without it.
+    """
+    tokenizer = load_tokenizer(model.provenance.folder)
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+
+
 def check_context(model: Model, context: int) -> None:
     """Raises `InputError` if a model cannot read windows of this number of tokens."""
     if not getattr(model, "reads_prompts", True):
@@ -195,7 +222,12 @@ _LOGITS = 1 << 28
 
 @on_auto_axes
 def nats_per_token(
-    model: Model, ids: PlainTokens, context: int, *, batch_size: int | None = None
+    model: Model,
+    ids: PlainTokens,
+    context: int,
+    *,
+    batch_size: int | None = None,
+    start: int | None = None,
 ) -> float:
     """Returns the mean of -log p of each token given the tokens before it in its window.
 
@@ -205,6 +237,7 @@ def nats_per_token(
         context: The number of tokens of a window, see `Windows`.
         batch_size: The number of windows per batch; None for 32, or fewer if their logits would
             take more than 1 GiB.
+        start: The token that every window starts with, or None, see `start_token`.
 
     Returns:
         Nats per token; the exponential is the perplexity.
@@ -219,7 +252,7 @@ def nats_per_token(
     if batch_size is None:
         vocab = model.config.vocab_size
         batch_size = max(1, min(_BATCH, _LOGITS // (context * vocab)))
-    windows = Windows(ids, context, batch_size)
+    windows = Windows(ids, context, batch_size, start=start)
     totals: list[losses.Total] = []
     with show_progress("Evaluating", len(windows), first="compiling") as advance:
         for step in range(len(windows)):
