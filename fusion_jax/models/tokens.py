@@ -201,6 +201,15 @@ def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
 
 
 def sentences() -> list[str]:
-    """Returns the few dozen English sentences that come with the package."""
-    text = importlib.resources.files("fusion_jax").joinpath("models/sentences.txt")
+    """Returns the few dozen English sentences that come with the package, from old books."""
+    return _lines("models/sentences.txt")
+
+
+def everyday_sentences() -> list[str]:
+    """Returns the 195 everyday English sentences that come with the package, to calibrate on."""
+    return _lines("models/calibration.txt")
+
+
+def _lines(file: str) -> list[str]:
+    text = importlib.resources.files("fusion_jax").joinpath(file)
     return text.read_text(encoding="utf-8").splitlines()
