@@ -194,7 +194,8 @@ def hartigan_rounds(
     n = gram.shape[0]
     block = min(BLOCK, n)
     clusters, slots, square = indices(k), indices(block), jnp.diagonal(gram)
-    earlier = slots[:, None] < slots[None]
+    earlier = slots[:, None] < jnp.concatenate([slots, slots])[None]
+    side = jnp.repeat(jnp.array([-1, 1], gram.dtype), block)
 
     def round_(state: _Moves) -> _Moves:
         s = state.statistics
@@ -208,50 +209,48 @@ def hartigan_rounds(
         w, g, least_gain = weights[at], square[at], floor[at]
         a, b = state.labels[at], target[at]
         rows = w[:, None] * gram[at]
-        among = rows[:, at]
+        # Of both clusters of each move: what the other moves add to its mass and sums.
+        both, twice = jnp.concatenate([a, b]), jnp.concatenate([at, at])
+        joining = earlier & (b[:, None] == both[None])
+        leaving = earlier & (a[:, None] == both[None])
+        sums, mass, inner = s.sums[both, twice], s.mass[both], s.inner[both]
+        among = rows[:, twice]
 
-        def after(kept: Array, c: Array) -> tuple[Array, Array, Array]:
-            """Returns what is added to S_cx and m of a move's cluster by the kept moves before."""
-            before = earlier & kept[:, None]
-            sign = (before & (b[:, None] == c[None])).astype(w.dtype)
-            sign -= (before & (a[:, None] == c[None])).astype(w.dtype)
-            mass = s.mass[c] + (sign * w[:, None]).sum(0)
-            return sign, s.sums[c, at] + (sign * among).sum(0), mass
-
-        def evaluated(kept: Array) -> tuple[Array, Array, Array]:
-            """Returns whether moves gain after the kept ones before, and what they add to Q."""
-            from_sign, from_sum, from_mass = after(kept, a)
-            to_sign, to_sum, to_mass = after(kept, b)
-            from_added = w * (w * g - 2 * from_sum)
-            to_added = w * (w * g + 2 * to_sum)
-
-            def inner(sign: Array, c: Array) -> Array:
-                added = jnp.where(sign > 0, to_added[:, None], from_added[:, None])
-                return s.inner[c] + jnp.where(sign != 0, added, 0).sum(0)
-
-            from_mean, to_mean = from_sum / from_mass, to_sum / to_mass
-            distance = g - 2 * from_mean + inner(from_sign, a) / from_mass**2
-            most = g - 2 * to_mean + inner(to_sign, b) / to_mass**2
+        def evaluated(kept: Array) -> tuple[Array, Array]:
+            """Returns whether moves gain after the kept ones before, and what both add to Q."""
+            joins, leaves = joining & kept[:, None], leaving & kept[:, None]
+            sign = joins.astype(w.dtype) - leaves.astype(w.dtype)
+            now_sums = sums + (sign * among).sum(0)
+            now_mass = mass + (sign * w[:, None]).sum(0)
+            added = (weights * weights * square)[twice] + 2 * side * weights[twice] * now_sums
+            by_leaving, by_joining = added[:block, None], added[block:, None]
+            change = jnp.where(joins, by_joining, 0) + jnp.where(leaves, by_leaving, 0)
+            mean = now_sums / now_mass
+            distance = square[twice] - 2 * mean + (inner + change.sum(0)) / now_mass**2
+            most = distance[block:]
             if distances:
-                most += distance_error(g, to_mean, distances=True)
-            gain = removal_gain(from_mass, w, distance) - to_mass * w / (to_mass + w) * most
+                most += distance_error(g, mean[block:], distances=True)
+            leave = removal_gain(now_mass[:block], w, distance[:block])
+            join = now_mass[block:] * w / (now_mass[block:] + w) * most
             # The first move was found to gain by all of S.
-            return (gain > least_gain) | (slots == 0), from_added, to_added
+            return (leave - join > least_gain) | (slots == 0), added
 
         kept = valid
         for _ in range(2):
             kept &= evaluated(kept)[0]
-        better, from_added, to_added = evaluated(kept)
+        better, added = evaluated(kept)
         kept &= slots < jnp.where(kept & ~better, slots, block).min()
 
         joins = (clusters[:, None] == b[None]) & kept[None]
         leaves = (clusters[:, None] == a[None]) & kept[None]
         sign = joins.astype(w.dtype) - leaves.astype(w.dtype)
-        added = jnp.where(joins, to_added[None], 0) + jnp.where(leaves, from_added[None], 0)
+        change = jnp.where(joins, added[None, block:], 0) + jnp.where(
+            leaves, added[None, :block], 0
+        )
         moved = Statistics(
             s.sums + jnp.matmul(sign, rows, precision="highest"),
             s.mass + (sign * w[None]).sum(1),
-            s.inner + added.sum(1),
+            s.inner + change.sum(1),
         )
         labels = state.labels.at[jnp.where(kept, at, n)].set(b, mode="drop")
         count = kept.sum(dtype=jnp.int32)
