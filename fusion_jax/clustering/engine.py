@@ -12,7 +12,7 @@ is computed again from differences of coordinates. This is slower and has no suc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -159,7 +159,11 @@ def kmeans(
     def run(options: _Options) -> KMeansResult:
         # Under a caller's jit, a program of our own would only keep what was traced for every k.
         traced = isinstance(points, Tracer)
-        solve = partial(_kmeans, options, None) if traced else _program(options, _mesh_of(points))
+        if traced:
+            solve = partial(_kmeans, options, None)
+        else:
+            platform = next(iter(points.devices())).platform
+            solve = _program(options, _mesh_of(points), platform)
         return solve(points, weights, centroids, key, *limits)
 
     result = run(options)
@@ -272,9 +276,26 @@ class _Options(NamedTuple):
 
 
 @few_programs
-def _program(options: _Options, mesh: Mesh | None) -> Callable[..., KMeansResult]:
+def _program(options: _Options, mesh: Mesh | None, platform: str) -> Callable[..., KMeansResult]:
     """Returns the compiled k-means for some options."""
-    return jax.jit(partial(_kmeans, options, mesh))
+    return jax.jit(partial(_kmeans, options, mesh), compiler_options=_untuned(platform))
+
+
+@cache
+def _untuned(platform: str) -> dict[str, int | bool] | None:
+    """Returns compiler options with which a GPU's library chooses how products are computed.
+
+    XLA would compile and time tens of kernels for each product, which takes most of the seconds of
+    compiling. In float32 the library's are the fastest, and the same ones give the same bits.
+    """
+    if platform != "gpu":
+        return None
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    try:
+        jax.jit(lambda: jnp.int32(0), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA that has other options
+        return None
+    return options
 
 
 def _kmeans(
