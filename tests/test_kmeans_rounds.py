@@ -232,6 +232,7 @@ def test_kmeans_in_rounds_is_as_good(key, monkeypatch):
     assert abs(np.mean(ratios) - 1) < 0.01
 
 
+@pytest.mark.full(quick=1)
 @pytest.mark.parametrize("init", ["ward", "k-means++"])
 def test_vmap_equals_loop_in_rounds(init, key, in_rounds):
     kinds = ["normal", "clustered", "heavy tails", "line"]
