@@ -5,10 +5,10 @@ and best on a CPU; a GPU takes some 30 microseconds for each such step, whatever
 round merges all pairs of clusters that are each other's nearest, or moves up to 128 points. A round
 reads n^2 numbers once (Ward) or k n numbers (Hartigan), in some tens of kernels.
 
-Rounds of merges and of moves, with k = n / 4 (`python -m benchmarks.kmeans`, cases of rounds): 40 and
-23 for n = 3,072 points with the spectrum of real weights; 191 and 64 without structure and with
-heavy tails, where a few points near the mean are nearest to all others and merge one by one; for
-11,008 of these 595 and 111. The chain takes 3 n steps, and up to 128 in each round of moves.
+Rounds of merges and of moves, k = n / 4 (`python -m benchmarks.kmeans --case rounds`): 40 and 23
+for n = 3,072 points with the spectrum of real weights; 191 and 64 without structure and with heavy
+tails, where a few points near the mean are nearest to all others and merge one by one; for 11,008
+of these 595 and 111. The chain takes 3 n steps, and up to 128 in each round of moves.
 """
 
 from __future__ import annotations
