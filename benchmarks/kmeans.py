@@ -13,6 +13,10 @@
   the time of one matmul X X^T, the Gram matrix.
 - ``experts``: 16 MLPs of MiniLM's size by `fusion_jax.compress_mlp` in one call, under vmap, and in
   a call for each.
+- ``rounds``: what bounds the time on a GPU, counted on any machine: steps one after another, one by
+  one and in rounds; the bytes that a round reads; its kernels, as XLA fuses them for this device;
+  and the size of the program, with its matrix products and sorts, for CPUs and for GPUs.
+- ``large-rounds``: the steps of llama's points; minutes on a CPU, only with ``--case``.
 
 Each case has a process of its own. Seconds are the median of some runs, without compilation, which
 is listed separately. Inertia is the fraction of the total sum of squares; it is computed here in
@@ -33,6 +37,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +54,8 @@ import numpy as np
 import fusion_jax as fj
 from benchmarks.common import finish, parser, peak_gib
 from fusion_jax.cli.demo import find_model
+from fusion_jax.clustering import gram as one_by_one
+from fusion_jax.clustering import rounds as in_rounds
 
 Row = dict[str, Any]
 Clustering = Callable[[np.ndarray, int, int], Any]
@@ -291,6 +298,107 @@ def experts(quick: bool) -> list[Row]:
     return made
 
 
+def kernels(f: Callable[..., Any], *args: Any) -> int:
+    """Returns the number of kernels in a step of the last loop of a function, about."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    assert text is not None
+    body = re.findall(r" while\(.*body=(%[\w.-]+)", text.split("\nENTRY ")[1])[-1]
+    step = text.split(f"\n{body} (", 1)[1].split("\n}", 1)[0]
+    # XLA for CPUs splits a reduction into two, the first of them a reduce-window.
+    free = "parameter|constant|tuple|get-tuple-element|bitcast|iota|reduce-window"
+    step = re.sub(r"(?m)^.*%wrapped_reduce-window\S* = .*$", "", step)
+    return len(re.findall(rf"(?m)^  (?:ROOT )?%\S+ = .*? (?!(?:{free})\()[a-z-]+\(", step))
+
+
+def steps(problem: str, points: np.ndarray) -> list[Row]:
+    """Returns how many steps the two ways take, and what they give."""
+    x = jnp.asarray(points - points.mean(0))
+    n, k = len(x), len(x) // 4
+    w, limit = jnp.ones(n), jnp.int32(300)
+    x /= jnp.abs(x).max()
+    gram = jax.block_until_ready(jax.jit(lambda x: jnp.matmul(x, x.T, precision="highest"))(x))
+    del x
+    chain = jax.jit(partial(one_by_one.ward_start, k=k))(gram, w)
+    merges = jax.jit(partial(in_rounds.ward_merges, k=k))(gram, w)
+    labels = jax.jit(partial(one_by_one.cut, k=k))(
+        merges.into, jnp.arange(n, dtype=jnp.int32), merges.heights
+    )
+    same = len(set(zip(chain.tolist(), labels.tolist(), strict=True))) == k
+    single = jax.jit(partial(one_by_one.hartigan, k=k))(gram, w, chain, max_rounds=limit)
+    moved, rounds = jax.jit(partial(in_rounds.hartigan_rounds, k=k))(
+        gram, w, labels, max_rounds=limit
+    )
+    total = jnp.trace(gram)
+    small = jnp.eye(512), jnp.ones(512)
+    few = jnp.arange(512, dtype=jnp.int32) % 128
+    return [
+        {
+            "problem": problem,
+            "method": "one by one",
+            "merge_steps": 3 * n,
+            "moves": int(single.steps),
+            "inertia": float(single.objective / total),
+            "converged": bool(single.converged),
+        },
+        {
+            "problem": problem,
+            "method": "in rounds",
+            "merge_steps": int(merges.rounds),
+            "merge_bytes": 4 * n * n,
+            "merge_kernels": kernels(partial(in_rounds.ward_merges, k=128), *small),
+            "same_merges": same,
+            "moves": int(moved.steps),
+            "move_steps": int(rounds),
+            "move_bytes": 4 * k * n,
+            "move_kernels": kernels(
+                partial(in_rounds.hartigan, k=128, max_rounds=limit), *small, few
+            ),
+            "inertia": float(moved.objective / total),
+            "converged": bool(moved.converged),
+        },
+    ]
+
+
+def program(quick: bool) -> list[Row]:
+    """Returns the sizes of the programs of a clustering, which need no GPU to be made."""
+    n, d = (192, 97) if quick else (3072, 1537)
+    shapes = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.random.key(0)
+    rows = []
+    for platform in ("cpu", "cuda"):
+        run = jax.jit(lambda x, key: fj.kmeans(x, n // 4, key=key))
+        lowered = run.trace(*shapes).lower(lowering_platforms=(platform,))
+        text = lowered.as_text()
+        row = {
+            "problem": "rounds, program",
+            "method": platform,
+            "lines": text.count("\n"),
+            "products": text.count("stablehlo.dot_general"),
+            "sorts": text.count("stablehlo.sort"),
+        }
+        if platform == jax.default_backend():
+            # Of all threads, which other load on the machine changes less.
+            start = time.process_time()
+            lowered.compile()
+            row["compile_cpu_seconds"] = time.process_time() - start
+        rows.append(row)
+    return rows
+
+
+def counts(quick: bool) -> list[Row]:
+    n, d = (192, 97) if quick else (3072, 1537)
+    points = heavy_tailed(n, d, spread=0.14) * np.arange(1, d + 1, dtype=np.float32) ** -0.42
+    return [
+        *steps("rounds, roberta-base", points),
+        *steps("rounds, heavy-tailed", heavy_tailed(n, d)),
+        *program(quick),
+    ]
+
+
+def counts_of_llama(quick: bool) -> list[Row]:
+    n, d = (344, 384) if quick else (11008, 12288)
+    return steps("large-rounds, llama", heavy_tailed(n, d))
+
+
 CASES: dict[str, Callable[[bool], list[Row]]] = {
     "minilm": minilm,
     "roberta-base": roberta_base,
@@ -298,6 +406,8 @@ CASES: dict[str, Callable[[bool], list[Row]]] = {
     "heavy-tailed": unstructured,
     "llama": llama,
     "experts": experts,
+    "rounds": counts,
+    "large-rounds": counts_of_llama,
 }
 
 LIMITS = {
@@ -356,7 +466,8 @@ def main() -> int:
         kept = json.loads(options.json.read_text())["rows"]
         rows = [row for row in kept if not row["problem"].startswith(options.case)]
     # The quick run needs no real model.
-    every = [case for case in CASES if not (options.quick and case in ("minilm", "joined"))]
+    left_out = ("minilm", "joined") if options.quick else ("large-rounds",)
+    every = [case for case in CASES if case not in left_out]
     for case in [options.case] if options.case else every:
         command = [sys.executable, "-m", "benchmarks.kmeans", "--measure", "--case", case]
         command += ["--quick"] * options.quick

@@ -288,6 +288,16 @@ def test_points_of_weight_zero_do_not_count(key, init, refine):
     np.testing.assert_allclose(r.inertia, inertia(x, r.labels, w), rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [K + 1, N // 2])
+def test_most_points_may_have_weight_zero(count, key):
+    x, w = cloud(), jnp.zeros(N).at[:count].set(1)
+    r = kmeans(x, K, key=key, weights=w)
+    assert sorted(set(r.labels.tolist())) == list(range(K))
+    assert (r.sizes > 0).all()
+    alone = kmeans(x[:count], K, key=key)
+    np.testing.assert_allclose(r.inertia, alone.inertia, rtol=0.05)
+
+
 @pytest.mark.parametrize("weight", [1e37, 1e-37])
 def test_equal_weights_of_any_size_change_nothing(weight, key):
     x = 100 * cloud()

@@ -12,8 +12,8 @@ is computed again from differences of coordinates. This is slower and has no suc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.clustering import gram as gram_space
 from fusion_jax.clustering import points as point_space
+from fusion_jax.clustering import rounds as gram_rounds
 from fusion_jax.clustering.labels import (
     Refinement,
     draw_distinct,
@@ -46,6 +47,11 @@ GRAM_BYTES = 4 * 2**30
 _NOISE = 400
 """Below this times `eps`, a share of inertia inside clusters is too near to the errors of distances
 from inner products: they may be some percent of it."""
+
+
+_IN_ROUNDS: bool | None = None
+"""Whether Ward's merges and Hartigan's moves are made in rounds, or one by one; None for one by one
+on CPUs only. Tests set it."""
 
 
 class KMeansResult(NamedTuple):
@@ -144,7 +150,8 @@ def kmeans(
         )
     if start in ("ward", "centroids"):
         n_init = 1
-    options = _Options(k, start, refine, n_init, fits, exact=False)
+    positive = weights is None or _all_positive(weights, points)
+    options = _Options(k, start, refine, n_init, fits, positive, _IN_ROUNDS, exact=False)
     if weights is None:
         weights = jnp.ones(points.shape[0], wide_dtype(points))
     limits = jnp.int32(max_iters), jnp.asarray(tol, wide_dtype(points))
@@ -152,7 +159,11 @@ def kmeans(
     def run(options: _Options) -> KMeansResult:
         # Under a caller's jit, a program of our own would only keep what was traced for every k.
         traced = isinstance(points, Tracer)
-        solve = partial(_kmeans, options, None) if traced else _program(options, _mesh_of(points))
+        if traced:
+            solve = partial(_kmeans, options, None)
+        else:
+            platform = next(iter(points.devices())).platform
+            solve = _program(options, _mesh_of(points), platform)
         return solve(points, weights, centroids, key, *limits)
 
     result = run(options)
@@ -238,6 +249,12 @@ def _check(
             )
 
 
+def _all_positive(weights: Array, points: Array) -> bool:
+    """Returns whether no weight can be zero where the clusters are computed."""
+    least = jnp.finfo(wide_dtype(points)).tiny
+    return not isinstance(weights, Tracer) and bool((np.asarray(weights) >= least).all())
+
+
 def _mesh_of(points: Array) -> Mesh | None:
     """Returns the mesh that points are split over, or None."""
     sharding = None if isinstance(points, Tracer) else points.sharding
@@ -253,13 +270,32 @@ class _Options(NamedTuple):
     refine: str
     n_init: int
     gram: bool
+    positive: bool  # all weights are
+    in_rounds: bool | None
     exact: bool
 
 
 @few_programs
-def _program(options: _Options, mesh: Mesh | None) -> Callable[..., KMeansResult]:
+def _program(options: _Options, mesh: Mesh | None, platform: str) -> Callable[..., KMeansResult]:
     """Returns the compiled k-means for some options."""
-    return jax.jit(partial(_kmeans, options, mesh))
+    return jax.jit(partial(_kmeans, options, mesh), compiler_options=_untuned(platform))
+
+
+@cache
+def _untuned(platform: str) -> dict[str, int | bool] | None:
+    """Returns compiler options with which a GPU's library chooses how products are computed.
+
+    XLA would compile and time tens of kernels for each product, which takes most of the seconds of
+    compiling. In float32 the library's are the fastest, and the same ones give the same bits.
+    """
+    if platform != "gpu":
+        return None
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    try:
+        jax.jit(lambda: jnp.int32(0), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA that has other options
+        return None
+    return options
 
 
 def _kmeans(
@@ -300,9 +336,22 @@ def _kmeans(
         by_differences = point_space.differences_from
         distances_from = by_differences if options.exact else point_space.distances_from
 
+    def by_device(
+        one_by_one: Callable[..., Any],
+        in_rounds: Callable[..., Any],
+        *arrays: Array,
+        **limit: Array,
+    ) -> Any:
+        """Returns what the function gives that is faster where the program will run."""
+        same = {"k": k, "distances": options.exact, **limit}
+        cpu, other = partial(one_by_one, **same), partial(in_rounds, **same)
+        if options.in_rounds is None:
+            return lax.platform_dependent(*arrays, cpu=cpu, default=other)
+        return (other if options.in_rounds else cpu)(*arrays)
+
     def start(key: Array) -> Array:
         if options.start == "ward":
-            return gram_space.ward_start(x, unit_weights, k, distances=options.exact)
+            return by_device(gram_space.ward_start, gram_rounds.ward_start, x, unit_weights)
         if options.start == "k-means++":
             return plus_plus(partial(distances_from, x), unit_weights, k, key)
         if options.start == "random":
@@ -319,29 +368,35 @@ def _kmeans(
             refined = lloyd(x, unit_weights, labels, k, max_iters, tol)
             labels = refined.labels
         if options.refine == "hartigan":
-            moved = gram_space.hartigan(
-                x, unit_weights, labels, k, max_iters, distances=options.exact
-            )
+            functions = gram_space.hartigan, gram_rounds.hartigan
+            moved = by_device(*functions, x, unit_weights, labels, max_rounds=max_iters)
             iterations = jnp.int32(0) if refined is None else refined.steps
             moves, refined = moved.steps, moved._replace(steps=iterations)
         assert refined is not None
         return refined, moves
 
-    # A batch takes as long as its slowest start: worth it on accelerators, not on CPUs.
-    batch = None if jax.default_backend() == "cpu" else options.n_init
-    refined, moves = lax.map(from_start, jax.random.split(key, options.n_init), batch_size=batch)
-    best = jnp.argmin(refined.objective)
-    labels = lax.cond(
-        (unit_weights > 0).all(),
-        lambda labels: labels,
-        # Points of weight zero have no part in the objective: they go to the nearest centroid.
-        lambda labels: jnp.where(
-            unit_weights > 0,
+    keys = jax.random.split(key, options.n_init)
+    if options.n_init == 1:  # nothing to choose from: the objective is not computed
+        refined, moves = from_start(keys[0])
+    else:
+        # A batch takes as long as its slowest start: worth it on accelerators, not on CPUs.
+        batch = None if jax.default_backend() == "cpu" else options.n_init
+        starts = lax.map(from_start, keys, batch_size=batch)
+        best = jnp.argmin(starts[0].objective)
+        refined, moves = jax.tree.map(lambda x: x[best], starts)
+    labels = refined.labels
+    if not options.positive:
+        labels = lax.cond(
+            (unit_weights > 0).all(),
+            lambda labels: labels,
+            # Points of weight zero have no part in the objective: they go to the nearest centroid.
+            lambda labels: jnp.where(
+                unit_weights > 0,
+                labels,
+                nearest(unit, point_space.means(unit, unit_weights, labels, k)[0])[0],
+            ),
             labels,
-            nearest(unit, point_space.means(unit, unit_weights, labels, k)[0])[0],
-        ),
-        refined.labels[best],
-    )
+        )
     labels = _numbered_by_first(labels, order, k)
 
     centroids, sizes, squares = _measured(points, weights, labels, k)
@@ -349,15 +404,15 @@ def _kmeans(
     inertia, total = ((weights / weights.max() * s).sum() for s in (squares, squares_of_one))
     # Times 0, so that points with NaN, which cannot be refused under jit, give NaN.
     fraction = jnp.where(total > 0, inertia / jnp.where(total > 0, total, 1), 0 * total)
-    converged = refined.converged[best]
+    converged = refined.converged
     return KMeansResult(
         labels=jnp.zeros_like(labels).at[order].set(labels),
         centroids=centroids * scale,
         sizes=sizes,
         inertia=(squares * scale * weights * scale).sum(),
         inertia_fraction=fraction,
-        iterations=refined.steps[best],
-        moves=moves[best],
+        iterations=refined.steps,
+        moves=moves,
         converged=converged if options.exact else converged & ~_unclear(fraction),
     )
 
@@ -404,7 +459,9 @@ def _normalizer(x: Array, w: Array) -> Callable[[Array], Array]:
         return jnp.where(largest > 0, largest, 1)
 
     first = divisor(x)
-    mean = (w / w.sum()) @ (x / first)
+    mean = lax.platform_dependent(
+        w / w.sum(), x / first, cpu=jnp.matmul, default=lambda w, x: (w[:, None] * x).sum(0)
+    )
     second = divisor(x / first - mean[None])
     return lambda x: (x / first - mean[None]) / second
 
@@ -412,5 +469,5 @@ def _normalizer(x: Array, w: Array) -> Callable[[Array], Array]:
 def _numbered_by_first(labels: Array, order: Array, k: int) -> Array:
     """Renumbers the clusters by their first members in the original order of the points."""
     first = jax.ops.segment_min(order, labels, k)
-    rank = jnp.zeros(k, labels.dtype).at[jnp.argsort(first)].set(indices(k))
+    rank = (first[None] < first[:, None]).sum(1, dtype=labels.dtype)
     return rank[labels]

@@ -16,6 +16,8 @@ What was tried for the two sequential parts, at n = 3,072 and k = 768 on two cor
 - Hartigan: one point after another over all points, 0.8 to 1.8 s; batches of moves between disjoint
   clusters, accepted when the objective falls, 0.2 to 0.5 s; blocks of the most promising points,
   moved exactly one after another and applied to S together, 0.07 to 0.09 s (used).
+
+That is for CPUs. Where few large steps are better than many small ones, see `clustering.rounds`.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def statistics(gram: Gram, weights: Weights, labels: ClusterLabels, k: int) -> S
     )
 
 
-def _objective(gram: Array, weights: Array, s: Statistics) -> Array:
+def objective(gram: Gram, weights: Weights, s: Statistics) -> Float[Array, ""]:
+    """Returns the weighted sum of squared distances from the points to their clusters' means."""
     return (jnp.diagonal(gram) * weights).sum() - (s.inner / s.mass).sum()
 
 
@@ -123,7 +126,7 @@ def ward_start(gram: Gram, weights: Weights, k: int, *, distances: bool = False)
         merged = s.mass[a] + s.mass[b]
         joint = (
             s.square[a] * s.mass[a] ** 2 + s.square[b] * s.mass[b] ** 2 + 2 * inner[before]
-        ) / jnp.maximum(merged, jnp.finfo(row.dtype).tiny) ** 2
+        ) / jnp.maximum(merged**2, jnp.finfo(row.dtype).tiny)
         is_a, is_b = points == a, points == b
         number = jnp.where(merge, s.merges, n)  # out of range: dropped
         next_link = jnp.where(push, length, n)
@@ -169,8 +172,27 @@ def ward_start(gram: Gram, weights: Weights, k: int, *, distances: bool = False)
     # A fixed number of steps: under vmap, a stopping condition for each problem would copy S in
     # every step.
     end = lax.fori_loop(0, 3 * n, step, start)
-    cheapest = jnp.argsort(end.heights)[: n - k]
-    parent = points.at[end.loses[cheapest]].set(end.keeps[cheapest])
+    return cut(end.keeps, end.loses, end.heights, k)
+
+
+def cut(
+    keeps: Int[Array, " n"], loses: Int[Array, " n"], heights: Float[Array, " n"], k: int
+) -> ClusterLabels:
+    """Returns the labels after the n - k cheapest merges.
+
+    Args:
+        keeps: The cluster that each merge makes larger, by the number of one of its points.
+        loses: The cluster that becomes part of it; each does so at most once.
+        heights: The costs of the merges; infinite for none.
+        k: The number of clusters.
+
+    Returns:
+        The labels.
+    """
+    n = heights.shape[0]
+    points = indices(n)
+    cheapest = jnp.argsort(heights)[: n - k]
+    parent = points.at[loses[cheapest]].set(keeps[cheapest])
     parent = lax.fori_loop(0, n.bit_length(), lambda _, p: p[p], parent)
     number = jnp.cumsum(parent == points, dtype=jnp.int32) - 1
     return number[parent]
@@ -216,10 +238,53 @@ def lloyd(
 
     def evaluate(labels: Array) -> tuple[Statistics, Array]:
         s = statistics(gram, weights, labels, k)
-        return s, _objective(gram, weights, s)
+        return s, objective(gram, weights, s)
 
     labels = refilled(labels, weights, jnp.zeros_like(square), k)
     return lloyd_iterations(assign, evaluate, labels, max_iters, tol)
+
+
+def distance_error(square: Array, product: Array, *, distances: bool) -> Array:
+    """Returns the rounding error of a distance, given a product with a mean.
+
+    Gains below it do not count: they would move points forever.
+    """
+    return 16 * jnp.finfo(square.dtype).eps * (-2 * product if distances else square)
+
+
+def removal_gain(mass: Array, w: Array, distance: Array) -> Array:
+    """Returns the gain of leaving a cluster; a cluster's last point may not leave."""
+    left = mass - w
+    alone = left <= 1e-6 * w
+    return jnp.where(alone, -jnp.inf, mass * w / jnp.where(alone, 1, left) * distance)
+
+
+def move_costs(
+    gram: Gram, weights: Weights, labels: ClusterLabels, s: Statistics, *, distances: bool
+) -> tuple[Float[Array, " n"], Float[Array, "k n"], Float[Array, " n"]]:
+    """Returns what each move of one point changes.
+
+    Args:
+        gram: The Gram matrix.
+        weights: The weights.
+        labels: The labels.
+        s: Their statistics.
+        distances: Whether ``gram`` is minus half the squared distances.
+
+    Returns:
+        What each point gains by leaving its cluster, what it costs in each cluster (infinite in its
+        own), and what the difference of the two must exceed, which is its rounding error.
+    """
+    square, points, clusters = jnp.diagonal(gram), indices(gram.shape[0]), indices(len(s.mass))
+    own_mass = s.mass[labels]
+    own = s.sums[labels, points] / own_mass
+    leave = removal_gain(own_mass, weights, square - 2 * own + s.inner[labels] / own_mass**2)
+    to_means = (s.inner / s.mass**2)[:, None] - s.sums * (2 / s.mass)[:, None] + square[None]
+    if distances:
+        to_means += distance_error(square[None], s.sums / s.mass[:, None], distances=True)
+    cost = to_means * (s.mass[:, None] / (s.mass[:, None] + weights[None])) * weights[None]
+    cost = jnp.where(clusters[:, None] == labels[None], jnp.inf, cost)
+    return leave, cost, distance_error(square, own, distances=distances) * weights
 
 
 def hartigan(
@@ -256,37 +321,12 @@ def hartigan(
     """
     n = gram.shape[0]
     block = min(_BLOCK, n)
-    points, clusters = indices(n), indices(k)
-    square = jnp.diagonal(gram)
-
-    def error(square: Array, product: Array) -> Array:
-        """Returns the rounding error of a distance, given a product with a mean.
-
-        Gains below it do not count: they would move points forever.
-        """
-        return 16 * jnp.finfo(gram.dtype).eps * (-2 * product if distances else square)
-
-    def removal(mass: Array, w: Array, distance: Array) -> Array:
-        """Returns the gain of leaving a cluster; a cluster's last point may not leave."""
-        left = mass - w
-        alone = left <= 1e-6 * w
-        return jnp.where(alone, -jnp.inf, mass * w / jnp.where(alone, 1, left) * distance)
-
-    def gains(labels: Array, s: Statistics) -> tuple[Array, Array]:
-        own_mass = s.mass[labels]
-        own = s.sums[labels, points] / own_mass
-        leave = removal(own_mass, weights, square - 2 * own + s.inner[labels] / own_mass**2)
-        to_means = (s.inner / s.mass**2)[:, None] - s.sums * (2 / s.mass)[:, None] + square[None]
-        if distances:
-            to_means += error(square[None], s.sums / s.mass[:, None])
-        cost = to_means * (s.mass[:, None] / (s.mass[:, None] + weights[None])) * weights[None]
-        join = jnp.where(clusters[:, None] == labels[None], jnp.inf, cost).min(0)
-        floor = error(square, own) * weights
-        return leave - join - floor, floor
+    clusters, square = indices(k), jnp.diagonal(gram)
 
     def round_(state: tuple) -> tuple:
         labels, s, rounds, moves, _ = state
-        gain, floor = gains(labels, s)
+        leave, costs, floor = move_costs(gram, weights, labels, s, distances=distances)
+        gain = leave - costs.min(0) - floor
         ranked, chosen = lax.top_k(gain, block)
         chosen = chosen.astype(jnp.int32)
         rows = weights[chosen][:, None] * gram[chosen]
@@ -301,10 +341,12 @@ def hartigan(
             change = jnp.where(now != start, among[:, t], 0)
             column = sums[t] + jnp.zeros(k, sums.dtype).at[now].add(change).at[start].add(-change)
             distance = g[t] - 2 * column / mass + inner / mass**2
-            most = distance + error(g[t], column / mass) if distances else distance
+            most = distance
+            if distances:
+                most += distance_error(g[t], column / mass, distances=True)
             cost = jnp.where(clusters == a, jnp.inf, mass * w[t] / (mass + w[t]) * most)
             join, b = first_min(cost)
-            better = removal(mass[a], w[t], distance[a]) - join > least_gain[t]
+            better = removal_gain(mass[a], w[t], distance[a]) - join > least_gain[t]
             step = better.astype(mass.dtype) * (
                 (clusters == b).astype(mass.dtype) - (clusters == a).astype(mass.dtype)
             )
@@ -325,5 +367,5 @@ def hartigan(
     labels, s, _, moves, converged = lax.while_loop(
         lambda state: ~state[4] & (state[2] < max_rounds), round_, state
     )
-    value = _objective(gram, weights, statistics(gram, weights, labels, k))
+    value = objective(gram, weights, statistics(gram, weights, labels, k))
     return Refinement(labels, value, moves, converged)

@@ -46,8 +46,13 @@ def sum_by_label(x: Float[Array, " n *d"], labels: ClusterLabels, k: int) -> Flo
         return jax.ops.segment_sum(x, labels, k)
 
     def product(x: Array, labels: Array) -> Array:
-        one_hot = (labels[None] == indices(k)[:, None]).astype(x.dtype)
-        return jnp.tensordot(one_hot, x, 1, precision="highest")
+        one_hot = labels[None] == indices(k)[:, None]
+        # Products are tuned when they are compiled, a second for each: few programs have many.
+        if x.ndim == 1:
+            return jnp.where(one_hot, x[None], 0).sum(1)
+        if k == 1:
+            return jnp.where(one_hot[0][:, None], x, 0).sum(0)[None]
+        return jnp.tensordot(one_hot.astype(x.dtype), x, 1, precision="highest")
 
     # A scatter is fast on a CPU; on accelerators it is slow, and its order of sums varies.
     return lax.platform_dependent(x, labels, cpu=scatter, default=product)
