@@ -328,15 +328,18 @@ def logits_of(
     placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
     found: dict[int, np.ndarray] = {}
+    outs: list[Array] = []
     count = len(batches)
     with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
         for step in range(count):
             out = _forward(model, placement.batch(batches(step)))
-            out = placement.gathered({"logits": out})["logits"]
-            for i, row in zip(batches.rows(step).tolist(), np.asarray(out), strict=False):
-                row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
-                found[i] = row.astype(np.float32)
+            outs.append(placement.gathered({"logits": out})["logits"])
             advance("batches")
+    # Only now, so that the device does not wait for the host between batches.
+    for step, out in enumerate(jax.device_get(outs)):
+        for i, row in zip(batches.rows(step).tolist(), out, strict=False):
+            row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
+            found[i] = row.astype(np.float32)
     logits = [found[i] for i in range(len(found))]
     for name, row in zip(examples.names, logits, strict=True):
         check_finite(row, f"{name}: the logits")
