@@ -142,14 +142,13 @@ def measure(
         fits = fit_many(models, data, config, keys=keys, recipe=recipe, progress=False)
     else:
         (model,), (teacher,), (key,) = models, dense, keys
+        # Where runs train together, none has checkpoints.
+        tuning, run = (None, None) if arguments.together else (folder / "tune", folder / "run")
         if first.tuned:
-            made = fj.tune(
-                model, teacher, data, once, key=key, folder=folder / "tune", progress=False
-            )
+            made = fj.tune(model, teacher, data, once, key=key, folder=tuning, progress=False)
             if not made.finished:
                 raise KeyboardInterrupt
             model = made.model
-        run = folder / "run"
         fits = [
             fj.finetune(model, data, config, key=key, folder=run, recipe=recipe, progress=False)
         ]

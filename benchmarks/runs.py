@@ -149,6 +149,7 @@ def run_all(
         command = [sys.executable, "-m", module, *sys.argv[1:]]
         command += ["--runs", str(options.runs), "--budget", str(seconds)]
         command += ["--cell", json.dumps([asdict(cell) for cell in cells])]
+        command += ["--together" if options.together else "--no-together"]
         return subprocess.run(command, stdout=subprocess.PIPE, env=theirs)
 
     with ThreadPoolExecutor(options.workers) as workers:
