@@ -13,6 +13,7 @@ from fusion_jax.training import Examples, Prepared, Recipe, fit, fit_many, losse
 from fusion_jax.training.engine import trainer
 from fusion_jax.training.engine.batches import Batches
 from fusion_jax.training.engine.joint import check_alike, fit_jointly
+from fusion_jax.training.tasks.classification import TextEncoder
 from tests import glue
 from tests.helpers import TRAIN_CONFIG, OneBatch, flat
 
@@ -193,6 +194,28 @@ def test_fit_looks_at_losses_rarely_and_has_the_next_batch_then(monkeypatch):
     config = dataclasses.replace(CONFIG, max_steps=9)
     fit(Words(), Watched(), loss, config, key=KEYS[0])
     assert events == [0, 1, 2, 3, "look", 4, 5, 6, "look", 7, 8, "look"]
+
+
+def test_texts_are_tokenized_once_for_all_models(tmp_path, monkeypatch):
+    folder = glue.checkpoint(tmp_path / "model")
+    data = fj.load_task("sst2", glue.sst2(tmp_path / "SST-2"))
+    model = fj.load(folder, head="classification", num_labels=2, key=KEYS[0])
+    calls, encode = [], TextEncoder.__call__
+
+    def counted(self, texts):
+        calls.append(self.max_length)
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", counted)
+    config = dataclasses.replace(TRAIN_CONFIG, max_length=24)
+    first, second = (data.prepare(model, config, key=key).batches for key in KEYS[:2])
+    assert calls == [24, 24]  # train and dev
+    assert not np.array_equal(first.rows(0), second.rows(0))
+    inputs = data.inputs(model, config, key=KEYS[0])
+    assert "labels" in first(0) and "labels" not in inputs(0) and len(calls) == 2
+    data.prepare(model, dataclasses.replace(config, max_length=22), key=KEYS[0])
+    assert calls == [24, 24, 22, 22]
+    assert dataclasses.replace(data, dev={}).prepare(model, config, key=KEYS[0]).evaluate is None
 
 
 @pytest.mark.full

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +99,6 @@ class Classification:
     spec: TaskSpec
     train: Texts
     dev: Mapping[str, Texts]
-    _examples: dict[Hashable, Examples] = field(default_factory=dict, init=False, repr=False)
 
     def prepare(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Prepared:
         """Returns what training needs, see `fusion_jax.training.Task`."""
@@ -130,6 +130,10 @@ class Classification:
         encoder = TextEncoder(model, config.max_length, config.truncate)
         examples = self._tokenized("", encoder, self.train)
         return encoder.shuffled(examples._replace(labels=None), config, key)
+
+    @cached_property
+    def _examples(self) -> dict[Hashable, Examples]:
+        return {}
 
     def _tokenized(self, name: str, encoder: TextEncoder, texts: Texts) -> Examples:
         """Returns tokenized texts; tokenizes them once for all models with one tokenizer."""
