@@ -154,6 +154,11 @@ def test_runs_that_do_not_fit_together_are_refused():
         fit_many([], task, CONFIG, keys=[])
     with pytest.raises(fj.InputError, match=r"recipe\.save does not apply"):
         fit_many(models, task, CONFIG, keys=KEYS[:2], recipe=Recipe(save=fj.save))
+    with (
+        jax.set_mesh(jax.make_mesh((1,), ("data",))),
+        pytest.raises(fj.InputError, match="leave the mesh out"),
+    ):
+        fit_many(models, task, CONFIG, keys=KEYS[:2])
     sources = [OneBatch({"x": np.zeros((2, n))}) for n in (3, 4)]
     with pytest.raises(fj.InputError, match=r"at step 1, run 0 has .*\(2, 3\).* run 1 .*\(2, 4\)"):
         fit_jointly(models, sources, [loss, loss], CONFIG, keys=KEYS[:2])
