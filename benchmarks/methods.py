@@ -14,7 +14,8 @@ its own loss and settings.
         [--json FILE] [--figure FILE]
 
 Each run has its own process and is added to FILE when it ends; the same command resumes. With
-several workers, times are those of a shared machine.
+several workers, times are those of a shared machine. On an accelerator, the seeds of methods that
+only fine-tune train in one program (--no-together: one after another, as on a CPU).
 
 Kernels are with respect to each model's own parameters in these MLPs. For chains and products of
 two matrices these are the factors: training factors is not the same as training the matrix, so that
@@ -46,7 +47,7 @@ import fusion_jax as fj
 import ntk
 from benchmarks.common import parser, peak_gib, pyplot, show
 from benchmarks.quality import relative
-from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_one
+from benchmarks.runs import OutOfTimeError, add_options, run_all, run_folder, run_here
 from fusion_jax.checkpoint.masks import save_masks
 from fusion_jax.cli.demo import find_model
 from fusion_jax.compression.matrices import select_matrices
@@ -59,6 +60,7 @@ from fusion_jax.training import (
     Classification,
     Recipe,
     Texts,
+    fit_many,
     importance_by_removal,
     lightweight,
     lottery,
@@ -325,13 +327,17 @@ BEGUN: dict[str, Callable[[Run], Any]] = {
 change in training, models of the final shapes."""
 
 
+PLAIN: dict[str, Callable[[Run], Any]] = {
+    "dense": lambda run: run.model,
+    **COMPRESSED,
+    "lottery ticket": _lottery,
+    "mpo, full": _chains,
+    "mpo, full, lightweight": lambda run: lightweight(_chains(run)),
+    "mpo, lightweight": lambda run: lightweight(COMPRESSED["mpo"](run)),
+}
+"""Models that are then fine-tuned and nothing else, by method."""
 TRAINED: dict[str, Callable[[Run], tuple[Any, Any]]] = {
-    "dense": _fit(lambda run: run.model),
-    **{name: _fit(make) for name, make in COMPRESSED.items()},
-    "lottery ticket": _fit(_lottery),
-    "mpo, full": _fit(_chains),
-    "mpo, full, lightweight": _fit(lambda run: lightweight(_chains(run))),
-    "mpo, lightweight": _fit(lambda run: lightweight(COMPRESSED["mpo"](run))),
+    **{name: _fit(make) for name, make in PLAIN.items()},
     "mpo, squeezed": _squeezed,
     "overparam, static": partial(_overparameterized, dynamic=False),
     "overparam, dynamic": partial(_overparameterized, dynamic=True),
@@ -414,18 +420,39 @@ def errors(cell: Cell, run: Run, made: Any) -> dict[str, float]:
 
 
 def measure(
-    cell: Cell, data: Classification, config: fj.TrainConfig, _: Path, end: float
-) -> dict[str, Any]:
-    """Runs a cell."""
-    key = jax.random.key(cell.seed)
-    labels = data.spec.num_labels
-    model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
-    run = Run(model, data, config, key, end)
-    if not cell.task:
-        return {**asdict(cell), **facts(cell, run)}
+    cells: list[Cell], data: Classification, config: fj.TrainConfig, _: Path, end: float
+) -> list[dict[str, Any]]:
+    """Runs a cell, or the seeds of a method in one program."""
+    runs, labels = [], data.spec.num_labels
+    for cell in cells:
+        key = jax.random.key(cell.seed)
+        model = fj.load(find_model(), head="classification", num_labels=labels, key=key)
+        runs.append(Run(model, data, config, key, end))
+    if not cells[0].task:
+        return [{**asdict(cells[0]), **facts(cells[0], runs[0])}]
     start = time.perf_counter()
-    made, last = TRAINED[cell.method](run)
-    metric = data.spec.metrics[0]
+    if len(cells) == 1:
+        found = [TRAINED[cells[0].method](runs[0])]
+    else:
+        fits = fit_many(
+            [PLAIN[cells[0].method](run) for run in runs],
+            data,
+            replace(config, eval_every=10**9),
+            keys=[run.key for run in runs],
+            recipe=Recipe(on_step=runs[0].watch),
+            progress=False,
+        )
+        found = [(fit.model, fit.history[-1]) for fit in fits]
+    seconds = (time.perf_counter() - start) / len(cells)
+    return [
+        {**scored(cell, run, *each), "seconds": seconds}
+        for cell, run, each in zip(cells, runs, found, strict=True)
+    ]
+
+
+def scored(cell: Cell, run: Run, made: Any, last: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a run with a task, but for its seconds."""
+    metric = run.data.spec.metrics[0]
     score = next(value for name, value in last.items() if name.endswith(metric))
     return {
         **asdict(cell),
@@ -434,7 +461,6 @@ def measure(
         "mlp_params": counted(made)[0],
         # Shows whether squeezing kept any cut.
         **({"cuts": last["cuts"]} if "cuts" in last else {}),
-        "seconds": time.perf_counter() - start,
         "peak_gib": peak_gib(),
     }
 
@@ -599,16 +625,25 @@ def main() -> int:
     if options.steps is not None:
         config = replace(config, epochs=100)
     if options.cell is not None:
-        cell = Cell(**json.loads(options.cell))
+        together = [Cell(**fields) for fields in json.loads(options.cell)]
+        cell = together[0]
         config = replace(config, max_steps=options.steps or STEPS[cell.task])
         data = fj.load_task(cell.task or "sst2", options.data)
         if options.quick:
             dev = {name: few(texts, 48) for name, texts in data.dev.items()}
             data = replace(data, train=few(data.train, 256), dev=dev)
-        return run_one(cell, partial(measure, cell, data, config), options)
+        return run_here(together, partial(measure, together, data, config), options)
     settings = {name: value for name, value in config.to_json().items() if value is not None}
     with run_folder(options):
-        rows = run_all(cells(options), settings, table, options)
+        rows = run_all(
+            cells(options),
+            settings,
+            table,
+            options,
+            group=lambda cell: (
+                (cell.method, cell.task) if cell.task and cell.method in PLAIN else None
+            ),
+        )
     for title, but in (("", ""), (" without fusion", "fusion")):
         if lines := agreement(rows, but=but):
             print(f"\nRank correlation of scores and errors{title}")

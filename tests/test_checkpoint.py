@@ -646,3 +646,13 @@ def test_a_file_that_gets_shorter_while_it_is_read(tmp_path):
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(fj.InputError, match="truncated"):
         found.read_into("x", np.zeros((4096, 1024), np.float32))
+
+
+def test_versions_of_a_copy_that_was_never_installed(monkeypatch):
+    def found(name):
+        if name == "fusion-jax":
+            raise files.PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(files, "version", found)
+    assert files.versions() == {"fusion_jax": "not installed", "jax": "1.2", "flax": "1.2"}

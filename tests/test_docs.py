@@ -57,6 +57,19 @@ def test_a_stale_table_is_found(monkeypatch):
     assert [page.name for page in tables.stale()] == ["results.md"]
 
 
+def test_the_papers_table_takes_what_is_there(monkeypatch):
+    """It is made on an accelerator, of as many seeds as the time allows."""
+    scores = {("dense", False, 0): 0.9, ("dense", False, 1): 0.92, ("fusion", True, 0): 0.875}
+    found = [
+        {"task": "sst2", "method": method, "tuned": tuned, "seed": seed, "accuracy": score}
+        for (method, tuned, seed), score in scores.items()
+    ]
+    monkeypatch.setattr(tables, "result", lambda name: {"rows": found})
+    _, *lines = tables.paper_table()
+    assert lines[0] == ["dense", "94.6 ± 0.1", "91.0 ± 1.4", ""]
+    assert ["`Fusion()`, calibrated, tuned", "", "87.5", ""] in lines and len(lines) == 7
+
+
 def test_tables_are_rounded_right():
     assert [tables.short(x) for x in (168.149, 0.9404728, 0.5)] == ["168", "0.940", "0.500"]
     share = Decimal(tables.result("kmeans-cpu")["summary"]["inertia_vs_sklearn_30"])

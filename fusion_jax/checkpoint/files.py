@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +369,13 @@ def write_json(path: Path, fields: Mapping[str, object]) -> None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of this library and of those that it computes with."""
-    return {name.replace("-", "_"): version(name) for name in ("fusion-jax", "jax", "flax")}
+    found = {}
+    for name in ("fusion-jax", "jax", "flax"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:  # a copy of the source that was never installed
+            found[name.replace("-", "_")] = "not installed"
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

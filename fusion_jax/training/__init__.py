@@ -17,6 +17,8 @@ from fusion_jax.training.methods.healing import Healing as Healing
 from fusion_jax.training.methods.healing import heal as heal
 from fusion_jax.training.methods.healing import heal_config as heal_config
 from fusion_jax.training.methods.layerwise import tune as tune
+from fusion_jax.training.methods.many import fit_many as fit_many
+from fusion_jax.training.methods.many import tune_many as tune_many
 from fusion_jax.training.methods.stored_logits import store_logits as store_logits
 
 # Tasks

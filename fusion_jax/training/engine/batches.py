@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -14,6 +15,7 @@ TokenIds = Int[np.ndarray, " _"]
 """The token ids of one text, (t,)."""
 _STEP = 8
 """Padded lengths are multiples of this."""
+BatchesT = TypeVar("BatchesT", bound="Batches")
 
 
 @runtime_checkable
@@ -88,11 +90,26 @@ class Batches:
         self.seed = seed
         self._lengths = np.array([len(tokens) for tokens in examples.tokens])
         self.padded_lengths = padded_lengths(self._lengths, shapes)
+        self._aligned = False
         # Computed once for each epoch, since steps come in order.
         self._rows_of_epoch = lru_cache(maxsize=2)(self._assign_rows)
 
     def __len__(self) -> int:
         return -(-len(self._lengths) // self.batch_size)
+
+    def aligned(self: BatchesT) -> BatchesT:
+        """Returns these batches in an order whose padded lengths do not depend on the seed.
+
+        Runs with different seeds then have batches of the same shape at each step, as
+        `fusion_jax.training.fit_many` needs. Which examples are in a batch still depends on the
+        seed. With one padded length, nothing changes.
+        """
+        if len(self.padded_lengths) == 1:
+            return self
+        other = copy.copy(self)
+        other._aligned = True
+        other._rows_of_epoch = lru_cache(maxsize=2)(other._assign_rows)
+        return other
 
     def _assign_rows(self, epoch: int) -> list[tuple[np.ndarray, int]]:
         """Returns the examples and the padded length of each batch of an epoch."""
@@ -112,6 +129,9 @@ class Batches:
             left = rows[full:]
         if len(left):
             assigned.append((left, self.padded_lengths[-1]))
+        if rng is not None and self._aligned:
+            # The lengths before shuffling are the same for all seeds.
+            rng = np.random.Generator(np.random.Philox([0, epoch]))
         if rng is not None:
             rng.shuffle(assigned)
         return assigned

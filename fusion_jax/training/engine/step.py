@@ -38,6 +38,18 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
+def partition_of(
+    model: ModuleT, config: TrainConfig, trains: Trains | None = None
+) -> Partition[ModuleT]:
+    """Returns the partition of a model for training by these settings; see `CompiledStep`."""
+    return Partition(
+        model,
+        config.train if trains is None else trains,
+        compute_dtype=config.compute_dtype and jnp.dtype(config.compute_dtype),
+        remat=config.remat,
+    )
+
+
 class CompiledStep(Generic[ModuleT]):
     """The compiled training step of a model.
 
@@ -69,12 +81,7 @@ class CompiledStep(Generic[ModuleT]):
         update: VariableUpdate | None = None,
         cohorts: Mapping[str, int] | None = None,
     ):
-        self.partition = Partition(
-            model,
-            config.train if trains is None else trains,
-            compute_dtype=config.compute_dtype and jnp.dtype(config.compute_dtype),
-            remat=config.remat,
-        )
+        self.partition = partition_of(model, config, trains)
         self.placement = placement = Placement(self.partition.widths)
         placement.check_batch(config.batch_size, config.accumulate)
         shapes = self.partition.shapes
@@ -120,20 +127,19 @@ class CompiledStep(Generic[ModuleT]):
         return TrainState(params, rest, init(params))
 
     def __call__(
-        self, state: TrainState, batch: dict[str, np.ndarray], step: int
+        self, state: TrainState, batch: dict[str, Array], step: int
     ) -> tuple[TrainState, dict[str, Array]]:
         """Takes a step.
 
         Args:
             state: The state; its arrays are donated.
-            batch: The batch.
+            batch: The batch, on the devices (``placement.batch``).
             step: The number of steps done before.
 
         Returns:
             The next state, and ``loss`` and ``gradient_norm``.
         """
-        placed = self.placement.batch(batch)
-        return self._step(state, placed, self._loss, self._key, np.int32(step))
+        return self._step(state, batch, self._loss, self._key, np.int32(step))
 
     def compute_model(self, state: TrainState) -> ModuleT:
         """Returns the model of a state as the step computes it; it shares the state's arrays."""

@@ -43,6 +43,8 @@ from fusion_jax.training.engine.step import CompiledStep, TrainState
 
 Evaluate = Callable[[ModuleT], dict[str, float]]
 """Measures a model: metrics by name, of which the first chooses the best model."""
+_Ahead = tuple[dict[str, np.ndarray], dict[str, Array]]
+"""The next batch, as the source gave it and on the devices."""
 _FREE_ON_RESUME = {
     "log_every",
     "keep_checkpoints",
@@ -133,7 +135,7 @@ def fit(
     if recipe.save is None and recipe.best_from:
         raise InputError("best_from of a recipe is for runs with a folder that save artefacts")
     folder = None if folder is None else Path(folder)
-    run = _Run(model, batches, loss, config, key, evaluate, lowest, recipe)
+    run = Run(model, batches, loss, config, key, evaluate, lowest, recipe)
     shown = progress if jax.process_index() == 0 else False
     with show_stage("Comparing the run with its folder", False if folder is None else shown):
         settings = {} if folder is None else run.settings(model, key)
@@ -160,8 +162,11 @@ def fit(
     return result
 
 
-class _Run:
-    """A run of `fit`, whose arguments these are: its compiled step, its state, the steps done."""
+class Run:
+    """A run of `fit`, whose arguments these are: its compiled step, its state, the steps done.
+
+    ``kind`` makes the compiled step.
+    """
 
     state: TrainState
     kept: RunFolder
@@ -176,12 +181,14 @@ class _Run:
         evaluate: Evaluate | None,
         lowest: bool,
         recipe: Recipe,
+        kind: Callable[..., CompiledStep] = CompiledStep,
     ):
         self.batches, self.config, self.recipe = batches, config, recipe
+        self._ahead: _Ahead | None = None
         self.evaluate, self.lowest = evaluate, lowest
         self.steps, self.done = config.steps(len(batches)), 0
         loss = loss if recipe.loss is None else recipe.loss(loss)
-        make = partial(CompiledStep, loss=loss, steps=self.steps, key=key, update=recipe.update)
+        make = partial(kind, loss=loss, steps=self.steps, key=key, update=recipe.update)
         trains, multipliers, growth = recipe.trains, recipe.multipliers, recipe.growth
         self.growing = None
         if growth is None:
@@ -249,7 +256,9 @@ class _Run:
             if evaluates or saves or last or self.done % config.log_every == 0:
                 self.monitor.flush(self.done)
             if evaluates:
+                self.monitor.announce("evaluating")
                 self._evaluate()
+                self.monitor.restart()
             if self.growing is not None and not last:
                 self._grow(self.growing)
             if saves:
@@ -268,17 +277,34 @@ class _Run:
         return agreed(old, self.done, self.config.log_every)
 
     def _take_step(self) -> None:
-        batch = self.batches(self.done)
+        batch, placed = self._ahead or self._next_batch()
         compiles = self.monitor.is_new(batch)
-        self.state, numbers = self.step(self.state, batch, self.done)
+        self.state, numbers = self.step(self.state, placed, self.done)
         self.monitor.add(numbers, batch, compiles=compiles)
         self.done += 1
+        # While the device computes, so that it does not wait for the batch after a look at losses.
+        self._ahead = self._next_batch() if self.done < self.steps else None
         if self.recipe.on_step is not None:
             self.state = self.recipe.on_step(self.done, self.state) or self.state
 
+    def _next_batch(self) -> _Ahead:
+        batch = self.batches(self.done)
+        return batch, self.step.placement.batch(batch)
+
+    def where(self, step: int, row: Mapping[str, np.ndarray]) -> tuple[str, list[str]]:
+        """Returns where a step's numbers are not finite: in which run, if there are several.
+
+        Args:
+            step: The number of steps done before.
+            row: The numbers of the step.
+
+        Returns:
+            A clause for a message, and the names of the batch's examples.
+        """
+        return "", self.batches.names(step)
+
     def _evaluate(self) -> None:
         assert self.evaluate is not None
-        self.monitor.announce("evaluating")
         results = self.evaluate(self.step.compute_model(self.state))
         history = self.kept.history
         history.append({"step": self.done, **results})
@@ -287,7 +313,6 @@ class _Run:
         if save is not None and last_is_best(history, lowest=self.lowest, best_from=best_from):
             assert self.kept.path is not None
             replace_artefact(self.step.model(self.state), self.kept.path / BEST, save)
-        self.monitor.restart()
 
     def _grow(self, growing: GrowingStep) -> None:
         if self.done % growing.every == 0:
@@ -305,8 +330,8 @@ class _Run:
 class _Monitor:
     """Writes and checks losses from time to time, since each look waits for the device."""
 
-    def __init__(self, run: _Run, advance: Callable[..., None]):
-        self._kept, self._batches, self._advance = run.kept, run.batches, advance
+    def __init__(self, run: Run, advance: Callable[..., None]):
+        self._kept, self._where, self._advance = run.kept, run.where, advance
         self._rate, self._flushed = schedule(run.config, run.steps), run.done
         self._numbers: list[dict[str, Array]] = []
         self.restart(compiled=False)
@@ -354,7 +379,7 @@ class _Monitor:
             return
         rows = jax.device_get(self._numbers)
         for i, row in enumerate(rows):
-            if not all(math.isfinite(x) for x in row.values()):
+            if not all(np.isfinite(x).all() for x in row.values()):
                 self._fail(self._flushed + i, row)
         mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         rate = np.asarray(self._rate(done - 1)).item()
@@ -371,11 +396,12 @@ class _Monitor:
         self.restart()
 
     def _fail(self, step: int, row: dict[str, np.ndarray]) -> None:
-        name = "loss" if not math.isfinite(row["loss"]) else "gradient"
-        names = self._batches.names(step)
+        name = "loss" if not np.isfinite(row["loss"]).all() else "gradient"
+        numbers = row["loss" if name == "loss" else "gradient_norm"]
+        where, names = self._where(step, row)
         shown = ", ".join(names[:64]) + (", ..." if len(names) > 64 else "")
         raise FloatingPointError(
-            f"{name} {row['loss' if name == 'loss' else 'gradient_norm']} at step {step + 1}; "
+            f"{name} {numbers} at step {step + 1}{where}; "
             f"{self._kept.last_checkpoint}; its batch: {shown}"
         )
 

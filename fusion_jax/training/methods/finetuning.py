@@ -23,7 +23,7 @@ from fusion_jax.training.engine.fingerprints import (
 )
 from fusion_jax.training.engine.recipe import Recipe
 from fusion_jax.training.engine.trainer import Fit, fit
-from fusion_jax.training.tasks.base import Task
+from fusion_jax.training.tasks.base import Prepared, Task
 from fusion_jax.training.tasks.classification import Texts
 from fusion_jax.training.tasks.pair_encoding import Pairs
 from fusion_jax.training.tasks.questions import Questions
@@ -72,35 +72,56 @@ def finetune(
         >>> model = load("minilm-fused", head="classification", key=key)  # doctest: +SKIP
         >>> fit = finetune(model, data, TrainConfig(epochs=3), key=key)  # doctest: +SKIP
     """
-    if not isinstance(data, Task):
-        raise InputError(
-            "data must be a task, such as those of load_task, read_pairs or PlainText; got "
-            f"{type(data).__name__}"
-        )
     config = TrainConfig() if config is None else config
-    batches, loss, evaluate, lowest, classes = data.prepare(model, config, key=key)
-    provenance = getattr(model, "provenance", None)
-    if isinstance(provenance, Provenance):
-        trained = {} if classes is None else classes._asdict()
-        model = nnx.clone(model)
-        own = dataclasses.replace(provenance, new_head=False, **trained)
-        model.provenance = own  # type: ignore[attr-defined]
-    _, dropout = jax.random.split(key)
+    model, prepared, dropout = prepare(model, data, config, key)
     if folder is not None:
         about = {**recipe.about, **_facts(model, data)}
         recipe = dataclasses.replace(recipe, save=recipe.save or save, about=about)
     return fit(
         model,
-        batches,
-        loss,
+        prepared.batches,
+        prepared.loss,
         config,
         key=dropout,
         folder=folder,
-        evaluate=evaluate,
-        lowest=lowest,
+        evaluate=prepared.evaluate,
+        lowest=prepared.lowest,
         recipe=recipe,
         progress=progress,
     )
+
+
+def prepare(
+    model: ModuleT, data: Task[ModuleT], config: TrainConfig, key: Key[Array, ""]
+) -> tuple[ModuleT, Prepared, Key[Array, ""]]:
+    """Prepares a fine-tuning run.
+
+    Args:
+        model: The model; not changed.
+        data: The task.
+        config: The settings of training.
+        key: The key that `finetune` gets.
+
+    Returns:
+        The model with the provenance of a trained one, what training needs, and the key of dropout.
+
+    Raises:
+        InputError: Model, data and settings do not fit together.
+    """
+    if not isinstance(data, Task):
+        raise InputError(
+            "data must be a task, such as those of load_task, read_pairs or PlainText; got "
+            f"{type(data).__name__}"
+        )
+    prepared = data.prepare(model, config, key=key)
+    provenance = getattr(model, "provenance", None)
+    if isinstance(provenance, Provenance):
+        trained = {} if prepared.classes is None else prepared.classes._asdict()
+        model = nnx.clone(model)
+        own = dataclasses.replace(provenance, new_head=False, **trained)
+        model.provenance = own  # type: ignore[attr-defined]
+    _, dropout = jax.random.split(key)
+    return model, prepared, dropout
 
 
 def _facts(model: nnx.Module, data: Task) -> dict[str, object]:

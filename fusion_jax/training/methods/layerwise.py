@@ -72,10 +72,7 @@ def tune(
     Example:
         >>> fit = tune(smaller, model, data, key=key)  # doctest: +SKIP
     """
-    config = TrainConfig(epochs=1) if config is None else config
-    if config.train != "all":
-        raise InputError("train does not apply: the compressed MLPs train")
-    config = replace(config, dropout=False)
+    config = tuning_config(config)
     places = compressed(student, teacher)
     source = unlabeled(student, data, config, key)
     about = {}
@@ -90,13 +87,26 @@ def tune(
     return fit(
         student,
         source,
-        jax.tree_util.Partial(losses.hidden_states, in_compute_dtype(teacher, config)),
+        tuning_loss(teacher, config),
         config,
         key=key,
         folder=folder,
         recipe=Recipe(trains=lambda path: path.startswith(places), about=about),
         progress=progress,
     )
+
+
+def tuning_config(config: TrainConfig | None) -> TrainConfig:
+    """Returns the settings of tuning; raises `InputError` if one does not apply."""
+    config = TrainConfig(epochs=1) if config is None else config
+    if config.train != "all":
+        raise InputError("train does not apply: the compressed MLPs train")
+    return replace(config, dropout=False)
+
+
+def tuning_loss(teacher: Model, config: TrainConfig) -> losses.Loss:
+    """Returns the loss of tuning towards a teacher."""
+    return jax.tree_util.Partial(losses.hidden_states, in_compute_dtype(teacher, config))
 
 
 def compressed(student: nnx.Module, teacher: nnx.Module) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -104,11 +105,11 @@ class Classification:
         columns = check_head(model, self.spec, trains=True)
         encoder = TextEncoder(model, config.max_length, config.truncate)
         order, _ = jax.random.split(key)
-        train = _with_columns(self.train, columns)
-        batches = encoder.training(train, config, order)
+        train = self._tokenized("", encoder, self.train)
+        batches = encoder.shuffled(_with_columns(train, columns), config, order)
         loss = losses.regression if self.spec.labels is None else losses.classification
         loss = losses.with_routers(loss, model, config)
-        dev = {name: encoder(texts) for name, texts in self.dev.items()}
+        dev = {name: self._tokenized(name, encoder, texts) for name, texts in self.dev.items()}
 
         def evaluate(model: Model) -> dict[str, float]:
             results = {}
@@ -126,7 +127,20 @@ class Classification:
 
     def inputs(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Batches:
         """Returns the training texts in batches, without labels."""
-        return unlabeled_batches(self.train, model, config, key=key)
+        encoder = TextEncoder(model, config.max_length, config.truncate)
+        examples = self._tokenized("", encoder, self.train)
+        return encoder.shuffled(examples._replace(labels=None), config, key)
+
+    @cached_property
+    def _examples(self) -> dict[Hashable, Examples]:
+        return {}
+
+    def _tokenized(self, name: str, encoder: TextEncoder, texts: Texts) -> Examples:
+        """Returns tokenized texts; tokenizes them once for all models with one tokenizer."""
+        known = name, id(texts.texts), len(texts.texts), *encoder.settings
+        if known not in self._examples:
+            self._examples[known] = encoder(texts)
+        return self._examples[known]._replace(labels=texts.labels, names=texts.names)
 
     def load(self, name: str, *, key: Key[Array, ""], new_head: bool = False) -> Model:
         """Loads a model with a head for the task, see `fusion_jax.load`."""
@@ -189,12 +203,12 @@ def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
     return Classes(names, "single_label_classification")
 
 
-def _with_columns(texts: Texts, columns: Columns) -> Texts:
-    """Returns texts whose labels are columns of a model's logits instead of classes."""
-    labels = texts.labels
+def _with_columns(examples: Examples, columns: Columns) -> Examples:
+    """Returns examples whose labels are columns of a model's logits instead of classes."""
+    labels = examples.labels
     if labels is None or labels.dtype != np.int32:
-        return texts
-    return texts._replace(labels=columns.astype(np.int32)[labels])
+        return examples
+    return examples._replace(labels=columns.astype(np.int32)[labels])
 
 
 class TextEncoder:
@@ -290,10 +304,16 @@ class TextEncoder:
         """Returns batches padded for the model, see `Batches`."""
         return Batches(examples, batch_size, pad_id=self.pad_id, shapes=shapes, seed=seed)
 
-    def training(self, texts: Texts, config: TrainConfig, key: Key[Array, ""]) -> Batches:
-        """Returns texts in batches, in an order that depends on the key."""
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        """All that the tokens of a text depend on, and the checks of them."""
+        fields = (getattr(self.model.config, n, None) for n in ("vocab_size", "type_vocab_size"))
+        return (self.model.provenance.folder, self.max_length, self.truncate, *fields)
+
+    def shuffled(self, examples: Examples, config: TrainConfig, key: Key[Array, ""]) -> Batches:
+        """Returns examples in batches, in an order that depends on the key."""
         seed = int(jax.random.bits(key))
-        return self.batches(self(texts), config.batch_size, shapes=config.shapes, seed=seed)
+        return self.batches(examples, config.batch_size, shapes=config.shapes, seed=seed)
 
 
 def unlabeled_batches(
@@ -301,7 +321,7 @@ def unlabeled_batches(
 ) -> Batches:
     """Returns texts in batches, without labels, in an order that depends on the key."""
     encoder = TextEncoder(model, config.max_length, config.truncate)
-    return encoder.training(texts._replace(labels=None), config, key)
+    return encoder.shuffled(encoder(texts._replace(labels=None)), config, key)
 
 
 @jax.jit
@@ -328,15 +348,18 @@ def logits_of(
     placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
     found: dict[int, np.ndarray] = {}
+    outs: list[Array] = []
     count = len(batches)
     with placement.active(), show_progress("Evaluating", count, first="compiling") as advance:
         for step in range(count):
             out = _forward(model, placement.batch(batches(step)))
-            out = placement.gathered({"logits": out})["logits"]
-            for i, row in zip(batches.rows(step).tolist(), np.asarray(out), strict=False):
-                row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
-                found[i] = row.astype(np.float32)
+            outs.append(placement.gathered({"logits": out})["logits"])
             advance("batches")
+    # Only now, so that the device does not wait for the host between batches.
+    for step, out in enumerate(jax.device_get(outs)):
+        for i, row in zip(batches.rows(step).tolist(), out, strict=False):
+            row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
+            found[i] = row.astype(np.float32)
     logits = [found[i] for i in range(len(found))]
     for name, row in zip(examples.names, logits, strict=True):
         check_finite(row, f"{name}: the logits")
