@@ -113,7 +113,7 @@ def measure_experts(way: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     cases = (*LIMITS, *EXPERTS)
     arguments.add_argument("--case", choices=cases, help="one case, in this process, as JSON")
     arguments = arguments.parse_args()
