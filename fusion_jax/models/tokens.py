@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -137,8 +137,9 @@ def tokenize(
         max_length=max_length,
         return_tensors="np",
     )
-    mask = jnp.asarray(out["attention_mask"]).astype(bool)
-    return TokenBatch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
+    # Converted by NumPy: JAX would compile a program for each length.
+    ids, mask = np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], bool)
+    return TokenBatch(jax.device_put(ids), jax.device_put(mask))
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
@@ -196,8 +197,9 @@ def batches(
 def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
     """Returns a batch with a token of padding at its end, up to a length not below its own."""
     more = ((0, 0), (0, length - batch.input_ids.shape[1]))
-    ids = jnp.pad(batch.input_ids, more, constant_values=token)
-    return TokenBatch(ids, jnp.pad(batch.attention_mask, more))
+    ids = np.pad(np.asarray(batch.input_ids), more, constant_values=token)
+    mask = np.pad(np.asarray(batch.attention_mask), more)
+    return TokenBatch(jax.device_put(ids), jax.device_put(mask))
 
 
 def sentences() -> list[str]:

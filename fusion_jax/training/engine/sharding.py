@@ -111,7 +111,10 @@ class Placement:
         for path in list(arrays):
             x = arrays.pop(path)
             found[path] = (
-                jnp.array(x) if shardings is None else _put(np.asarray(x), shardings[path])
+                # Without a program for each shape, as jnp.array would compile.
+                jax.device_put(x, may_alias=False)
+                if shardings is None
+                else _put(np.asarray(x), shardings[path])
             )
         return found
 
