@@ -64,14 +64,14 @@ class Programs:
         self.elapsed, self.cpu = (b - a for a, b in zip(self._begin, now, strict=True))
         jax.config.update("jax_dump_ir_to", None)
 
-    def _heard(self, event: str, seconds: float, **about: object) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event not in _EVENTS:
             return
-        self._seconds[_EVENTS[event]] += seconds
+        self._seconds[_EVENTS[event]] += duration_secs
         if _EVENTS[event] == "compile":
             self._count += 1
-            name = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
-            self._by_name[name] += seconds
+            name = str(kwargs.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+            self._by_name[name] += duration_secs
 
     def row(self) -> dict[str, Any]:
         """Returns the numbers of the block."""

@@ -25,7 +25,8 @@ def keep_programs() -> None:
     written costs one warning.
     """
     chosen = os.environ.get(VARIABLE, "")
-    if chosen.lower() in ("off", "0") or jax.config.jax_compilation_cache_dir:
+    given = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if given or chosen.lower() in ("off", "0"):
         return
     try:
         folder = (Path(chosen).expanduser() if chosen else _users()) / _processor()
