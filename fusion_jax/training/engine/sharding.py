@@ -26,6 +26,11 @@ TreeT = TypeVar("TreeT")
 AXES = ("data", "fsdp", "model")
 
 
+def copied(x: Array) -> Array:
+    """Returns a copy; `jnp.array` would compile a program for each shape."""
+    return jax.device_put(x, may_alias=False)
+
+
 class Placement:
     """Where parameters and batches are placed; on one device if the caller has not set a mesh.
 
@@ -110,12 +115,7 @@ class Placement:
         found = {}
         for path in list(arrays):
             x = arrays.pop(path)
-            found[path] = (
-                # Without a program for each shape, as jnp.array would compile.
-                jax.device_put(x, may_alias=False)
-                if shardings is None
-                else _put(np.asarray(x), shardings[path])
-            )
+            found[path] = copied(x) if shardings is None else _put(np.asarray(x), shardings[path])
         return found
 
     def everywhere(self, tree: TreeT) -> TreeT:
