@@ -16,11 +16,20 @@ from typing import Any
 
 import jax
 
+from fusion_jax.cli.programs import keep_programs
 from ntk.tables import table
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns an argument parser with the options that all benchmarks have."""
+def parser(description: str | None, *, keep: bool = True) -> argparse.ArgumentParser:
+    """Returns an argument parser with the options that all benchmarks have.
+
+    Args:
+        description: What the benchmark measures.
+        keep: Whether compiled programs are kept for the next run, as commands keep them; not where
+            compiling is measured.
+    """
+    if keep:
+        keep_programs()
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -43,8 +43,8 @@ def measure(case: str) -> dict[str, Any]:
         model, method, layers = fj.load(find_model()), fj.Fusion(width=384), slice(-4, None)
     else:
         config = BertConfig.roberta(vocab_size=50265, max_position_embeddings=514)
-        graph, state = jax.jit(lambda: nnx.split(Bert(config, rngs=nnx.Rngs(0))))()
-        model = nnx.merge(graph, state)
+        # Not under jit: a GPU took minutes to compile the program of all parameters.
+        model = Bert(config, rngs=nnx.Rngs(0))
         method, layers = fj.Fusion(width=768), slice(-8, None)
     jax.block_until_ready(nnx.state(model))
     load = time.perf_counter() - start
@@ -113,7 +113,7 @@ def measure_experts(way: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     cases = (*LIMITS, *EXPERTS)
     arguments.add_argument("--case", choices=cases, help="one case, in this process, as JSON")
     arguments = arguments.parse_args()

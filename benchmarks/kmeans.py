@@ -454,7 +454,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     arguments.add_argument("--case", choices=CASES, help="one case only")
     arguments.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args()

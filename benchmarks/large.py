@@ -117,7 +117,7 @@ def measure(case: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     arguments.add_argument("--case", choices=CASES, help="one case only")
     arguments.add_argument("--experts", type=int, help="experts of Mixtral's layer, instead of 8")
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

@@ -42,7 +42,7 @@ def resident_mib() -> float:
 
 
 def main() -> int:
-    arguments = parser(__doc__).parse_args()
+    arguments = parser(__doc__, keep=False).parse_args()
     steps = 80 if arguments.quick else STEPS
     key = jax.random.key(0)
     model = fj.load(find_model(), head="classification", num_labels=2, key=key)

@@ -599,7 +599,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     add_options(arguments)
     tasks = ["facts", "sst2", "cola"]
     arguments.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="facts: errors")

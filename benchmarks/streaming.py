@@ -54,7 +54,7 @@ def measure(method: str, folder: Path, calibrated: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, keep=False)
     arguments.add_argument("--layers", type=int, help="layers of the checkpoint, instead of 32")
     arguments.add_argument("--method", choices=METHODS, default="fusion", help="the method")
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

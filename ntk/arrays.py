@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ntk.errors import InputError
 
@@ -51,6 +51,12 @@ def require_finite(result: Array) -> Array:
     # Results are checked instead of arguments, as weights are thousands of times larger.
     if not isinstance(result, Tracer):
         with jax.ensure_compile_time_eval():
-            if not jnp.isfinite(result).all():
+            if not all_finite(result):
                 raise InputError("weights or inputs hold NaN or infinite values, or overflow")
     return result
+
+
+@jax.jit
+def all_finite(x: Array) -> Bool[Array, ""]:
+    """Returns whether all numbers of an array are finite."""
+    return jnp.isfinite(x).all()

@@ -16,6 +16,7 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from ntk.arrays import all_finite
 from ntk.engines.base import BlockPlan, Engine, Examples, KernelTask, Values
 from ntk.engines.blocks import (
     automatic_mesh,
@@ -302,7 +303,7 @@ def _parameters(params: PyTree) -> list[Array]:
                 f"parameter {name} is {leaf.dtype}, and only floating-point parameters have real "
                 "gradients; leave it out with ntk.functional(..., wrt=...)"
             )
-    finite = jax.device_get(_finite(leaves))
+    finite = jax.device_get([all_finite(leaf) for leaf in leaves])
     bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
     if bad:
         raise InputError(f"NaN or infinite values in parameter {', '.join(bad)}")
@@ -318,11 +319,6 @@ def _concrete(leaves: Sequence[ArrayLike]) -> list[Array]:
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise InputError("a kernel cannot be computed under jax.jit or another transformation")
     return [jnp.asarray(leaf) for leaf in leaves]
-
-
-@jax.jit
-def _finite(leaves: list[Array]) -> list[Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def _inputs(name: str, x: PyTree) -> list[Array]:

@@ -7,13 +7,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# Before NumPy is imported: threads of linear algebra that wait for each other while other processes
+# use the cores made a small eigenvalue problem hundreds of times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pytest
 
 # Needs torch; doctest would import it.
 collect_ignore = ["make_goldens.py"]
 
-# Compiling takes most of the time, with XLA's newer code generator twice as much of it.
+# Compiling takes most of the time, with XLA's newer code generator twice as much of it. Processes
+# that tests start read the environment.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11):  # a later jaxlib may not know the flag, and would stop
     _FLAG = "--xla_cpu_use_fusion_emitters=false"
@@ -28,9 +34,13 @@ def pytest_configure(config):
     if _PROGRAMS not in os.environ:  # neither a worker, which inherits the folder, nor given one
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="fusion-jax-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ[_PROGRAMS], ignore_errors=True))
-    jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in (
+        ("jax_compilation_cache_dir", os.environ[_PROGRAMS]),
+        ("jax_persistent_cache_min_compile_time_secs", 0.1),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_addoption(parser):

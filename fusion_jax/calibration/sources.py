@@ -203,4 +203,9 @@ def _random_words(
 
 def generator(key: Key[Array, ""]) -> np.random.Generator:
     """Returns a NumPy generator whose seed is drawn with a random key."""
-    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
+    return np.random.default_rng(np.asarray(_bits(key)))
+
+
+@jax.jit
+def _bits(key: Key[Array, ""]) -> Array:
+    return jax.random.bits(key, (4,), "uint32")

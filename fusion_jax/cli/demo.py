@@ -64,7 +64,7 @@ def measure_change(
         MLP's outputs at the inputs that it has in the original; and cosine similarities of the
         sentence embeddings (means of the last hidden states).
     """
-    real = batch.attention_mask[..., None].astype(jnp.float32)
+    real = np.asarray(batch.attention_mask, np.float32)[..., None]
 
     def error(a: Array, b: Array) -> Array:
         return jnp.linalg.norm((a - b) * real) / jnp.linalg.norm(a * real)

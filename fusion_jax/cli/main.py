@@ -27,6 +27,7 @@ from fusion_jax.cli import (
     verifying,
 )
 from fusion_jax.cli.compressing import PLAN
+from fusion_jax.cli.programs import keep_programs
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.progress import progress_shown
@@ -64,6 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with progress_shown(True):
             command = _parse(args)
+            if callable(command):
+                keep_programs()
             status = command() if callable(command) else command
         sys.stdout.flush()
     except (InputError, OSError, FloatingPointError) as error:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -264,9 +265,10 @@ def _solved_by_groups(
 
 def _fact(value: Array) -> bool | int | float:
     """Returns one value of experts for the report: the mean, the largest count, or whether all."""
-    if value.dtype == bool:
-        return value.all().item()
-    return (value.mean() if jnp.issubdtype(value.dtype, jnp.floating) else value.max()).item()
+    on_host = np.asarray(value)
+    if on_host.dtype == bool:
+        return on_host.all().item()
+    return (on_host.mean() if np.issubdtype(on_host.dtype, np.floating) else on_host.max()).item()
 
 
 def _reported(job: Checked, smaller: ModelT, rows: list[SiteReport]) -> tuple[ModelT, Report]:

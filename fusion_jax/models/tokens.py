@@ -128,6 +128,13 @@ def tokenize(
         texts: The texts.
         max_length: Longer texts are cut off at this number of tokens; None for no limit.
     """
+    return _batch(*_tokenized(tokenizer, texts, max_length))
+
+
+def _tokenized(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids and the mask of `tokenize`; for arrays of JAX, every length has programs."""
     if tokenizer.pad_token is None:  # GPT-2 and Llama; any token will do, as the mask excludes it
         tokenizer.pad_token = tokenizer.eos_token
     out = tokenizer(
@@ -137,8 +144,11 @@ def tokenize(
         max_length=max_length,
         return_tensors="np",
     )
-    mask = jnp.asarray(out["attention_mask"]).astype(bool)
-    return TokenBatch(jnp.asarray(out["input_ids"]).astype(jnp.int32), mask)
+    return np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], bool)
+
+
+def _batch(ids: np.ndarray, mask: np.ndarray) -> TokenBatch:
+    return TokenBatch(jnp.asarray(ids), jnp.asarray(mask))
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> TokenBatch:
@@ -187,17 +197,12 @@ def batches(
     result = []
     for start in range(0, len(ordered), size):
         group = ordered[start : start + size]
-        batch = tokenize(tokenizer, group, max_length)
-        length = min(max_length, 1 << max(3, (batch.input_ids.shape[1] - 1).bit_length()))
-        result.append(padded(batch, length, tokenizer.pad_token_id or 0))
+        ids, mask = _tokenized(tokenizer, group, max_length)
+        length = min(max_length, 1 << max(3, (ids.shape[1] - 1).bit_length()))
+        more = ((0, 0), (0, length - ids.shape[1]))
+        ids = np.pad(ids, more, constant_values=tokenizer.pad_token_id or 0)
+        result.append(_batch(ids, np.pad(mask, more)))
     return result
-
-
-def padded(batch: TokenBatch, length: int, token: int) -> TokenBatch:
-    """Returns a batch with a token of padding at its end, up to a length not below its own."""
-    more = ((0, 0), (0, length - batch.input_ids.shape[1]))
-    ids = jnp.pad(batch.input_ids, more, constant_values=token)
-    return TokenBatch(ids, jnp.pad(batch.attention_mask, more))
 
 
 def sentences() -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, get_args
 
+import jax
 from jaxtyping import Array, Float
 
 from ntk.arrays import host_float64, host_norms, inner_products
@@ -17,7 +18,7 @@ from ntk.errors import InputError
 from ntk.kinds import KernelKind
 from ntk.mlp import traced_kernel
 from ntk.tables import table
-from ntk.units import hidden_units
+from ntk.units import MlpWeights, hidden_units
 
 
 class CertificateLine(NamedTuple):
@@ -92,7 +93,7 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
     """
     pair, (x, _), _ = prepare_pair(pair, x)
     norms = weight_norms(pair)
-    outputs = inner_products(hidden_units(pair.original, x).hidden, pair.original.down.T)
+    outputs = _outputs(pair.original, x)
     changes = [output_change(pair, x, grade=grade, norms=norms) for grade in get_args(Grade)]
     lines = [_line("outputs", outputs, changes)]
     for kind, name in _KERNELS.items():
@@ -103,6 +104,11 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
         original = traced_kernel(pair.original, x, kind=kind)
         lines.append(_line(name, original, [prior, data, measured]))
     return Certificate(inputs=x.shape[0], lines=tuple(lines))
+
+
+@jax.jit
+def _outputs(mlp: MlpWeights, x: Array) -> Array:
+    return inner_products(hidden_units(mlp, x).hidden, mlp.down.T)
 
 
 def _line(quantity: str, original: Array, changes: list[Array]) -> CertificateLine:

@@ -26,6 +26,7 @@ from ntk.bounds.enclosure import (
     split_feature,
 )
 from ntk.bounds.features import (
+    Feature,
     feature_balls,
     kernel_features,
     kernel_scalars,
@@ -182,35 +183,63 @@ def fit_sketch(
     check_choice("kind", kind, KernelKind)
     some = slice(None, None, max(1, x.shape[0] // 256))
     pair, inputs, _ = prepare_pair(pair, x[some], gx=None if gx is None else gx[some])
-    left = _split_features(pair, inputs, kind, right=False)
+    left = _split(kernel_features(pair, inputs, kind), pair)
     if kind == "sgd":
         return tuple(principal_directions([a], directions) for a in left)
-    right = _split_features(pair, inputs, kind, right=True)
+    right = _split(kernel_features(pair, inputs, kind, right=True), pair)
     both = zip(left, right, strict=True)
     return tuple(principal_directions([a, b], directions) for a, b in both)
 
 
-@partial(jax.jit, static_argnames=("kind", "right"))
-def _split_features(
-    pair: Pair, inputs: Inputs, kind: KernelKind, right: bool
-) -> list[SplitFeature]:
-    features = kernel_features(pair, inputs, kind, right=right)
+@jax.jit
+def _split(features: list[Feature], pair: Pair) -> list[SplitFeature]:
     return [split_feature(f, pair.labels, pair.sizes) for f in features]
 
 
-@partial(jax.jit, static_argnames="kind")
+def _both_features(
+    pair: Pair, left: Inputs, right: Inputs, kind: KernelKind
+) -> tuple[list[Feature], list[Feature]]:
+    """Returns the left and the right features."""
+    a = kernel_features(pair, left, kind)
+    return a, a if kind == "sgd" and right is left else kernel_features(
+        pair, right, kind, right=True
+    )
+
+
 def _data(pair: Pair, left: Inputs, right: Inputs, sketch: Sketch, kind: KernelKind) -> Enclosure:
-    a, b = kernel_features(pair, left, kind), kernel_features(pair, right, kind, right=True)
-    labels, sizes = pair.labels, pair.sizes
-    terms = []
-    for f, g, directions in zip(a, b, sketch, strict=True):
-        e = enclose(split_feature(f, labels, sizes), split_feature(g, labels, sizes), directions)
-        terms.append(Enclosure(e.mid, e.radius + measured_error(f, g)))
+    both = _both_features(pair, left, right, kind)
+    split = _split(both[0], pair), _split(both[1], pair)
+    return _enclosed(pair, left, right, both, split, sketch, kind)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _enclosed(
+    pair: Pair,
+    left: Inputs,
+    right: Inputs,
+    features: tuple[list[Feature], list[Feature]],
+    split: tuple[list[SplitFeature], list[SplitFeature]],
+    sketch: Sketch,
+    kind: KernelKind,
+) -> Enclosure:
+    errors = [measured_error(f, g) for f, g in zip(*features, strict=True)]
+    parts = [enclose(*all_of) for all_of in zip(*split, sketch, strict=True)]
+    terms = [Enclosure(e.mid, e.radius + more) for e, more in zip(parts, errors, strict=True)]
     return _weighted(terms, kernel_scalars(pair, left, right, kind), pair)
 
 
-@partial(jax.jit, static_argnames="kind")
 def _measured(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> Enclosure:
+    return _compared(pair, left, right, _both_features(pair, left, right, kind), kind)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _compared(
+    pair: Pair,
+    left: Inputs,
+    right: Inputs,
+    features: tuple[list[Feature], list[Feature]],
+    kind: KernelKind,
+) -> Enclosure:
     kernels = []
     for mlp in (pair.original, pair.fused):
         if left.g is None:
@@ -218,9 +247,9 @@ def _measured(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> Encl
         else:
             assert right.g is not None
             kernels.append(upstream_kernel(mlp, left.x, left.g, right.x, right.g, kind=kind))
-    a, b = kernel_features(pair, left, kind), kernel_features(pair, right, kind, right=True)
     # Only the radius is used; the middle is what the error of a scalar multiplies.
-    terms = [Enclosure(magnitude(f, g), measured_error(f, g)) for f, g in zip(a, b, strict=True)]
+    pairs = zip(*features, strict=True)
+    terms = [Enclosure(magnitude(f, g), measured_error(f, g)) for f, g in pairs]
     radius = _weighted(terms, kernel_scalars(pair, left, right, kind), pair).radius
     return Enclosure(kernels[0] - kernels[1], radius)
 
@@ -260,6 +289,13 @@ def _a_priori(
         else:
             bound = np.outer(a.unit + (1 + mismatch[t]) * a.fused, np.ones(mids.shape[1]))
         terms.append(Enclosure(mids, _at_most(bound, dtype)))
+    return _whole(terms, pair, left, right, kind)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _whole(
+    terms: list[Enclosure], pair: Pair, left: Inputs, right: Inputs, kind: KernelKind
+) -> Enclosure:
     return _weighted(terms, kernel_scalars(pair, left, right, kind), pair)
 
 

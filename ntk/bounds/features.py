@@ -7,8 +7,10 @@ with error bounds.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -40,6 +42,8 @@ class Feature(NamedTuple):
     fused_measured: Float[Array, " n"]
 
 
+# A program of its own, which all bounds share: its arithmetic takes long to compile.
+@partial(jax.jit, static_argnames=("kind", "right"))
 def kernel_features(
     pair: Pair, inputs: Inputs, kind: KernelKind, *, right: bool = False
 ) -> list[Feature]:

@@ -11,9 +11,9 @@ from ntk.bounds import a_priori
 from ntk.bounds.balls import gamma, tiny
 from ntk.bounds.changes import Grade
 from ntk.bounds.enclosure import split_feature
-from ntk.bounds.features import kernel_features
+from ntk.bounds.features import Feature, kernel_features
 from ntk.bounds.norms import WeightNorms, weight_norms
-from ntk.bounds.pairs import Inputs, Pair, prepare_pair
+from ntk.bounds.pairs import Pair, prepare_pair
 from ntk.errors import check_choice
 
 
@@ -39,7 +39,8 @@ def output_change(
     """
     pair, inputs, _ = prepare_pair(pair, x)
     check_choice("grade", grade, Grade)
-    moved, change, within, unit, noise = _outputs(pair, inputs)
+    feature = kernel_features(pair, inputs, "sgd")[0]
+    moved, change, within, unit, noise = _outputs(pair, feature)
     if grade == "measured":
         return require_finite(moved)
     norms = weight_norms(pair) if norms is None else norms
@@ -52,9 +53,8 @@ def output_change(
 
 
 @jax.jit
-def _outputs(pair: Pair, inputs: Inputs) -> tuple[Array, ...]:
+def _outputs(pair: Pair, feature: Feature) -> tuple[Array, ...]:
     """Returns the norms of the change of the outputs, of P H - F, Q H and H, and of rounding."""
-    feature = kernel_features(pair, inputs, "sgd")[0]
     sizes = pair.sizes
     # The wide copy's hidden units times sqrt(n_c). The factors outside of the activation belong to
     # its output weights.

@@ -26,6 +26,11 @@ TreeT = TypeVar("TreeT")
 AXES = ("data", "fsdp", "model")
 
 
+def copied(x: Array) -> Array:
+    """Returns a copy; `jnp.array` would compile a program for each shape."""
+    return jax.device_put(x, may_alias=False)
+
+
 class Placement:
     """Where parameters and batches are placed; on one device if the caller has not set a mesh.
 
@@ -110,9 +115,7 @@ class Placement:
         found = {}
         for path in list(arrays):
             x = arrays.pop(path)
-            found[path] = (
-                jnp.array(x) if shardings is None else _put(np.asarray(x), shardings[path])
-            )
+            found[path] = copied(x) if shardings is None else _put(np.asarray(x), shardings[path])
         return found
 
     def everywhere(self, tree: TreeT) -> TreeT:

@@ -17,7 +17,7 @@ from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.losses import Loss, Total, bound
 from fusion_jax.training.engine.optimizer import Multipliers, find_multipliers, make_optimizer
 from fusion_jax.training.engine.partition import Partition, Trains
-from fusion_jax.training.engine.sharding import Placement
+from fusion_jax.training.engine.sharding import Placement, copied
 
 VariableUpdate = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
 """Sets non-trainable variables before each step: (params, rest, step) -> values by path. ``step``
@@ -150,7 +150,7 @@ class CompiledStep(Generic[ModuleT]):
         arrays = self.placement.gathered({**state.params, **state.rest})
         own = {
             # Merging copies the arrays that it casts.
-            path: jnp.array(x) if x.dtype == self.partition.shapes[path].dtype else x
+            path: copied(x) if x.dtype == self.partition.shapes[path].dtype else x
             for path, x in arrays.items()
         }
         return self.partition.merge(own, {})
@@ -161,7 +161,7 @@ class CompiledStep(Generic[ModuleT]):
         if all(x.dtype == shapes[path].dtype for path, x in state.params.items()):
             return None
         arrays = self.placement.gathered({**state.params, **state.rest})
-        return self.partition.precise({path: jnp.array(x) for path, x in arrays.items()}, {})
+        return self.partition.precise({path: copied(x) for path, x in arrays.items()}, {})
 
     def _update(
         self, state: TrainState, batch: dict[str, Array], loss: Loss, key: Array, step: Array
