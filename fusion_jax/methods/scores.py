@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from fusion_jax.calibration.data import Calibration
 from fusion_jax.methods.least_squares import (
     in_blocks,
+    inverse_of,
     level_of,
     mirrored,
     product,
@@ -308,22 +309,43 @@ def _losses(inverse: Array, down: Array) -> Array:
 
 
 def _removal(down: Array, inverse: Array, count: int) -> Removal:
-    state = (inverse, down, jnp.ones(len(down), bool))
+    """Returns the order of removal, given (G + l I)^-1.
+
+    What removals change in the inverse is kept as ``F^T F``, one row of F for each unit that went:
+    only the diagonal and the rows of the next units are ever needed.
+    """
     left = len(down) - count
     size = max(1, min(CANDIDATES // 2, left))
-    state, found = lax.scan(lambda s, _: _without(s, size), state, None, length=left // size)
+    groups, rest = divmod(left, size)
+    state = _Removing(
+        down=down,
+        diagonal=jnp.diagonal(inverse),
+        alive=jnp.ones(len(down), bool),
+        removed=jnp.zeros((max(1, left), len(down)), inverse.dtype),
+        number=jnp.int32(0),
+    )
+    state, found = lax.scan(lambda s, _: _without(inverse, s, size), state, None, length=groups)
     found = jax.tree.map(lambda x: x.reshape(-1), found)
-    if left % size:
-        _, rest = _without(state, left % size)
-        found = jax.tree.map(lambda *x: jnp.concatenate(x), found, rest)
+    if rest:
+        _, last = _without(inverse, state, rest)
+        found = jax.tree.map(lambda *x: jnp.concatenate(x), found, last)
     return found
 
 
-def _without(state: _Small, count: int) -> tuple[_Small, Removal]:
-    """Removes some units one at a time from (G + l I)^-1, output weights, and who is alive."""
-    inverse, down, alive = state
-    losses = jnp.where(alive, _losses(inverse, down), jnp.inf)
-    candidates = lax.top_k(-losses, min(2 * count, len(down)))[1]
+class _Removing(NamedTuple):
+    """The state of `_removal`."""
+
+    down: Array
+    diagonal: Array  # of the inverse
+    alive: Array
+    removed: Array  # F, filled from the top
+    number: Array  # of rows of F
+
+
+def _without(inverse: Array, s: _Removing, count: int) -> tuple[_Removing, Removal]:
+    """Removes some units one at a time, and then changes the state for all of them at once."""
+    losses = jnp.where(s.alive, jnp.square(s.down).sum(-1) / s.diagonal, jnp.inf)
+    candidates = lax.top_k(-losses, min(2 * count, len(s.down)))[1]
 
     def remove(carry: _Small, _: None) -> tuple[_Small, tuple[Array, Array]]:
         small, weights, there = carry
@@ -334,23 +356,29 @@ def _without(state: _Small, count: int) -> tuple[_Small, Removal]:
         small = small - share[:, None] * small[j][None]
         return (small, weights, there.at[j].set(False)), (j, costs[j])
 
-    start = (inverse[candidates][:, candidates], down[candidates], alive[candidates])
+    changed = s.removed[:, candidates]
+    small = inverse[candidates][:, candidates] - product(changed.T, changed)
+    start = (small, s.down[candidates], s.alive[candidates])
     order, costs = lax.scan(remove, start, None, length=count)[1]
     gone = candidates[order]
-    shares = jnp.linalg.solve(inverse[gone][:, gone], inverse[gone])
-    down = down - product(shares.T, down[gone])
-    inverse = inverse - product(inverse[:, gone], shares)
-    alive = alive.at[gone].set(False)
-    both = alive[:, None] & alive[None]
-    identity = jnp.eye(len(down), dtype=inverse.dtype)
-    state = jnp.where(both, inverse, identity), jnp.where(alive[:, None], down, 0), alive
+    rows = inverse[gone] - product(s.removed[:, gone].T, s.removed)
+    root = jnp.linalg.cholesky(rows[:, gone])
+    both = jnp.concatenate([rows, s.down[gone]], axis=1)
+    both = jax.scipy.linalg.solve_triangular(root, both, lower=True)
+    rows, weights = both[:, : len(s.down)], both[:, len(s.down) :]
+    least = jnp.finfo(rows.dtype).tiny  # of a unit that the others explain in all digits
+    state = _Removing(
+        down=s.down - product(rows.T, weights),
+        diagonal=jnp.maximum(s.diagonal - jnp.square(rows).sum(0), least),
+        alive=s.alive.at[gone].set(False),
+        removed=lax.dynamic_update_slice(s.removed, rows, (s.number, jnp.int32(0))),
+        number=s.number + count,
+    )
     return state, Removal(gone, costs)
 
 
 def _inverse(gram: Array, ridge: float) -> Array:
-    identity = jnp.eye(len(gram), dtype=gram.dtype)
-    regular = gram + level_of(gram, ridge) * identity
-    return jax.scipy.linalg.solve(regular, identity, assume_a="pos")
+    return inverse_of(gram + level_of(gram, ridge) * jnp.eye(len(gram), dtype=gram.dtype))
 
 
 @partial(jax.jit, static_argnames=("act", "count", "ridge"))
