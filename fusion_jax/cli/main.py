@@ -16,6 +16,7 @@ import tyro
 
 from fusion_jax import __version__
 from fusion_jax.cli import (
+    benching,
     compressing,
     demo,
     evaluating,
@@ -43,6 +44,7 @@ COMMANDS = {
     **generating.COMMANDS,
     **listing.COMMANDS,
     **verifying.COMMANDS,
+    **benching.COMMANDS,
 }
 
 
