@@ -1,0 +1,1 @@
+"""Adapters for other tools; each needs its tool, and nothing else imports them."""
