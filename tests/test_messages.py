@@ -22,7 +22,7 @@ from tests.helpers import unchecked
     ("line", "message"),
     [
         ("compres a b", "there is no command 'compres'; did you mean 'compress'?\n"),
-        ("xyz", "there is no command 'xyz'; known: compress, demo,"),
+        ("xyz", "there is no command 'xyz'; known: bench, calibrate,"),
         ("compress prun a b", "there is no method 'prun'; did you mean 'prune'?\n"),
         ("compress a b", "give a method after MODEL and OUT: "),
         ("compress sketch a b --keep 5", "--keep must be at least 0 and below 1; got 5.0; see "

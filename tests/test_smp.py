@@ -635,7 +635,7 @@ def test_a_base_that_was_moved(artefact, tmp_path, capsys):
     assert "takes its weights from" in capsys.readouterr().out
     assert bit_equal(model, fj.load(folder))
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "fusion.json", "model.safetensors", "vocab.txt"
+        "README.md", "config.json", "fusion.json", "model.safetensors", "vocab.txt"
     ]  # fmt: skip
     # It does not become the base of what is made of it.
     again = json.loads((fj.save_masks(fj.load(folder), tmp_path / "b") / "fusion.json").read_text())

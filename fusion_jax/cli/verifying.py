@@ -1,4 +1,4 @@
-"""The commands verify-ntk and report."""
+"""The commands verify-ntk, report, certify and verify."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from tyro.conf import Positional, arg
 
 from fusion_jax.checkpoint.files import check_new_file, write_text
 from fusion_jax.cli.options import Artefact, TextFile
+from fusion_jax.errors import InputError
+from fusion_jax.models.tokens import sentences
+from fusion_jax.training.tasks.tables import read_text
+from fusion_jax.verification.certificate_files import (
+    CERTIFICATE,
+    check_certificate,
+    write_certificate,
+)
 from fusion_jax.verification.checks import verify_files
 from fusion_jax.verification.page import html_page
 
@@ -74,4 +82,62 @@ def report(
     return int(bool(result.verification.failures()))
 
 
-COMMANDS = {"verify-ntk": verify_ntk, "report": report}
+def certify(
+    artefact: Positional[Artefact],
+    original: Annotated[
+        str | None, arg(metavar="MODEL", help_behavior_hint="(default: as stated in the artefact)")
+    ] = None,
+    text: TextFile = None,
+    num_examples: int = 32,
+    positions: int = 64,
+) -> int:
+    """Write a certificate into an artefact: bounds on what fusing changed, checked by verify.
+
+    Args:
+        artefact: Artefact.
+        original: The model before compression.
+        text: Text file, one example per line, at whose tokens the bounds hold.
+        num_examples: Number of its lines to use.
+        positions: Largest number of tokens.
+    """
+    if text is None:
+        lines = sentences()
+    else:
+        lines = [line for line in read_text(text).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{text} has no text")
+    found = write_certificate(Path(artefact), original, lines[:num_examples], positions=positions)
+    for path, certificate in found.items():
+        print(f"{path}, {certificate.inputs} inputs\n\n{certificate}\n")
+    print(f"Wrote {Path(artefact) / CERTIFICATE}; check it with fusion-jax verify {artefact}")
+    return int(any(certificate.violations() for certificate in found.values()))
+
+
+def verify(
+    artefact: Positional[Artefact],
+    original: Annotated[
+        str | None, arg(metavar="MODEL", help_behavior_hint="(default: as the certificate states)")
+    ] = None,
+) -> int:
+    """Check the certificate of an artefact from the weights alone.
+
+    The exit code is 1 if a file or a figure is not as the certificate states.
+
+    Args:
+        artefact: Artefact.
+        original: The model before compression.
+    """
+    checked = check_certificate(Path(artefact), original)
+    for problem in checked.problems:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    if checked.problems:
+        return 1
+    lines = sum(len(certificate.lines) for certificate in checked.certificates.values())
+    print(
+        f"The certificate holds: {lines} figures of {len(checked.certificates)} MLPs were found "
+        "again, and no bound is violated."
+    )
+    return 0
+
+
+COMMANDS = {"verify-ntk": verify_ntk, "report": report, "certify": certify, "verify": verify}

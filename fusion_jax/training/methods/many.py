@@ -64,6 +64,7 @@ def fit_many(
             the run.
 
     Example:
+        >>> import jax
         >>> keys = [jax.random.key(seed) for seed in range(16)]
         >>> models = [load("minilm", head="classification", key=key)
         ...           for key in keys]  # doctest: +SKIP
