@@ -15,15 +15,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lm_eval.__main__  # pyright: ignore[reportMissingImports]
 import numpy as np
 from flax import nnx
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
-    get_rolling_token_windows,
-    make_disjoint_window,
-)
+
+try:
+    import lm_eval.__main__  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"lm-evaluation-harness is needed ({error}): pip install 'fusion-jax[eval]'"
+    ) from error
 
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError
