@@ -176,7 +176,7 @@ def _generated(model: Model, ids: Any, number: int) -> np.ndarray:
 
 
 def _of_torch(name: str, batch: int, tokens: int, new_tokens: int, dtype: Any) -> dict[str, float]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     head = open_checkpoint(name).family.text_head
