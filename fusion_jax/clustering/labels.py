@@ -58,12 +58,33 @@ def sum_by_label(x: Float[Array, " n *d"], labels: ClusterLabels, k: int) -> Flo
     return lax.platform_dependent(x, labels, cpu=scatter, default=product)
 
 
-def first_min(a: Array, axis: int = 0) -> tuple[Array, Array]:
-    """Returns a minimum and its first index; XLA's argmin is several times slower on CPUs."""
-    least = a.min(axis, keepdims=True)
-    index = lax.broadcasted_iota(jnp.int32, a.shape, axis)
-    first = jnp.where(a == least, index, a.shape[axis] - 1).min(axis)
-    return least.squeeze(axis), first
+def first_min(a: Array) -> tuple[Array, Array]:
+    """Returns minima along the first axis and their first indices, (n,) -> () or (k, n) -> (n,).
+
+    A comparison with the minimum would not do: a compiler may compute the numbers once for the
+    minimum and once more for the comparison, with other roundings, so that none is equal. XLA's
+    argmin is several times slower on CPUs.
+    """
+    if a.ndim > 1:
+        return lax.platform_dependent(a, cpu=_row_by_row, default=_by_argmin)
+    least = a.min()
+    first = jnp.where(a == least, indices(len(a)), len(a)).min()
+    index = lax.cond(first < len(a), lambda a, i: i, lambda a, _: _by_argmin(a)[1], a, first)
+    return least, index
+
+
+def _row_by_row(a: Array) -> tuple[Array, Array]:
+    def row(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        least, index = best
+        better = a[i] < least
+        return jnp.where(better, a[i], least), jnp.where(better, i, index)
+
+    start = a[0], jnp.zeros(a.shape[1:], jnp.int32)
+    return lax.fori_loop(jnp.int32(1), jnp.int32(a.shape[0]), row, start)
+
+
+def _by_argmin(a: Array) -> tuple[Array, Array]:
+    return a.min(0), jnp.argmin(a, 0).astype(jnp.int32)
 
 
 def draw_distinct(weights: Weights, k: int, key: Key[Array, ""]) -> Int[Array, " k"]:

@@ -27,8 +27,11 @@ AXES = ("data", "fsdp", "model")
 
 
 def copied(x: Array) -> Array:
-    """Returns a copy; `jnp.array` would compile a program for each shape."""
-    return jax.device_put(x, may_alias=False)
+    """Returns a copy; `jnp.array` would compile a program for each shape.
+
+    Arrays on devices of other processes take such a program.
+    """
+    return jax.device_put(x, may_alias=False) if x.is_fully_addressable else jnp.array(x)
 
 
 class Placement:
