@@ -11,9 +11,11 @@ from flax import nnx
 
 import fusion_jax as fj
 from fusion_jax.calibration.upstream import drawn_loss
-from fusion_jax.methods import least_squares
-from fusion_jax.methods.least_squares import GRAM_BLOCKS, gram_of, refitted
-from fusion_jax.methods.scores import ON_INPUTS, ONE_AT_A_TIME, removal, unit_scores
+from fusion_jax.methods import gram
+from fusion_jax.methods.gram import GRAM_BLOCKS, gram_of
+from fusion_jax.methods.least_squares import refitted
+from fusion_jax.methods.removal import removal
+from fusion_jax.methods.scores import ON_INPUTS, ONE_AT_A_TIME, unit_scores
 from tests.helpers import inputs, make
 from tests.tiny import checkpoint
 
@@ -272,9 +274,9 @@ def test_one_half_of_a_gram_matrix_is_computed(width):
 
 
 def test_large_matrices_are_inverted_by_blocks(monkeypatch, x64):
-    monkeypatch.setattr(least_squares, "LAPACK_SIZE", 16)
+    monkeypatch.setattr(gram, "LAPACK_SIZE", 16)
     x = np.random.default_rng(0).normal(size=(200, 71)) * np.logspace(0, 2, 71)
-    gram = x.T @ x
-    got = least_squares.inverse_of(jnp.asarray(gram))
-    np.testing.assert_allclose(got @ gram, np.eye(71), atol=1e-8)
+    matrix = x.T @ x
+    got = gram.inverse_of(jnp.asarray(matrix))
+    np.testing.assert_allclose(got @ matrix, np.eye(71), atol=1e-8)
     np.testing.assert_array_equal(got, got.T)

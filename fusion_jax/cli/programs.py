@@ -14,7 +14,7 @@ import jax
 VARIABLE = "FUSION_JAX_CACHE"
 """The environment variable that names another folder, or switches this off."""
 MOST_BYTES = 2 * 2**30
-"""What the folder holds at most when a command starts; what was not used for longest goes."""
+"""The most bytes that stay in the folder when a command starts; the longest unused files go."""
 
 
 def keep_programs() -> None:

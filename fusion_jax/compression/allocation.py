@@ -156,7 +156,7 @@ def score_widths(
         The scores.
 
     Raises:
-        InputError: There is no calibration, the method cannot be scored so, or a site or an expert
+        InputError: There is no calibration, the method has no such errors, or a site or an expert
             has too few positions to hold some out.
 
     Example:

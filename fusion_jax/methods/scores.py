@@ -14,14 +14,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fusion_jax.calibration.data import Calibration
-from fusion_jax.methods.least_squares import (
+from fusion_jax.methods.gram import (
     in_blocks,
-    inverse_of,
     level_of,
     mirrored,
     product,
     sum_over_blocks,
     upper_gram,
+)
+from fusion_jax.methods.removal import (
+    first_losses,
+    regular_inverse,
+    removal,
+    removed_in_order,
+    units_left,
 )
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import SubMLPs, responses
@@ -48,11 +54,6 @@ ON_INPUTS = tuple(s for s in get_args(UnitScore) if s not in ("magnitude", *ON_G
 """The scores that need the inputs of the MLP on text."""
 ONE_AT_A_TIME = ("obs", "relative")
 """The scores that change with every unit that goes, see `removal`."""
-CANDIDATES = 128
-"""Units among which these scores look for the next ones to remove, half of them at a time."""
-
-_Small = tuple[Array, Array, Array]
-"""(G + l I)^-1, output weights, and which units are left."""
 
 
 class Moments(NamedTuple):
@@ -164,9 +165,9 @@ def unit_scores(
     if score == "fisher":
         assert calibration.upstream is not None
         return jnp.where(seen.fisher.max() > 0, seen.fisher, by_weights.astype(seen.fisher.dtype))
-    inverse = _inverse(seen.relative if relative else seen.gram, ridge)
+    inverse = regular_inverse(seen.relative if relative else seen.gram, ridge)
     if score in ONE_AT_A_TIME:
-        return _losses(inverse, down)
+        return first_losses(inverse, down)
     return 1 - level_of(seen.gram, ridge) * jnp.diagonal(inverse)
 
 
@@ -208,18 +209,6 @@ def _of_length_one(x: Float[Array, "t p"], norm: int | float) -> Float[Array, "t
     """Returns rows divided by a norm of theirs; rows of zeros stay."""
     size = jnp.linalg.norm(x, ord=norm, axis=1, keepdims=True)
     return x / jnp.where(size > 0, size, 1)
-
-
-class Removal(NamedTuple):
-    """The units that go, one after the other.
-
-    Args:
-        units: (n,) the units, the first one to go first.
-        costs: (n,) the loss of each removal, given those before it.
-    """
-
-    units: Int[Array, " n"]
-    costs: Float[Array, " n"]
 
 
 class Kept(NamedTuple):
@@ -271,114 +260,9 @@ def kept_units(
     relative = score == "relative"
     seen = hidden_moments(subs, calibration, act, gram=gram or not relative, relative=relative)
     compared = seen.relative if relative else seen.gram
-    inverse, down = _inverse(compared, ridge), wide(subs.down)
-    units = _left(_removal(down, inverse, count), len(down))
-    return Kept(units, _losses(inverse, down), compared, seen.gram if gram else None)
-
-
-def _left(removal: Removal, width: int) -> Int[Array, " c"]:
-    """Returns the units that are not removed, in their order."""
-    count = width - len(removal.units)
-    return jnp.flatnonzero(jnp.ones(width, bool).at[removal.units].set(False), size=count)
-
-
-def removal(
-    down: Float[Array, "p o"], gram: Float[Array, "p p"], count: int, ridge: float
-) -> Removal:
-    """Returns the order in which Optimal Brain Surgeon removes units, and what each removal costs.
-
-    It removes the unit whose loss ``|v_i|^2 / [(G + l I)^-1]_ii`` is smallest, changes the output
-    weights of the others to make up for it, and repeats. Here the next units are looked for among
-    the `CANDIDATES` that are cheapest now, and the matrices are updated for half as many at once.
-
-    Args:
-        down: Output weights.
-        gram: G, the mean of h h^T.
-        count: The number c of units to leave.
-        ridge: The strength l, relative to the mean of G's diagonal.
-
-    References:
-        Hassibi and Stork (NIPS 1992).
-    """
-    return _removal(wide(down), _inverse(gram, ridge), count)
-
-
-def _losses(inverse: Array, down: Array) -> Array:
-    """Returns the loss of removing each unit first."""
-    return jnp.square(down).sum(-1) / jnp.diagonal(inverse)
-
-
-def _removal(down: Array, inverse: Array, count: int) -> Removal:
-    """Returns the order of removal, given (G + l I)^-1.
-
-    What removals change in the inverse is kept as ``F^T F``, one row of F for each unit that went:
-    only the diagonal and the rows of the next units are ever needed.
-    """
-    left = len(down) - count
-    size = max(1, min(CANDIDATES // 2, left))
-    groups, rest = divmod(left, size)
-    state = _Removing(
-        down=down,
-        diagonal=jnp.diagonal(inverse),
-        alive=jnp.ones(len(down), bool),
-        removed=jnp.zeros((max(1, left), len(down)), inverse.dtype),
-        number=jnp.int32(0),
-    )
-    state, found = lax.scan(lambda s, _: _without(inverse, s, size), state, None, length=groups)
-    found = jax.tree.map(lambda x: x.reshape(-1), found)
-    if rest:
-        _, last = _without(inverse, state, rest)
-        found = jax.tree.map(lambda *x: jnp.concatenate(x), found, last)
-    return found
-
-
-class _Removing(NamedTuple):
-    """The state of `_removal`."""
-
-    down: Array
-    diagonal: Array  # of the inverse
-    alive: Array
-    removed: Array  # F, filled from the top
-    number: Array  # of rows of F
-
-
-def _without(inverse: Array, s: _Removing, count: int) -> tuple[_Removing, Removal]:
-    """Removes some units one at a time, and then changes the state for all of them at once."""
-    losses = jnp.where(s.alive, jnp.square(s.down).sum(-1) / s.diagonal, jnp.inf)
-    candidates = lax.top_k(-losses, min(2 * count, len(s.down)))[1]
-
-    def remove(carry: _Small, _: None) -> tuple[_Small, tuple[Array, Array]]:
-        small, weights, there = carry
-        costs = jnp.where(there, _losses(small, weights), jnp.inf)
-        j = jnp.argmin(costs)
-        share = small[:, j] / small[j, j]
-        weights = weights - share[:, None] * weights[j][None]
-        small = small - share[:, None] * small[j][None]
-        return (small, weights, there.at[j].set(False)), (j, costs[j])
-
-    changed = s.removed[:, candidates]
-    small = inverse[candidates][:, candidates] - product(changed.T, changed)
-    start = (small, s.down[candidates], s.alive[candidates])
-    order, costs = lax.scan(remove, start, None, length=count)[1]
-    gone = candidates[order]
-    rows = inverse[gone] - product(s.removed[:, gone].T, s.removed)
-    root = jnp.linalg.cholesky(rows[:, gone])
-    both = jnp.concatenate([rows, s.down[gone]], axis=1)
-    both = jax.scipy.linalg.solve_triangular(root, both, lower=True)
-    rows, weights = both[:, : len(s.down)], both[:, len(s.down) :]
-    least = jnp.finfo(rows.dtype).tiny  # of a unit that the others explain in all digits
-    state = _Removing(
-        down=s.down - product(rows.T, weights),
-        diagonal=jnp.maximum(s.diagonal - jnp.square(rows).sum(0), least),
-        alive=s.alive.at[gone].set(False),
-        removed=lax.dynamic_update_slice(s.removed, rows, (s.number, jnp.int32(0))),
-        number=s.number + count,
-    )
-    return state, Removal(gone, costs)
-
-
-def _inverse(gram: Array, ridge: float) -> Array:
-    return inverse_of(gram + level_of(gram, ridge) * jnp.eye(len(gram), dtype=gram.dtype))
+    inverse, down = regular_inverse(compared, ridge), wide(subs.down)
+    units = units_left(removed_in_order(down, inverse, count), len(down))
+    return Kept(units, first_losses(inverse, down), compared, seen.gram if gram else None)
 
 
 @partial(jax.jit, static_argnames=("act", "count", "ridge"))
