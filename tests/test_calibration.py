@@ -86,7 +86,7 @@ def test_refit_in_blocks_and_to_given_outputs(x64, monkeypatch):
     subs = mlp.sub_mlps()
     few = jax.tree.map(lambda a: a[:C], subs)
     whole = refitted(few, subs, fj.Calibration(x), "gelu", 0.01).down
-    monkeypatch.setattr("fusion_jax.methods.least_squares.BLOCK", 64)
+    monkeypatch.setattr("fusion_jax.methods.gram.BLOCK", 64)
     given = fj.Calibration(x, outputs=mlp(x) - mlp.out_bias()[None])
     np.testing.assert_allclose(refitted(few, subs, given, "gelu", 0.01).down, whole, atol=1e-10)
 
