@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import fusion_jax as fj
@@ -12,7 +13,7 @@ from fusion_jax.cli.compressing import parse_layers
 from fusion_jax.cli.demo import _MARK, HUB_ID, bit_equal, find_model
 from fusion_jax.cli.main import main
 from fusion_jax.models.registry import FAMILIES
-from tests import tiny
+from tests import nlg, tiny
 
 
 @pytest.fixture
@@ -45,6 +46,31 @@ def test_compress_then_export(folder, tmp_path, capsys, method):
     assert main(["export", out, hf]) == 0
     assert "zero units" in capsys.readouterr().out
     assert fj.load(hf).config.intermediate_size == 48
+
+
+def test_export_in_the_layout_of_a_server(tmp_path, capsys, key):
+    model = fj.load(nlg.checkpoint(tmp_path / "model", "gpt2"), head="causal-lm")
+    smaller, _ = fj.compress(model, fj.Prune(width=12), key=key)
+    out = str(fj.save(smaller, tmp_path / "out"))
+    assert main(["export", out, str(tmp_path / "hf"), "--serve", "llama.cpp"]) == 0
+    said = capsys.readouterr().out
+    assert "asks for a multiple of 256, and the width is 12" in said
+    assert f"convert_hf_to_gguf.py {tmp_path / 'hf'}" in said
+    served = fj.load(tmp_path / "hf", head="causal-lm")
+    assert {site.mlp.width for site in fj.sites(served)} == {256}
+    ids = tiny.batch("gpt2")["input_ids"] % 16
+    np.testing.assert_allclose(served(ids).logits, smaller(ids).logits, atol=1e-5)
+
+
+def test_a_server_needs_its_head_and_a_tokenizer(folder, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["export", folder, out, "--serve", "vllm"]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+    model = fj.load(nlg.checkpoint(tmp_path / "gpt2", "gpt2"), head="causal-lm")
+    artefact = str(fj.save(model, tmp_path / "artefact"))
+    assert main(["export", artefact, out, "--serve", "sentence-transformers"]) == 1
+    assert "has the head causal-lm" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_may_stand_before_the_method(folder, tmp_path):

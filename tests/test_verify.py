@@ -23,6 +23,7 @@ from fusion_jax.progress import progress_shown
 from fusion_jax.report import EXPLANATIONS, Report
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import VerifiedArtefact, load_original, verify
+from fusion_jax.verification.outlook import FirstStep, first_steps, validity, verdict
 from fusion_jax.verification.page import html_page
 from tests import tiny
 
@@ -57,15 +58,17 @@ def found(found_and_said):
 @pytest.mark.full
 def test_each_stage_is_announced_before_it_begins(found_and_said):
     said = found_and_said[1]
-    stages = re.findall(r"^Verifying: (\d)/8 (.*) \(", said, re.M)
+    stages = re.findall(r"^Verifying: (\d+)/10 (.*) \(", said, re.M)
     assert [(int(n), re.sub(r" \(.*", "", what)) for n, what in stages] == list(
         enumerate(
             [
                 "outputs of the original",
                 "SGD kernel of the original model",
                 "SGD kernel of the compressed model",
+                "first steps with SGD",
                 "Adam kernel of the original model",
                 "Adam kernel of the compressed model",
+                "first steps with Adam",
                 "comparison of the engines",
                 "inputs of the MLPs",
                 "bounds of layers.0.mlp",
@@ -95,7 +98,40 @@ def test_bounds_hold_and_engines_agree(found):
     assert sgd.shape == (2, 3, 3)
     np.testing.assert_allclose(sgd, sgd.transpose(0, 2, 1), rtol=1e-4, atol=1e-5 * sgd.max())
     assert "layers.0.mlp SGD kernel" in str(found)
+    assert str(found).startswith("Will the smaller model train like the original?")
+    for kind, steps in found.steps.items():
+        assert steps[0].explained > 0.99, kind  # small steps are linear
     assert json.loads(json.dumps(found.to_json()))["failures"] == []
+
+
+def test_first_steps_of_linear_models_are_those_of_their_kernels():
+    """For f(x) = w . x, a step of SGD moves outputs by -rate K (f - y), all of it explained."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(11, 5)).astype(np.float32)
+    y = rng.normal(size=11)
+    w = rng.normal(size=5).astype(np.float32)
+    functions = [(lambda p, b, c=c: c * b[0] @ p, w) for c in (1.0, 1.1)]
+    for kind in ("sgd", "adam"):
+        moves = []
+        for c in (1.0, 1.1):
+            gradient = c * x.T @ (c * x @ w - y)
+            moves.append(-c * x @ (np.sign(gradient) if kind == "adam" else gradient))
+        want = [np.linalg.norm(moves[1] - moves[0]), np.linalg.norm(moves[1])]
+        want = np.array(want) / np.linalg.norm(moves[0])
+        for step in first_steps(functions, (jax.numpy.asarray(x),), y, (0.01, 0.1), kind):
+            np.testing.assert_allclose([step.apart, step.size], want, rtol=1e-4)
+            assert step.explained > 1 - 1e-6
+
+
+def test_the_verdict_is_for_the_largest_step_that_the_kernel_explains():
+    steps = [FirstStep(1e-4, 0.02, 1.0, 0.99), FirstStep(1e-3, 0.2, 1.1, 0.91),
+             FirstStep(1e-2, 3.0, 1.0, 0.4)]  # fmt: skip
+    assert "much like the original" in verdict("adam", 0.05, steps)
+    assert "rates up to 0.001" in validity("adam", steps)
+    assert "nearly like" in verdict("sgd", 0.05, steps[:1])
+    assert "unlike" in verdict("sgd", 0.31, steps[:1])
+    assert "At none of these rates" in validity("sgd", steps[2:])
+    assert "unlike" in verdict("sgd", 0.05, [steps[0]._replace(apart=float("nan"))])
 
 
 @pytest.mark.full

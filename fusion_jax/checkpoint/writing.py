@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from flax import nnx
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.any_module import write_module
 from fusion_jax.checkpoint.card import write_card
-from fusion_jax.errors import InputError
+from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Provenance
 from fusion_jax.models.registry import FAMILIES
@@ -121,7 +122,11 @@ def write_description(
 
 
 def export_hf(
-    model: Model, folder: str | os.PathLike[str], *, report: Report | None = None
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    round_to: int = 1,
 ) -> Path:
     """Writes a plain Hugging Face checkpoint that gives the same logits in `transformers`.
 
@@ -138,13 +143,15 @@ def export_hf(
         folder: The folder to write; it must not exist or be empty. Writing is atomic.
         report: The report of the compression, for the model card; None for that of the artefact
             that the model was loaded from.
+        round_to: Zero units pad every width to a multiple of this, as servers ask for.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: The folder is not empty, the model did not come from `load`, or it multiplies
-            label words without a masked-language-model head, which `transformers` cannot do.
+        InputError: The folder is not empty, ``round_to`` is below 1, the model did not come from
+            `load`, or it multiplies label words without a masked-language-model head, which
+            `transformers` cannot do.
         OSError: Writing failed, for example because the disk is full; nothing is left behind.
 
     Example:
@@ -152,6 +159,7 @@ def export_hf(
         >>> from transformers import AutoModel  # doctest: +SKIP
         >>> AutoModel.from_pretrained("minilm-hf")  # doctest: +SKIP
     """
+    check_at_least(1, round_to=round_to)
     provenance = provenance_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
@@ -162,9 +170,9 @@ def export_hf(
     widths: dict[str, int] = {}
     for site in sites(model):
         width, name = site.mlp.width, width_fields[site.path]
-        if site.mlp.stack:
-            unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize)
-            width = -(-width // unit) * unit
+        unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize) if site.mlp.stack else 1
+        unit = math.lcm(unit, round_to)
+        width = -(-width // unit) * unit
         widths[name] = max(width, widths.get(name, 0))
     plain = multiplied_out(model)
     padded: dict[str, tuple[int, int]] = {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import jax
 from tyro.conf import Positional, arg, subcommand
@@ -20,6 +20,7 @@ from fusion_jax.compression.width_scores import plan_from_json
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.provenance import Head
+from fusion_jax.models.tokens import load_tokenizer
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, size_of, table
@@ -163,23 +164,65 @@ def compress(
     print(f"\nSaved {out}. For transformers: fusion-jax export {out} FOLDER")
 
 
-def export(artefact: Positional[Artefact], out: Positional[NewFolder]) -> None:
+Server = Literal["sentence-transformers", "vllm", "llama.cpp"]
+# What widths are a multiple of (the blocks of llama.cpp's formats have 256 numbers), the heads, and
+# the next command.
+SERVERS: dict[str, tuple[int, tuple[Head | None, ...], str]] = {
+    "sentence-transformers": (
+        1,
+        (None,),
+        'python -c "from sentence_transformers import SentenceTransformer; '
+        "print(SentenceTransformer('{}').encode('A sentence.').shape)\"",
+    ),
+    "vllm": (128, (None, "causal-lm", "classification"), "vllm serve {}"),
+    "llama.cpp": (
+        256,
+        (None, "causal-lm"),
+        "python convert_hf_to_gguf.py {0} --outfile {0}.gguf",
+    ),
+}
+
+
+def export(
+    artefact: Positional[Artefact],
+    out: Positional[NewFolder],
+    serve: Annotated[Server | None, arg(metavar="TOOL", help_behavior_hint="")] = None,
+) -> None:
     """Write a plain Hugging Face checkpoint that gives the same logits in transformers.
 
     Args:
         artefact: Artefact, hub id, or Hugging Face folder.
         out: Folder for the checkpoint; must not exist or be empty.
+        serve: In the layout that a tool asks for: sentence-transformers, vllm or llama.cpp.
     """
     check_new_folder(out)
     model = load(artefact)
-    export_hf(model, out)
-    widths = [site.mlp.width for site in sites(model)]
-    print(f"Exported {out}, with MLPs of width {max(widths)}.")
-    if min(widths) < max(widths):
-        print(
-            f"The widths differ ({min(widths)} to {max(widths)}), but the format has one width for "
-            "all layers: zero units pad the narrower MLPs, which changes no output."
+    round_to, heads, command = SERVERS[serve] if serve else (1, None, "")
+    head = model.provenance.head
+    if heads and head not in heads:
+        raise InputError(
+            f"{serve} serves models with the head {' or '.join(map(str, heads)).lower()}; "
+            f"{artefact} has the head {head}"
         )
+    if serve:
+        load_tokenizer(model.provenance.folder)
+    export_hf(model, out, round_to=round_to)
+    widths = [site.mlp.width for site in sites(model)]
+    stored = -(-max(widths) // round_to) * round_to
+    print(f"Exported {out}, with MLPs of width {stored}.")
+    if min(widths) < stored:
+        reason = (
+            f"The widths differ ({min(widths)} to {max(widths)}), but the format has one width for "
+            "all layers"
+            if min(widths) < max(widths)
+            else f"{serve} asks for a multiple of {round_to}, and the width is {max(widths)}"
+        )
+        print(
+            f"{reason}: zero units pad the narrower MLPs, which changes no output but takes their "
+            f"memory and time; {out}/README.md says how many numbers are zeros."
+        )
+    if command:
+        print(f"Next: {command.format(out)}")
 
 
 def parse_layers(text: str | None) -> Sequence[int] | slice | str | None:

@@ -33,6 +33,14 @@ from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
 from fusion_jax.progress import show_progress
 from fusion_jax.report import Report, num_params
+from fusion_jax.verification.outlook import (
+    RATES,
+    FirstStep,
+    first_steps,
+    step_table,
+    validity,
+    verdict,
+)
 from ntk.bounds import Certificate, certify, pair
 from ntk.comparison import Comparison, compare
 from ntk.tables import table
@@ -55,6 +63,7 @@ class Verification:
         num_texts: The number n of texts.
         kernels: For each kind (2, n, n): the kernels of the original and of the compressed model.
         comparisons: For each kind, how far the two kernels are apart.
+        steps: For each kind, one real step of both models at three learning rates.
         certificates: For each site, bounds and measured changes of the MLP's outputs and kernels,
             at the inputs that the MLP has in the original.
         engine_differences: The relative difference between each further engine and the first, on a
@@ -64,6 +73,7 @@ class Verification:
     num_texts: int
     kernels: dict[ntk.KernelKind, Float[np.ndarray, "2 n n"]] = field(repr=False)
     comparisons: dict[ntk.KernelKind, Comparison]
+    steps: dict[ntk.KernelKind, list[FirstStep]]
     certificates: dict[str, Certificate]
     engine_differences: dict[str, float] | None
 
@@ -93,6 +103,11 @@ class Verification:
             f"change of an MLP that is gone{also}"
         )
 
+    def outlook(self, kind: ntk.KernelKind) -> tuple[str, str]:
+        """Returns whether the smaller model trains like the original, and how far that holds."""
+        steps = self.steps[kind]
+        return verdict(kind, self.comparisons[kind].frobenius, steps), validity(kind, steps)
+
     def to_json(self) -> dict[str, object]:
         """Returns the results as JSON values."""
         return {
@@ -103,6 +118,8 @@ class Verification:
                     "spectral": c.spectral,
                     "alignment": c.alignment,
                     "effective_ranks": list(c.effective_ranks),
+                    "first_steps": [step._asdict() for step in self.steps[kind]],
+                    "outlook": " ".join(self.outlook(kind)),
                     "original": self.kernels[kind][0].tolist(),
                     "compressed": self.kernels[kind][1].tolist(),
                 }
@@ -117,7 +134,9 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        parts = []
+        parts = ["Will the smaller model train like the original?"]
+        for kind, steps in self.steps.items():
+            parts += [" ".join(self.outlook(kind)), table(step_table(steps))]
         for kind, comparison in self.comparisons.items():
             name = KERNEL_NAMES[kind]
             heading = f"{name} kernel of {self.num_texts} texts, original and compressed"
@@ -291,9 +310,9 @@ def verify(
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
-    kernels, comparisons, certificates = {}, {}, {}
+    kernels, comparisons, moved, certificates = {}, {}, {}, {}
     fused = [(a, b) for a, b in pairs if hasattr(b.mlp, "labels")]
-    steps = 1 + 2 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
+    steps = 1 + 3 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
     with show_progress("Verifying", steps, progress, first="outputs of the original") as advance:
         begin = partial(advance, begins=True)
         start = np.asarray(jax.jit(lambda m, b: m(*b))(models[0], batch))
@@ -306,6 +325,10 @@ def verify(
                 both.append(np.asarray(ntk.kernel(f, params, batch, kind=kind)))
             kernels[kind] = np.stack(both)
             comparisons[kind] = compare(*both, targets=targets, outputs=start)
+            begin(f"first steps with {title}")
+            scale = 1 / float(np.linalg.norm(both[0], 2)) if kind == "sgd" else 1.0
+            rates = [scale * rate for rate in RATES[kind]]
+            moved[kind] = first_steps(functions, batch, targets, rates, kind)
         differences = {}
         if cross_check:
             begin("comparison of the engines")
@@ -324,6 +347,7 @@ def verify(
         num_texts=n,
         kernels=kernels,
         comparisons=comparisons,
+        steps=moved,
         certificates=certificates,
         engine_differences=differences,
     )

@@ -12,6 +12,7 @@ from fusion_jax.models.provenance import history_in_words
 from fusion_jax.report import EXPLANATIONS, Report, cell
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import KERNEL_NAMES, LOOSE, Verification, VerifiedArtefact
+from fusion_jax.verification.outlook import step_table
 from ntk import KernelKind
 from ntk.bounds.certificates import Certificate
 
@@ -93,6 +94,11 @@ def _facts(
         facts.append(
             (f"{c.alignment:.3f}", f"alignment of the {KERNEL_NAMES[kind]} kernels (1 is equal)")
         )
+    outlook = "".join(
+        f'<p>{escape(v.outlook(kind)[0])}</p><p class="soft">{escape(v.outlook(kind)[1])}</p>'
+        f"{_table(step_table(v.steps[kind]))}"
+        for kind in kinds
+    )
     cards = "".join(f'<div class="fact"><b>{a}</b><span>{b}</span></div>' for a, b in facts)
     verdicts = [("bad", f"{failure}.") for failure in v.failures()]
     if not verdicts:
@@ -104,7 +110,13 @@ def _facts(
         if v.engine_differences:
             verdicts.append(("good", "✓ All engines agree."))
     lines = "".join(f'<p class="{kind}">{escape(text)}</p>' for kind, text in verdicts)
-    return f'<h2>At a glance</h2>{lines}<div class="row facts">{cards}</div>'
+    return (
+        f"<h2>Will it train like the original?</h2>{outlook}"
+        '<p class="soft">Half the sum of squared differences from random targets, all texts in one '
+        "step, with SGD and the first step of Adam. Apart: the difference of the moves of the two "
+        "models, relative to that of the original.</p>"
+        f'<h2>At a glance</h2>{lines}<div class="row facts">{cards}</div>'
+    )
 
 
 def _count(number: int) -> str:
