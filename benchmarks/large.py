@@ -1,9 +1,9 @@
 """Measures time and peak memory of compressing layers of large models, from disk to disk.
 
 A checkpoint with one layer of the shape of Llama-2-7B's (MLP 4,096 x 11,008) or of Mixtral-8x7B's
-(eight experts 4,096 x 14,336), with random weights in bfloat16, is loaded, fused to a quarter of
+(eight experts 4,096 x 14,336) or of Qwen3-30B-A3B's (128 experts 2,048 x 768), with random weights in bfloat16, is loaded, fused to a quarter of
 its width and exported, each case in a process of its own. The estimate for the whole model is the
-time of one layer, compilation included, times 32 layers.
+time of one layer, compilation included, times 32 layers (Qwen3-30B-A3B: 48).
 
     python -m benchmarks.large [--quick] [--case NAME] [--experts N] [--json FILE]
 """
@@ -29,8 +29,17 @@ CASES = {
         "intermediate_size": 14336,
         "num_local_experts": 8,
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
 }
-LAYERS = 32
+LAYERS = {"qwen3-moe": 48}
+"""The layers of the whole models, where they are not 32."""
 
 
 def config(case: str, quick: bool, experts: int | None) -> dict[str, Any]:
@@ -40,14 +49,16 @@ def config(case: str, quick: bool, experts: int | None) -> dict[str, Any]:
         "vocab_size": 256,
         "num_hidden_layers": 1,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": 4 if case == "qwen3-moe" else 8,
         "head_dim": 8 if quick else 128,
     }
     if quick:
-        for name in ("hidden_size", "intermediate_size"):
-            result[name] //= 16
-    if experts is not None and "num_local_experts" in result:
-        result["num_local_experts"] = experts
+        for name in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
+            if name in result:
+                result[name] //= 16
+    for name in ("num_local_experts", "num_experts"):
+        if experts is not None and name in result:
+            result[name] = experts
     return result
 
 
@@ -103,8 +114,8 @@ def measure(case: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     fj.export_hf(smaller, folder / "hf")
     return {
         "case": case,
-        "experts": fields.get("num_local_experts", 1),
-        "width": fields["intermediate_size"],
+        "experts": fields.get("num_local_experts", fields.get("num_experts", 1)),
+        "width": fields.get("moe_intermediate_size", fields["intermediate_size"]),
         "gib_of_weights": report.before.bytes / 2**30,
         "load_seconds": load,
         "compress_seconds": compress,
@@ -112,14 +123,14 @@ def measure(case: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         "peak_gib_loaded": loaded,
         "peak_gib": peak_gib(),
         "inertia": report.rows[0].facts["inertia"],
-        "estimate_hours_32_layers": LAYERS * compress / 3600,
+        "estimate_hours": LAYERS.get(case, 32) * compress / 3600,
     }
 
 
 def main() -> int:
     arguments = parser(__doc__, keep=False)
     arguments.add_argument("--case", choices=CASES, help="one case only")
-    arguments.add_argument("--experts", type=int, help="experts of Mixtral's layer, instead of 8")
+    arguments.add_argument("--experts", type=int, help="experts of the mixtures")
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
     if arguments.measure:

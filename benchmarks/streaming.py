@@ -2,9 +2,10 @@
 
 A checkpoint of the shape of Llama-2-7B (32 layers, MLP 4,096 x 11,008) with random weights in
 bfloat16 is compressed by `fusion_jax.compress_files` in a process of its own, which reports its
-time and its peak memory. Twice the size of the checkpoint must be free on the disk.
+time and its peak memory. Twice the size of the checkpoint must be free on the disk. Other shapes are
+those of `benchmarks.large`.
 
-    python -m benchmarks.streaming [--quick] [--layers N] [--method NAME] [--json FILE]
+    python -m benchmarks.streaming [--quick] [--case NAME] [--layers N] [--method NAME] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import finish, parser, peak_gib
-from benchmarks.large import config, write
+from benchmarks.large import CASES, config, write
 
 METHODS = ("fusion", "prune")
 
@@ -41,7 +42,9 @@ def measure(method: str, folder: Path, calibrated: bool) -> dict[str, Any]:
         folder / "model", folder / "out", chosen, key=jax.random.key(0), head="causal-lm",
         calibration=batches,
     )  # fmt: skip
+    fields = json.loads((folder / "model/config.json").read_text())
     return {
+        "case": next(n for n, c in CASES.items() if c["model_type"] == fields["model_type"]),
         "method": method,
         "calibrated": calibrated,
         "layers": len(report.rows),
@@ -55,6 +58,7 @@ def measure(method: str, folder: Path, calibrated: bool) -> dict[str, Any]:
 
 def main() -> int:
     arguments = parser(__doc__, keep=False)
+    arguments.add_argument("--case", choices=CASES, default="llama-7b", help="the shape")
     arguments.add_argument("--layers", type=int, help="layers of the checkpoint, instead of 32")
     arguments.add_argument("--method", choices=METHODS, default="fusion", help="the method")
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -62,9 +66,10 @@ def main() -> int:
     if arguments.measure:
         print(json.dumps(measure(arguments.method, arguments.measure, True)))
         return 0
-    fields = config("llama-7b", arguments.quick, None)
+    fields = config(arguments.case, arguments.quick, None)
     fields["num_hidden_layers"] = arguments.layers or (2 if arguments.quick else 32)
-    fields["num_key_value_heads"] = 32
+    if arguments.case == "llama-7b":
+        fields["num_key_value_heads"] = 32
     fields["vocab_size"] = 256 if arguments.quick else 32000
     with tempfile.TemporaryDirectory() as folder:
         write(fields, Path(folder) / "model")

@@ -18,7 +18,13 @@ SEARCHES = {
 }
 
 
-@pytest.fixture(params=tiny.GENERATIVE, ids=lambda case: case[0])
+# Other families generate by the code of one of these.
+SEARCHED = [*tiny.DISTINCT, *((name, dict(tiny.GENERATIVE)[name]) for name in ("mistral", "phi3"))]
+
+
+@pytest.fixture(
+    params=[case for case in SEARCHED if case in tiny.GENERATIVE], ids=lambda case: case[0]
+)
 def case(request, tmp_path):
     family, head = request.param
     return family, fj.load(tiny.checkpoint(tmp_path / "model", family, head), head=head)

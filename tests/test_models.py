@@ -41,6 +41,11 @@ def case(request, tmp_path_factory):
     return Case(family, head, folder, fj.load(folder, head=head), tiny.batch(family))
 
 
+distinct = pytest.mark.parametrize(
+    "case", tiny.DISTINCT, ids=lambda case: f"{case[0]}-{case[1] or 'base'}", indirect=True
+)
+
+
 @jax.jit
 def run(model, batch, key=None):
     return model(**batch, output_hidden_states=True, key=key)
@@ -89,16 +94,16 @@ def test_equals_hugging_face(case):
         assert_close(outputs(case.model, {"input_ids": case.batch["input_ids"][:1]}), plain)
 
 
+@distinct
 @pytest.mark.full(quick=2)
 def test_jit_equals_eager(case):
-    if case.family in tiny.RELATIVES:
-        pytest.skip("the same code as its relatives'")
     eager = case.model(**case.batch, output_hidden_states=True)
     jitted = run(case.model, case.batch)
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@distinct
 @pytest.mark.full(quick=3)
 def test_padding_changes_nothing(case):
     if case.family == "switch":
@@ -110,6 +115,7 @@ def test_padding_changes_nothing(case):
     np.testing.assert_allclose(padded, alone[0], atol=1e-5)
 
 
+@distinct
 @pytest.mark.full(quick=2)
 def test_bfloat16_keeps_its_dtype(case):
     model = fj.load(case.folder, head=case.head, dtype=jnp.bfloat16)
@@ -120,10 +126,11 @@ def test_bfloat16_keeps_its_dtype(case):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out))
 
 
+@distinct
 @pytest.mark.full(quick=3)
 def test_dropout_follows_its_key(case, key):
-    if case.family in (*tiny.WITHOUT_DROPOUT, *tiny.RELATIVES) or case.head is None:
-        pytest.skip("has no dropout, or the same code as its relatives'")
+    if case.family in tiny.WITHOUT_DROPOUT or case.head is None:
+        pytest.skip("has no dropout, or is tested with a head")
     keys = (key, key, jax.random.key(1), None)
     x = [run(case.model, case.batch, k).last_hidden_state for k in keys]
     assert (x[0] == x[1]).all()
@@ -157,6 +164,7 @@ def torch_output(folder: Path, family, head, batch):
     return (out.last_hidden_state if head is None else out.logits).numpy()
 
 
+@distinct
 @pytest.mark.torch
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 24)], ids=str)
 def test_export_equals_ours_in_transformers(case, widths, tmp_path):

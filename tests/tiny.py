@@ -211,9 +211,19 @@ END = 1  # of texts, where T5 reads their class
 PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
-# Of these, what does not depend on the variant is tested with another.
-RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
+
+
+def _distinct(cases):
+    """One case for each class of models and head, as variants of a class share its code."""
+    found = {}
+    for name, head in cases:
+        found.setdefault((FAMILIES[CONFIGS[name]["model_type"]].model, head), (name, head))
+    return list(found.values())
+
+
+# What does not depend on the variant is tested with one, and with mixtures and windows.
+_MORE = ("mixtral", "causal-lm"), ("gemma3", "causal-lm"), ("switch", "seq2seq-lm")
+DISTINCT = list(dict.fromkeys([*_distinct(CASES), *_MORE]))
 
 
 def architecture(family, head):
