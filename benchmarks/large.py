@@ -1,9 +1,10 @@
 """Measures time and peak memory of compressing layers of large models, from disk to disk.
 
-A checkpoint with one layer of the shape of Llama-2-7B's (MLP 4,096 x 11,008) or of Mixtral-8x7B's
-(eight experts 4,096 x 14,336) or of Qwen3-30B-A3B's (128 experts 2,048 x 768), with random weights in bfloat16, is loaded, fused to a quarter of
-its width and exported, each case in a process of its own. The estimate for the whole model is the
-time of one layer, compilation included, times 32 layers (Qwen3-30B-A3B: 48).
+A checkpoint with one layer of the shape of Llama-2-7B's (MLP 4,096 x 11,008), of Mixtral-8x7B's
+(eight experts 4,096 x 14,336) or of Qwen3-30B-A3B's (128 experts 2,048 x 768), with random weights
+in bfloat16, is loaded, fused to a quarter of its width and exported, each case in a process of its
+own. The estimate for the whole model is the time of one layer, compilation included, times 32
+layers (Qwen3-30B-A3B: 48).
 
     python -m benchmarks.large [--quick] [--case NAME] [--experts N] [--json FILE]
 """

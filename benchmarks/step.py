@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks.common import finish, parser, peak_gib
@@ -38,7 +39,7 @@ def flops(fused: bool) -> int:
     return sum(BATCH * TOKENS * (8 * D * D + 4 * TOKENS * D + 4 * D * p) for p in widths)
 
 
-def ours(fused: bool, steps: int) -> dict[str, Any]:
+def ours(fused: bool, steps: int, layers: int) -> dict[str, Any]:
     """Times the training loop of `fit`."""
     import jax
     import numpy as np
@@ -49,7 +50,9 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     from fusion_jax.report import num_params
     from fusion_jax.training import Batches, Examples, Recipe, fit, losses
 
-    config = BertConfig.roberta(vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1)
+    config = BertConfig.roberta(
+        vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1, num_hidden_layers=layers
+    )
     # Not under jit: a GPU took minutes to compile the program of all parameters.
     model = Bert(config, head="classification", rngs=nnx.Rngs(0))
     if fused:
@@ -81,7 +84,7 @@ def ours(fused: bool, steps: int) -> dict[str, Any]:
     return {"parameters": params, "seconds": _median(times), "peak_gib": peak_gib()}
 
 
-def torch(fused: bool, steps: int) -> dict[str, Any]:
+def torch(fused: bool, steps: int, layers: int = LAYERS) -> dict[str, Any]:
     """Times a plain PyTorch loop."""
     import torch  # type: ignore[import-not-found]
     from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -94,7 +97,9 @@ def torch(fused: bool, steps: int) -> dict[str, Any]:
         def forward(self, x: Any) -> Any:
             return x * self.sizes
 
-    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1)
+    config = RobertaConfig(
+        vocab_size=VOCAB, max_position_embeddings=514, type_vocab_size=1, num_hidden_layers=layers
+    )
     model: Any = RobertaForSequenceClassification(config).train()
     if fused:
         for layer in model.roberta.encoder.layer[-FUSED_LAYERS:]:
@@ -123,10 +128,10 @@ def _median(times: list[float]) -> float:
 
 
 CASES = {
-    "ours-dense": lambda steps: ours(False, steps),
-    "ours-fused": lambda steps: ours(True, steps),
-    "torch-dense": lambda steps: torch(False, steps),
-    "torch-fused": lambda steps: torch(True, steps),
+    "ours-dense": partial(ours, False),
+    "ours-fused": partial(ours, True),
+    "torch-dense": partial(torch, False),
+    "torch-fused": partial(torch, True),
 }
 
 
@@ -137,7 +142,7 @@ def main() -> int:
     arguments = arguments.parse_args()
     steps = 2 if arguments.quick else arguments.steps
     if arguments.case:
-        print(json.dumps(CASES[arguments.case](steps)))
+        print(json.dumps(CASES[arguments.case](steps, 2 if arguments.quick else LAYERS)))
         return 0
     rows = []
     with_torch = importlib.util.find_spec("torch") is not None and not arguments.quick
@@ -145,6 +150,7 @@ def main() -> int:
         if case.startswith("torch") and not with_torch:
             continue
         command = [sys.executable, "-m", "benchmarks.step", "--case", case, "--steps", str(steps)]
+        command += ["--quick"] * arguments.quick
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         rows.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
     by = {row["case"]: row for row in rows}

@@ -1,11 +1,12 @@
 """Measures compressing a model that is larger than memory, from disk to disk, layer by layer.
 
-A checkpoint of the shape of Llama-2-7B (32 layers, MLP 4,096 x 11,008) with random weights in
-bfloat16 is compressed by `fusion_jax.compress_files` in a process of its own, which reports its
-time and its peak memory. Twice the size of the checkpoint must be free on the disk. Other shapes are
-those of `benchmarks.large`.
+A checkpoint of the shape of Llama-2-7B (32 layers, MLP 4,096 x 11,008), or of another case of
+`benchmarks.large`, with random weights in bfloat16 is compressed by `fusion_jax.compress_files` in
+a process of its own, which reports its time and its peak memory. Twice the size of the checkpoint
+must be free on the disk.
 
-    python -m benchmarks.streaming [--quick] [--case NAME] [--layers N] [--method NAME] [--json FILE]
+    python -m benchmarks.streaming [--quick] [--case NAME] [--layers N] [--method NAME]
+                                   [--json FILE]
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def large() -> Lines:
         ("mixtral", "Mixtral-8x7B, one layer, 8 experts 14,336 → 3,584"),
     ):
         r = row("large-cpu", case=case)
-        hours = r["estimate_hours_32_layers"]
+        hours = r["estimate_hours"]
         whole = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
         yield [label, short(r["compress_seconds"]), f"{r['peak_gib']:.1f}", whole]
     (r,) = rows("streaming-cpu")
