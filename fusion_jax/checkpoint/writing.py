@@ -233,12 +233,18 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
         if path != joined[0]:
             continue  # written with the first one
         arrays = [np.asarray(params[other].get_value()) for other in joined]
-        value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        value = arrays[0] if len(arrays) == 1 else _joined(arrays, location.groups)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
             yield name, part.T if location.transposed else part
+
+
+def _joined(arrays: list[np.ndarray], groups: int) -> np.ndarray:
+    """Joins the outputs of linear layers, in groups that have outputs of each of them."""
+    parts = [np.split(array, groups, axis=-1) for array in arrays]
+    return np.concatenate([part for group in zip(*parts, strict=True) for part in group], axis=-1)
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:

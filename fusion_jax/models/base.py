@@ -195,6 +195,8 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
             most = MOST_LAYERS if "layer" in name else 2**31 - 1
             if not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
+        if isinstance(value, int) and float in (hints[name], *get_args(hints[name])):
+            read[name] = float(value)
     return cls(**{**read, **given})
 
 

@@ -47,7 +47,17 @@ class Dropout(nnx.Dropout):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization, computed in float32 or wider and returned in the dtype of the input."""
+    """Layer normalization, computed in float32 or wider and returned in the dtype of the input.
+
+    Args:
+        d: The number of features.
+        offset: Added to the scale; the parameter begins at 1 - offset.
+        **options: Further arguments of `flax.nnx.LayerNorm`.
+    """
+
+    def __init__(self, d: int, *, offset: float = 0.0, **options: Any):
+        super().__init__(d, scale_init=nnx.initializers.constant(1.0 - offset), **options)
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
         """Normalises the last axis."""
@@ -56,9 +66,54 @@ class LayerNorm(nnx.LayerNorm):
         variance = jnp.square(y - mean).mean(-1, keepdims=True)
         y = (y - mean) * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, y.dtype))
         shape = (1,) * (y.ndim - 1) + (-1,)
-        assert self.scale is not None and self.bias is not None
-        scale, bias = (v[...].astype(y.dtype).reshape(shape) for v in (self.scale, self.bias))
-        return (y * scale + bias).astype(x.dtype)
+        if self.scale is not None:
+            scale = self.scale[...].astype(y.dtype).reshape(shape)
+            y = y * (scale + self.offset if self.offset else scale)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype).reshape(shape)
+        return y.astype(x.dtype)
+
+
+class HeadNorms(nnx.Module):
+    """Layer normalization of each head of attention, with a scale of its own.
+
+    Args:
+        heads: The number h of heads.
+        f: The number of features of each.
+        epsilon: Added to the variance.
+        param_dtype: The dtype of the scales.
+        rngs: Not used; the scales begin at 1.
+    """
+
+    def __init__(
+        self, heads: int, f: int, *, epsilon: float, param_dtype: Any, rngs: nnx.Rngs | None = None
+    ):
+        self.scale = nnx.Param(jnp.ones((heads, f), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
+        """Normalizes the last axis."""
+        y = wide(x)
+        y = y - y.mean(-1, keepdims=True)
+        variance = jnp.square(y).mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, y.dtype))
+        return (y * self.scale[...].astype(y.dtype)[None, None]).astype(x.dtype)
+
+
+class OutputBias(nnx.Module):
+    """The bias of an output layer whose matrix is that of the token embeddings.
+
+    Args:
+        vocab: The number of tokens.
+        param_dtype: The dtype of the bias.
+    """
+
+    def __init__(self, vocab: int, *, param_dtype: Any):
+        self.bias = nnx.Param(jnp.zeros(vocab, param_dtype))
+
+    def __call__(self, x: Float[Array, "*n vocab"]) -> Float[Array, "*n vocab"]:
+        """Adds the bias to logits."""
+        return x + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class RmsNorm(nnx.RMSNorm):
