@@ -209,7 +209,60 @@ ODD["gptj"] = [
     {"tie_word_embeddings": True, "n_layer": 1, "rotary_dim": 2},
     {"activation_function": "relu", "layer_norm_epsilon": 1e-2, "vocab_size": 67},
 ]
-DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2", "gpt_neox", "gptj"]
+ODD["falcon"] = [
+    {"num_ln_in_parallel_attn": 1, "num_kv_heads": 1, "bias": True},
+    {"new_decoder_architecture": False, "num_kv_heads": None, "hidden_dropout": 0.2},
+    {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "num_kv_heads": None,
+        "bias": True,
+        "alibi": True,
+        "num_attention_heads": 3,
+        "hidden_size": 18,
+        "parallel_attn": False,
+        "attention_dropout": 0.1,
+    },
+    {"num_kv_heads": None, "tie_word_embeddings": False, "rope_theta": 50.0, "activation": "relu"},
+    {"alibi": True, "layer_norm_epsilon": 1e-2, "ffn_hidden_size": None},
+    {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "num_kv_heads": None,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+        "n_embed": 24,
+    },
+]
+ODD["opt"] = [
+    {"do_layer_norm_before": False, "num_attention_heads": 4, "ffn_dim": 23},
+    {"word_embed_proj_dim": None, "enable_bias": False, "activation_function": "gelu"},
+    {"layer_norm_elementwise_affine": False, "tie_word_embeddings": False, "dropout": 0.0},
+    {"_remove_final_layer_norm": True, "hidden_size": 21, "num_attention_heads": 7},
+]
+ODD["gpt_neo"] = [
+    {"num_heads": 4, "intermediate_size": None, "tie_word_embeddings": False},
+    {"num_layers": 3, "attention_types": [[["local"], 2], [["global"], 1]], "window_size": 2},
+    {
+        "hidden_size": 21,
+        "num_heads": 7,
+        "activation_function": "relu",
+        "resid_dropout": 0.1,
+        "embed_dropout": 0.2,
+        "layer_norm_epsilon": 1e-2,
+        "attention_layers": ["local", "global"],
+    },
+]
+ODD["bloom"] = [
+    {"n_head": 1, "apply_residual_connection_post_layernorm": True, "hidden_dropout": 0.1},
+    {"hidden_size": 18, "n_head": 6, "layer_norm_epsilon": 1e-2, "tie_word_embeddings": False},
+    {"n_embed": 15, "n_head": 5, "n_layer": 3},
+    {"n_head": 4, "slow_but_exact": True, "pretraining_tp": 1},
+]
+DECODERS = [
+    *(f for f in ODD if f in LLAMAS),
+    "gpt2",
+    *(f for f in tiny.OTHER_DECODERS if f != "bloom"),
+]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

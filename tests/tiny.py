@@ -149,6 +149,19 @@ CONFIGS = {
     "seed_oss": {**LLAMA, **rope("default"), "model_type": "seed_oss", "head_dim": 6},
     "smollm3": {**LLAMA, **rope("default"), "model_type": "smollm3", "no_rope_layers": [1, 0, 1],
                 "tie_word_embeddings": True, "pad_token_id": 0},
+    "bloom": {"model_type": "bloom", "vocab_size": 61, "hidden_size": 16, "n_layer": 2, "n_head": 2,
+              "bos_token_id": None, "eos_token_id": None},
+    "falcon": {"model_type": "falcon", "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True,
+               "ffn_hidden_size": 24, "bos_token_id": None, "eos_token_id": None},
+    "gpt_neo": {"model_type": "gpt_neo", "vocab_size": 61, "hidden_size": 16, "num_layers": 2,
+                "num_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32,
+                "attention_types": [[["global", "local"], 1]], "window_size": 3,
+                "bos_token_id": None, "eos_token_id": None},
+    "opt": {"model_type": "opt", "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 32,
+            "word_embed_proj_dim": 12, "pad_token_id": 0, "bos_token_id": None,
+            "eos_token_id": None},
     "arcee": {**SMALL, "model_type": "arcee", "hidden_act": "relu2"},
     "cohere": {**SMALL, "model_type": "cohere", "use_qk_norm": True, "tie_word_embeddings": True,
                "logit_scale": 0.5},
@@ -187,7 +200,7 @@ CONFIGS = {
 
 
 # Decoders whose fields, or whose layers, do not have the names that Llama's have.
-OTHER_DECODERS = ("gpt_neox", "gptj")
+OTHER_DECODERS = ("bloom", "falcon", "gpt_neo", "gpt_neox", "gptj", "opt")
 
 
 def decoder_config(fields):
@@ -245,10 +258,11 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 # Their configurations ask for none.
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
-RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "arcee", "cohere",
-             "cohere2", "ernie4_5", "exaone4", "glm4", "gpt_neox", "gptj", "helium", "hunyuan",
-             "nemotron", "olmo3", "stablelm", "starcoder2")  # fmt: skip
+RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1",
+             "mt5", "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "arcee",
+             "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "glm4", "gpt_neo",
+             "gpt_neox", "gptj", "helium", "hunyuan", "nemotron", "olmo3", "opt", "stablelm",
+             "starcoder2")  # fmt: skip
 
 
 def architecture(family, head):

@@ -159,7 +159,9 @@ def export_hf(
         site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
         for site in sites(model)
     }
-    widths: dict[str, int] = {}
+    widths: dict[str | None, int] = {}
+    if family.width_field is None:
+        widths[None] = config.intermediate_size
     for site in sites(model):
         width, name = site.mlp.width, width_fields[site.path]
         if site.mlp.stack:
@@ -174,7 +176,7 @@ def export_hf(
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields = {**json.loads(provenance.config), **widths}
+    fields = {**json.loads(provenance.config), **{n: x for n, x in widths.items() if n}}
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:

@@ -247,7 +247,8 @@ class Family:
         model: Makes a model: ``model(config, head=..., param_dtype=..., rngs=...)``.
         rules: Returns the key rules for a configuration and a head.
         architectures: The name of the Hugging Face class for each head.
-        width_field: The field of ``config.json`` with the width of the MLPs.
+        width_field: The field of ``config.json`` with the width of the MLPs; None if the width
+            cannot be stated, so that exports have the original one.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last part of their path.
@@ -260,7 +261,7 @@ class Family:
     model: Callable[..., Model]
     rules: Callable[[Any, Head | None], KeyRules]
     architectures: Mapping[Head | None, str]
-    width_field: str
+    width_field: str | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     experts_field: str = "num_experts"

@@ -31,6 +31,7 @@ from fusion_jax.models.layers import (
     RmsNorm,
     WideRmsNorm,
     Window,
+    alibi_bias,
     attention,
     soft_capped,
     split_key,
@@ -83,13 +84,15 @@ class Attention(nnx.Module):
         cache: CacheUpdate,
         angles: Mapping[Rope, Float[Array, "b t half"]],
         key: Key[Array, ""] | None,
+        bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Attends from every position to the visible ones."""
+        """Attends from every position to the visible ones; the bias is added to the scores."""
         q = self._heads(self.query, self.query_norm, x, angles)
         k = self._heads(self.key, self.key_norm, x, angles)
         v = self.value(x).reshape(*x.shape[:2], -1, self.features)
         k, v = cache.extended(k, v)
-        y = attention(q, k, v, visible, self.dropout, key, scale=self.scale, cap=self.cap)
+        scaled = {"scale": self.scale, "cap": self.cap}
+        y = attention(q, k, v, visible, self.dropout, key, bias=bias, **scaled)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -169,6 +172,9 @@ class Layer(nnx.Module):
         self.mlp_post_norm = make.norm(d) if after else None
         self.residual_scale, self.outside = blocks.residual_scale, blocks.norms == "outside"
         self.parallel, self.shared = blocks.parallel, blocks.norms == "shared"
+        self.residual_normed, self.joint_dropout = blocks.residual_normed, blocks.joint_dropout
+        self.alibi, self.heads = blocks.alibi, config.num_attention_heads
+        self.bias_scale = config.head_dim**-0.5
         rate = blocks.residual_dropout
         first = rate if blocks.attention_out_dropout is None else blocks.attention_out_dropout
         self.dropout = Dropout(rate) if rate else None
@@ -188,6 +194,14 @@ class Layer(nnx.Module):
         y = x + (y if self.residual_scale == 1 else y * self.residual_scale)
         return norm(y) if norm is not None and self.outside else y
 
+    def _bias(self, seen: Window) -> Float[Array, "b h 1 s"] | None:
+        """Returns the bias of the scores by position, if there is one."""
+        if self.alibi is None:
+            return None
+        rounded = self.alibi == "rounded"
+        bias = alibi_bias(seen.real, self.heads, rounded=rounded)
+        return bias * self.bias_scale if rounded else bias
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -200,12 +214,15 @@ class Layer(nnx.Module):
         keys = split_key(key, 2)
         dropped = self.dropout is not None or self.attention_dropout is not None
         drops = split_key(keys[1], 2) if dropped else (None, None)
+        drops = (drops[0], drops[0]) if self.joint_dropout else drops
         normed = x if self.attention_norm is None else self.attention_norm(x)
-        y = self.attention(normed, seen.visible, cache, context, keys[0])
-        after = self._added(x, y, self.attention_post_norm, self.attention_dropout, drops[0])
+        y = self.attention(normed, seen.visible, cache, context, keys[0], self._bias(seen))
+        start = normed if self.residual_normed else x
+        after = self._added(start, y, self.attention_post_norm, self.attention_dropout, drops[0])
         start = x if self.parallel else after
         y, router = start if self.mlp_norm is None else self.mlp_norm(start), None
         y = normed if self.shared else y
+        after = y if self.residual_normed else after
         if isinstance(self.mlp, Moe):
             y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
         else:
@@ -232,33 +249,48 @@ class Decoder(CausalLm):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        make = _LayerFactory(config, param_dtype, rngs)
+        make, blocks = _LayerFactory(config, param_dtype, rngs), config.blocks
         d, vocab = config.hidden_size, config.vocab_size
+        size = blocks.embedding_size or d
         super().__init__(
             config,
-            word=make.embed(vocab, d),
+            word=make.embed(vocab, size),
             layers=[Layer(config, i, make) for i in range(config.num_hidden_layers)],
-            norm=make.norm(d),
-            lm_head=make.lm_head(d, vocab) if head == "causal-lm" else None,
+            norm=make.norm(d) if blocks.final_norm else None,
+            lm_head=make.lm_head(size, vocab) if head == "causal-lm" else None,
             head=head,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
             rngs=rngs,
         )
-        rate = config.blocks.embedding_dropout
+        rate, rows = blocks.embedding_dropout, blocks.positions + blocks.first_position
         self.embedding_dropout = Dropout(rate) if rate else None
+        self.embedding_norm = make.norm(d) if blocks.embedding_norm else None
+        self.max_length = blocks.positions or None
+        self.position = make.embed(rows, d) if blocks.positions else None
+        self.project_in = make.linear(size, d, use_bias=False) if size != d else None
+        self.project_out = make.linear(d, size, use_bias=False) if size != d else None
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
-        """Returns token embeddings."""
+        """Returns the embeddings of tokens, and of positions if they are learned."""
         x, blocks = self.word(ids), self.config.blocks
         if blocks.embedding_rounded:
             x = x * jnp.asarray(blocks.embedding_scale, x.dtype)
         elif blocks.embedding_scale != 1:
             x = (wide(x) * blocks.embedding_scale).astype(x.dtype)
+        x = x if self.project_in is None else self.project_in(x)
+        if self.position is not None:
+            x = x + self.position(positions + blocks.first_position)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         return x if self.embedding_dropout is None else self.embedding_dropout(x, key)
+
+    def finish(self, x: Float[Array, "b t d"]) -> Float[Array, "b t size"]:
+        """Returns the last hidden state, with as many features as the token embeddings."""
+        x = super().finish(x)
+        return x if self.project_out is None else self.project_out(x)
 
     def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
         """Returns the logits of hidden states."""
@@ -426,7 +458,7 @@ def decoder_family(
     rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,
     answers: str | None = None,
     tokens: str = "score",
-    width_field: str = "intermediate_size",
+    width_field: str | None = "intermediate_size",
     width_fields: Mapping[str, str] | None = None,
     experts_field: str = "num_experts",
     **other: str,

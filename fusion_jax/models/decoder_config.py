@@ -52,7 +52,15 @@ class Blocks:
         residual_dropout: The dropout rate of these outputs.
         attention_out_dropout: That of the output of attention, if it is another one.
         embedding_dropout: The dropout rate of the embeddings.
+        joint_dropout: Whether these dropouts have the same mask, as that of a sum has.
         logit_bias: Whether the output layer of a language model has a bias.
+        residual_normed: Whether residual connections start after the norm, not before it.
+        positions: The number of learned positions, which are added to the embeddings.
+        first_position: The row of the first of them.
+        embedding_size: The number of features of the token embeddings, if it is another one.
+        embedding_norm: Whether the embeddings are normalized.
+        alibi: Whether scores have a bias by position, see `alibi_bias`: with or without rounding;
+            rounded ones count before the scale.
     """
 
     norm: Literal[
@@ -75,7 +83,14 @@ class Blocks:
     residual_dropout: float = 0.0
     attention_out_dropout: float | None = None
     embedding_dropout: float = 0.0
+    joint_dropout: bool = False
     logit_bias: bool = False
+    residual_normed: bool = False
+    positions: int = 0
+    first_position: int = 0
+    embedding_size: int = 0
+    embedding_norm: bool = False
+    alibi: Literal["plain", "rounded"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +200,18 @@ def renamed_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
     """Returns fields under our names, given by theirs; `transformers` reads both."""
     ours = {names[name]: value for name, value in fields.items() if name in names}
     return {**fields, **ours}
+
+
+def count(fields: Fields, name: str) -> int:
+    """Returns a number of rows or columns; 0 if there is none.
+
+    Raises:
+        InputError: It is not an integer from 0 on.
+    """
+    value = fields.get(name) or 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise InputError(f"{name} must be an integer from 0 on; got {str(value)[:100]!r}")
+    return value
 
 
 def rate(fields: Fields, name: str) -> float:

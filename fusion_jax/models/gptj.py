@@ -15,10 +15,6 @@ _FIELDS = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "activation_function": "hidden_act",
-    "layer_norm_epsilon": "rms_norm_eps",
-    "attn_pdrop": "attention_dropout",
 }
 _DEFAULTS = {
     "vocab_size": 50400,
@@ -26,8 +22,8 @@ _DEFAULTS = {
     "num_hidden_layers": 28,
     "num_attention_heads": 16,
     "rotary_dim": 64,
-    "hidden_act": "gelu_new",
-    "rms_norm_eps": 1e-5,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
     "eos_token_id": 50256,
 }
 _NAMES = {
@@ -47,8 +43,15 @@ _IGNORED = (r"(transformer\.)?h\.\d+\.attn\.((masked_)?bias|embed_positions)",)
 
 def _config(fields: Fields) -> DecoderConfig:
     fields = {**_DEFAULTS, **renamed_fields(fields, _FIELDS)}
-    own = {"mlp_bias": True, "head_dim": None, "num_key_value_heads": None}
-    own["intermediate_size"] = fields.get("intermediate_size") or 4 * fields["hidden_size"]
+    own = {
+        "intermediate_size": fields.get("n_inner") or 4 * fields["hidden_size"],
+        "hidden_act": fields["activation_function"],
+        "rms_norm_eps": fields["layer_norm_epsilon"],
+        "attention_dropout": rate(fields, "attn_pdrop"),
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "mlp_bias": True,
+    }
     config = DecoderConfig.read(
         {**fields, **own},
         optional=("tie_word_embeddings", "mlp_bias"),
