@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fusion_jax.errors import InputError, check_at_least
+from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows, window_pattern
 
 _DEFAULTS = {
     "vocab_size": 256000,
@@ -45,9 +45,8 @@ def _cohere(fields: Fields) -> DecoderConfig:
 
 
 def _cohere2(fields: Fields) -> DecoderConfig:
-    fields = {**_COHERE2, **fields, "head_dim": None}
-    pattern = fields["sliding_window_pattern"]
-    check_at_least(1, sliding_window_pattern=pattern)
+    fields = {**_COHERE2, **fields}
+    pattern = 0 if fields.get("layer_types") else window_pattern(fields)
     config = layer_windows(_read(fields), fields, lambda layer: (layer + 1) % pattern != 0)
     pairs = zip(config.ropes, config.sliding_windows, strict=True)
     return replace(config, ropes=tuple(rope if size else None for rope, size in pairs))

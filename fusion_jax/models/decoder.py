@@ -1,4 +1,4 @@
-"""The decoder that most language models are: rotary positions, and flags for what differs.
+"""The decoder that most language models are: Llama's, and flags for what differs.
 
 A family's file says how the fields of its ``config.json`` set the flags, and where its tensors are;
 `decoder_family` makes its `Family` from that.
@@ -44,7 +44,7 @@ from fusion_jax.nn.mlp import GatedMlp, Mlp
 
 
 class Attention(nnx.Module):
-    """Attention with rotary positions; groups of query heads share keys and values."""
+    """Attention, with rotary positions if there are any; query heads can share keys and values."""
 
     def __init__(self, config: DecoderConfig, rope: Rope | None, make: _LayerFactory):
         d, f = config.hidden_size, config.head_dim
@@ -138,7 +138,6 @@ class _LayerFactory:
             **common,
         )
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
-
         self._logits = config.tie_word_embeddings, config.blocks.logit_bias
         self._bias = partial(OutputBias, param_dtype=param_dtype)
 
@@ -219,19 +218,19 @@ class Layer(nnx.Module):
         y = self.attention(normed, seen.visible, cache, context, keys[0], self._bias(seen))
         start = normed if self.residual_normed else x
         after = self._added(start, y, self.attention_post_norm, self.attention_dropout, drops[0])
-        start = x if self.parallel else after
-        y, router = start if self.mlp_norm is None else self.mlp_norm(start), None
-        y = normed if self.shared else y
-        after = y if self.residual_normed else after
+        if not self.shared:
+            normed = x if self.parallel else after
+            normed = normed if self.mlp_norm is None else self.mlp_norm(normed)
+        after, router = normed if self.residual_normed else after, None
         if isinstance(self.mlp, Moe):
-            y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
+            y, router = self.mlp(normed, keys[1], seen.real[:, seen.slots])
         else:
-            y = self.mlp(y)
+            y = self.mlp(normed)
         return self._added(after, y, self.mlp_post_norm, self.dropout, drops[1]), router
 
 
 class Decoder(CausalLm):
-    """A decoder-only model with rotary positions, such as Llama, Gemma or OLMo.
+    """A decoder-only model, such as Llama, Gemma or Pythia.
 
     Example:
         >>> config = DecoderConfig.read({"vocab_size": 50, "hidden_size": 8,
@@ -359,6 +358,11 @@ def joined_rules(
     return tuple(KeyRule(p, theirs, LINEAR, joined=paths, groups=groups) for p in paths)
 
 
+def _unused_output(config: DecoderConfig, name: str) -> str:
+    """Returns the names of an output layer that is tied, or was not asked for."""
+    return rf"{name}\.(weight|bias)" if config.blocks.logit_bias else rf"{name}\.weight"
+
+
 QUERY_KEY_VALUE = ("query", "key", "value")
 
 
@@ -403,7 +407,7 @@ def renamed_rules(
         rules,
         prefix,
         write_prefix=head is not None,
-        ignored=(*ignored, *(rf"{name}\.(weight|bias)" for name in outputs)),
+        ignored=(*ignored, *(_unused_output(config, name) for name in outputs)),
         twins=twins,
     )
 
@@ -414,11 +418,8 @@ def norm_rules(names: Mapping[str, str]) -> tuple[KeyRule, ...]:
 
 
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-# Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
-_IGNORED = (
-    r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    r"lm_head\.(weight|bias)",
-)
+# Frequencies, a buffer in old checkpoints.
+_IGNORED = (r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def decoder_rules(
@@ -444,9 +445,12 @@ def decoder_rules(
     rules += linear_rules("attention", "self_attn", _ATTENTION)
     rules += linear_rules("mlp", "mlp", MLP_NAMES)
     twins = tied_head(config, "lm_head.weight", "word.embedding")
-    prefixed = head is not None
     return KeyRules(
-        (*rules, *_HEAD), "model.", write_prefix=prefixed, ignored=_IGNORED, twins=twins
+        (*rules, *_HEAD),
+        "model.",
+        write_prefix=head is not None,
+        ignored=(*_IGNORED, _unused_output(config, "lm_head")),
+        twins=twins,
     )
 
 

@@ -51,8 +51,8 @@ class Blocks:
         residual_scale: The factor of the outputs of attention and of the MLP.
         residual_dropout: The dropout rate of these outputs.
         attention_out_dropout: That of the output of attention, if it is another one.
+        joint_dropout: Whether both dropouts have the same mask, as that of the sum has.
         embedding_dropout: The dropout rate of the embeddings.
-        joint_dropout: Whether these dropouts have the same mask, as that of a sum has.
         logit_bias: Whether the output layer of a language model has a bias.
         residual_normed: Whether residual connections start after the norm, not before it.
         positions: The number of learned positions, which are added to the embeddings.
@@ -82,8 +82,8 @@ class Blocks:
     residual_scale: float = 1.0
     residual_dropout: float = 0.0
     attention_out_dropout: float | None = None
-    embedding_dropout: float = 0.0
     joint_dropout: bool = False
+    embedding_dropout: float = 0.0
     logit_bias: bool = False
     residual_normed: bool = False
     positions: int = 0
@@ -197,9 +197,8 @@ class DecoderConfig(HeadConfig):
 
 
 def renamed_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns fields under our names, given by theirs; `transformers` reads both."""
-    ours = {names[name]: value for name, value in fields.items() if name in names}
-    return {**fields, **ours}
+    """Returns fields under our names, given by theirs or by ours, which count where both are."""
+    return {**{names[name]: x for name, x in fields.items() if name in names}, **fields}
 
 
 def count(fields: Fields, name: str) -> int:
@@ -224,6 +223,20 @@ def rate(fields: Fields, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(f"{name} must be a number from 0 to 1; got {str(value)[:100]!r}")
     return float(value)
+
+
+def window_pattern(fields: Fields) -> int:
+    """Returns n where every n-th layer has no window: ``sliding_window_pattern``.
+
+    Raises:
+        InputError: It is not an integer above 0.
+    """
+    pattern = fields["sliding_window_pattern"]
+    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
+        raise InputError(
+            f"sliding_window_pattern must be an integer above 0; got {str(pattern)[:100]!r}"
+        )
+    return pattern
 
 
 def sliding_layers(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusion_jax.errors import check_at_least
 from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows, window_pattern
 
 _DEFAULTS = {
     "vocab_size": 102400,
@@ -26,9 +25,7 @@ def _config(fields: Fields) -> DecoderConfig:
     config = DecoderConfig.read(fields, blocks=Blocks(norms="after", query_key_norm="head"))
     if not fields["sliding_window"]:
         return config
-    pattern = fields["sliding_window_pattern"]
-    if not fields.get("layer_types"):
-        check_at_least(1, sliding_window_pattern=pattern)
+    pattern = 0 if fields.get("layer_types") else window_pattern(fields)
     config = layer_windows(config, fields, lambda layer: (layer + 1) % pattern != 0)
     pairs = zip(config.ropes, config.sliding_windows, strict=True)
     return replace(config, ropes=tuple(rope if size else None for rope, size in pairs))

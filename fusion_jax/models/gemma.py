@@ -16,6 +16,7 @@ from fusion_jax.models.decoder_config import (
     layer_windows,
     ropes_by_type,
     sliding_layers,
+    window_pattern,
 )
 
 _OPTIONAL = ("tie_word_embeddings", "attention_bias")
@@ -101,11 +102,7 @@ def _gemma2(fields: Fields) -> DecoderConfig:
 
 def _gemma3(fields: Fields) -> DecoderConfig:
     fields = {**_GEMMA3, **fields}
-    pattern = fields["sliding_window_pattern"]
-    if not isinstance(pattern, int) or pattern < 1:
-        raise InputError(
-            f"sliding_window_pattern must be an integer above 0; got {str(pattern)[:100]!r}"
-        )
+    pattern = window_pattern(fields)
     # transformers ignores the cap of the scores in Gemma 3.
     plain = {**fields, "rope_parameters": None, "rope_scaling": None}
     config = _both(plain, pattern, query_key_norm="head")

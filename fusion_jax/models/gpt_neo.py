@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Fields, Head
+from fusion_jax.models.base import MOST_LAYERS, Fields, Head
 from fusion_jax.models.decoder import decoder_family, renamed_rules
 from fusion_jax.models.decoder_config import (
     FULL,
@@ -57,7 +57,11 @@ def _layer_types(fields: Fields) -> list[str]:
     types: Any = fields.get("attention_layers")
     try:
         if not types:
-            types = [x for part, times in fields["attention_types"] for x in part * times]
+            types = [
+                x
+                for part, times in fields["attention_types"]
+                for x in part * min(times, MOST_LAYERS)
+            ]
         return [_TYPES[name] for name in types]
     except (KeyError, TypeError, ValueError):
         raise InputError(

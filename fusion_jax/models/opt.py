@@ -77,7 +77,14 @@ def _rules(config: DecoderConfig, head: Head | None) -> KeyRules:
     first = config.blocks.norms == "before"
     ours = ("attention_norm", "mlp_norm") if first else ("attention_post_norm", "mlp_post_norm")
     names = {**_NAMES, **dict(zip(ours, _NORMS, strict=True))}
-    return renamed_rules(config, head, names, prefix="model.", layer="decoder.layers.{l}")
+    return renamed_rules(
+        config,
+        head,
+        names,
+        prefix="model.",
+        layer="decoder.layers.{l}",
+        ignored=(r"(model\.)?decoder\.version",),  # in old checkpoints
+    )
 
 
 FAMILIES = {
