@@ -55,7 +55,7 @@ def tiny_model(family, head, folder):
     """A Hugging Face model with the weights of `tiny.weight`, and its tensors' shapes on disk."""
     cls = getattr(transformers, tiny.architecture(family, head))
     fields = tiny.config_of(family, head)
-    config = dict(fields)
+    config = json.loads(json.dumps(fields))  # transformers writes into nested fields
     config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
     cls(config).save_pretrained(folder / "names")
     written = safetensors.numpy.load_file(folder / "names" / "model.safetensors")

@@ -88,6 +88,46 @@ LLAMAS = {
     "qwen3_moe": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, BIASED, {"norm_topk_prob": True},
                   {"decoder_sparse_step": 3}, {"mlp_only_layers": [0], "num_experts_per_tok": 3}],
 }  # fmt: skip
+HALF_LINEAR = {"rope_scaling": {"type": "linear", "factor": 3.0}, "partial_rotary_factor": 0.5}
+LLAMAS |= {
+    "arcee": [PRIME, TIED | ONE_KEY, BIASED | {"mlp_bias": True, "head_dim": 6},
+              rope("yarn") | {"hidden_act": "gelu"}],
+    "ernie4_5": [PRIME, TIED | ONE_KEY | {"use_bias": True, "head_dim": 6}, rope("llama3"),
+                 {"rope_theta": 100.0, "head_dim": None, "num_key_value_heads": None}],
+    "glm4": [TIED | ONE_KEY, {"attention_bias": False, "head_dim": 6, "partial_rotary_factor": 0.7},
+             HALF_LINEAR | {"head_dim": 12}, {"partial_rotary_factor": 1.0, "hidden_act": "gelu"}],
+    "helium": [PRIME, TIED | ONE_KEY, BIASED | {"mlp_bias": True}, rope("dynamic")],
+    "hunyuan_v1_dense": [
+        PRIME, BIASED | {"head_dim": 6, "tie_word_embeddings": True}, rope("yarn") | ONE_KEY,
+        {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}, "rope_theta": 50.0}],
+    "olmo3": [PRIME, BIASED | TIED | ONE_KEY | {"sliding_window": 3, "head_dim": 6},
+              {"sliding_window": 2, "layer_types": TYPES, "rope_parameters": NESTED},
+              {"rope_theta": 500.0, "sliding_window": 4, "layer_types": TYPES,
+               "rope_scaling": {"rope_type": "yarn", "factor": 8.0}}],
+    "cohere": [PRIME, TIED | ONE_KEY | {"use_qk_norm": True}, BIASED | {"logit_scale": 0.3},
+               rope("dynamic") | {"head_dim": 6, "layer_norm_eps": 1e-2, "use_qk_norm": True}],
+    "cohere2": [PRIME, TIED | ONE_KEY | {"logit_scale": 3.0}, BIASED | rope("linear"),
+                {"sliding_window": 3, "sliding_window_pattern": 2},
+                {"sliding_window": 2, "layer_types": TYPES, "rope_theta": 50.0}],
+    "exaone4": [PRIME, TIED | ONE_KEY | {"sliding_window": 3, "head_dim": 6},
+                {"sliding_window": 2, "sliding_window_pattern": 2},
+                {"sliding_window": None, "layer_types": [FULL] * 3, **rope("llama3")},
+                {"sliding_window": 2, "layer_types": TYPES, "sliding_window_pattern": "LG"}],
+    "nemotron": [{"head_dim": 6, "partial_rotary_factor": 0.7}, TIED | ONE_KEY,
+                 BIASED | {"mlp_bias": True}, {"norm_eps": 1e-2, "hidden_act": "gelu"},
+                 HALF_LINEAR | {"num_attention_heads": 2}],
+    "phi": [{"qk_layernorm": True}, TIED | ONE_KEY, HALF_LINEAR | {"num_attention_heads": 2},
+            {"resid_pdrop": 0.3, "embd_pdrop": 0.4, "partial_rotary_factor": 1.0,
+             "hidden_act": "relu", "layer_norm_eps": 1e-2}],
+    "stablelm": [
+        {"partial_rotary_factor": 0.5, "qk_layernorm": True, "use_parallel_residual": True},
+        TIED | {"num_attention_heads": 2, "num_key_value_heads": 1, "use_qkv_bias": True},
+        {"num_attention_heads": 1, "num_key_value_heads": 1, "layer_norm_eps": 1e-2},
+        HALF_LINEAR | {"hidden_dropout": 0.2, "qk_layernorm": True}],
+    "starcoder2": [PRIME, ONE_KEY | {"use_bias": False, "tie_word_embeddings": True},
+                   {"sliding_window": 3, "norm_epsilon": 1e-2, "hidden_act": "relu"},
+                   rope("linear") | {"residual_dropout": 0.3, "embedding_dropout": 0.4}],
+}  # fmt: skip
 ODD = dict(LLAMAS)
 ENCODER = {
     "vocab_size": 61,
@@ -147,7 +187,82 @@ ODD["gpt2"] = [
     {"tie_word_embeddings": False, "n_layer": 1},
     {"reorder_and_upcast_attn": True, "vocab_size": 67},
 ]
-DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
+ODD["gpt_neox"] = [
+    {"hidden_size": 14, "num_attention_heads": 7, "rotary_pct": 1.0, "intermediate_size": 23},
+    {"num_attention_heads": 1, "use_parallel_residual": False, "rotary_emb_base": 500},
+    {"attention_bias": False, "rotary_pct": 0.5, "tie_word_embeddings": True},
+    {"rope_scaling": {"type": "linear", "factor": 3.0}, "num_attention_heads": 2},
+    {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 50.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-2,
+        "hidden_dropout": 0.2,
+    },
+]
+ODD["gptj"] = [
+    {"n_embd": 21, "n_head": 3, "n_inner": 23, "rotary_dim": 6},
+    {"n_head": 1, "n_inner": None, "rotary_dim": 10, "resid_pdrop": 0.2, "embd_pdrop": 0.1},
+    {"tie_word_embeddings": True, "n_layer": 1, "rotary_dim": 2},
+    {"activation_function": "relu", "layer_norm_epsilon": 1e-2, "vocab_size": 67},
+]
+ODD["falcon"] = [
+    {"num_ln_in_parallel_attn": 1, "num_kv_heads": 1, "bias": True},
+    {"new_decoder_architecture": False, "num_kv_heads": None, "hidden_dropout": 0.2},
+    {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "num_kv_heads": None,
+        "bias": True,
+        "alibi": True,
+        "num_attention_heads": 3,
+        "hidden_size": 18,
+        "parallel_attn": False,
+        "attention_dropout": 0.1,
+    },
+    {"num_kv_heads": None, "tie_word_embeddings": False, "rope_theta": 50.0, "activation": "relu"},
+    {"alibi": True, "layer_norm_epsilon": 1e-2, "ffn_hidden_size": None},
+    {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "num_kv_heads": None,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+        "n_embed": 24,
+    },
+]
+ODD["opt"] = [
+    {"do_layer_norm_before": False, "num_attention_heads": 4, "ffn_dim": 23},
+    {"word_embed_proj_dim": None, "enable_bias": False, "activation_function": "gelu"},
+    {"layer_norm_elementwise_affine": False, "tie_word_embeddings": False, "dropout": 0.0},
+    {"_remove_final_layer_norm": True, "hidden_size": 21, "num_attention_heads": 7},
+]
+ODD["gpt_neo"] = [
+    {"num_heads": 4, "intermediate_size": None, "tie_word_embeddings": False},
+    {"num_layers": 3, "attention_types": [[["local"], 2], [["global"], 1]], "window_size": 2},
+    {
+        "hidden_size": 21,
+        "num_heads": 7,
+        "activation_function": "relu",
+        "resid_dropout": 0.1,
+        "embed_dropout": 0.2,
+        "layer_norm_epsilon": 1e-2,
+        "attention_layers": ["local", "global"],
+    },
+]
+ODD["bloom"] = [
+    {"n_head": 1, "apply_residual_connection_post_layernorm": True, "hidden_dropout": 0.1},
+    {"hidden_size": 18, "n_head": 6, "layer_norm_epsilon": 1e-2, "tie_word_embeddings": False},
+    {"n_embed": 15, "n_head": 5, "n_layer": 3},
+    {"n_head": 4, "slow_but_exact": True, "pretraining_tp": 1},
+]
+DECODERS = [
+    *(f for f in ODD if f in LLAMAS),
+    "gpt2",
+    *(f for f in tiny.OTHER_DECODERS if f != "bloom"),
+]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -156,7 +271,8 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
 }  # fmt: skip
-NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral", "ernie4_5",
+                 "glm4", "helium", "hunyuan_v1_dense")  # fmt: skip
 
 
 def odd_config(family, number=None):
@@ -167,11 +283,14 @@ def odd_config(family, number=None):
         base = T5
     elif family == "switch_transformers":
         base = SWITCH
+    elif family in tiny.OTHER_DECODERS:
+        base = {**tiny.CONFIGS[family], "pad_token_id": 0}
     elif family == "gpt2":
         base = tiny.GPT2
     elif family in LLAMAS:
         base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
         base |= EXPERTS.get(family, {})
+        base |= {"partial_rotary_factor": 0.5} if family == "stablelm" else {}
     fields = {**base, **changes, "model_type": family}
     if family == "distilbert":
         fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
@@ -188,7 +307,7 @@ def made(folder, family, fields, head):
     """Writes a checkpoint with reproducible weights; returns its folder and the class for it."""
     import transformers
 
-    rest = dict(fields)
+    rest = json.loads(json.dumps(fields))  # transformers writes into nested fields
     config = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
     cls = getattr(transformers, FAMILIES[family].architectures[head])
     cls(config).save_pretrained(folder / "names")
@@ -325,7 +444,9 @@ def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn)
     assert not [w for w in recwarn if "hf" in str(w.message)]
 
 
-NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss")
+NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss",
+       "arcee", "glm4", "helium", "hunyuan_v1_dense", "olmo3", "starcoder2",
+       "exaone4", "nemotron", "phi", "stablelm", *tiny.OTHER_DECODERS)  # fmt: skip
 HEADS = [
     (family, head)
     for family in NEW

@@ -169,6 +169,8 @@ def torch_output(folder: Path, family, head, batch):
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 24)], ids=str)
 def test_export_equals_ours_in_transformers(case, widths, tmp_path):
     family, head, model, batch = case.family, case.head, case.model, case.batch
+    if len(fj.sites(model)) < len(widths):
+        pytest.skip("tests/test_families.py exports it")
     for i, (width, scaling) in enumerate(zip(widths, ("adam", "sgd", "folded"), strict=True)):
         if width < 24:
             method = fj.Fusion(width=width, scaling=scaling)

@@ -22,6 +22,11 @@ def half(tensors, dtype=np.float16):
     [
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", (2,)),
         ("gpt2", "transformer.h.0.attn.masked_bias", ()),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", (2,)),
+        ("gptj", "transformer.h.1.attn.masked_bias", ()),
+        ("gpt_neo", "transformer.h.1.attn.attention.bias", (1, 1, 8, 8)),
+        ("falcon", "h.1.self_attention.maybe_rotary.inv_freq", (2,)),
+        ("opt", "decoder.version", (1,)),
         ("llama", "model.norm.weight", (16,)),
     ],
 )
@@ -30,6 +35,17 @@ def test_one_tensor_of_another_dtype_does_not_change_the_models(family, name, sh
     tensors[name] = np.ones(shape, np.float32)
     folder = tiny.write_folder(tmp_path / "model", tiny.CONFIGS[family], tensors)
     assert params_dtype(fj.load(folder)) == jnp.float16
+
+
+def test_the_output_layer_of_pythia_has_two_names(tmp_path):
+    tensors = tiny.weights("gpt_neox", "causal-lm")
+    ids = np.arange(5, 11)[None]
+    first = fj.load(tiny.write_folder(tmp_path / "a", tiny.CONFIGS["gpt_neox"], tensors),
+                    head="causal-lm")  # fmt: skip
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    folder = tiny.write_folder(tmp_path / "b", tiny.CONFIGS["gpt_neox"], tensors)
+    second = fj.load(folder, head="causal-lm")
+    np.testing.assert_array_equal(first(ids).logits, second(ids).logits)
 
 
 def test_the_dtype_of_the_config_counts(tmp_path):

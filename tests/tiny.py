@@ -84,6 +84,7 @@ def rope(rope_type, **options):
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **options}}
 
 
+SMALL = {**LLAMA, **rope("default"), "num_hidden_layers": 2}
 T5 = {
     "model_type": "t5",
     "vocab_size": 61,
@@ -148,6 +149,47 @@ CONFIGS = {
     "seed_oss": {**LLAMA, **rope("default"), "model_type": "seed_oss", "head_dim": 6},
     "smollm3": {**LLAMA, **rope("default"), "model_type": "smollm3", "no_rope_layers": [1, 0, 1],
                 "tie_word_embeddings": True, "pad_token_id": 0},
+    "bloom": {"model_type": "bloom", "vocab_size": 61, "hidden_size": 16, "n_layer": 2, "n_head": 2,
+              "bos_token_id": None, "eos_token_id": None},
+    "falcon": {"model_type": "falcon", "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True,
+               "ffn_hidden_size": 24, "bos_token_id": None, "eos_token_id": None},
+    "gpt_neo": {"model_type": "gpt_neo", "vocab_size": 61, "hidden_size": 16, "num_layers": 2,
+                "num_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32,
+                "attention_types": [[["global", "local"], 1]], "window_size": 3,
+                "bos_token_id": None, "eos_token_id": None},
+    "opt": {"model_type": "opt", "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 32,
+            "word_embed_proj_dim": 12, "pad_token_id": 0, "bos_token_id": None,
+            "eos_token_id": None},
+    "arcee": {**SMALL, "model_type": "arcee", "hidden_act": "relu2"},
+    "cohere": {**SMALL, "model_type": "cohere", "use_qk_norm": True, "tie_word_embeddings": True,
+               "logit_scale": 0.5},
+    "cohere2": {**SMALL, "model_type": "cohere2", "sliding_window": 3,
+                "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "ernie4_5": {**SMALL, "model_type": "ernie4_5", "head_dim": 4, "tie_word_embeddings": True},
+    "exaone4": {**SMALL, "model_type": "exaone4", "sliding_window": 3,
+                "sliding_window_pattern": 2},
+    "glm4": {**SMALL, "model_type": "glm4", "head_dim": 4, "pad_token_id": 0},
+    "gpt_neox": {"model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 16,
+                 "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+                 "max_position_embeddings": 32, "bos_token_id": None, "eos_token_id": None},
+    "gptj": {"model_type": "gptj", "vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2,
+             "n_inner": 24, "rotary_dim": 4, "n_positions": 32, "bos_token_id": None,
+             "eos_token_id": None},
+    "helium": {**SMALL, "model_type": "helium", "head_dim": 4},
+    "hunyuan": {**SMALL, "model_type": "hunyuan_v1_dense", "head_dim": 4,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0,
+                                    "factor": 1.0}},
+    "nemotron": {**SMALL, "model_type": "nemotron", "partial_rotary_factor": 0.5},
+    "olmo3": {**SMALL, "model_type": "olmo3", "sliding_window": 3, "rope_parameters": None,
+              "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+              "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": {**SMALL, "model_type": "phi", "qk_layernorm": True, "resid_pdrop": 0.1,
+            "embd_pdrop": 0.1},
+    "stablelm": {**SMALL, "model_type": "stablelm", "num_attention_heads": 2,
+                 "use_parallel_residual": True, "qk_layernorm": True},
+    "starcoder2": {**SMALL, "model_type": "starcoder2", "sliding_window": 3},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
@@ -155,6 +197,10 @@ CONFIGS = {
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
                "router_jitter_noise": 0.1},
 }  # fmt: skip
+
+
+# Decoders whose fields, or whose layers, do not have the names that Llama's have.
+OTHER_DECODERS = ("bloom", "falcon", "gpt_neo", "gpt_neox", "gptj", "opt")
 
 
 def decoder_config(fields):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
@@ -34,7 +35,7 @@ _OTHER_HEADS = re.compile(r"(qa_outputs|score|classifi(er|cation_head)|(v|value|
 """The tensors of heads for tasks that this library does not have."""
 _HEAD_PARTS = ("head", "lm_head", "pooler")
 """The parts of a model that depend on its head."""
-_LANGUAGE_HEADS = re.compile(r"(lm_head|cls)\..+")
+_LANGUAGE_HEADS = re.compile(r"(lm_head|embed_out|cls)\..+")
 _log = logging.getLogger("fusion_jax")
 
 VariablePath = tuple[Any, ...]
@@ -272,12 +273,18 @@ class Checkpoint:
         """Reads a variable, in its dtype and layout."""
         want = variable.get_value()
         whole = aligned(want.shape, want.dtype)
-        first = 0 if found.outputs is None else found.outputs[0]
         transposed = found.location.transposed
         for name, part in zip(
             found.names, whole if found.location.stacked else [whole], strict=True
         ):
-            self.tensors.read_into(name, part, transposed=transposed, first=first)
+            if found.outputs is None:
+                self.tensors.read_into(name, part, transposed=transposed)
+                continue
+            groups = found.location.groups
+            first, step = found.outputs[0] // groups, found.outputs[2] // groups
+            for group, outputs in enumerate(np.split(part, groups, axis=-1)):
+                at = group * step + first
+                self.tensors.read_into(name, outputs, transposed=transposed, first=at)
         return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
 
     def _check(

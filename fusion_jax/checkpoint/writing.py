@@ -167,7 +167,9 @@ def export_hf(
         site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
         for site in sites(model)
     }
-    widths: dict[str, int] = {}
+    widths: dict[str | None, int] = {}
+    if family.width_field is None:
+        widths[None] = config.intermediate_size
     for site in sites(model):
         width, name = site.mlp.width, width_fields[site.path]
         unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize) if site.mlp.stack else 1
@@ -182,7 +184,7 @@ def export_hf(
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields = {**json.loads(provenance.config), **widths}
+    fields = {**json.loads(provenance.config), **{n: x for n, x in widths.items() if n}}
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:
@@ -241,12 +243,18 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
         if path != joined[0]:
             continue  # written with the first one
         arrays = [np.asarray(params[other].get_value()) for other in joined]
-        value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        value = arrays[0] if len(arrays) == 1 else _joined(arrays, location.groups)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
             yield name, part.T if location.transposed else part
+
+
+def _joined(arrays: list[np.ndarray], groups: int) -> np.ndarray:
+    """Joins the outputs of linear layers, in groups that have outputs of each of them."""
+    parts = [np.split(array, groups, axis=-1) for array in arrays]
+    return np.concatenate([part for group in zip(*parts, strict=True) for part in group], axis=-1)
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:

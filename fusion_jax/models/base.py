@@ -195,6 +195,8 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
             most = MOST_LAYERS if "layer" in name else 2**31 - 1
             if not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
+        if isinstance(value, int) and float in (hints[name], *get_args(hints[name])):
+            read[name] = float(value)
     return cls(**{**read, **given})
 
 
@@ -245,7 +247,8 @@ class Family:
         model: Makes a model: ``model(config, head=..., param_dtype=..., rngs=...)``.
         rules: Returns the key rules for a configuration and a head.
         architectures: The name of the Hugging Face class for each head.
-        width_field: The field of ``config.json`` with the width of the MLPs.
+        width_field: The field of ``config.json`` with the width of the MLPs; None if the width
+            cannot be stated, so that exports have the original one.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last part of their path.
@@ -258,7 +261,7 @@ class Family:
     model: Callable[..., Model]
     rules: Callable[[Any, Head | None], KeyRules]
     architectures: Mapping[Head | None, str]
-    width_field: str
+    width_field: str | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     experts_field: str = "num_experts"

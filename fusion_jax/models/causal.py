@@ -16,6 +16,7 @@ from fusion_jax.models.layers import (
     Cache,
     CacheUpdate,
     Dropout,
+    OutputBias,
     Window,
     split_key,
     token_mask,
@@ -136,7 +137,7 @@ class CausalLm(Generative):
         config: The configuration, a `HeadConfig`.
         word: The token embeddings.
         layers: The layers.
-        norm: The final normalization.
+        norm: The final normalization, or None.
         lm_head: The output layer; None if the token embeddings are used.
         head: The head, or None.
         kv_heads: The number of key-value heads of each layer.
@@ -152,8 +153,8 @@ class CausalLm(Generative):
         *,
         word: nnx.Embed,
         layers: list[nnx.Module],
-        norm: nnx.Module,
-        lm_head: nnx.Linear | None,
+        norm: nnx.Module | None,
+        lm_head: nnx.Linear | OutputBias | None,
         head: Head | None,
         kv_heads: int,
         head_dim: int,
@@ -178,6 +179,10 @@ class CausalLm(Generative):
     ) -> Float[Array, "b t d"]:
         """Returns the input of the first layer."""
         raise NotImplementedError
+
+    def finish(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the last hidden state, from the output of the last layer."""
+        return x if self.norm is None else self.norm(x)  # type: ignore[operator]
 
     def context(self, positions: Int[Array, "b t"], slots: int | None) -> Any:
         """Returns the argument ``context`` of all layers.
@@ -257,7 +262,7 @@ class CausalLm(Generative):
             x, router = layer(x, start.seen[size], update, start.context, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
-        states[-1] = self.norm(x)  # type: ignore[operator]
+        states[-1] = self.finish(x)
         return DecoderOutput(
             states[-1],
             tuple(states) if output_hidden_states else None,

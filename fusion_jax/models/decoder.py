@@ -1,4 +1,4 @@
-"""The decoder that most language models are: rotary positions, and flags for what differs.
+"""The decoder that most language models are: Llama's, and flags for what differs.
 
 A family's file says how the fields of its ``config.json`` set the flags, and where its tensors are;
 `decoder_family` makes its `Family` from that.
@@ -25,10 +25,13 @@ from fusion_jax.models.decoder_config import DecoderConfig
 from fusion_jax.models.layers import (
     CacheUpdate,
     Dropout,
+    HeadNorms,
     LayerNorm,
+    OutputBias,
     RmsNorm,
     WideRmsNorm,
     Window,
+    alibi_bias,
     attention,
     soft_capped,
     split_key,
@@ -41,7 +44,7 @@ from fusion_jax.nn.mlp import GatedMlp, Mlp
 
 
 class Attention(nnx.Module):
-    """Attention with rotary positions; groups of query heads share keys and values."""
+    """Attention, with rotary positions if there are any; query heads can share keys and values."""
 
     def __init__(self, config: DecoderConfig, rope: Rope | None, make: _LayerFactory):
         d, f = config.hidden_size, config.head_dim
@@ -52,19 +55,27 @@ class Attention(nnx.Module):
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.out = make.linear(heads * f, d, use_bias=config.out_bias)
-        normed = config.blocks.query_key_norm
-        self.all_normed = normed == "all"
-        self.query_norm = make.norm(heads * f if self.all_normed else f) if normed else None
-        self.key_norm = make.norm(kv_heads * f if self.all_normed else f) if normed else None
+        self.all_normed = config.blocks.query_key_norm == "all"
+        self.normed_last = config.blocks.normed_last
+        self.query_norm = make.head_norm(heads, f)
+        self.key_norm = make.head_norm(kv_heads, f)
         self.dropout = Dropout(config.attention_dropout)
 
     def _heads(
-        self, linear: Callable[[Array], Array], norm: Callable[[Array], Array] | None, x: Array
+        self,
+        linear: Callable[[Array], Array],
+        norm: Callable[[Array], Array] | None,
+        x: Array,
+        angles: Mapping[Rope, Float[Array, "b t half"]],
     ) -> Float[Array, "b t h f"]:
+        """Returns queries or keys, normalized and rotated."""
         y = linear(x)
         y = norm(y) if norm is not None and self.all_normed else y
         y = y.reshape(*x.shape[:2], -1, self.features)
-        return norm(y) if norm is not None and not self.all_normed else y
+        norm = None if self.all_normed else norm
+        y = norm(y) if norm is not None and not self.normed_last else y
+        y = y if self.rope is None else self.rope.rotated(y, angles[self.rope])
+        return norm(y) if norm is not None and self.normed_last else y
 
     def __call__(
         self,
@@ -73,15 +84,15 @@ class Attention(nnx.Module):
         cache: CacheUpdate,
         angles: Mapping[Rope, Float[Array, "b t half"]],
         key: Key[Array, ""] | None,
+        bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Attends from every position to the visible ones."""
-        q = self._heads(self.query, self.query_norm, x)
-        k = self._heads(self.key, self.key_norm, x)
-        v = self._heads(self.value, None, x)
-        if self.rope is not None:
-            q, k = (self.rope.rotated(a, angles[self.rope]) for a in (q, k))
+        """Attends from every position to the visible ones; the bias is added to the scores."""
+        q = self._heads(self.query, self.query_norm, x, angles)
+        k = self._heads(self.key, self.key_norm, x, angles)
+        v = self.value(x).reshape(*x.shape[:2], -1, self.features)
         k, v = cache.extended(k, v)
-        y = attention(q, k, v, visible, self.dropout, key, scale=self.scale, cap=self.cap)
+        scaled = {"scale": self.scale, "cap": self.cap}
+        y = attention(q, k, v, visible, self.dropout, key, bias=bias, **scaled)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -97,9 +108,14 @@ class _LayerFactory:
             "rms-wide": WideRmsNorm,
             "rms-offset": partial(WideRmsNorm, offset=1.0),
             "layer": LayerNorm,
+            "layer-offset": partial(LayerNorm, offset=1.0),
+            "layer-scaled": partial(LayerNorm, use_bias=False),
+            "layer-bare": partial(LayerNorm, use_bias=False, use_scale=False),
         }
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.norm = partial(norms[config.blocks.norm], epsilon=config.rms_norm_eps, **common)
+        self._heads_norm = partial(HeadNorms, epsilon=config.rms_norm_eps, **common)
+        self._query_key_norm = config.blocks.query_key_norm
         self.embed = partial(nnx.Embed, embedding_init=init, **common)
         self.mlp = partial(
             GatedMlp if config.blocks.gated else Mlp,
@@ -122,6 +138,22 @@ class _LayerFactory:
             **common,
         )
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
+        self._logits = config.tie_word_embeddings, config.blocks.logit_bias
+        self._bias = partial(OutputBias, param_dtype=param_dtype)
+
+    def lm_head(self, d: int, vocab: int) -> nnx.Linear | OutputBias | None:
+        """Returns what the head of a language model has beside the embeddings, if anything."""
+        tied, bias = self._logits
+        if tied:
+            return self._bias(vocab) if bias else None
+        return self.linear(d, vocab, use_bias=bias)
+
+    def head_norm(self, heads: int, features: int) -> Any:
+        """Returns the norm of queries or keys; None if there is none."""
+        if self._query_key_norm == "apart":
+            return self._heads_norm(heads, features)
+        size = heads * features if self._query_key_norm == "all" else features
+        return self.norm(size) if self._query_key_norm else None
 
 
 class Layer(nnx.Module):
@@ -129,27 +161,45 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, index: int, make: _LayerFactory):
         d, blocks = config.hidden_size, config.blocks
-        before, after = blocks.norms != "after", blocks.norms != "before"
+        before = blocks.norms in ("before", "both", "shared")
+        after = blocks.norms in ("after", "both", "outside")
         self.attention_norm = make.norm(d) if before else None
         self.attention = Attention(config, config.ropes[index], make)
         self.attention_post_norm = make.norm(d) if after else None
-        self.mlp_norm = make.norm(d) if before else None
+        self.mlp_norm = make.norm(d) if before and blocks.norms != "shared" else None
         self.mlp = make.moe() if config.sparse[index] else make.dense()
         self.mlp_post_norm = make.norm(d) if after else None
-        self.residual_scale = blocks.residual_scale
-        self.dropout = Dropout(blocks.residual_dropout) if blocks.residual_dropout else None
+        self.residual_scale, self.outside = blocks.residual_scale, blocks.norms == "outside"
+        self.parallel, self.shared = blocks.parallel, blocks.norms == "shared"
+        self.residual_normed, self.joint_dropout = blocks.residual_normed, blocks.joint_dropout
+        self.alibi, self.heads = blocks.alibi, config.num_attention_heads
+        self.bias_scale = config.head_dim**-0.5
+        rate = blocks.residual_dropout
+        first = rate if blocks.attention_out_dropout is None else blocks.attention_out_dropout
+        self.dropout = Dropout(rate) if rate else None
+        self.attention_dropout = Dropout(first) if first else None
 
     def _added(
         self,
         x: Float[Array, "b t d"],
         y: Float[Array, "b t d"],
         norm: Callable[[Array], Array] | None,
+        dropout: Dropout | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Returns the residual connection of ``x`` with the output of a block."""
-        y = y if self.dropout is None else self.dropout(y, key)
-        y = y if norm is None else norm(y)
-        return x + (y if self.residual_scale == 1 else y * self.residual_scale)
+        y = y if dropout is None else dropout(y, key)
+        y = y if norm is None or self.outside else norm(y)
+        y = x + (y if self.residual_scale == 1 else y * self.residual_scale)
+        return norm(y) if norm is not None and self.outside else y
+
+    def _bias(self, seen: Window) -> Float[Array, "b h 1 s"] | None:
+        """Returns the bias of the scores by position, if there is one."""
+        if self.alibi is None:
+            return None
+        rounded = self.alibi == "rounded"
+        bias = alibi_bias(seen.real, self.heads, rounded=rounded)
+        return bias * self.bias_scale if rounded else bias
 
     def __call__(
         self,
@@ -161,20 +211,26 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
         """Returns the input of the next layer, and the logits of the router, if there is one."""
         keys = split_key(key, 2)
-        drops = (None, None) if self.dropout is None else split_key(keys[1], 2)
-        y = x if self.attention_norm is None else self.attention_norm(x)
-        y = self.attention(y, seen.visible, cache, context, keys[0])
-        x = self._added(x, y, self.attention_post_norm, drops[0])
-        y, router = x if self.mlp_norm is None else self.mlp_norm(x), None
+        dropped = self.dropout is not None or self.attention_dropout is not None
+        drops = split_key(keys[1], 2) if dropped else (None, None)
+        drops = (drops[0], drops[0]) if self.joint_dropout else drops
+        normed = x if self.attention_norm is None else self.attention_norm(x)
+        y = self.attention(normed, seen.visible, cache, context, keys[0], self._bias(seen))
+        start = normed if self.residual_normed else x
+        after = self._added(start, y, self.attention_post_norm, self.attention_dropout, drops[0])
+        if not self.shared:
+            normed = x if self.parallel else after
+            normed = normed if self.mlp_norm is None else self.mlp_norm(normed)
+        after, router = normed if self.residual_normed else after, None
         if isinstance(self.mlp, Moe):
-            y, router = self.mlp(y, keys[1], seen.real[:, seen.slots])
+            y, router = self.mlp(normed, keys[1], seen.real[:, seen.slots])
         else:
-            y = self.mlp(y)
-        return self._added(x, y, self.mlp_post_norm, drops[1]), router
+            y = self.mlp(normed)
+        return self._added(after, y, self.mlp_post_norm, self.dropout, drops[1]), router
 
 
 class Decoder(CausalLm):
-    """A decoder-only model with rotary positions, such as Llama, Gemma or OLMo.
+    """A decoder-only model, such as Llama, Gemma or Pythia.
 
     Example:
         >>> config = DecoderConfig.read({"vocab_size": 50, "hidden_size": 8,
@@ -192,36 +248,53 @@ class Decoder(CausalLm):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        make = _LayerFactory(config, param_dtype, rngs)
+        make, blocks = _LayerFactory(config, param_dtype, rngs), config.blocks
         d, vocab = config.hidden_size, config.vocab_size
-        untied = head == "causal-lm" and not config.tie_word_embeddings
+        size = blocks.embedding_size or d
         super().__init__(
             config,
-            word=make.embed(vocab, d),
+            word=make.embed(vocab, size),
             layers=[Layer(config, i, make) for i in range(config.num_hidden_layers)],
-            norm=make.norm(d),
-            lm_head=make.linear(d, vocab, use_bias=False) if untied else None,
+            norm=make.norm(d) if blocks.final_norm else None,
+            lm_head=make.lm_head(size, vocab) if head == "causal-lm" else None,
             head=head,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
             rngs=rngs,
         )
+        rate, rows = blocks.embedding_dropout, blocks.positions + blocks.first_position
+        self.embedding_dropout = Dropout(rate) if rate else None
+        self.embedding_norm = make.norm(d) if blocks.embedding_norm else None
+        self.max_length = blocks.positions or None
+        self.position = make.embed(rows, d) if blocks.positions else None
+        self.project_in = make.linear(size, d, use_bias=False) if size != d else None
+        self.project_out = make.linear(d, size, use_bias=False) if size != d else None
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
-        """Returns token embeddings."""
+        """Returns the embeddings of tokens, and of positions if they are learned."""
         x, blocks = self.word(ids), self.config.blocks
-        if blocks.embedding_scale == 1:
-            return x
         if blocks.embedding_rounded:
-            return x * jnp.asarray(blocks.embedding_scale, x.dtype)
-        return (wide(x) * blocks.embedding_scale).astype(x.dtype)
+            x = x * jnp.asarray(blocks.embedding_scale, x.dtype)
+        elif blocks.embedding_scale != 1:
+            x = (wide(x) * blocks.embedding_scale).astype(x.dtype)
+        x = x if self.project_in is None else self.project_in(x)
+        if self.position is not None:
+            x = x + self.position(positions + blocks.first_position)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return x if self.embedding_dropout is None else self.embedding_dropout(x, key)
+
+    def finish(self, x: Float[Array, "b t d"]) -> Float[Array, "b t size"]:
+        """Returns the last hidden state, with as many features as the token embeddings."""
+        x = super().finish(x)
+        return x if self.project_out is None else self.project_out(x)
 
     def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
         """Returns the logits of hidden states."""
-        y, blocks = super().logits(x), self.config.blocks
+        bias, blocks = self.lm_head, self.config.blocks
+        y = bias(self.word.attend(x)) if isinstance(bias, OutputBias) else super().logits(x)
         y = y if blocks.logit_divisor == 1 else y / blocks.logit_divisor
         return soft_capped(y, blocks.logit_cap)
 
@@ -243,6 +316,7 @@ _NORMS = {
         "mlp_post_norm": "post_feedforward_layernorm",
     },
 }
+_NORMS["shared"] = {"attention_norm": "input_layernorm"}
 _NORMS["both"] = {
     **_NORMS["after"],
     "attention_norm": "input_layernorm",
@@ -254,7 +328,10 @@ _ATTENTION = {
     "value": "v_proj",
     "out": "o_proj",
 }
-_QUERY_KEY_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+_QUERY_KEY_NORMS = {
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+}
 
 
 def linear_rules(ours: str, theirs: str, names: Mapping[str, str]) -> tuple[KeyRule, ...]:
@@ -264,48 +341,116 @@ def linear_rules(ours: str, theirs: str, names: Mapping[str, str]) -> tuple[KeyR
     )
 
 
-def joined_rules(ours: str, theirs: str, parts: Collection[str], name: str) -> tuple[KeyRule, ...]:
-    """Returns the rules of linear layers that are one in a checkpoint, one after the other."""
+def joined_rules(
+    ours: str, theirs: str, parts: Collection[str], *, layer: str = _LAYER, groups: int = 1
+) -> tuple[KeyRule, ...]:
+    """Returns the rules of linear layers that are one in a checkpoint, one after the other.
+
+    Args:
+        ours: The path of the module that has them, in a layer.
+        theirs: The name of the one in the checkpoint, in a layer.
+        parts: Their names in our module.
+        layer: The name of a layer in the checkpoint.
+        groups: See `KeyRule`.
+    """
     paths = tuple(f"{_LAYER}.{ours}.{part}" for part in parts)
-    return tuple(KeyRule(p, f"{_LAYER}.{theirs}.{name}", LINEAR, joined=paths) for p in paths)
+    theirs = f"{layer}.{theirs}"
+    return tuple(KeyRule(p, theirs, LINEAR, joined=paths, groups=groups) for p in paths)
+
+
+def _unused_output(config: DecoderConfig, name: str) -> str:
+    """Returns the names of an output layer that is tied, or was not asked for."""
+    return rf"{name}\.(weight|bias)" if config.blocks.logit_bias else rf"{name}\.weight"
+
+
+QUERY_KEY_VALUE = ("query", "key", "value")
+
+
+def renamed_rules(
+    config: DecoderConfig,
+    head: Head | None,
+    names: Mapping[str, str],
+    *,
+    prefix: str,
+    layer: str,
+    own: tuple[KeyRule, ...] = (),
+    ignored: Collection[str] = (),
+    output: str = "lm_head",
+) -> KeyRules:
+    """Returns the key rules of a decoder none of whose tensors have the names that Llama's have.
+
+    Args:
+        config: The configuration.
+        head: The head.
+        names: The names of the layers by our paths; those in a layer of the model without its name.
+        prefix: See `KeyRules`.
+        layer: The name of a layer of the model.
+        own: Further rules.
+        ignored: See `KeyRules`.
+        output: The name of the output layer of a language model.
+    """
+    rules = [*own]
+    for ours, theirs in names.items():
+        leaves = NORM if ours.endswith("norm") else LINEAR
+        if ours in ("word", "position"):
+            rules.append(KeyRule(ours, theirs, EMBED))
+        elif ours.startswith(("norm", "embedding_norm", "project")):
+            rules.append(KeyRule(ours, theirs, leaves))
+        else:
+            rules.append(KeyRule(f"{_LAYER}.{ours}", f"{layer}.{theirs}", leaves))
+    outputs = dict.fromkeys((output, "lm_head"))
+    rules.append(KeyRule("lm_head", output, LINEAR, in_base=False, older=tuple(outputs)[1:]))
+    twins: dict[str, str] = {}
+    for name in outputs:
+        twins |= tied_head(config, f"{name}.weight", "word.embedding")
+    return KeyRules(
+        rules,
+        prefix,
+        write_prefix=head is not None,
+        ignored=(*ignored, *(_unused_output(config, name) for name in outputs)),
+        twins=twins,
+    )
+
+
+def norm_rules(names: Mapping[str, str]) -> tuple[KeyRule, ...]:
+    """Returns the rules of norms inside every layer, by our names."""
+    return tuple(KeyRule(f"{_LAYER}.{a}", f"{_LAYER}.{b}", NORM) for a, b in names.items())
 
 
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-# Frequencies, a buffer in old checkpoints, and a head that is tied or was not asked for.
-_IGNORED = (
-    r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    r"lm_head\.weight",
-)
+# Frequencies, a buffer in old checkpoints.
+_IGNORED = (r"((model|transformer)\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def decoder_rules(
-    config: DecoderConfig, head: Head | None, mlps: tuple[KeyRule, ...] = ()
+    config: DecoderConfig, head: Head | None, own: tuple[KeyRule, ...] = ()
 ) -> KeyRules:
     """Returns the key rules of a decoder, whose tensors have the names that Llama's have.
 
     Args:
         config: The configuration.
         head: The head.
-        mlps: The rules of the MLPs, where their names are not Llama's.
+        own: The rules of the layers whose names are not Llama's.
     """
     norms = _NORMS[config.blocks.norms]
     rules = [
+        *own,
         *_BASE,
-        *(KeyRule(f"{_LAYER}.{a}", f"{_LAYER}.{b}", NORM) for a, b in norms.items()),
-        *(
-            KeyRule(f"{_LAYER}.attention.{a}", f"{_LAYER}.self_attn.{b}", NORM)
-            for a, b in _QUERY_KEY_NORMS.items()
-        ),
+        *norm_rules(norms),
+        *norm_rules(_QUERY_KEY_NORMS),
     ]
     if config.blocks.joined:
-        rules += joined_rules("attention", "self_attn", ("query", "key", "value"), "qkv_proj")
-        rules += joined_rules("mlp", "mlp", ("gate", "up"), "gate_up_proj")
+        rules += joined_rules("attention", "self_attn.qkv_proj", QUERY_KEY_VALUE)
+        rules += joined_rules("mlp", "mlp.gate_up_proj", ("gate", "up"))
     rules += linear_rules("attention", "self_attn", _ATTENTION)
-    rules += mlps or linear_rules("mlp", "mlp", MLP_NAMES)
+    rules += linear_rules("mlp", "mlp", MLP_NAMES)
     twins = tied_head(config, "lm_head.weight", "word.embedding")
-    prefixed = head is not None
     return KeyRules(
-        (*rules, *_HEAD), "model.", write_prefix=prefixed, ignored=_IGNORED, twins=twins
+        (*rules, *_HEAD),
+        "model.",
+        write_prefix=head is not None,
+        ignored=(*_IGNORED, _unused_output(config, "lm_head")),
+        twins=twins,
     )
 
 
@@ -316,6 +461,8 @@ def decoder_family(
     heads: Collection[Head] = ALL_HEADS,
     rules: Callable[[DecoderConfig, Head | None], KeyRules] = decoder_rules,
     answers: str | None = None,
+    tokens: str = "score",
+    width_field: str | None = "intermediate_size",
     width_fields: Mapping[str, str] | None = None,
     experts_field: str = "num_experts",
     **other: str,
@@ -328,20 +475,22 @@ def decoder_family(
         heads: The heads that the family has in `transformers`.
         rules: The key rules without those of heads, if they are not Llama's.
         answers: See `with_head`.
+        tokens: See `with_head`.
+        width_field: See `Family`.
         width_fields: See `Family`.
         experts_field: See `Family`.
         **other: See `decoder_architectures`.
     """
 
     def all_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
-        return with_head(rules(config, head), head, answers=answers)
+        return with_head(rules(config, head), head, tokens=tokens, answers=answers)
 
     return Family(
         config=config,
         model=Decoder,
         rules=all_rules,
         architectures=decoder_architectures(name, heads, **other),
-        width_field="intermediate_size",
+        width_field=width_field,
         width_fields=width_fields or {},
         experts_field=experts_field,
     )

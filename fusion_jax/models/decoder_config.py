@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
@@ -28,9 +28,16 @@ class Blocks:
 
     Args:
         norm: The normalization: ``"rms"``; ``"rms-wide"``, whose result is rounded after the scale;
-            ``"rms-offset"``, the same with the scale 1 + w; or ``"layer"``, layer normalization.
-        norms: Where attention and MLP have their norms: before them, after them, or both.
-        query_key_norm: Whether queries and keys are normalized: each head, or all heads at once.
+            ``"rms-offset"``, the same with the scale 1 + w; ``"layer"``, layer normalization;
+            ``"layer-offset"``, the same with the scale 1 + w; ``"layer-scaled"``, layer
+            normalization without a bias; or ``"layer-bare"``, without parameters.
+        norms: Where attention and MLP have their norms: before them, after them, both, or
+            ``"outside"``, after the residual connection; ``"shared"`` is one norm before both.
+        parallel: Whether attention and MLP have the same input, and their outputs are added.
+        final_norm: Whether there is a norm after the last layer.
+        query_key_norm: Whether queries and keys are normalized: each head, all heads at once, or
+            each head with a scale of its own (``"apart"``, see `HeadNorms`).
+        normed_last: Whether they are normalized after the rotary embedding.
         gated: Whether MLPs are gated.
         joined: Whether a checkpoint has one matrix for query, key and value, and one for gate and
             up.
@@ -43,11 +50,27 @@ class Blocks:
         embedding_rounded: See ``embedding_scale``.
         residual_scale: The factor of the outputs of attention and of the MLP.
         residual_dropout: The dropout rate of these outputs.
+        attention_out_dropout: That of the output of attention, if it is another one.
+        joint_dropout: Whether both dropouts have the same mask, as that of the sum has.
+        embedding_dropout: The dropout rate of the embeddings.
+        logit_bias: Whether the output layer of a language model has a bias.
+        residual_normed: Whether residual connections start after the norm, not before it.
+        positions: The number of learned positions, which are added to the embeddings.
+        first_position: The row of the first of them.
+        embedding_size: The number of features of the token embeddings, if it is another one.
+        embedding_norm: Whether the embeddings are normalized.
+        alibi: Whether scores have a bias by position, see `alibi_bias`: with or without rounding;
+            rounded ones count before the scale.
     """
 
-    norm: Literal["rms", "rms-wide", "rms-offset", "layer"] = "rms"
-    norms: Literal["before", "after", "both"] = "before"
-    query_key_norm: Literal["head", "all"] | None = None
+    norm: Literal[
+        "rms", "rms-wide", "rms-offset", "layer", "layer-offset", "layer-scaled", "layer-bare"
+    ] = "rms"
+    norms: Literal["before", "after", "both", "shared", "outside"] = "before"
+    parallel: bool = False
+    final_norm: bool = True
+    query_key_norm: Literal["head", "all", "apart"] | None = None
+    normed_last: bool = False
     gated: bool = True
     joined: bool = False
     score_scale: float | None = None
@@ -58,6 +81,16 @@ class Blocks:
     embedding_rounded: bool = False
     residual_scale: float = 1.0
     residual_dropout: float = 0.0
+    attention_out_dropout: float | None = None
+    joint_dropout: bool = False
+    embedding_dropout: float = 0.0
+    logit_bias: bool = False
+    residual_normed: bool = False
+    positions: int = 0
+    first_position: int = 0
+    embedding_size: int = 0
+    embedding_norm: bool = False
+    alibi: Literal["plain", "rounded"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +140,8 @@ class DecoderConfig(HeadConfig):
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
         partial_rotary: bool = False,
+        interleaved: bool = False,
+        rotary: bool = True,
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
     ) -> DecoderConfig:
@@ -117,6 +152,8 @@ class DecoderConfig(HeadConfig):
             optional: Which of the fields in `OPTIONAL` the family has.
             blocks: How the layers are built; None for Llama's.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
+            interleaved: Whether it rotates pairs of neighbors, see `Rope`.
+            rotary: Whether it has rotary embeddings, which the fields describe.
             qkv_bias: Whether queries, keys and values have biases; None for ``attention_bias``.
             out_bias: Whether the output projection has one; None for ``attention_bias``.
 
@@ -135,7 +172,9 @@ class DecoderConfig(HeadConfig):
         )
         activation(result.hidden_act)
         heads, layers = result.num_attention_heads, result.num_hidden_layers
-        rope = Rope.from_json(fields, partial_rotary=partial_rotary)
+        rope = None
+        if rotary:
+            rope = Rope.from_json(fields, partial_rotary=partial_rotary, interleaved=interleaved)
         result = replace(
             result,
             num_key_value_heads=result.num_key_value_heads or heads,
@@ -147,13 +186,57 @@ class DecoderConfig(HeadConfig):
         )
         if result.head_dim < 1:
             raise InputError(f"head_dim must be above 0; got {result.head_dim}")
-        rope.check(result.head_dim)
+        if rope is not None:
+            rope.check(result.head_dim)
         if heads % result.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {result.num_key_value_heads}"
             )
         return result
+
+
+def renamed_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields under our names, given by theirs or by ours, which count where both are."""
+    return {**{names[name]: x for name, x in fields.items() if name in names}, **fields}
+
+
+def count(fields: Fields, name: str) -> int:
+    """Returns a number of rows or columns; 0 if there is none.
+
+    Raises:
+        InputError: It is not an integer from 0 on.
+    """
+    value = fields.get(name) or 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise InputError(f"{name} must be an integer from 0 on; got {str(value)[:100]!r}")
+    return value
+
+
+def rate(fields: Fields, name: str) -> float:
+    """Returns the rate of a dropout; 0 if there is none.
+
+    Raises:
+        InputError: It is not a number from 0 to 1.
+    """
+    value = fields.get(name) or 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name} must be a number from 0 to 1; got {str(value)[:100]!r}")
+    return float(value)
+
+
+def window_pattern(fields: Fields) -> int:
+    """Returns n where every n-th layer has no window: ``sliding_window_pattern``.
+
+    Raises:
+        InputError: It is not an integer above 0.
+    """
+    pattern = fields["sliding_window_pattern"]
+    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 1:
+        raise InputError(
+            f"sliding_window_pattern must be an integer above 0; got {str(pattern)[:100]!r}"
+        )
+    return pattern
 
 
 def sliding_layers(
@@ -170,6 +253,37 @@ def sliding_layers(
     if len(types) != layers or not set(types) <= {SLIDING, FULL}:
         raise InputError(f"layer_types must be {SLIDING} or {FULL} for each of the {layers} layers")
     return tuple(kind == SLIDING for kind in types)
+
+
+def ropes_by_type(
+    config: DecoderConfig,
+    fields: Fields,
+    sliding: Sequence[bool],
+    *,
+    full_theta: float,
+    sliding_theta: float,
+) -> DecoderConfig:
+    """Returns a configuration with one rotary embedding for layers with windows, one for the rest.
+
+    Args:
+        config: The configuration.
+        fields: The fields of ``config.json``; ``rope_scaling`` is for layers without windows alone.
+        sliding: Which layers have windows.
+        full_theta: The base of the wavelengths in layers without windows, if the fields have none.
+        sliding_theta: The same in layers with windows.
+
+    Raises:
+        InputError: An embedding is not possible.
+    """
+    given = fields.get("rope_parameters") or {}
+    full = {"rope_theta": full_theta, **(given.get(FULL) or {})}
+    full |= fields.get("rope_scaling") or {}
+    local = {"rope_theta": sliding_theta, **(given.get(SLIDING) or {})}
+    length = {"max_position_embeddings": fields["max_position_embeddings"]}
+    full, local = (Rope.from_json({"rope_parameters": x, **length}) for x in (full, local))
+    for rope in (full, local):
+        rope.check(config.head_dim)
+    return replace(config, ropes=tuple(local if has else full for has in sliding))
 
 
 def layer_windows(

@@ -11,14 +11,13 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import (
-    FULL,
-    SLIDING,
     Blocks,
     DecoderConfig,
     layer_windows,
+    ropes_by_type,
     sliding_layers,
+    window_pattern,
 )
-from fusion_jax.models.rope import Rope
 
 _OPTIONAL = ("tie_word_embeddings", "attention_bias")
 _DEFAULTS = {
@@ -103,25 +102,17 @@ def _gemma2(fields: Fields) -> DecoderConfig:
 
 def _gemma3(fields: Fields) -> DecoderConfig:
     fields = {**_GEMMA3, **fields}
-    pattern = fields["sliding_window_pattern"]
-    if not isinstance(pattern, int) or pattern < 1:
-        raise InputError(
-            f"sliding_window_pattern must be an integer above 0; got {str(pattern)[:100]!r}"
-        )
-    ropes = fields.get("rope_parameters") or {}
-    full = {"rope_theta": fields.get("rope_theta", 1e6), **(ropes.get(FULL) or {})}
-    full |= fields.get("rope_scaling") or {}
-    local = {"rope_theta": fields.get("rope_local_base_freq", 1e4), **(ropes.get(SLIDING) or {})}
+    pattern = window_pattern(fields)
     # transformers ignores the cap of the scores in Gemma 3.
     plain = {**fields, "rope_parameters": None, "rope_scaling": None}
     config = _both(plain, pattern, query_key_norm="head")
-    length = {"max_position_embeddings": fields["max_position_embeddings"]}
-    full, local = (Rope.from_json({"rope_parameters": x, **length}) for x in (full, local))
-    sliding = sliding_layers(config, fields, _usual(pattern))
-    config = replace(config, ropes=tuple(local if has else full for has in sliding))
-    for rope in (full, local):
-        rope.check(config.head_dim)
-    return config
+    return ropes_by_type(
+        config,
+        fields,
+        sliding_layers(config, fields, _usual(pattern)),
+        full_theta=fields.get("rope_theta", 1e6),
+        sliding_theta=fields.get("rope_local_base_freq", 1e4),
+    )
 
 
 _HEADS: tuple[Head, ...] = ("causal-lm", "classification", "token-classification")

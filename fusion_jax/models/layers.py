@@ -47,7 +47,17 @@ class Dropout(nnx.Dropout):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization, computed in float32 or wider and returned in the dtype of the input."""
+    """Layer normalization, computed in float32 or wider and returned in the dtype of the input.
+
+    Args:
+        d: The number of features.
+        offset: Added to the scale; the parameter begins at 1 - offset.
+        **options: Further arguments of `flax.nnx.LayerNorm`.
+    """
+
+    def __init__(self, d: int, *, offset: float = 0.0, **options: Any):
+        super().__init__(d, scale_init=nnx.initializers.constant(1.0 - offset), **options)
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:  # type: ignore[override]
         """Normalises the last axis."""
@@ -56,9 +66,54 @@ class LayerNorm(nnx.LayerNorm):
         variance = jnp.square(y - mean).mean(-1, keepdims=True)
         y = (y - mean) * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, y.dtype))
         shape = (1,) * (y.ndim - 1) + (-1,)
-        assert self.scale is not None and self.bias is not None
-        scale, bias = (v[...].astype(y.dtype).reshape(shape) for v in (self.scale, self.bias))
-        return (y * scale + bias).astype(x.dtype)
+        if self.scale is not None:
+            scale = self.scale[...].astype(y.dtype).reshape(shape)
+            y = y * (scale + self.offset if self.offset else scale)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype).reshape(shape)
+        return y.astype(x.dtype)
+
+
+class HeadNorms(nnx.Module):
+    """Layer normalization of each head of attention, with a scale of its own.
+
+    Args:
+        heads: The number h of heads.
+        f: The number of features of each.
+        epsilon: Added to the variance.
+        param_dtype: The dtype of the scales.
+        rngs: Not used; the scales begin at 1.
+    """
+
+    def __init__(
+        self, heads: int, f: int, *, epsilon: float, param_dtype: Any, rngs: nnx.Rngs | None = None
+    ):
+        self.scale = nnx.Param(jnp.ones((heads, f), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
+        """Normalizes the last axis."""
+        y = wide(x)
+        y = y - y.mean(-1, keepdims=True)
+        variance = jnp.square(y).mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, y.dtype))
+        return (y * self.scale[...].astype(y.dtype)[None, None]).astype(x.dtype)
+
+
+class OutputBias(nnx.Module):
+    """The bias of an output layer whose matrix is that of the token embeddings.
+
+    Args:
+        vocab: The number of tokens.
+        param_dtype: The dtype of the bias.
+    """
+
+    def __init__(self, vocab: int, *, param_dtype: Any):
+        self.bias = nnx.Param(jnp.zeros(vocab, param_dtype))
+
+    def __call__(self, x: Float[Array, "*n vocab"]) -> Float[Array, "*n vocab"]:
+        """Adds the bias to logits."""
+        return x + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class RmsNorm(nnx.RMSNorm):
@@ -113,7 +168,7 @@ def attention(
     *,
     scale: float | None = None,
     cap: float | None = None,
-    bias: Float[Array, "1 h t s"] | None = None,
+    bias: Float[Array, "#b h #t s"] | None = None,
 ) -> Float[Array, "b t h f"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
@@ -127,7 +182,7 @@ def attention(
         dropout_key: Its random key; None for no dropout.
         scale: The factor of the scores; None for 1 / sqrt(f).
         cap: The soft cap of the scores, see `soft_capped`; None for none.
-        bias: (1, h, t, s), added to the scores.
+        bias: (b, h, t, s), added to the scores; b and t may be 1.
 
     Returns:
         (b, t, h, f) in the dtype of the values.
@@ -137,12 +192,46 @@ def attention(
     scores = wide(jnp.einsum("btgrf,bsgf->bgrts", grouped, key))
     scores = soft_capped(scores * (1 / math.sqrt(f) if scale is None else scale), cap)
     if bias is not None:
-        scores = scores + wide(bias).reshape(1, *scores.shape[1:])
+        groups = scores.shape[1:3]
+        scores = scores + wide(bias).reshape(len(bias), *groups, *bias.shape[2:])
     # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = dropout(weights, dropout_key)
     return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns how much the scores of each head change per position, (heads,) in float32.
+
+    References:
+        ALiBi (arXiv 2108.12409), section 3.
+    """
+    power = 2 ** int(math.log2(heads))
+    base, between = (np.float32(2 ** -(2.0 ** (3 - math.log2(n)))) for n in (power, 2 * power))
+    whole = base ** np.arange(1, power + 1, dtype=np.float32)
+    rest = between ** np.arange(1, 2 * (heads - power), 2, dtype=np.float32)
+    return np.concatenate([whole, rest]).astype(np.float32)
+
+
+def alibi_bias(
+    real: Bool[Array, "b s"], heads: int, *, rounded: bool = False
+) -> Float[Array, "b h 1 s"]:
+    """Returns the bias of the scores of each head, which grows with the position attended to.
+
+    Args:
+        real: (b, s) where tokens are not padding.
+        heads: The number h of heads.
+        rounded: Whether it is computed in bfloat16, whatever the dtype of the model.
+    """
+    counts = jnp.cumsum(real, axis=1, dtype=jnp.float32)
+    positions = jnp.where(real, counts - 1, 0)
+    slopes = jnp.asarray(alibi_slopes(heads))
+    if not rounded:
+        return slopes[None, :, None, None] * positions[:, None, None]
+    # Explicitly, since a compiler may leave out a conversion to bfloat16 and back.
+    slopes, positions = (lax.reduce_precision(x, 8, 7) for x in (slopes, positions))
+    return lax.reduce_precision(slopes[None, :, None, None] * positions[:, None, None], 8, 7)
 
 
 def distance_buckets(far: int, count: int, *, causal: bool = False) -> np.ndarray:

@@ -1,14 +1,22 @@
-"""Llama, and what it is by other names: Mistral, Ministral; with experts Mixtral."""
+"""Llama, and what it is by other names: Mistral, Ministral; Arcee; with experts Mixtral."""
 
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family, decoder_rules, linear_rules
-from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
 from fusion_jax.models.rules import KeyRules
 
 _TIED = "tie_word_embeddings"
 _MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+_ARCEE = {
+    "hidden_size": 2560,
+    "intermediate_size": 18432,
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 128001,
+}
 _MIXTRAL = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
@@ -19,8 +27,12 @@ _MIXTRAL = {
 }
 
 
-def _llama(fields: Fields) -> DecoderConfig:
-    return DecoderConfig.read(fields, optional=(_TIED, "attention_bias", "mlp_bias"))
+def _llama(fields: Fields, blocks: Blocks | None = None) -> DecoderConfig:
+    return DecoderConfig.read(fields, optional=(_TIED, "attention_bias", "mlp_bias"), blocks=blocks)
+
+
+def _arcee(fields: Fields) -> DecoderConfig:
+    return _llama({**_ARCEE, **fields}, Blocks(gated=False))
 
 
 def _mistral(fields: Fields) -> DecoderConfig:
@@ -52,6 +64,7 @@ def _mixtral_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
 
 
 FAMILIES = {
+    "arcee": decoder_family("Arcee", _arcee, answers="transformer."),
     "llama": decoder_family("Llama", _llama, answers="transformer."),
     "mistral": decoder_family("Mistral", _mistral),
     "ministral": decoder_family("Ministral", _ministral, answers="transformer."),

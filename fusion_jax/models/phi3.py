@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
 from fusion_jax.models.decoder import decoder_family
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows, rate
 
 _DEFAULTS = {
     "vocab_size": 32064,
@@ -16,7 +16,6 @@ _DEFAULTS = {
     "original_max_position_embeddings": 4096,
     "eos_token_id": 32000,
     "pad_token_id": 32000,
-    "resid_pdrop": 0.0,
 }
 
 
@@ -29,7 +28,7 @@ def _config(fields: Fields) -> DecoderConfig:
     if kind not in ("default", "longrope"):
         raise InputError(f"Phi-3 has the rope_types default and longrope; got {str(kind)[:100]!r}")
     fields |= {"rope_scaling": None, "rope_parameters": {**rope, "rope_type": kind}}
-    blocks = Blocks(joined=True, residual_dropout=fields["resid_pdrop"])
+    blocks = Blocks(joined=True, residual_dropout=rate(fields, "resid_pdrop"))
     config = DecoderConfig.read(fields, blocks=blocks, partial_rotary=True)
     return layer_windows(config, {**fields, "layer_types": None}, lambda layer: True)
 

@@ -44,6 +44,8 @@ class Rope:
         long_factor: The same for longer texts.
         max_position_embeddings: For ``dynamic``: from this number of tokens on the base grows.
         partial_rotary_factor: The part of the features that is rotated, the first ones.
+        rotary_dim: The number of features that are rotated; 0 for what ``partial_rotary_factor``
+            says.
         interleaved: Whether features 2i and 2i + 1 are a pair, instead of i and i + f/2.
 
     References:
@@ -67,15 +69,19 @@ class Rope:
     long_factor: tuple[float, ...] = ()
     max_position_embeddings: int = 0
     partial_rotary_factor: float = 1.0
+    rotary_dim: int = 0
     interleaved: bool = False
 
     @classmethod
-    def from_json(cls, config: Fields, *, partial_rotary: bool = False) -> Rope:
+    def from_json(
+        cls, config: Fields, *, partial_rotary: bool = False, interleaved: bool = False
+    ) -> Rope:
         """Reads ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``.
 
         Args:
             config: The fields of a ``config.json``.
             partial_rotary: Whether a ``partial_rotary_factor`` is possible.
+            interleaved: Whether features 2i and 2i + 1 are a pair.
 
         Raises:
             InputError: The type of the embedding is not implemented.
@@ -94,7 +100,7 @@ class Rope:
         )
         given[original] = config.get(original) or given.get(original) or positions
         given["max_position_embeddings"] = positions
-        given.pop("interleaved", None)
+        given |= {"interleaved": interleaved, "rotary_dim": None}
         name = given["rope_type"]
         if name not in TYPES:
             raise InputError(f"rope_type {name!r} is not implemented{nearest(str(name), TYPES)}")
@@ -112,15 +118,16 @@ class Rope:
 
     def rotary(self, features: int) -> int:
         """Returns how many features of a head are rotated, the first ones."""
-        return int(features * self.partial_rotary_factor)
+        return self.rotary_dim or int(features * self.partial_rotary_factor)
 
     def check(self, features: int) -> None:
         """Raises `InputError` if the embedding does not fit heads with this many features."""
         rotary = self.rotary(features)
         if rotary < 2 or rotary % 2 or rotary > features:
             raise InputError(
-                "the number of features of a head that are rotated, head_dim times "
-                f"partial_rotary_factor, must be even and above 0; got {rotary}"
+                "the number of features of a head that are rotated, rotary_dim or head_dim times "
+                f"partial_rotary_factor, must be even, above 0, and at most {features}; got "
+                f"{rotary}"
             )
         if self.rope_type == "dynamic" and rotary < 4:
             raise InputError(f"rope_type dynamic needs at least 4 rotated features; got {rotary}")

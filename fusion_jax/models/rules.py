@@ -47,6 +47,9 @@ class KeyRule:
         in_base: Whether the layer belongs to the base model, whose names may have a prefix.
         joined: The paths of linear layers that are one layer in a checkpoint, in the order of their
             outputs; ``ours`` is one of them.
+        groups: The number of groups of such a layer's outputs. Each group has a part of the outputs
+            of every layer that is joined.
+        older: Further names of the layer that are read.
     """
 
     ours: str
@@ -54,6 +57,8 @@ class KeyRule:
     leaves: dict[str, Leaf]
     in_base: bool = True
     joined: tuple[str, ...] = ()
+    groups: int = 1
+    older: tuple[str, ...] = ()
 
 
 class TensorLocation(NamedTuple):
@@ -65,12 +70,14 @@ class TensorLocation(NamedTuple):
         stacked: Whether there is one tensor for each expert; the names contain ``{e}``.
         joined: The paths of the variables that are one tensor in the checkpoint, one after the
             other along the last axis of ours; empty if the variable has a tensor of its own.
+        groups: The number of groups of the outputs of such a tensor, see `KeyRule`.
     """
 
     names: tuple[str, ...]
     transposed: bool
     stacked: bool = False
     joined: tuple[str, ...] = ()
+    groups: int = 1
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the tensors that make up the variable."""
@@ -123,9 +130,9 @@ class KeyRules:
                 if match is None:
                     continue
                 indices = {"e": "{e}", **match.groupdict()}
-                base = rule.theirs.format(**indices)
-                stacked = "{e}" in base
-                full = [f"{base}.{n}" if name else base for n in leaf.names]
+                bases = [theirs.format(**indices) for theirs in (rule.theirs, *rule.older)]
+                stacked = "{e}" in bases[0]
+                full = [f"{base}.{n}" if name else base for base in bases for n in leaf.names]
                 if rule.in_base:
                     prefixed = [self.prefix + n for n in full]
                     others = [p + n for p in self.other_prefixes for n in full]
@@ -134,7 +141,7 @@ class KeyRules:
                 full += [twin for twin, original in self.twins.items() if original == path]
                 joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
                 names = tuple(dict.fromkeys(full))
-                return TensorLocation(names, leaf.transposed, stacked, joined)
+                return TensorLocation(names, leaf.transposed, stacked, joined, rule.groups)
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:

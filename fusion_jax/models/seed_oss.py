@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fusion_jax.models.base import Fields
 from fusion_jax.models.decoder import decoder_family
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate
 
 _DEFAULTS = {
     "vocab_size": 155136,
@@ -28,7 +28,7 @@ def _config(fields: Fields) -> DecoderConfig:
     return DecoderConfig.read(
         fields,
         optional=("tie_word_embeddings", "attention_bias", "mlp_bias"),
-        blocks=Blocks(residual_dropout=fields["residual_dropout"]),
+        blocks=Blocks(residual_dropout=rate(fields, "residual_dropout")),
         out_bias=bool(fields["attention_out_bias"]),
     )
 
