@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.bert import (
+from fusion_jax.models.bert import BertConfig, encoder_family
+from fusion_jax.models.bert_rules import (
     BIAS,
     EMBEDDING_RULES,
-    BertConfig,
-    encoder_family,
     encoder_rules,
     head_rule,
 )

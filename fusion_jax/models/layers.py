@@ -56,9 +56,10 @@ class LayerNorm(nnx.LayerNorm):
         variance = jnp.square(y - mean).mean(-1, keepdims=True)
         y = (y - mean) * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, y.dtype))
         shape = (1,) * (y.ndim - 1) + (-1,)
-        assert self.scale is not None and self.bias is not None
-        scale, bias = (v[...].astype(y.dtype).reshape(shape) for v in (self.scale, self.bias))
-        return (y * scale + bias).astype(x.dtype)
+        for parameter, join in ((self.scale, jnp.multiply), (self.bias, jnp.add)):
+            if parameter is not None:
+                y = join(y, parameter[...].astype(y.dtype).reshape(shape))
+        return y.astype(x.dtype)
 
 
 class RmsNorm(nnx.RMSNorm):
