@@ -112,6 +112,20 @@ ENCODERS = [
 ODD |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), ENCODERS)
 ODD["bert"] = [*ENCODERS, {"type_vocab_size": 5, "hidden_act": "quick_gelu"}]
 ODD["electra"] = [*ENCODERS, {"embedding_size": 16}, {"embedding_size": 9}]
+ODD["modernbert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "local_attention": 4, "norm_bias": True},
+    {"num_attention_heads": 1, "attention_bias": True, "num_hidden_layers": 4, "norm_eps": 1e-2},
+    {"mlp_bias": True, "classifier_bias": True, "rope_parameters": NESTED},
+    {"classifier_activation": "relu", "hidden_activation": "silu", "classifier_pooling": "mean",
+     "local_attention": 1},
+    {"decoder_bias": False, "tie_word_embeddings": False, "norm_bias": True, "local_attention": 5,
+     "layer_types": [SLIDING, SLIDING]},
+    {"layer_types": [FULL, SLIDING], "global_rope_theta": 500.0, "local_rope_theta": 50.0},
+    {"global_attn_every_n_layers": 1, "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+     "classifier_pooling": "mean", "norm_bias": True},
+    {"num_hidden_layers": 1, "intermediate_size": 1, "classifier_bias": True},
+    {"local_attention": 3, "decoder_bias": True, "vocab_size": 67},
+]  # fmt: skip
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS

@@ -45,6 +45,21 @@ DISTILBERT = {
     "id2label": BERT["id2label"],
     "label2id": BERT["label2id"],
 }
+MODERNBERT = {
+    "model_type": "modernbert",
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "local_attention": 12,
+    "attention_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "id2label": BERT["id2label"],
+    "label2id": BERT["label2id"],
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 61,
@@ -108,6 +123,7 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    "modernbert": MODERNBERT,
     "gpt2": GPT2,
     "gpt2-exact": {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
     "llama": LLAMA,
