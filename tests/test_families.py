@@ -126,6 +126,14 @@ ODD["modernbert"] = [
     {"num_hidden_layers": 1, "intermediate_size": 1, "classifier_bias": True},
     {"local_attention": 3, "decoder_bias": True, "vocab_size": 67},
 ]  # fmt: skip
+ODD["albert"] = [
+    {"hidden_size": 21, "num_attention_heads": 7, "embedding_size": 21, "intermediate_size": 23},
+    {"num_attention_heads": 1, "embedding_size": 5, "num_hidden_layers": 5},
+    {"hidden_act": "relu", "num_hidden_groups": 1, "layer_norm_eps": 1e-3},
+    {"embedding_size": 16, "inner_group_num": 2, "type_vocab_size": 5},
+    {"tie_word_embeddings": False, "embedding_size": 9, "hidden_act": "gelu"},
+    {"num_hidden_layers": 3, "inner_group_num": 3, "vocab_size": 67},
+]
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS
@@ -176,7 +184,7 @@ NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministr
 def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
-    base = ENCODER
+    base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
     if family in ("t5", "mt5"):
         base = T5
     elif family == "switch_transformers":

@@ -123,6 +123,10 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    # The first of three layers is applied twice.
+    "albert": {**BERT, "model_type": "albert", "hidden_size": 16, "intermediate_size": 24,
+               "embedding_size": 8, "num_hidden_layers": 4, "num_hidden_groups": 3,
+               "hidden_dropout_prob": 0.1},
     "modernbert": MODERNBERT,
     "gpt2": GPT2,
     "gpt2-exact": {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},

@@ -68,7 +68,8 @@ class Bert(Model):
         make = LayerFactory(config, param_dtype, rngs)
         self.config = config
         self.embeddings = Embeddings(config, make)
-        self.layers = nnx.List([Layer(config, i, make) for i in range(config.num_hidden_layers)])
+        self.schedule = config.blocks.schedule or tuple(range(config.num_hidden_layers))
+        self.layers = nnx.List([Layer(config, i, make) for i in range(max(self.schedule) + 1)])
         self.norm = make.norm(config.hidden_size) if config.blocks.norm_first else None
         buckets = config.relative_buckets
         self.relative = make.embed(buckets, config.num_attention_heads) if buckets else None
@@ -120,11 +121,11 @@ class Bert(Model):
         position_ids = jnp.asarray(position_ids)
         real = token_mask(input_ids, attention_mask)
         shared = self._shared(real, position_ids)
-        *keys, embed_key, head_key = split_key(key, len(self.layers) + 2)
+        *keys, embed_key, head_key = split_key(key, len(self.schedule) + 2)
         x = self.embeddings(input_ids, token_type_ids, position_ids, embed_key)
         states = [x]
-        for layer, layer_key in zip(self.layers, keys, strict=True):
-            x = layer(x, shared, layer_key)
+        for index, layer_key in zip(self.schedule, keys, strict=True):
+            x = self.layers[index](x, shared, layer_key)
             states.append(x)
         if self.norm is not None:
             x = states[-1] = self.norm(x)

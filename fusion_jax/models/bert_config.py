@@ -32,6 +32,10 @@ class EncoderBlocks:
             the number of heads.
         key_heads: The number of heads of keys and values; 0 for as many as of queries.
         ropes: The rotary embedding of each layer; empty for none.
+        schedule: The layers in the order in which they are applied, each as often as it is there;
+            empty for each once.
+        inner: The number of layers that a checkpoint has in each of its groups of layers.
+        project: Whether a matrix maps embeddings to ``hidden_size`` even if they have that size.
         windows: For each layer the largest distance at which a token attends to another, None for
             all; empty for all in each layer.
         head_norm: Whether every head has a linear layer, an activation and a norm before its last
@@ -57,6 +61,9 @@ class EncoderBlocks:
     key_heads: int = 0
     ropes: tuple[Rope, ...] = ()
     windows: tuple[int | None, ...] = ()
+    schedule: tuple[int, ...] = ()
+    inner: int = 1
+    project: bool = False
     head_norm: bool = False
     head_bias: bool = True
     pooling: Literal["first", "mean", "late"] = "first"

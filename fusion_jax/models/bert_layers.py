@@ -66,8 +66,8 @@ class Embeddings(nnx.Module):
         types = config.type_vocab_size
         self.token_type = make.embed(types, size) if types else None
         self.norm = make.norm(size) if config.blocks.embedding_norm else None
-        narrow = size != config.hidden_size
-        self.project = make.linear(size, config.hidden_size) if narrow else None
+        mapped = size != config.hidden_size or config.blocks.project
+        self.project = make.linear(size, config.hidden_size) if mapped else None
         rate = config.blocks.embedding_dropout
         self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
 

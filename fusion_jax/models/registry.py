@@ -10,6 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from fusion_jax.models import (
+    albert,
     bert,
     distilbert,
     electra,
@@ -32,6 +33,7 @@ from fusion_jax.models.moe import mixtures
 from fusion_jax.models.provenance import Provenance
 
 FAMILIES: dict[str, Family] = {
+    **albert.FAMILIES,
     **bert.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
