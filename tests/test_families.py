@@ -134,6 +134,19 @@ ODD["albert"] = [
     {"tie_word_embeddings": False, "embedding_size": 9, "hidden_act": "gelu"},
     {"num_hidden_layers": 3, "inner_group_num": 3, "vocab_size": 67},
 ]
+ODD["eurobert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "num_key_value_heads": 1, **rope("linear")},
+    {"head_dim": 6, "num_key_value_heads": 2, "hidden_act": "gelu", "mlp_bias": True,
+     "classifier_pooling": "mean"},
+    {"num_attention_heads": 1, "attention_bias": True, "rms_norm_eps": 1e-2},
+    {"tie_word_embeddings": True, "mlp_bias": True, **rope("yarn"), "intermediate_size": 23},
+    {"num_hidden_layers": 1, "rope_theta": 100.0},
+    {"classifier_pooling": "bos", "intermediate_size": 1},
+    {"pad_token_id": 3, **rope("dynamic", max_position_embeddings=5)},
+    {"tie_word_embeddings": False, "vocab_size": 67, **rope("llama3")},
+    {"head_dim": 2},
+    {"classifier_pooling": "late", "hidden_size": 24},
+]  # fmt: skip
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS

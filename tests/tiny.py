@@ -123,6 +123,8 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    "eurobert": {**MODERNBERT, "model_type": "eurobert", "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "attention_dropout": 0.1},
     # The first of three layers is applied twice.
     "albert": {**BERT, "model_type": "albert", "hidden_size": 16, "intermediate_size": 24,
                "embedding_size": 8, "num_hidden_layers": 4, "num_hidden_groups": 3,
