@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
@@ -147,6 +148,13 @@ ODD["eurobert"] = [
     {"head_dim": 2},
     {"classifier_pooling": "late", "hidden_size": 24},
 ]  # fmt: skip
+ODD["nomic_bert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "intermediate_size": 23, **rope("linear")},
+    {"head_dim": 6, "hidden_act": "gelu", "type_vocab_size": 5, "layer_norm_eps": 1e-3},
+    {"num_attention_heads": 1, **rope("yarn")},
+    {"tie_word_embeddings": False, "rope_theta": 100.0, "hidden_act": "relu"},
+    {**rope("dynamic", max_position_embeddings=5), "num_hidden_layers": 1},
+]
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS
@@ -400,3 +408,22 @@ def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwar
     assert not any(info.values()), info
     compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
     assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
+def test_both_names_of_nomic(tmp_path):
+    """Those of Nomic's own code, which transformers writes, and those of transformers' modules."""
+    folder = tiny.checkpoint(tmp_path / "old", "nomic_bert")
+    names = {"attn.out_proj": "self_attn.o_proj", "fc11": "up_proj", "fc12": "gate_proj",
+             "fc2": "down_proj", "norm1": "post_attention_layernorm", "encoder.layers": "layers",
+             "norm2": "post_mlp_layernorm", "emb_ln": "embeddings.LayerNorm"}  # fmt: skip
+    new = {}
+    for name, x in safetensors.numpy.load_file(folder / "model.safetensors").items():
+        for old, own in names.items():
+            name = name.replace(old, own)
+        if "Wqkv" not in name:
+            new[name] = x
+            continue
+        for letter, part in zip("qkv", np.split(x, 3), strict=True):
+            new[name.replace("attn.Wqkv", f"self_attn.{letter}_proj")] = np.ascontiguousarray(part)
+    other = tiny.write_folder(tmp_path / "new", tiny.CONFIGS["nomic_bert"], new)
+    assert bit_equal(fj.load(folder), fj.load(other))

@@ -123,6 +123,8 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    "nomic_bert": {**BERT, "model_type": "nomic_bert", "hidden_size": 16, "intermediate_size": 24,
+                   "hidden_act": "silu", "hidden_dropout_prob": 0.1},
     "eurobert": {**MODERNBERT, "model_type": "eurobert", "num_attention_heads": 4,
                  "num_key_value_heads": 2, "attention_dropout": 0.1},
     # The first of three layers is applied twice.

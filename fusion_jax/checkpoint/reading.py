@@ -114,11 +114,16 @@ class Checkpoint:
         Returns:
             The tensors; without names if the files do not have the variable.
         """
-        location = self.locate(path)
+        location, names = self.locate(path), []
         decisive = () if self.artefact is not None else self._rules.decisive
-        ordered = sorted(location.names, key=lambda name: name not in decisive)
-        candidates = (location.tensors(name, shape) for name in ordered)
-        names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
+        every = [location] if self.artefact is not None else self._rules.locations(path)
+        for possible in every:
+            ordered = sorted(possible.names, key=lambda name: name not in decisive)
+            candidates = (possible.tensors(name, shape) for name in ordered)
+            names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
+            if names:
+                location = possible
+                break
         outputs = self._outputs(path, location.joined) if location.joined else None
         return FoundTensors(names, location, outputs)
 
