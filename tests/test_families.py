@@ -155,6 +155,23 @@ ODD["nomic_bert"] = [
     {"tie_word_embeddings": False, "rope_theta": 100.0, "hidden_act": "relu"},
     {**rope("dynamic", max_position_embeddings=5), "num_hidden_layers": 1},
 ]
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+ODD["deberta-v2"] = [
+    {**RELATIVE, "hidden_size": 21, "num_attention_heads": 7, "position_buckets": 5,
+     "max_relative_positions": 7, "position_biased_input": False},
+    {**RELATIVE, "num_attention_heads": 1, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+     "pooler_hidden_act": "tanh", "type_vocab_size": 3},
+    {**RELATIVE, "pos_att_type": "c2p", "max_relative_positions": 3, "embedding_size": 9,
+     "conv_kernel_size": 5, "conv_act": "gelu", "conv_groups": 2},
+    {**RELATIVE, "pos_att_type": "p2c", "position_buckets": 4, "hidden_act": "relu",
+     "conv_kernel_size": 3},
+    {**RELATIVE, "legacy": False, "conv_kernel_size": 1, "layer_norm_eps": 1e-2},
+    {"hidden_act": "silu", "num_hidden_layers": 1},
+    {"pos_att_type": "c2p|p2c", "relative_attention": False, "norm_rel_ebd": "layer_norm"},
+    {"relative_attention": True, "vocab_size": 67},
+    {"position_biased_input": False, "relative_attention": True},
+    {"legacy": True, "tie_word_embeddings": False, "embedding_size": 9},
+]  # fmt: skip
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS

@@ -123,6 +123,11 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    # As version 3, with the convolution of version 2.
+    "deberta-v2": {**BERT, "model_type": "deberta-v2", "hidden_size": 16, "intermediate_size": 24,
+                   "type_vocab_size": 0, "relative_attention": True, "position_buckets": 4,
+                   "norm_rel_ebd": "layer_norm", "share_att_key": True, "conv_kernel_size": 3,
+                   "pos_att_type": "p2c|c2p", "position_biased_input": False},
     "nomic_bert": {**BERT, "model_type": "nomic_bert", "hidden_size": 16, "intermediate_size": 24,
                    "hidden_act": "silu", "hidden_dropout_prob": 0.1},
     "eurobert": {**MODERNBERT, "model_type": "eurobert", "num_attention_heads": 4,

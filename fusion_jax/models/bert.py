@@ -29,7 +29,7 @@ from fusion_jax.models.bert_heads import (
     MaskedLmHead,
     TokenHead,
 )
-from fusion_jax.models.bert_layers import Embeddings, Layer, LayerFactory, Shared
+from fusion_jax.models.bert_layers import Embeddings, Layer, LayerFactory, SelfAttention, Shared
 from fusion_jax.models.bert_rules import (
     BIAS,
     ENCODER_RULES,
@@ -38,6 +38,7 @@ from fusion_jax.models.bert_rules import (
     encoder_rules,
     head_rule,
 )
+from fusion_jax.models.disentangled import Convolution, DisentangledAttention
 from fusion_jax.models.layers import ArrayLike, relative_bias, split_key, token_mask
 from fusion_jax.models.rules import LINEAR, NORM, KeyRules
 
@@ -69,10 +70,19 @@ class Bert(Model):
         self.config = config
         self.embeddings = Embeddings(config, make)
         self.schedule = config.blocks.schedule or tuple(range(config.num_hidden_layers))
-        self.layers = nnx.List([Layer(config, i, make) for i in range(max(self.schedule) + 1)])
+        relative = config.blocks.relative
+        layer = partial(Layer, attention=DisentangledAttention if relative else SelfAttention)
+        self.layers = nnx.List([layer(config, i, make) for i in range(max(self.schedule) + 1)])
         self.norm = make.norm(config.hidden_size) if config.blocks.norm_first else None
         buckets = config.relative_buckets
-        self.relative = make.embed(buckets, config.num_attention_heads) if buckets else None
+        rows, size = buckets, config.num_attention_heads
+        if relative is not None:
+            rows, size = 2 * relative.span, config.hidden_size
+        normed = relative is not None and relative.normed
+        self.relative = make.embed(rows, size) if rows else None
+        self.relative_norm = make.norm(size) if normed else None
+        conv = config.blocks.convolution
+        self.convolution = None if conv is None else Convolution(config, make)
         words = head == "classification" and config.label_ids is not None
         if head is not None or not config.pooled:
             pooler = head == "classification" and config.pooled and not (words or config.head_act)
@@ -123,9 +133,13 @@ class Bert(Model):
         shared = self._shared(real, position_ids)
         *keys, embed_key, head_key = split_key(key, len(self.schedule) + 2)
         x = self.embeddings(input_ids, token_type_ids, position_ids, embed_key)
+        if self.config.blocks.relative is not None:
+            x = x * real.astype(x.dtype)[..., None]
         states = [x]
         for index, layer_key in zip(self.schedule, keys, strict=True):
             x = self.layers[index](x, shared, layer_key)
+            if self.convolution is not None and len(states) == 1:
+                x = self.convolution(states[0], x, real, layer_key)
             states.append(x)
         if self.norm is not None:
             x = states[-1] = self.norm(x)
@@ -149,11 +163,16 @@ class Bert(Model):
         features = config.hidden_size // config.num_attention_heads
         features = config.blocks.head_dim or features
         angles = {rope: rope.angles(positions, features) for rope in set(config.blocks.ropes)}
-        bias = None
-        if self.relative is not None:
+        bias, table = None, None
+        if config.blocks.relative is not None:
+            visible[None] = visible[None] & real[:, None, :, None]
+            if self.relative is not None:
+                table = self.relative(jnp.arange(2 * config.blocks.relative.span))
+                table = table if self.relative_norm is None else self.relative_norm(table)
+        elif self.relative is not None:
             options = {"far": MAX_DISTANCE, "buckets": config.relative_buckets}
             bias = relative_bias(self.relative, jnp.arange(length), length, **options)
-        return Shared(visible, bias, angles)
+        return Shared(visible, bias, angles, table)
 
 
 MAX_DISTANCE = 128

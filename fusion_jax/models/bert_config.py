@@ -12,6 +12,43 @@ from fusion_jax.nn.submlps import activation
 
 
 @dataclass(frozen=True, kw_only=True)
+class Disentangled:
+    """The relative positions of DeBERTa's attention.
+
+    Args:
+        kinds: Which of ``"c2p"`` (contents to positions) and ``"p2c"`` there are.
+        span: Half the number of position embeddings; 0 for none.
+        most: The distance from which on all distances have the same embedding.
+        buckets: The number of ranges of distances in each direction; not above 0 for a range of one
+            distance each.
+        shared: Whether positions have the projections that contents have.
+        normed: Whether the embeddings are normalized.
+    """
+
+    kinds: tuple[str, ...]
+    span: int
+    most: int
+    buckets: int
+    shared: bool
+    normed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A convolution beside the first layer.
+
+    Args:
+        size: The number of positions that it reads.
+        groups: The number of groups of features that it keeps apart.
+        act: Its activation.
+    """
+
+    size: int
+    groups: int
+    act: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderBlocks:
     """How the parts of a family of encoders are built; the defaults are BERT's.
 
@@ -36,15 +73,21 @@ class EncoderBlocks:
             empty for each once.
         inner: The number of layers that a checkpoint has in each of its groups of layers.
         project: Whether a matrix maps embeddings to ``hidden_size`` even if they have that size.
+        project_first: Whether that matrix has no bias and comes before the norm.
+        relative: The relative positions of disentangled attention; None for BERT's attention.
+        convolution: The convolution beside the first layer; None for none.
         windows: For each layer the largest distance at which a token attends to another, None for
             all; empty for all in each layer.
         head_norm: Whether every head has a linear layer, an activation and a norm before its last
-            layer, without a dropout before them.
+            layer.
+        head_input_dropout: The dropout rate before the first of the two layers of a classification
+            head; None for the same as between them.
         head_bias: Whether the first linear layer of a head has a bias.
         pooling: What a classification head reads: the first position, or the mean over positions;
             ``"late"`` for the mean of the logits of all positions.
         lm_transform: Whether the masked-language-model head has layers before its output weights.
         lm_bias: Whether it has a bias for each token.
+        legacy: Whether this head has the names of BERT's in DeBERTa.
     """
 
     norm: Literal["layer", "layer-unbiased", "rms"] = "layer"
@@ -64,11 +107,16 @@ class EncoderBlocks:
     schedule: tuple[int, ...] = ()
     inner: int = 1
     project: bool = False
+    project_first: bool = False
+    relative: Disentangled | None = None
+    convolution: Conv | None = None
     head_norm: bool = False
+    head_input_dropout: float | None = None
     head_bias: bool = True
     pooling: Literal["first", "mean", "late"] = "first"
     lm_transform: bool = True
     lm_bias: bool = True
+    legacy: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

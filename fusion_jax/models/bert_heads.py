@@ -24,6 +24,8 @@ class ClassificationHead(nnx.Module):
         self.out = make.linear(d, config.num_labels)
         rate = config.sequence_dropout
         self.dropout = Dropout(config.head_dropout if rate is None else rate)
+        rate = blocks.head_input_dropout
+        self.input_dropout = self.dropout if rate is None else Dropout(rate)
 
     def __call__(
         self, x: Float[Array, "b s d"], real: Bool[Array, "b t"], key: Key[Array, ""] | None
@@ -35,7 +37,7 @@ class ClassificationHead(nnx.Module):
         keys = split_key(key, 2)
         if self.pooling != "late":
             x = x[:, 0] if self.pooling == "first" else _mean(x, real)
-        x = x if self.norm is not None else self.dropout(x, keys[0])
+        x = self.input_dropout(x, keys[0])
         if self.dense is not None:
             x = activation(self.act)(self.dense(x))
             x = self.dropout(x if self.norm is None else self.norm(x), keys[1])

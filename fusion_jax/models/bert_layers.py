@@ -29,6 +29,7 @@ class LayerFactory:
         }
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.embed = partial(nnx.Embed, embedding_init=init, **common)
+        self.conv = partial(nnx.Conv, kernel_init=init, **common)
         self.norm = partial(norms[config.blocks.norm], epsilon=config.layer_norm_eps, **common)
         self.mlp = partial(
             GatedMlp if config.blocks.gated else Mlp,
@@ -47,11 +48,13 @@ class Shared(NamedTuple):
         visible: Which positions each position attends to, by the size of the layer's window.
         bias: What is added to the scores of each head.
         angles: The angles of each rotary embedding.
+        relative: The embeddings of relative positions.
     """
 
     visible: Mapping[int | None, Bool[Array, "b 1 #t t"]]
     bias: Float[Array, "1 h t t"] | None
     angles: Mapping[Rope, Float[Array, "b t half"]]
+    relative: Float[Array, "p d"] | None
 
 
 class Embeddings(nnx.Module):
@@ -65,9 +68,12 @@ class Embeddings(nnx.Module):
         self.position = make.embed(count, size) if config.blocks.positions else None
         types = config.type_vocab_size
         self.token_type = make.embed(types, size) if types else None
-        self.norm = make.norm(size) if config.blocks.embedding_norm else None
+        self.project_first = config.blocks.project_first
+        normed = config.hidden_size if self.project_first else size
+        self.norm = make.norm(normed) if config.blocks.embedding_norm else None
         mapped = size != config.hidden_size or config.blocks.project
-        self.project = make.linear(size, config.hidden_size) if mapped else None
+        linear = partial(make.linear, use_bias=not self.project_first)
+        self.project = linear(size, config.hidden_size) if mapped else None
         rate = config.blocks.embedding_dropout
         self.dropout = Dropout(config.hidden_dropout_prob if rate is None else rate)
 
@@ -92,8 +98,10 @@ class Embeddings(nnx.Module):
         if self.token_type is not None:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type(types)
+        if self.project is not None and self.project_first:
+            x = self.project(x)
         x = self.dropout(x if self.norm is None else self.norm(x), key)
-        return x if self.project is None else self.project(x)
+        return x if self.project is None or self.project_first else self.project(x)
 
 
 class SelfAttention(nnx.Module):
@@ -113,14 +121,14 @@ class SelfAttention(nnx.Module):
         self.window = blocks.windows[index] if blocks.windows else None
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
+    def _heads(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h f"]:
+        return x.reshape(*x.shape[:2], -1, self.features)
+
     def __call__(
         self, x: Float[Array, "b t d"], shared: Shared, key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
-        q, k, v = (
-            linear(x).reshape(*x.shape[:2], -1, self.features)
-            for linear in (self.query, self.key, self.value)
-        )
+        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
         if self.rope is not None:
             q, k = (self.rope.rotated(a, shared.angles[self.rope]) for a in (q, k))
         visible = shared.visible[self.window]
@@ -131,11 +139,17 @@ class SelfAttention(nnx.Module):
 class Layer(nnx.Module):
     """One encoder layer: attention and MLP, each with a norm and a residual connection."""
 
-    def __init__(self, config: BertConfig, index: int, make: LayerFactory):
+    def __init__(
+        self,
+        config: BertConfig,
+        index: int,
+        make: LayerFactory,
+        attention: type[SelfAttention] = SelfAttention,
+    ):
         d, blocks = config.hidden_size, config.blocks
         self.first = blocks.norm_first
         bare = blocks.norm_first and not blocks.first_norm and not index
-        self.attention = SelfAttention(config, index, make)
+        self.attention = attention(config, index, make)
         self.attention_norm = None if bare else make.norm(d)
         self.mlp = make.mlp(d, config.intermediate_size)
         self.mlp_norm = make.norm(d)

@@ -114,7 +114,7 @@ def attention(
     *,
     scale: float | None = None,
     cap: float | None = None,
-    bias: Float[Array, "1 h t s"] | None = None,
+    bias: Float[Array, "#b h t s"] | None = None,
 ) -> Float[Array, "b t h f"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
@@ -128,7 +128,7 @@ def attention(
         dropout_key: Its random key; None for no dropout.
         scale: The factor of the scores; None for 1 / sqrt(f).
         cap: The soft cap of the scores, see `soft_capped`; None for none.
-        bias: (1, h, t, s), added to the scores.
+        bias: (1, h, t, s) or (b, h, t, s), added to the scores.
 
     Returns:
         (b, t, h, f) in the dtype of the values.
@@ -138,7 +138,7 @@ def attention(
     scores = wide(jnp.einsum("btgrf,bsgf->bgrts", grouped, key))
     scores = soft_capped(scores * (1 / math.sqrt(f) if scale is None else scale), cap)
     if bias is not None:
-        scores = scores + wide(bias).reshape(1, *scores.shape[1:])
+        scores = scores + wide(bias).reshape(-1, *scores.shape[1:])
     # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

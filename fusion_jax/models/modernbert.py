@@ -109,6 +109,7 @@ def _config(fields: Fields) -> BertConfig:
         ropes=tuple(ropes[kind] for kind in types),
         windows=tuple(own.local_attention // 2 if kind == SLIDING else None for kind in types),
         head_norm=True,
+        head_input_dropout=0.0,
         head_bias=own.classifier_bias,
         pooling="mean" if own.classifier_pooling == "mean" else "first",
         lm_bias=own.decoder_bias,

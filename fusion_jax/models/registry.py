@@ -12,6 +12,7 @@ from flax import nnx
 from fusion_jax.models import (
     albert,
     bert,
+    deberta,
     distilbert,
     electra,
     eurobert,
@@ -37,6 +38,7 @@ from fusion_jax.models.provenance import Provenance
 FAMILIES: dict[str, Family] = {
     **albert.FAMILIES,
     **bert.FAMILIES,
+    **deberta.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
     **eurobert.FAMILIES,
