@@ -186,6 +186,11 @@ ODD["t5"] = ODD["mt5"] = [
     {"d_model": 15, "layer_norm_epsilon": 1e-3},
     {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
 ]
+ODD["umt5"] = [
+    ODD["t5"][0] | {"num_decoder_layers": 1},
+    {"tie_word_embeddings": False},
+    ODD["t5"][4],
+]
 SWITCH = {**T5, **tiny.CONFIGS["switch"], "router_jitter_noise": 0.0}
 ODD["switch_transformers"] = [
     {"d_kv": 3, "num_heads": 5, "d_ff": 20},
@@ -216,6 +221,7 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
 }  # fmt: skip
+T5S = ("t5", "mt5", "umt5")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
 
 
@@ -223,7 +229,7 @@ def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
     base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
-    if family in ("t5", "mt5"):
+    if family in T5S:
         base = T5
     elif family == "switch_transformers":
         base = SWITCH
@@ -351,7 +357,6 @@ def test_odd_configurations_equal_transformers(family, number, tmp_path, record_
     record_property("worst", compare(got, want, real_tokens(batch)))
 
 
-T5S = ("t5", "mt5")
 T5_CASES = [
     (family, number, head)
     for family in T5S

@@ -179,6 +179,7 @@ CONFIGS = {
                 "tie_word_embeddings": True, "pad_token_id": 0},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "umt5": {**T5, "model_type": "umt5", "feed_forward_proj": "gated-gelu"},
     "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
@@ -203,7 +204,7 @@ def _cases(*heads):
 DECODERS = ("gpt2", "gpt2-exact", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe",
             "qwen3-moe")  # fmt: skip
 HEADS = _cases("token-classification", "question-answering")
-T5S = ("t5", "t5-v1.1", "mt5")
+T5S = ("t5", "t5-v1.1", "mt5", "umt5")
 HEADS += [(name, head) for name, head in _cases("classification") if name in (*DECODERS, *T5S)]
 # Of relatives, what the others do not show.
 HEAD_GOLDENS = [
@@ -242,7 +243,7 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
+             "umt5", "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
 
 
 def architecture(family, head):

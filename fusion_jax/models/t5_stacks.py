@@ -26,6 +26,7 @@ from fusion_jax.models.layers import (
 )
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.t5_config import T5Config
+from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 
@@ -72,6 +73,13 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
+def relative_embed(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
+    """Returns the biases of the scores for each range of distances and each head."""
+    init = nnx.initializers.normal(config.initializer_factor * config.d_model**-0.5)
+    count, heads = config.relative_attention_num_buckets, config.num_heads
+    return nnx.Embed(count, heads, embedding_init=init, param_dtype=param_dtype, rngs=rngs)
+
+
 class Layer(nnx.Module):
     """One layer: attention, attention to the encoder in a decoder, and an MLP or experts."""
 
@@ -91,6 +99,7 @@ class Layer(nnx.Module):
         )
         self.attention_norm = norm()
         self.attention = Attention(config, **common)
+        self.relative = relative_embed(config, **common) if config.every_relative else None
         if decoder:
             self.cross_norm = norm()
             self.cross = Attention(config, **common)
@@ -118,7 +127,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 #t s"],
-        bias: Float[Array, "1 h t s"],
+        bias: Float[Array, "1 h t s"] | None,
         cache: CacheUpdate,
         source: EncoderView | None,
         key: Key[Array, ""] | None,
@@ -141,25 +150,25 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The layers of an encoder or decoder, their shared relative positions, and a final norm."""
+    """The layers of an encoder or decoder, the relative positions, and a final norm."""
 
     def __init__(self, config: T5Config, decoder: bool, param_dtype: Any, rngs: nnx.Rngs):
         self.config, self.decoder = config, decoder
         common = {"param_dtype": param_dtype, "rngs": rngs}
-        init = nnx.initializers.normal(config.initializer_factor * config.d_model**-0.5)
-        self.relative = nnx.Embed(
-            config.relative_attention_num_buckets, config.num_heads, embedding_init=init, **common
-        )
+        self.relative = None if config.every_relative else relative_embed(config, **common)
         self.layers = nnx.List(
             [Layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
         )
         self.norm = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
         self.dropout = Dropout(config.dropout_rate)
 
-    def bias(self, slots: Int[Array, " t"], count: int) -> Float[Array, "1 h t s"]:
+    def bias(
+        self, relative: AnyEmbed, slots: Int[Array, " t"], count: int
+    ) -> Float[Array, "1 h t s"]:
         """Returns the bias of the scores of each head, which depends on relative positions.
 
         Args:
+            relative: The bias of each range of distances.
             slots: (t,) the slots of the tokens that attend.
             count: The number s of slots that they attend to.
 
@@ -169,7 +178,7 @@ class Stack(nnx.Module):
         config = self.config
         far, buckets = config.relative_attention_max_distance, config.relative_attention_num_buckets
         options = {"far": far, "buckets": buckets, "causal": self.decoder}
-        return relative_bias(self.relative, slots, count, **options)
+        return relative_bias(relative, slots, count, **options)
 
     def __call__(
         self,
@@ -185,12 +194,14 @@ class Stack(nnx.Module):
         The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
-        bias = self.bias(seen.slots, seen.real.shape[1])
+        places = seen.slots, seen.real.shape[1]
+        common = None if self.relative is None else self.bias(self.relative, *places)
         x = self.dropout(x, embed_key)
         if x.dtype == jnp.float16:  # in which the sums over layers would overflow
             x = wide(x)
         states, routers = [x], []
         for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
+            bias = common if layer.relative is None else self.bias(layer.relative, *places)
             x, router = layer(x, seen.visible, bias, cache, source, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
