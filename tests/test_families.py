@@ -191,6 +191,14 @@ ODD["umt5"] = [
     {"tie_word_embeddings": False},
     ODD["t5"][4],
 ]
+BART = {**tiny.BART, "pad_token_id": 0, "is_encoder_decoder": True}
+BARTS = [
+    {"encoder_attention_heads": 1, "decoder_attention_heads": 8, "decoder_ffn_dim": 23},
+    {"scale_embedding": True, "activation_function": "relu", "encoder_layers": 1},
+    {"d_model": 15, "encoder_attention_heads": 5, "decoder_attention_heads": 3},
+    {"tie_word_embeddings": False, "decoder_start_token_id": 4, "vocab_size": 67},
+]
+ODD |= dict.fromkeys(("bart", "mbart", "marian", "pegasus"), BARTS)
 SWITCH = {**T5, **tiny.CONFIGS["switch"], "router_jitter_noise": 0.0}
 ODD["switch_transformers"] = [
     {"d_kv": 3, "num_heads": 5, "d_ff": 20},
@@ -221,7 +229,7 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
 }  # fmt: skip
-T5S = ("t5", "mt5", "umt5")
+T5S = ("t5", "mt5", "umt5", "bart", "mbart")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
 
 
@@ -229,8 +237,10 @@ def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
     base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
-    if family in T5S:
+    if family in ("t5", "mt5", "umt5"):
         base = T5
+    elif ODD[family] is BARTS:
+        base = BART
     elif family == "switch_transformers":
         base = SWITCH
     elif family == "gpt2":

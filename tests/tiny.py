@@ -115,6 +115,22 @@ T5 = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+BART = {
+    "model_type": "bart",
+    "vocab_size": 61,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "encoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 24,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "forced_eos_token_id": None,
+}
 CONFIGS = {
     "bert": BERT,
     "roberta": ROBERTA,
@@ -179,6 +195,10 @@ CONFIGS = {
                 "tie_word_embeddings": True, "pad_token_id": 0},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bart": BART,
+    "mbart": {**BART, "model_type": "mbart", "pad_token_id": 0, "scale_embedding": True},
+    "marian": {**BART, "model_type": "marian", "pad_token_id": 0, "activation_function": "silu"},
+    "pegasus": {**BART, "model_type": "pegasus", "pad_token_id": 0, "scale_embedding": True},
     "umt5": {**T5, "model_type": "umt5", "feed_forward_proj": "gated-gelu"},
     "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
@@ -243,7 +263,7 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "umt5", "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
+             "umt5", "mbart", "marian", "pegasus", "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
 
 
 def architecture(family, head):
@@ -273,14 +293,15 @@ def batch(family, head=None):
     for row, length in enumerate((9, 6, 3)):
         mask[row, length:] = 0
     encoder = family in dict(ENCODERS)
-    if not encoder and "d_kv" not in config:
+    pair = "d_kv" in config or "decoder_layers" in config
+    if not encoder and not pair:
         mask = mask[:, ::-1].copy()
     ids[mask == 0] = pad
     result = {"input_ids": ids, "attention_mask": mask}
-    if "d_kv" in config and (family, head) in HEADS:
+    if pair and (family, head) in HEADS:
         ids[np.arange(3), mask.sum(axis=1) - 1] = END
         return result
-    if "d_kv" in config:
+    if pair:
         target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
         return {**result, "decoder_input_ids": target}
     if encoder and "type_vocab_size" in config:

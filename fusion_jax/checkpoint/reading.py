@@ -159,9 +159,12 @@ class Checkpoint:
         return not self.tensors.equal(twin, names[0])
 
     def has(self, layer: str) -> bool:
-        """Returns whether the files have a linear layer, plain or in another form."""
-        forms = (self.artefact or {}).get("forms", {})
-        return layer in forms or bool(self.find(f"{layer}.kernel").names)
+        """Returns whether the files have a variable, or a linear layer in any form."""
+        forms, names = (self.artefact or {}).get("forms", {}), [f"{layer}.kernel", layer]
+        if self.artefact is None:
+            every = [location for name in names for location in self._rules.locations(name)]
+            names = [name for location in every for name in location.names]
+        return layer in forms or any(name in self.tensors.shapes for name in names)
 
     @cached_property
     def abstract(self) -> Model:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fusion_jax.models import (
     albert,
+    bart,
     bert,
     deberta,
     distilbert,
@@ -37,6 +38,7 @@ from fusion_jax.models.provenance import Provenance
 
 FAMILIES: dict[str, Family] = {
     **albert.FAMILIES,
+    **bart.FAMILIES,
     **bert.FAMILIES,
     **deberta.FAMILIES,
     **distilbert.FAMILIES,

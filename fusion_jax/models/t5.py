@@ -42,6 +42,7 @@ class T5(EncoderDecoder, Generative):
     Unlike in T5, there is no dropout inside the MLPs.
 
     Args:
+        config: The configuration, a `T5Config` or what has the same properties.
         lm_head: Whether there is an output layer, if the configuration does not tie it to the
             token embeddings.
 
@@ -60,7 +61,7 @@ class T5(EncoderDecoder, Generative):
 
     def __init__(
         self,
-        config: T5Config,
+        config: Any,
         *,
         head: Head | None = None,
         lm_head: bool = True,

@@ -86,6 +86,15 @@ class T5Config:
         activation(given["act"])
         return config_from_fields(cls, config, **given)
 
+    @property
+    def head_std(self) -> float:
+        """The standard deviation of the initial weights of heads.
+
+        In transformers it is sqrt(d) times as large for token classification, so that the first
+        probabilities of classes are 0 and 1.
+        """
+        return self.initializer_factor * self.d_model**-0.5
+
     def sparse(self, decoder: bool) -> list[bool]:
         """Returns which layers of the encoder or decoder have experts."""
         layers = self.num_decoder_layers if decoder else self.num_layers
