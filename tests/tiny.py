@@ -263,7 +263,8 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "umt5", "mbart", "marian", "pegasus", "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3")  # fmt: skip
+             "umt5", "mbart", "marian", "pegasus", "gemma", "gemma2", "granite", "ministral",
+             "olmo2", "smollm3")  # fmt: skip
 
 
 def architecture(family, head):

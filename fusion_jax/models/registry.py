@@ -95,7 +95,7 @@ def coverage() -> list[Coverage]:
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]
-        ('bert', ('classification', 'token-classification'))
+        ('albert', ('classification', 'token-classification'))
     """
     return [
         Coverage(
