@@ -122,8 +122,8 @@ ODD["modernbert"] = [
     {"decoder_bias": False, "tie_word_embeddings": False, "norm_bias": True, "local_attention": 5,
      "layer_types": [SLIDING, SLIDING]},
     {"layer_types": [FULL, SLIDING], "global_rope_theta": 500.0, "local_rope_theta": 50.0},
-    {"global_attn_every_n_layers": 1, "rope_scaling": {"rope_type": "linear", "factor": 3.0},
-     "classifier_pooling": "mean", "norm_bias": True},
+    {"global_attn_every_n_layers": 2, "sliding_window": 1, "classifier_pooling": "mean",
+     "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "norm_bias": True},
     {"num_hidden_layers": 1, "intermediate_size": 1, "classifier_bias": True},
     {"local_attention": 3, "decoder_bias": True, "vocab_size": 67},
 ]  # fmt: skip

@@ -30,6 +30,8 @@ class _Own:
     attention_bias: bool = False
     attention_dropout: float = 0.0
     local_attention: int = 128
+    sliding_window: int = -1
+    """The largest distance in layers with windows, instead of half of ``local_attention``."""
     global_attn_every_n_layers: int = 3
     layer_types: tuple[str, ...] = ()
     embedding_dropout: float = 0.0
@@ -94,6 +96,7 @@ def _config(fields: Fields) -> BertConfig:
         "embedding_size": 0,
     }
     config = BertConfig.from_json({"pad_token_id": 50283, **fields, **asdict(own)}, **named)
+    window = own.local_attention // 2 if own.sliding_window < 0 else own.sliding_window
     types, features = own.types(), config.hidden_size // config.num_attention_heads
     ropes = {kind: _rope(fields, kind, features) for kind in set(types)}
     blocks = EncoderBlocks(
@@ -107,7 +110,7 @@ def _config(fields: Fields) -> BertConfig:
         attention_bias=own.attention_bias,
         mlp_bias=own.mlp_bias,
         ropes=tuple(ropes[kind] for kind in types),
-        windows=tuple(own.local_attention // 2 if kind == SLIDING else None for kind in types),
+        windows=tuple(window if kind == SLIDING else None for kind in types),
         head_norm=True,
         head_input_dropout=0.0,
         head_bias=own.classifier_bias,
