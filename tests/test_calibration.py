@@ -13,6 +13,7 @@ import fusion_jax as fj
 from fusion_jax.calibration import sample as calibration
 from fusion_jax.calibration.calibrator import Calibrator
 from fusion_jax.calibration.capture import mlp_inputs
+from fusion_jax.calibration.upstream import drawn_loss, output_gradients
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.compression import allocation, width_scores
 from fusion_jax.methods.geometry import points
@@ -695,3 +696,28 @@ def test_allocated_widths_are_not_overwritten_by_a_budget():
     mlp = fj.Mlp(4, 16, act="relu", rngs=nnx.Rngs(0))
     with pytest.raises(fj.InputError, match="give a budget, or those"):
         fj.compress(mlp, {"": fj.Fusion(width=4)}, key=KEY, budget=0.25)
+
+
+class Twice(nnx.Module):
+    """Applies one MLP twice, as ALBERT does."""
+
+    def __init__(self):
+        self.mlp = fj.Mlp(3, 5, act="tanh", rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.mlp(self.mlp(x))
+
+
+def test_an_mlp_that_is_applied_twice_gets_the_inputs_of_both_calls(key):
+    """At each position those of one call, with the gradient at the output of the same call."""
+    model, x = Twice(), jax.random.normal(key, (4, 6, 3))
+    first = model.mlp(x)
+    second = jax.grad(lambda y: drawn_loss(y, key))(model.mlp(first))
+    (at_first,) = jax.vjp(model.mlp, first)[1](second)
+    seen = mlp_inputs(model, x)["mlp"]
+    gradients = output_gradients(model, ["mlp"], key, None, x)["mlp"]
+    is_first = (seen == x).all(-1)
+    assert 0 < is_first.sum() < is_first.size
+    np.testing.assert_array_equal(seen, jnp.where(is_first[..., None], x, first))
+    want = jnp.where(is_first[..., None], at_first, second)
+    np.testing.assert_allclose(gradients, want, rtol=1e-5, atol=1e-6)

@@ -80,3 +80,28 @@ def test_routers_of_another_dtype_are_refused(tmp_path):
     folder = tiny.checkpoint(tmp_path / "model", "switch", "seq2seq-lm", router_dtype="bfloat16")
     with pytest.raises(fj.InputError, match="a router_dtype other than float32 is not implemented"):
         fj.load(folder)
+
+
+REFUSED = [
+    ("modernbert", {"mlp_dropout": 0.1}, "an mlp_dropout other than 0"),
+    ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling must be of type"),
+    ("modernbert", {"layer_types": [FULL]}, "for each of the 3 layers"),
+    ("modernbert", {"rope_parameters": {"rope_theta": 5.0}}, "must have only full_attention"),
+    ("modernbert", {"rope_scaling": {"type": "linear"}}, "needs a rope_type"),
+    ("albert", {"num_hidden_groups": 5}, "num_hidden_groups must be at most"),
+    ("eurobert", {"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
+    ("nomic_bert", {"n_embd": 16}, "has the names of Nomic's own code"),
+    ("deberta-v2", {"conv_kernel_size": 2}, "conv_kernel_size must be odd"),
+    ("deberta-v2", {"attention_head_size": 5}, "attention_head_size must be 4"),
+    ("deberta-v2", {"position_buckets": 3}, "half of position_buckets must be from 2"),
+    ("bart", {"encoder_layerdrop": 0.1}, "encoder_layerdrop other than 0"),
+    ("bart", {"decoder_attention_heads": 3}, "is not a multiple of decoder_attention_heads 3"),
+    ("marian", {"share_encoder_decoder_embeddings": False}, "is not implemented"),
+    ("marian", {"decoder_vocab_size": 7}, "decoder_vocab_size other than vocab_size"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
+def test_variants_that_are_refused(family, changes, message):
+    with pytest.raises(fj.InputError, match=message):
+        tiny.decoder_config({**tiny.CONFIGS[family], **changes})

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
@@ -152,6 +153,65 @@ ENCODERS = [
 ODD |= dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), ENCODERS)
 ODD["bert"] = [*ENCODERS, {"type_vocab_size": 5, "hidden_act": "quick_gelu"}]
 ODD["electra"] = [*ENCODERS, {"embedding_size": 16}, {"embedding_size": 9}]
+ODD["modernbert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "local_attention": 4, "norm_bias": True},
+    {"num_attention_heads": 1, "attention_bias": True, "num_hidden_layers": 4, "norm_eps": 1e-2},
+    {"mlp_bias": True, "classifier_bias": True, "rope_parameters": NESTED},
+    {"classifier_activation": "relu", "hidden_activation": "silu", "classifier_pooling": "mean",
+     "local_attention": 1},
+    {"decoder_bias": False, "tie_word_embeddings": False, "norm_bias": True, "local_attention": 5,
+     "layer_types": [SLIDING, SLIDING]},
+    {"layer_types": [FULL, SLIDING], "global_rope_theta": 500.0, "local_rope_theta": 50.0},
+    {"global_attn_every_n_layers": 2, "sliding_window": 1, "classifier_pooling": "mean",
+     "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "norm_bias": True},
+    {"num_hidden_layers": 1, "intermediate_size": 1, "classifier_bias": True},
+    {"local_attention": 3, "decoder_bias": True, "vocab_size": 67},
+]  # fmt: skip
+ODD["albert"] = [
+    {"hidden_size": 21, "num_attention_heads": 7, "embedding_size": 21, "intermediate_size": 23},
+    {"num_attention_heads": 1, "embedding_size": 5, "num_hidden_layers": 5},
+    {"hidden_act": "relu", "num_hidden_groups": 1, "layer_norm_eps": 1e-3},
+    {"embedding_size": 16, "inner_group_num": 2, "type_vocab_size": 5},
+    {"tie_word_embeddings": False, "embedding_size": 9, "hidden_act": "gelu"},
+    {"num_hidden_layers": 3, "inner_group_num": 3, "vocab_size": 67},
+]
+ODD["eurobert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "num_key_value_heads": 1, **rope("linear")},
+    {"head_dim": 6, "num_key_value_heads": 2, "hidden_act": "gelu", "mlp_bias": True,
+     "classifier_pooling": "mean"},
+    {"num_attention_heads": 1, "attention_bias": True, "rms_norm_eps": 1e-2},
+    {"tie_word_embeddings": True, "mlp_bias": True, **rope("yarn"), "intermediate_size": 23},
+    {"num_hidden_layers": 1, "rope_theta": 100.0},
+    {"classifier_pooling": "bos", "intermediate_size": 1},
+    {"pad_token_id": 3, **rope("dynamic", max_position_embeddings=5)},
+    {"tie_word_embeddings": False, "vocab_size": 67, **rope("llama3")},
+    {"head_dim": 2},
+    {"classifier_pooling": "late", "hidden_size": 24},
+]  # fmt: skip
+ODD["nomic_bert"] = [
+    {"hidden_size": 28, "num_attention_heads": 7, "intermediate_size": 23, **rope("linear")},
+    {"head_dim": 6, "hidden_act": "gelu", "type_vocab_size": 5, "layer_norm_eps": 1e-3},
+    {"num_attention_heads": 1, **rope("yarn")},
+    {"tie_word_embeddings": False, "rope_theta": 100.0, "hidden_act": "relu"},
+    {**rope("dynamic", max_position_embeddings=5), "num_hidden_layers": 1},
+]
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+ODD["deberta-v2"] = [
+    {**RELATIVE, "hidden_size": 21, "num_attention_heads": 7, "position_buckets": 5,
+     "max_relative_positions": 7, "position_biased_input": False},
+    {**RELATIVE, "num_attention_heads": 1, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+     "pooler_hidden_act": "tanh", "type_vocab_size": 3},
+    {**RELATIVE, "pos_att_type": "c2p", "max_relative_positions": 3, "embedding_size": 9,
+     "conv_kernel_size": 5, "conv_act": "gelu", "conv_groups": 2},
+    {**RELATIVE, "pos_att_type": "p2c", "position_buckets": 4, "hidden_act": "relu",
+     "conv_kernel_size": 3},
+    {**RELATIVE, "legacy": False, "conv_kernel_size": 1, "layer_norm_eps": 1e-2},
+    {"hidden_act": "silu", "num_hidden_layers": 1},
+    {"pos_att_type": "c2p|p2c", "relative_attention": False, "norm_rel_ebd": "layer_norm"},
+    {"relative_attention": True, "vocab_size": 67},
+    {"position_biased_input": False, "relative_attention": True},
+    {"legacy": True, "tie_word_embeddings": False, "embedding_size": 9},
+]  # fmt: skip
 DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "hidden_act": "activation",
               "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"}  # fmt: skip
 ODD["distilbert"] = ENCODERS
@@ -166,6 +226,19 @@ ODD["t5"] = ODD["mt5"] = [
     {"d_model": 15, "layer_norm_epsilon": 1e-3},
     {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
 ]
+ODD["umt5"] = [
+    ODD["t5"][0] | {"num_decoder_layers": 1},
+    {"tie_word_embeddings": False},
+    ODD["t5"][4],
+]
+BART = {**tiny.BART, "pad_token_id": 0, "is_encoder_decoder": True}
+BARTS = [
+    {"encoder_attention_heads": 1, "decoder_attention_heads": 8, "decoder_ffn_dim": 23},
+    {"scale_embedding": True, "activation_function": "relu", "encoder_layers": 1},
+    {"d_model": 15, "encoder_attention_heads": 5, "decoder_attention_heads": 3},
+    {"tie_word_embeddings": False, "decoder_start_token_id": 4, "vocab_size": 67},
+]
+ODD |= dict.fromkeys(("bart", "mbart", "marian", "pegasus"), BARTS)
 SWITCH = {**T5, **tiny.CONFIGS["switch"], "router_jitter_noise": 0.0}
 ODD["switch_transformers"] = [
     {"d_kv": 3, "num_heads": 5, "d_ff": 20},
@@ -271,6 +344,7 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
 }  # fmt: skip
+T5S = ("t5", "mt5", "umt5", "bart", "mbart")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral", "ernie4_5",
                  "glm4", "helium", "hunyuan_v1_dense")  # fmt: skip
 
@@ -278,9 +352,11 @@ NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministr
 def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
-    base = ENCODER
-    if family in ("t5", "mt5"):
+    base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
+    if family in ("t5", "mt5", "umt5"):
         base = T5
+    elif ODD[family] is BARTS:
+        base = BART
     elif family == "switch_transformers":
         base = SWITCH
     elif family in tiny.OTHER_DECODERS:
@@ -410,7 +486,6 @@ def test_odd_configurations_equal_transformers(family, number, tmp_path, record_
     record_property("worst", compare(got, want, real_tokens(batch)))
 
 
-T5S = ("t5", "mt5")
 T5_CASES = [
     (family, number, head)
     for family in T5S
@@ -486,3 +561,22 @@ def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwar
     assert not any(info.values()), info
     compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
     assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
+def test_both_names_of_nomic(tmp_path):
+    """Those of Nomic's own code, which transformers writes, and those of transformers' modules."""
+    folder = tiny.checkpoint(tmp_path / "old", "nomic_bert")
+    names = {"attn.out_proj": "self_attn.o_proj", "fc11": "up_proj", "fc12": "gate_proj",
+             "fc2": "down_proj", "norm1": "post_attention_layernorm", "encoder.layers": "layers",
+             "norm2": "post_mlp_layernorm", "emb_ln": "embeddings.LayerNorm"}  # fmt: skip
+    new = {}
+    for name, x in safetensors.numpy.load_file(folder / "model.safetensors").items():
+        for old, own in names.items():
+            name = name.replace(old, own)
+        if "Wqkv" not in name:
+            new[name] = x
+            continue
+        for letter, part in zip("qkv", np.split(x, 3), strict=True):
+            new[name.replace("attn.Wqkv", f"self_attn.{letter}_proj")] = np.ascontiguousarray(part)
+    other = tiny.write_folder(tmp_path / "new", tiny.CONFIGS["nomic_bert"], new)
+    assert bit_equal(fj.load(folder), fj.load(other))

@@ -45,6 +45,21 @@ DISTILBERT = {
     "id2label": BERT["id2label"],
     "label2id": BERT["label2id"],
 }
+MODERNBERT = {
+    "model_type": "modernbert",
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "local_attention": 12,
+    "attention_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "id2label": BERT["id2label"],
+    "label2id": BERT["label2id"],
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 61,
@@ -101,6 +116,22 @@ T5 = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+BART = {
+    "model_type": "bart",
+    "vocab_size": 61,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "encoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 24,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "forced_eos_token_id": None,
+}
 CONFIGS = {
     "bert": BERT,
     "roberta": ROBERTA,
@@ -109,6 +140,20 @@ CONFIGS = {
     "electra": {**BERT, "model_type": "electra", "embedding_size": 24, "hidden_act": "gelu_new"},
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    # As version 3, with the convolution of version 2.
+    "deberta-v2": {**BERT, "model_type": "deberta-v2", "hidden_size": 16, "intermediate_size": 24,
+                   "type_vocab_size": 0, "relative_attention": True, "position_buckets": 4,
+                   "norm_rel_ebd": "layer_norm", "share_att_key": True, "conv_kernel_size": 3,
+                   "pos_att_type": "p2c|c2p", "position_biased_input": False},
+    "nomic_bert": {**BERT, "model_type": "nomic_bert", "hidden_size": 16, "intermediate_size": 24,
+                   "hidden_act": "silu", "hidden_dropout_prob": 0.1},
+    "eurobert": {**MODERNBERT, "model_type": "eurobert", "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "attention_dropout": 0.1},
+    # The first of three layers is applied twice.
+    "albert": {**BERT, "model_type": "albert", "hidden_size": 16, "intermediate_size": 24,
+               "embedding_size": 8, "num_hidden_layers": 4, "num_hidden_groups": 3,
+               "hidden_dropout_prob": 0.1},
+    "modernbert": MODERNBERT,
     "gpt2": GPT2,
     "gpt2-exact": {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
     "llama": LLAMA,
@@ -192,6 +237,11 @@ CONFIGS = {
     "starcoder2": {**SMALL, "model_type": "starcoder2", "sliding_window": 3},
     "t5": T5,
     "t5-v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bart": BART,
+    "mbart": {**BART, "model_type": "mbart", "pad_token_id": 0, "scale_embedding": True},
+    "marian": {**BART, "model_type": "marian", "pad_token_id": 0, "activation_function": "silu"},
+    "pegasus": {**BART, "model_type": "pegasus", "pad_token_id": 0, "scale_embedding": True},
+    "umt5": {**T5, "model_type": "umt5", "feed_forward_proj": "gated-gelu"},
     "mt5": {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu"},
     "switch": {**T5, "model_type": "switch_transformers", "num_experts": 4, "expert_capacity": 2,
                "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
@@ -220,7 +270,7 @@ def _cases(*heads):
 DECODERS = ("gpt2", "gpt2-exact", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe",
             "qwen3-moe")  # fmt: skip
 HEADS = _cases("token-classification", "question-answering")
-T5S = ("t5", "t5-v1.1", "mt5")
+T5S = ("t5", "t5-v1.1", "mt5", "umt5")
 HEADS += [(name, head) for name, head in _cases("classification") if name in (*DECODERS, *T5S)]
 # Of relatives, what the others do not show.
 HEAD_GOLDENS = [
@@ -299,14 +349,15 @@ def batch(family, head=None):
     for row, length in enumerate((9, 6, 3)):
         mask[row, length:] = 0
     encoder = family in dict(ENCODERS)
-    if not encoder and "d_kv" not in config:
+    pair = "d_kv" in config or "decoder_layers" in config
+    if not encoder and not pair:
         mask = mask[:, ::-1].copy()
     ids[mask == 0] = pad
     result = {"input_ids": ids, "attention_mask": mask}
-    if "d_kv" in config and (family, head) in HEADS:
+    if pair and (family, head) in HEADS:
         ids[np.arange(3), mask.sum(axis=1) - 1] = END
         return result
-    if "d_kv" in config:
+    if pair:
         target = rng.randint(5, config["vocab_size"], (3, 7)).astype(np.int32)
         return {**result, "decoder_input_ids": target}
     if encoder and "type_vocab_size" in config:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
@@ -24,18 +26,47 @@ class _Seen(nnx.Variable):
 
 
 class Tap(nnx.Module):
-    """Stands in for an MLP, keeps its input, and adds an offset to its output if there is one."""
+    """Stands in for an MLP, keeps its input, and adds an offset to its output if there is one.
 
-    def __init__(self, mlp: AnyMlp, offset: Array | None = None):
-        self.mlp = mlp
-        self.seen: Any = nnx.data(None)
+    A model may apply an MLP several times, as ALBERT does. Then, at each position, one of the calls
+    counts: its input is kept, and its output is moved.
+
+    Args:
+        mlp: The MLP.
+        offset: The offset.
+        times: How many times the model applies the MLP; the offset needs it.
+    """
+
+    def __init__(self, mlp: AnyMlp, offset: Array | None = None, times: int = 1):
+        self.mlp, self.times = mlp, times
+        self.inputs: Any = nnx.data(())
         self.offset: Any = nnx.data(None if offset is None else _Seen(offset))
 
     def __call__(self, x: Array) -> Array:
         """Returns the output of the MLP, moved by the offset."""
-        self.seen = _Seen(x)
+        index = len(self.inputs)
+        self.inputs = nnx.data((*self.inputs, _Seen(x)))
         y = self.mlp(x)
-        return y if self.offset is None else y + self.offset[...]
+        if self.offset is None:
+            return y
+        return y + jnp.where(_counts(index, self.times, x), self.offset[...], 0)
+
+    @property
+    def seen(self) -> Array:
+        """The input at each position, of the call that counts there."""
+        *earlier, last = (seen[...] for seen in self.inputs)
+        times = len(self.inputs)
+        if any(x.shape != last.shape for x in earlier):
+            return last
+        for index, x in enumerate(earlier):
+            last = jnp.where(_counts(index, times, x), x, last)
+        return last
+
+
+def _counts(index: int, times: int, x: Array) -> Array:
+    """Returns at which positions of x a call of several counts."""
+    chosen = np.random.RandomState(0).randint(times, size=x.shape[:-1])
+    return jnp.asarray(chosen == index)[..., None]
 
 
 class Routed(NamedTuple):
@@ -129,7 +160,7 @@ def routed_call(
         tapped = replaced(tapped, path, tap)
     output = tapped(*args, **kwargs)
     routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
-    return output, {**{path: tap.seen[...] for path, tap in taps.items()}, **routed}
+    return output, {**{path: tap.seen for path, tap in taps.items()}, **routed}
 
 
 def _adopted_inputs(model: nnx.Module, *args: PyTree, **kwargs: PyTree) -> dict[str, Array]:

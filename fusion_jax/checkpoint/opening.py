@@ -200,7 +200,8 @@ def open_checkpoint(
     else:
         tensors = TensorFiles(folder)
     for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
-        if getattr(config, field, 0) > len(tensors.shapes):
+        shared = hasattr(config, "blocks") and getattr(config.blocks, "schedule", ())
+        if not shared and getattr(config, field, 0) > len(tensors.shapes):
             raise InputError(
                 f"{folder}: {field} is {getattr(config, field)}, but the files have only "
                 f"{len(tensors.shapes)} tensors"

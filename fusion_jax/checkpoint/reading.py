@@ -115,11 +115,16 @@ class Checkpoint:
         Returns:
             The tensors; without names if the files do not have the variable.
         """
-        location = self.locate(path)
+        location, names = self.locate(path), []
         decisive = () if self.artefact is not None else self._rules.decisive
-        ordered = sorted(location.names, key=lambda name: name not in decisive)
-        candidates = (location.tensors(name, shape) for name in ordered)
-        names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
+        every = [location] if self.artefact is not None else self._rules.locations(path)
+        for possible in every:
+            ordered = sorted(possible.names, key=lambda name: name not in decisive)
+            candidates = (possible.tensors(name, shape) for name in ordered)
+            names = next((n for n in candidates if n[0] in self.tensors.shapes), [])
+            if names:
+                location = possible
+                break
         outputs = self._outputs(path, location.joined) if location.joined else None
         return FoundTensors(names, location, outputs)
 
@@ -155,9 +160,12 @@ class Checkpoint:
         return not self.tensors.equal(twin, names[0])
 
     def has(self, layer: str) -> bool:
-        """Returns whether the files have a linear layer, plain or in another form."""
-        forms = (self.artefact or {}).get("forms", {})
-        return layer in forms or bool(self.find(f"{layer}.kernel").names)
+        """Returns whether the files have a variable, or a linear layer in any form."""
+        forms, names = (self.artefact or {}).get("forms", {}), [f"{layer}.kernel", layer]
+        if self.artefact is None:
+            every = [location for name in names for location in self._rules.locations(name)]
+            names = [name for location in every for name in location.names]
+        return layer in forms or any(name in self.tensors.shapes for name in names)
 
     @cached_property
     def abstract(self) -> Model:

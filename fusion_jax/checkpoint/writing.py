@@ -19,7 +19,7 @@ from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
-from fusion_jax.nn.linear_forms import find_forms, multiplied_out, params_dtype
+from fusion_jax.nn.linear_forms import Frozen, find_forms, multiplied_out, params_dtype
 from fusion_jax.nn.site import sites
 from fusion_jax.nn.surgery import path_name, replaced
 from fusion_jax.report import Report, num_params
@@ -164,7 +164,14 @@ def export_hf(
     config = model.config
     family = FAMILIES[config.model_type]
     width_fields = {
-        site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
+        site.path: next(
+            (
+                family.width_fields[x]
+                for x in site.path.split(".")[::-1]
+                if x in family.width_fields
+            ),
+            family.width_field,
+        )
         for site in sites(model)
     }
     widths: dict[str | None, int] = {}
@@ -236,7 +243,8 @@ def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a model under their Hugging Face names, one after the other."""
-    params = {path_name(p): v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    state = nnx.state(model, lambda _, v: isinstance(v, nnx.Param | Frozen))
+    params = {path_name(p): v for p, v in nnx.to_flat_state(state)}
     for path in params:
         location = rules.locate(path)
         joined = location.joined or (path,)

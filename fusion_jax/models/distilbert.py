@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.bert import (
+from fusion_jax.models.bert import BertConfig, encoder_family
+from fusion_jax.models.bert_config import EncoderBlocks
+from fusion_jax.models.bert_rules import (
     BIAS,
     EMBEDDING_RULES,
-    BertConfig,
-    encoder_family,
     encoder_rules,
     head_rule,
 )
@@ -49,7 +49,8 @@ def _config(config: Fields) -> BertConfig:
         "layer_norm_eps": 1e-12,
         "classifier_dropout": None,
     }
-    return BertConfig.from_json({**defaults, **fields}, **own)
+    blocks = EncoderBlocks(head_input_dropout=0.0)
+    return BertConfig.from_json({**defaults, **fields}, **own, blocks=blocks)
 
 
 def _rules(config: BertConfig, head: Head | None) -> KeyRules:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.bert import (
+from fusion_jax.models.bert import BertConfig, encoder_family
+from fusion_jax.models.bert_rules import (
     BIAS,
     ENCODER_RULES,
     TWO_LAYERS,
-    BertConfig,
-    encoder_family,
     encoder_rules,
     head_rule,
 )

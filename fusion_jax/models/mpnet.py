@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.bert import (
+from fusion_jax.models.bert import BertConfig, encoder_family
+from fusion_jax.models.bert_rules import (
     ENCODER_RULES,
     ROBERTA_LM,
     TWO_LAYERS,
-    BertConfig,
-    encoder_family,
     encoder_rules,
 )
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules

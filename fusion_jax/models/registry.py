@@ -10,12 +10,16 @@ from typing import NamedTuple
 from flax import nnx
 
 from fusion_jax.models import (
+    albert,
+    bart,
     bert,
     bloom,
     cohere,
+    deberta,
     distilbert,
     electra,
     ernie4_5,
+    eurobert,
     exaone4,
     falcon,
     gemma,
@@ -28,8 +32,10 @@ from fusion_jax.models import (
     helium,
     hunyuan,
     llama,
+    modernbert,
     mpnet,
     nemotron,
+    nomic_bert,
     olmo2,
     opt,
     phi,
@@ -47,12 +53,16 @@ from fusion_jax.models.moe import mixtures
 from fusion_jax.models.provenance import Provenance
 
 FAMILIES: dict[str, Family] = {
+    **albert.FAMILIES,
+    **bart.FAMILIES,
     **bert.FAMILIES,
     **bloom.FAMILIES,
     **cohere.FAMILIES,
+    **deberta.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
     **ernie4_5.FAMILIES,
+    **eurobert.FAMILIES,
     **exaone4.FAMILIES,
     **falcon.FAMILIES,
     **gemma.FAMILIES,
@@ -65,8 +75,10 @@ FAMILIES: dict[str, Family] = {
     **helium.FAMILIES,
     **hunyuan.FAMILIES,
     **llama.FAMILIES,
+    **modernbert.FAMILIES,
     **mpnet.FAMILIES,
     **nemotron.FAMILIES,
+    **nomic_bert.FAMILIES,
     **olmo2.FAMILIES,
     **opt.FAMILIES,
     **phi.FAMILIES,
@@ -115,7 +127,7 @@ def coverage() -> list[Coverage]:
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]
-        ('bert', ('classification', 'token-classification'))
+        ('albert', ('classification', 'token-classification'))
     """
     return [
         Coverage(

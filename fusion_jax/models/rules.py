@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,7 +89,8 @@ class KeyRules:
     """The rules of one architecture with one head.
 
     Args:
-        rules: One rule for each kind of layer; a rule matches whole paths.
+        rules: A rule for each kind of layer; a rule matches whole paths. Where several rules match,
+            the first says what is written, the others what is read besides.
         prefix: The prefix that checkpoints with a head put before the names of the base model.
             Names are read with and without it.
         write_prefix: Whether the prefix is written.
@@ -122,6 +123,12 @@ class KeyRules:
             >>> KeyRules([rule], "bert.", True, []).locate("layers.3.up.kernel").names[0]
             'bert.encoder.layer.3.dense.weight'
         """
+        for location in self.locations(path):
+            return location
+        raise KeyError(f"no key rule matches {path}")
+
+    def locations(self, path: str) -> Iterator[TensorLocation]:
+        """Yields where a variable can be in a checkpoint, beginning with where it is written."""
         for rule in self.rules:
             for name, leaf in rule.leaves.items():
                 ours = f"{rule.ours}.{name}" if name else rule.ours
@@ -141,8 +148,7 @@ class KeyRules:
                 full += [twin for twin, original in self.twins.items() if original == path]
                 joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
                 names = tuple(dict.fromkeys(full))
-                return TensorLocation(names, leaf.transposed, stacked, joined, rule.groups)
-        raise KeyError(f"no key rule matches {path}")
+                yield TensorLocation(names, leaf.transposed, stacked, joined, rule.groups)
 
     def ignores(self, name: str) -> bool:
         """Returns whether the model does not need a tensor of a checkpoint."""

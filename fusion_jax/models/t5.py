@@ -1,4 +1,4 @@
-"""T5, its version 1.1, mT5, and Switch Transformers: the models that generate text, and the rules.
+"""T5, its versions 1.1, mT5 and UMT5, and Switch: the models that generate text, and the rules.
 
 The heads that give classes or answers are in `t5_heads`.
 """
@@ -42,6 +42,7 @@ class T5(EncoderDecoder, Generative):
     Unlike in T5, there is no dropout inside the MLPs.
 
     Args:
+        config: The configuration, a `T5Config` or what has the same properties.
         lm_head: Whether there is an output layer, if the configuration does not tie it to the
             token embeddings.
 
@@ -60,7 +61,7 @@ class T5(EncoderDecoder, Generative):
 
     def __init__(
         self,
-        config: T5Config,
+        config: Any,
         *,
         head: Head | None = None,
         lm_head: bool = True,
@@ -148,6 +149,7 @@ def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> l
             f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
             EMBED,
         ),
+        KeyRule(f"{ours}.relative", f"{theirs}.0.SelfAttention.relative_attention_bias", EMBED),
         KeyRule(f"{ours}.mlp_norm", f"{theirs}.{last}.layer_norm", NORM),
         KeyRule(f"{ours}.mlp.router", f"{theirs}.{last}.mlp.router.classifier", LINEAR),
     ]
@@ -239,4 +241,5 @@ FAMILIES = {
     "mt5": _family("MT5", _HEADS),
     "switch_transformers": _family("SwitchTransformers", {}),
     "t5": _family("T5", _HEADS),
+    "umt5": _family("UMT5", _HEADS),
 }

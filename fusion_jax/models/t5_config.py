@@ -1,4 +1,4 @@
-"""The configuration of T5, its version 1.1, mT5, and Switch Transformers."""
+"""The configuration of T5, its versions 1.1, mT5 and UMT5, and Switch Transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class T5Config:
     """The fields of a T5 or Switch ``config.json`` that the model uses, with T5's defaults.
 
     `from_json` derives some fields: ``act`` and ``gated`` describe the MLPs; ``scaled`` says
-    whether hidden states are divided by ``sqrt(d_model)`` before the logits are computed.
+    whether hidden states are divided by ``sqrt(d_model)`` before the logits are computed;
+    ``every_relative`` whether every layer has a bias for relative positions, and not one for all.
     """
 
     model_type: str = "t5"
@@ -34,6 +35,7 @@ class T5Config:
     act: str = "relu"
     gated: bool = False
     scaled: bool = True
+    every_relative: bool = False
     tie_word_embeddings: bool = True
     own_embeddings: tuple[str, ...] = ()
     """Which of ``"encoder"`` and ``"decoder"`` have token embeddings of their own."""
@@ -60,10 +62,12 @@ class T5Config:
             given |= {"act": config.get("dense_act_fn", "relu"), "scaled": tied}
             given["num_decoder_layers"] = config["num_decoder_layers"] or config["num_layers"]
         else:
-            multilingual = config["model_type"] == "mt5"
+            multilingual = config["model_type"] in ("mt5", "umt5")
             config = {**(_MT5 if multilingual else {}), **config}
             if multilingual:  # as transformers: tied, whatever the configuration says
-                config |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+                config |= {"tie_word_embeddings": True}
+                if config["model_type"] == "mt5":
+                    config |= {"scale_decoder_outputs": False}
                 given["num_decoder_layers"] = (
                     config.get("num_decoder_layers") or config["num_layers"]
                 )
@@ -74,12 +78,22 @@ class T5Config:
             given["act"] = "gelu_new" if gated and act == "gelu" else act
             given["gated"] = bool(gated)
             given["scaled"] = config.get("scale_decoder_outputs", tied)
+        given["every_relative"] = config["model_type"] == "umt5"
         if config.get("eos_token_id", 1) is None:  # texts have no end, unlike without the field
             given["eos_token_id"] = None
         if config.get("router_dtype", "float32") != "float32":
             raise InputError("a router_dtype other than float32 is not implemented")
         activation(given["act"])
         return config_from_fields(cls, config, **given)
+
+    @property
+    def head_std(self) -> float:
+        """The standard deviation of the initial weights of heads.
+
+        In transformers it is sqrt(d) times as large for token classification, so that the first
+        probabilities of classes are 0 and 1.
+        """
+        return self.initializer_factor * self.d_model**-0.5
 
     def sparse(self, decoder: bool) -> list[bool]:
         """Returns which layers of the encoder or decoder have experts."""

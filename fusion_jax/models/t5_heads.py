@@ -1,4 +1,4 @@
-"""T5 and mT5 with the heads that give classes and answers."""
+"""Encoder-decoders such as T5 with the heads that give classes and answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import DecoderOutput, Head, check_needed_tokens
 from fusion_jax.models.layers import ArrayLike, Dropout, split_key
 from fusion_jax.models.rules import LINEAR, KeyRule
-from fusion_jax.models.t5_config import T5Config
 from fusion_jax.models.t5_stacks import EncoderDecoder
 
 HEAD_RULES: Mapping[Head | None, Sequence[KeyRule]] = {
@@ -31,12 +30,10 @@ HEAD_RULES: Mapping[Head | None, Sequence[KeyRule]] = {
 class T5Head(nnx.Module):
     """Logits of hidden states: by one linear layer, or by two with tanh between them."""
 
-    def __init__(self, config: T5Config, head: Head, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Any, head: Head, param_dtype: Any, rngs: nnx.Rngs):
         d, answers = config.d_model, head == "question-answering"
-        # In transformers, the deviation is sqrt(d) times as large for token classification, so that
-        # the first probabilities of classes are 0 and 1.
         options = {
-            "kernel_init": nnx.initializers.normal(config.initializer_factor * d**-0.5),
+            "kernel_init": nnx.initializers.normal(config.head_std),
             "param_dtype": param_dtype,
             "rngs": rngs,
         }
@@ -64,6 +61,7 @@ class T5WithHead(EncoderDecoder):
     and there is no decoder.
 
     Args:
+        config: The configuration, a `T5Config` or what has the same properties.
         head: ``"classification"``, ``"token-classification"`` or ``"question-answering"``.
 
     Raises:
@@ -75,6 +73,7 @@ class T5WithHead(EncoderDecoder):
         ``T5ForQuestionAnswering`` of transformers 5.
 
     Example:
+        >>> from fusion_jax.models.t5_config import T5Config
         >>> config = T5Config.from_json({"model_type": "t5", "vocab_size": 50, "d_model": 8,
         ...     "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "num_labels": 3})
         >>> model = T5WithHead(config, head="classification", rngs=nnx.Rngs(0))
@@ -82,17 +81,15 @@ class T5WithHead(EncoderDecoder):
         (1, 3)
     """
 
-    def __init__(
-        self, config: T5Config, *, head: Head, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Any, *, head: Head, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         common = {"param_dtype": param_dtype, "rngs": rngs}
         super().__init__(config, decodes=head != "token-classification", **common)
         self.head = T5Head(config, head, **common)
         ends = config.eos_token_id
         if head == "classification" and ends is None:
             raise InputError(
-                "the configuration has no eos_token_id; the classification head of T5 reads a text "
-                "at its last end token"
+                "the configuration has no eos_token_id; the classification head reads a text at "
+                "its last end token"
             )
         if head == "classification" and ends is not None:
             self.needed_tokens = (ends,) if isinstance(ends, int) else ends

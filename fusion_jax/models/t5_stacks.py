@@ -1,8 +1,8 @@
-"""The encoder and the decoder of T5 and Switch Transformers."""
+"""The encoder and the decoder of T5 and Switch Transformers; `bart_stacks` builds on them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from fusion_jax.models.layers import (
 )
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.t5_config import T5Config
+from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 
@@ -35,23 +36,37 @@ EncoderView = tuple[EncoderKeysValues, Bool[Array, "b 1 1 u"]]
 
 
 class Attention(nnx.Module):
-    """Attention without scaling, to positions of the same stack or of the encoder."""
+    """Attention to positions of the same stack or of the encoder.
 
-    def __init__(self, config: T5Config, param_dtype: Any, rngs: nnx.Rngs):
-        d, inner = config.d_model, config.num_heads * config.d_kv
-        self.heads = config.num_heads
+    Args:
+        d: The number of features of a position.
+        inner: That of all heads together.
+        heads: The number of heads.
+        scale: The factor of the scores; None for one over the root of the features of a head.
+        stds: The standard deviations of the initial weights: of queries, of keys and values, and of
+            the output.
+        dropout: The dropout of the weights of positions.
+        **common: Further arguments of linear layers.
+    """
 
-        def linear(a: int, b: int, std: float) -> nnx.Linear:
-            init = nnx.initializers.normal(config.initializer_factor * std)
-            return nnx.Linear(
-                a, b, use_bias=False, kernel_init=init, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.query = linear(d, inner, (d * config.d_kv) ** -0.5)
-        self.key = linear(d, inner, d**-0.5)
-        self.value = linear(d, inner, d**-0.5)
-        self.out = linear(inner, d, inner**-0.5)
-        self.dropout = Dropout(config.dropout_rate)
+    def __init__(
+        self,
+        d: int,
+        inner: int,
+        heads: int,
+        *,
+        scale: float | None,
+        stds: tuple[float, float, float],
+        dropout: float,
+        **common: Any,
+    ):
+        self.heads, self.scale = heads, scale
+        query, other, out = (nnx.initializers.normal(std) for std in stds)
+        self.query = nnx.Linear(d, inner, kernel_init=query, **common)
+        self.key = nnx.Linear(d, inner, kernel_init=other, **common)
+        self.value = nnx.Linear(d, inner, kernel_init=other, **common)
+        self.out = nnx.Linear(inner, d, kernel_init=out, **common)
+        self.dropout = Dropout(dropout)
 
     def keys_values(self, x: Float[Array, "b s d"]) -> KeysValues:
         """Returns the keys and values of positions."""
@@ -68,8 +83,24 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
         query = self.query(x).reshape(*x.shape[:2], self.heads, -1)
-        y = attention(query, *keys_values, visible, self.dropout, key, scale=1.0, bias=bias)
+        y = attention(query, *keys_values, visible, self.dropout, key, scale=self.scale, bias=bias)
         return self.out(y.reshape(*x.shape[:2], -1))
+
+
+def relative_embed(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
+    """Returns the biases of the scores for each range of distances and each head."""
+    init = nnx.initializers.normal(config.initializer_factor * config.d_model**-0.5)
+    count, heads = config.relative_attention_num_buckets, config.num_heads
+    return nnx.Embed(count, heads, embedding_init=init, param_dtype=param_dtype, rngs=rngs)
+
+
+def _attention(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> Attention:
+    """Returns T5's attention, without scaling and without biases."""
+    d, inner, factor = config.d_model, config.num_heads * config.d_kv, config.initializer_factor
+    stds = factor * (d * config.d_kv) ** -0.5, factor * d**-0.5, factor * inner**-0.5
+    common = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
+    options = {"scale": 1.0, "stds": stds, "dropout": config.dropout_rate}
+    return Attention(d, inner, config.num_heads, **options, **common)
 
 
 class Layer(nnx.Module):
@@ -90,10 +121,11 @@ class Layer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.attention_norm = norm()
-        self.attention = Attention(config, **common)
+        self.attention = _attention(config, **common)
+        self.relative = relative_embed(config, **common) if config.every_relative else None
         if decoder:
             self.cross_norm = norm()
-            self.cross = Attention(config, **common)
+            self.cross = _attention(config, **common)
         self.mlp_norm = norm()
         # MLPs are in float32, as their sums would overflow in float16.
         self.precise = param_dtype == jnp.float16 and not sparse
@@ -118,7 +150,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 #t s"],
-        bias: Float[Array, "1 h t s"],
+        bias: Float[Array, "1 h t s"] | None,
         cache: CacheUpdate,
         source: EncoderView | None,
         key: Key[Array, ""] | None,
@@ -141,25 +173,28 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The layers of an encoder or decoder, their shared relative positions, and a final norm."""
+    """The layers of an encoder or decoder, the relative positions, and a final norm."""
+
+    wide: bool = True
+    """Whether hidden states are in float32 where parameters are in float16."""
 
     def __init__(self, config: T5Config, decoder: bool, param_dtype: Any, rngs: nnx.Rngs):
         self.config, self.decoder = config, decoder
         common = {"param_dtype": param_dtype, "rngs": rngs}
-        init = nnx.initializers.normal(config.initializer_factor * config.d_model**-0.5)
-        self.relative = nnx.Embed(
-            config.relative_attention_num_buckets, config.num_heads, embedding_init=init, **common
-        )
+        self.relative = None if config.every_relative else relative_embed(config, **common)
         self.layers = nnx.List(
             [Layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
         )
-        self.norm = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
-        self.dropout = Dropout(config.dropout_rate)
+        self.norm: Any = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
+        self.dropout = self.last_dropout = Dropout(config.dropout_rate)
 
-    def bias(self, slots: Int[Array, " t"], count: int) -> Float[Array, "1 h t s"]:
+    def bias(
+        self, relative: AnyEmbed, slots: Int[Array, " t"], count: int
+    ) -> Float[Array, "1 h t s"]:
         """Returns the bias of the scores of each head, which depends on relative positions.
 
         Args:
+            relative: The bias of each range of distances.
             slots: (t,) the slots of the tokens that attend.
             count: The number s of slots that they attend to.
 
@@ -169,7 +204,7 @@ class Stack(nnx.Module):
         config = self.config
         far, buckets = config.relative_attention_max_distance, config.relative_attention_num_buckets
         options = {"far": far, "buckets": buckets, "causal": self.decoder}
-        return relative_bias(self.relative, slots, count, **options)
+        return relative_bias(relative, slots, count, **options)
 
     def __call__(
         self,
@@ -185,17 +220,18 @@ class Stack(nnx.Module):
         The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
-        bias = self.bias(seen.slots, seen.real.shape[1])
+        places = seen.slots, seen.real.shape[1]
+        common = None if self.relative is None else self.bias(self.relative, *places)
         x = self.dropout(x, embed_key)
-        if x.dtype == jnp.float16:  # in which the sums over layers would overflow
+        if x.dtype == jnp.float16 and self.wide:  # in which the sums over layers would overflow
             x = wide(x)
         states, routers = [x], []
         for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
+            bias = common if layer.relative is None else self.bias(layer.relative, *places)
             x, router = layer(x, seen.visible, bias, cache, source, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
-        x = self.dropout(self.norm(x), norm_key)
-        states[-1] = x
+        x = states[-1] = self.last_dropout(x if self.norm is None else self.norm(x), norm_key)
         return DecoderOutput(
             x,
             tuple(states) if output_hidden_states else None,
@@ -208,20 +244,30 @@ class EncoderDecoder(Model):
     """The token embeddings and the stacks, on which a head is put.
 
     Args:
+        config: The configuration.
         decodes: Whether there is a decoder.
+        stack: Makes an encoder or a decoder.
     """
 
-    def __init__(self, config: T5Config, *, decodes: bool, param_dtype: Any, rngs: nnx.Rngs):
+    stack: Callable[..., Stack] = Stack
+
+    def __init__(self, config: Any, *, decodes: bool, param_dtype: Any, rngs: nnx.Rngs):
         self.config = config
         common = {"param_dtype": param_dtype, "rngs": rngs}
         init = nnx.initializers.normal(config.initializer_factor)
         embed = partial(nnx.Embed, config.vocab_size, config.d_model, embedding_init=init, **common)
         self.word = embed()
-        self.encoder = Stack(config, False, **common)
-        self.decoder = Stack(config, True, **common) if decodes else None
+        self.encoder = self.stack(config, False, **common)
+        self.decoder = self.stack(config, True, **common) if decodes else None
         own = config.own_embeddings
         self.encoder_word = embed() if "encoder" in own else None
         self.decoder_word = embed() if "decoder" in own and decodes else None
+
+    def embed(
+        self, ids: Int[Array, "b t"], slots: Int[Array, " t"], *, decoder: bool
+    ) -> Float[Array, "b t d"]:
+        """Returns the input of the encoder or of the decoder for tokens in these slots."""
+        return ((self.decoder_word if decoder else self.encoder_word) or self.word)(ids)
 
     def encode(
         self,
@@ -236,7 +282,7 @@ class EncoderDecoder(Model):
         source = real[:, None, None]
         seen = window(real, None)._replace(visible=source)
         nothing = [None] * len(self.encoder.layers)
-        x = (self.encoder_word or self.word)(ids)
+        x = self.embed(ids, seen.slots, decoder=False)
         return self.encoder(x, seen, CacheUpdate(None), nothing, key, output_hidden_states), source
 
     def keys_values(self, encoded: DecoderOutput) -> tuple[EncoderKeysValues, ...]:
@@ -258,7 +304,7 @@ class EncoderDecoder(Model):
         """Returns the decoder's output for its tokens ``ids``, beside what the encoder gives."""
         assert self.decoder is not None
         sources = [(pair, source) for pair in keys_values]
-        x = (self.decoder_word or self.word)(ids)
+        x = self.embed(ids, seen.slots, decoder=True)
         return self.decoder(x, seen, cache, sources, key, output_hidden_states)
 
     def read(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +60,12 @@ def bound(loss: Loss) -> jax.tree_util.Partial:
 def run(model: Forward, batch: Batch, key: Key[Array, ""] | None = None, **options: bool) -> PyTree:
     """Runs a model on the inputs in a batch, without labels and weights.
 
-    The decoder of an encoder-decoder that writes text reads the labels shifted by one position,
-    after the configuration's ``decoder_start_token_id``.
+    The decoder of an encoder-decoder that writes text reads the labels shifted by one position.
     """
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "weights")}
     if reads_targets(model) and "labels" in batch:
-        # As in Hugging Face's models, 0 after the end of a target.
-        tokens = jnp.maximum(jnp.asarray(batch["labels"]), 0)
-        start = jnp.full_like(tokens[:, :1], model.config.decoder_start_token_id)
-        inputs["decoder_input_ids"] = jnp.concatenate([start, tokens[:, :-1]], axis=1)
+        decoder: Any = model
+        inputs["decoder_input_ids"] = decoder.shift_right(batch["labels"])
     return model(**inputs, key=key, **options)
 
 
