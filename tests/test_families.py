@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.models.moe import mixtures
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
@@ -87,6 +88,12 @@ LLAMAS = {
                   {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}],
     "qwen3_moe": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, BIASED, {"norm_topk_prob": True},
                   {"decoder_sparse_step": 3}, {"mlp_only_layers": [0], "num_experts_per_tok": 3}],
+    "olmoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY | {"clip_qkv": 0.5}, {"norm_topk_prob": True},
+              {"num_experts": 3, "num_experts_per_tok": 1, **rope("linear")}],
+    "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
+                   {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
+                    "residual_multiplier": 0.22, "attention_multiplier": 0.125,
+                    "num_local_experts": 3, "num_experts_per_tok": 1}],
 }  # fmt: skip
 ODD = dict(LLAMAS)
 ENCODER = {
@@ -155,6 +162,8 @@ EXPERTS = {
                   "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
 
@@ -361,6 +370,25 @@ def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwar
     smaller, _ = fj.compress(model, fj.Fusion(width=7) if kind == "equal" else plan, key=key)
     exported = fj.export_hf(smaller, tmp_path / "hf")
     batch = inputs("whole", family)
+    other, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
+    assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
+@pytest.mark.torch
+@pytest.mark.full(quick=1)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_dropped_experts_equal_in_transformers(family, tmp_path, key, recwarn):
+    """Experts that are chosen on text, and then fused."""
+    head = usual_head(family, 0)
+    folder, cls = made(tmp_path, family, odd_config(family), head)
+    batch = inputs("whole", family)
+    model = fj.load(folder, head=head)
+    fewer, _ = fj.compress(model, fj.DropExperts(keep=2), key=key, calibration=[batch])
+    assert {moe.router.out_features for moe in mixtures(fewer).values()} == {2}
+    smaller, _ = fj.compress(fewer, fj.Fusion(width=9), key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
     other, info = cls.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()), info
     compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))

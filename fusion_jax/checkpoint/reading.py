@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
@@ -274,11 +275,28 @@ class Checkpoint:
         whole = aligned(want.shape, want.dtype)
         first = 0 if found.outputs is None else found.outputs[0]
         transposed = found.location.transposed
+        if found.location.packed:
+            self._read_packed(found, whole)
+            return jax.device_put(whole)
         for name, part in zip(
             found.names, whole if found.location.stacked else [whole], strict=True
         ):
             self.tensors.read_into(name, part, transposed=transposed, first=first)
         return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
+
+    def _read_packed(self, found: FoundTensors, whole: np.ndarray) -> None:
+        """Reads all experts of a variable from one tensor, expert by expert."""
+        (name,), location = found.names, found.location
+        own: slice | None = None
+        if found.outputs is not None:
+            first, last, _ = found.outputs
+            step = len(location.joined) if location.interleaved else None
+            own = slice(first // (last - first), None, step) if step else slice(first, last)
+        for e, part in enumerate(whole):
+            theirs = np.empty(self.tensors.shapes[name][1:], whole.dtype)
+            self.tensors.read_into(name, theirs, first=e * len(theirs))
+            ours = theirs.T if location.transposed else theirs
+            part[...] = ours if own is None else ours[..., own]
 
     def _check(
         self,
@@ -313,7 +331,7 @@ class Checkpoint:
         for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
             want = want if outputs is None else (*want[:-1], outputs[-1])
-            want = want[::-1] if location.transposed else want
+            want = (*want[:-2], *want[:-3:-1]) if location.transposed else want
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]
             misfits += [] if all(fits) else [path]

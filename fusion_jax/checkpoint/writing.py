@@ -15,6 +15,7 @@ from fusion_jax.checkpoint.any_module import write_module
 from fusion_jax.checkpoint.card import write_card
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model
+from fusion_jax.models.moe import Correction
 from fusion_jax.models.provenance import CLASS_HEADS, Provenance
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rules import KeyRules
@@ -226,7 +227,8 @@ def _class_fields(provenance: Provenance, num_labels: int) -> dict[str, object]:
 
 def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a model under their Hugging Face names, one after the other."""
-    params = {path_name(p): v for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    written = nnx.state(model, nnx.Any(nnx.Param, Correction))
+    params = {path_name(p): v for p, v in nnx.to_flat_state(written)}
     for path in params:
         location = rules.locate(path)
         joined = location.joined or (path,)
@@ -234,11 +236,13 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
             continue  # written with the first one
         arrays = [np.asarray(params[other].get_value()) for other in joined]
         value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        if location.interleaved:
+            value = np.stack(arrays, axis=-1).reshape(value.shape)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
-            yield name, part.T if location.transposed else part
+            yield name, part.swapaxes(-1, -2) if location.transposed else part
 
 
 def labels_of(model: Model) -> tuple[int | None, list[int] | None]:

@@ -48,6 +48,7 @@ class Attention(nnx.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = rope, f
         self.scale, self.cap = config.blocks.score_scale, config.blocks.score_cap
+        self.clip = config.blocks.clip_qkv
         self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
@@ -63,6 +64,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t h f"]:
         y = linear(x)
         y = norm(y) if norm is not None and self.all_normed else y
+        y = y if self.clip is None else jnp.clip(y, -self.clip, self.clip)
         y = y.reshape(*x.shape[:2], -1, self.features)
         return norm(y) if norm is not None and not self.all_normed else y
 

@@ -43,6 +43,7 @@ class Blocks:
         embedding_rounded: See ``embedding_scale``.
         residual_scale: The factor of the outputs of attention and of the MLP.
         residual_dropout: The dropout rate of these outputs.
+        clip_qkv: The largest absolute value of queries, keys and values; None for no limit.
     """
 
     norm: Literal["rms", "rms-wide", "rms-offset", "layer"] = "rms"
@@ -58,6 +59,7 @@ class Blocks:
     embedding_rounded: bool = False
     residual_scale: float = 1.0
     residual_dropout: float = 0.0
+    clip_qkv: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

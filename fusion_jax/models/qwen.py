@@ -82,7 +82,8 @@ def _qwen3_moe(fields: Fields) -> DecoderConfig:
     return _with_experts(_windowed(config, fields, lambda layer: True), fields)
 
 
-def _moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+def moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+    """Returns the key rules of a decoder with experts, whose tensors have Qwen's names."""
     mlps = (
         *linear_rules("mlp", "mlp", {"router": "gate", "shared_gate": "shared_expert_gate"}),
         *linear_rules("mlp.experts", "mlp.experts.{e}", MLP_NAMES),
@@ -93,7 +94,7 @@ def _moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
 
 
 _WIDTHS = {"experts": "moe_intermediate_size", "shared": _SHARED}
-_family = partial(decoder_family, rules=_moe_rules, width_fields=_WIDTHS)
+_family = partial(decoder_family, rules=moe_rules, width_fields=_WIDTHS)
 
 FAMILIES = {
     "qwen2": decoder_family("Qwen2", _qwen2, answers="transformer."),

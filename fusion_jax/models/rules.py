@@ -47,6 +47,8 @@ class KeyRule:
         in_base: Whether the layer belongs to the base model, whose names may have a prefix.
         joined: The paths of linear layers that are one layer in a checkpoint, in the order of their
             outputs; ``ours`` is one of them.
+        packed: Whether one tensor of the checkpoint has all experts along axis 0, as ours has.
+        interleaved: Whether the outputs of joined layers take turns in the checkpoint.
     """
 
     ours: str
@@ -54,6 +56,8 @@ class KeyRule:
     leaves: dict[str, Leaf]
     in_base: bool = True
     joined: tuple[str, ...] = ()
+    packed: bool = False
+    interleaved: bool = False
 
 
 class TensorLocation(NamedTuple):
@@ -65,12 +69,16 @@ class TensorLocation(NamedTuple):
         stacked: Whether there is one tensor for each expert; the names contain ``{e}``.
         joined: The paths of the variables that are one tensor in the checkpoint, one after the
             other along the last axis of ours; empty if the variable has a tensor of its own.
+        packed: Whether the tensor has all experts along axis 0; only the other axes are transposed.
+        interleaved: Whether joined variables take turns along that axis.
     """
 
     names: tuple[str, ...]
     transposed: bool
     stacked: bool = False
     joined: tuple[str, ...] = ()
+    packed: bool = False
+    interleaved: bool = False
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the tensors that make up the variable."""
@@ -134,7 +142,9 @@ class KeyRules:
                 full += [twin for twin, original in self.twins.items() if original == path]
                 joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
                 names = tuple(dict.fromkeys(full))
-                return TensorLocation(names, leaf.transposed, stacked, joined)
+                return TensorLocation(
+                    names, leaf.transposed, stacked, joined, rule.packed, rule.interleaved
+                )
         raise KeyError(f"no key rule matches {path}")
 
     def ignores(self, name: str) -> bool:
