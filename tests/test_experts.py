@@ -18,7 +18,7 @@ from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
 from fusion_jax.methods.drop_experts import ExpertScore
 from fusion_jax.methods.scores import ON_GRADIENTS, ON_UPSTREAM, UnitScore
-from fusion_jax.models.moe import Moe, mixtures
+from fusion_jax.models.moe import Moe, RouterRule, mixtures
 from fusion_jax.training.methods.layerwise import compressed
 from tests import tiny
 from tests.helpers import unchecked
@@ -209,7 +209,7 @@ def test_a_router_with_a_bias_loses_its_entries():
     """The softmax runs over the experts that stay."""
     make = partial(fj.GatedMlp, 6, 5, 6, act="silu", use_bias=False)
     moe = Moe(
-        make, 6, 8, top_k=2, normalized=False, router_bias=True, param_dtype=jnp.float32,
+        make, 6, 8, top_k=2, normalized=False, rule=RouterRule(bias=True), param_dtype=jnp.float32,
         kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0),
     )  # fmt: skip
     moe.router.bias[...] = jax.random.normal(KEY, (8,))

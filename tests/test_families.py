@@ -90,6 +90,10 @@ LLAMAS = {
                   {"decoder_sparse_step": 3}, {"mlp_only_layers": [0], "num_experts_per_tok": 3}],
     "olmoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY | {"clip_qkv": 0.5}, {"norm_topk_prob": True},
               {"num_experts": 3, "num_experts_per_tok": 1, **rope("linear")}],
+    "gpt_oss": [FIVE_HEADS | TIED, ONE_KEY | {"attention_bias": False, "sliding_window": 3},
+                {"swiglu_alpha": 1.0, "swiglu_limit": 0.1, "layer_types": TYPES},
+                {"num_local_experts": 3, "num_experts_per_tok": 1, **rope("yarn")},
+                {"rope_parameters": None, "hidden_act": "gelu"}],
     "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
                    {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
                     "residual_multiplier": 0.22, "attention_multiplier": 0.125,
@@ -163,9 +167,11 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
-NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral")
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral",
+                 "gpt_oss")  # fmt: skip
 
 
 def odd_config(family, number=None):
@@ -334,7 +340,8 @@ def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn)
     assert not [w for w in recwarn if "hf" in str(w.message)]
 
 
-NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss")
+NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss",
+       "gpt_oss")  # fmt: skip
 HEADS = [
     (family, head)
     for family in NEW
@@ -393,3 +400,27 @@ def test_dropped_experts_equal_in_transformers(family, tmp_path, key, recwarn):
     assert not any(info.values()), info
     compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
     assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
+@pytest.mark.torch
+@pytest.mark.full
+def test_weights_of_four_bits_equal_transformers(tmp_path):
+    """Which computes the matrices on a CPU too; what is exported has plain matrices."""
+    fields = {**odd_config("gpt_oss"), "hidden_size": 32, "intermediate_size": 32}
+    folder, cls = made(tmp_path, "gpt_oss", fields, "causal-lm")
+    tensors, rng = (
+        safetensors.numpy.load_file(folder / "model.safetensors"),
+        np.random.RandomState(5),
+    )
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        e, d, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = rng.randint(0, 256, (e, rows, d // 32, 16)).astype(np.uint8)
+        tensors[f"{name}_scales"] = rng.randint(118, 126, (e, rows, d // 32)).astype(np.uint8)
+    fields |= {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}, "dtype": "bfloat16"}
+    folder = tiny.write_folder(tmp_path / "four", fields, tensors)
+    batch = inputs("whole", "gpt_oss")
+    model = fj.load(folder, head="causal-lm", dtype="float32")
+    want = theirs(cls.from_pretrained(folder, dtype="float32").eval(), batch)
+    compare(ours(model, batch), want, real_tokens(batch))
+    other = cls.from_pretrained(fj.export_hf(model, tmp_path / "hf")).eval()
+    compare(ours(model, batch), theirs(other, batch), real_tokens(batch))

@@ -145,6 +145,9 @@ CONFIGS = {
                   "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "olmoe": {**LLAMA, **rope("default"), "model_type": "olmoe", "num_experts": 4,
               "num_experts_per_tok": 2, "clip_qkv": 0.5, "pad_token_id": 0},
+    "gpt_oss": {**LLAMA, **rope("yarn", factor=32.0, original_max_position_embeddings=16),
+                "model_type": "gpt_oss", "head_dim": 4, "num_local_experts": 4,
+                "num_experts_per_tok": 2, "sliding_window": 3, "swiglu_limit": 0.3},
     "granitemoe": {**LLAMA, **rope("default"), "model_type": "granitemoe",
                    "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0,
                    "attention_multiplier": 0.125, "residual_multiplier": 0.22},
@@ -218,7 +221,8 @@ PAD = 1  # after generated texts; transformers takes 0 for none in beam search
 WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
-             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe", "granitemoe")  # fmt: skip
+             "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe",
+             "granitemoe", "gpt_oss")  # fmt: skip
 
 
 def architecture(family, head):

@@ -49,6 +49,7 @@ class Attention(nnx.Module):
         self.rope, self.features = rope, f
         self.scale, self.cap = config.blocks.score_scale, config.blocks.score_cap
         self.clip = config.blocks.clip_qkv
+        self.sinks = make.array(heads) if config.blocks.sinks else None
         self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
@@ -83,7 +84,9 @@ class Attention(nnx.Module):
         if self.rope is not None:
             q, k = (self.rope.rotated(a, angles[self.rope]) for a in (q, k))
         k, v = cache.extended(k, v)
-        y = attention(q, k, v, visible, self.dropout, key, scale=self.scale, cap=self.cap)
+        given = {"scale": self.scale, "cap": self.cap}
+        given |= {} if self.sinks is None else {"sinks": self.sinks[...]}
+        y = attention(q, k, v, visible, self.dropout, key, **given)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -106,7 +109,7 @@ class _LayerFactory:
         self.mlp = partial(
             GatedMlp if config.blocks.gated else Mlp,
             config.hidden_size,
-            act=config.hidden_act,
+            act=config.blocks.act or config.hidden_act,
             use_bias=config.mlp_bias,
             kernel_init=init,
             param_dtype=param_dtype,
@@ -119,10 +122,12 @@ class _LayerFactory:
             top_k=config.num_experts_per_tok,
             normalized=config.norm_topk_prob,
             jitter=config.router_jitter_noise,
+            rule=config.router,
             shared=partial(self.mlp, width=shared) if shared else None,
             kernel_init=init,
             **common,
         )
+        self.array = lambda n: nnx.Param(init(rngs.params(), (n,), param_dtype))
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
 
 

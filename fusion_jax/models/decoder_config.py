@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from jaxtyping import Array
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
+from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
 
@@ -44,6 +47,8 @@ class Blocks:
         residual_scale: The factor of the outputs of attention and of the MLP.
         residual_dropout: The dropout rate of these outputs.
         clip_qkv: The largest absolute value of queries, keys and values; None for no limit.
+        sinks: Whether each head can attend to nothing, with a score that is a parameter.
+        act: The activation, where ``hidden_act`` does not name it.
     """
 
     norm: Literal["rms", "rms-wide", "rms-offset", "layer"] = "rms"
@@ -60,6 +65,8 @@ class Blocks:
     residual_scale: float = 1.0
     residual_dropout: float = 0.0
     clip_qkv: float | None = None
+    sinks: bool = False
+    act: Callable[[Array], Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,7 @@ class DecoderConfig(HeadConfig):
     sparse: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
+    router: RouterRule = field(default_factory=RouterRule)
     blocks: Blocks = Blocks()
 
     @classmethod
@@ -108,6 +116,7 @@ class DecoderConfig(HeadConfig):
         *,
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
+        router: RouterRule | None = None,
         partial_rotary: bool = False,
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
@@ -118,6 +127,7 @@ class DecoderConfig(HeadConfig):
             fields: The fields; unknown ones are ignored.
             optional: Which of the fields in `OPTIONAL` the family has.
             blocks: How the layers are built; None for Llama's.
+            router: How routers choose experts; None for Mixtral's.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
             qkv_bias: Whether queries, keys and values have biases; None for ``attention_bias``.
             out_bias: Whether the output projection has one; None for ``attention_bias``.
@@ -133,6 +143,7 @@ class DecoderConfig(HeadConfig):
             qkv_bias=bias if qkv_bias is None else qkv_bias,
             out_bias=bias if out_bias is None else out_bias,
             blocks=blocks or Blocks(),
+            router=router or RouterRule(),
             **dict.fromkeys(("ropes", "sliding_windows", "sparse"), ()),
         )
         activation(result.hidden_act)
@@ -150,6 +161,8 @@ class DecoderConfig(HeadConfig):
         if result.head_dim < 1:
             raise InputError(f"head_dim must be above 0; got {result.head_dim}")
         rope.check(result.head_dim)
+        if result.num_experts:
+            result.router.check(result.num_experts, result.num_experts_per_tok)
         if heads % result.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {heads} is not a multiple of "

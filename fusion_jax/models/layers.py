@@ -114,6 +114,7 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     bias: Float[Array, "1 h t s"] | None = None,
+    sinks: Float[Array, " h"] | None = None,
 ) -> Float[Array, "b t h f"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
@@ -128,6 +129,7 @@ def attention(
         scale: The factor of the scores; None for 1 / sqrt(f).
         cap: The soft cap of the scores, see `soft_capped`; None for none.
         bias: (1, h, t, s), added to the scores.
+        sinks: (h,) the score of one more position, whose value is zero; None for none.
 
     Returns:
         (b, t, h, f) in the dtype of the values.
@@ -140,7 +142,10 @@ def attention(
         scores = scores + wide(bias).reshape(1, *scores.shape[1:])
     # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if sinks is not None:
+        more = wide(sinks).reshape(1, *scores.shape[1:3], 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(more, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]].astype(value.dtype)
     weights = dropout(weights, dropout_key)
     return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
 

@@ -32,6 +32,7 @@ class RouterRule:
     """How a router chooses experts and weighs their outputs; the defaults are Mixtral's.
 
     Args:
+        bias: Whether the logits have a bias.
         scores: How logits become scores: their softmax, or the sigmoid of each.
         correction: Whether the choice, but not the weights, is by scores with a fixed number added
             for each expert.
@@ -44,6 +45,7 @@ class RouterRule:
         DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
 
+    bias: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     correction: bool = False
     groups: int = 1
@@ -87,7 +89,6 @@ class Moe(nnx.Module):
             no limit.
         jitter: In training, the inputs of the router are multiplied by random factors from
             1 - jitter to 1 + jitter.
-        router_bias: Whether the router has a bias.
         shared: Makes an expert that computes at every position; None for no shared expert.
         shared_gated: Whether its outputs are multiplied by a sigmoid of a linear map of its inputs.
         rule: How the router chooses experts.
@@ -110,7 +111,6 @@ class Moe(nnx.Module):
         normalized: bool,
         capacity: int | None = None,
         jitter: float = 0.0,
-        router_bias: bool = False,
         shared: Callable[..., Mlp] | None = None,
         shared_gated: bool = True,
         rule: RouterRule | None = None,
@@ -118,15 +118,14 @@ class Moe(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.top_k, self.normalized = top_k, normalized
+        self.top_k, self.normalized, self.rule = top_k, normalized, rule or RouterRule()
         self.capacity, self.jitter = capacity, jitter
         linear = partial(nnx.Linear, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
-        self.router = linear(d, count, use_bias=router_bias)
+        self.router = linear(d, count, use_bias=self.rule.bias)
         self.experts = experts(make, count, top_k=top_k, rngs=rngs)
         self.shared = None if shared is None else shared(rngs=rngs)
         gated = shared is not None and shared_gated
         self.shared_gate = linear(d, 1, use_bias=False) if gated else None
-        self.rule = rule or RouterRule()
         none = jnp.zeros(count, wide(jnp.zeros(0, param_dtype)).dtype)
         self.correction = Correction(none) if self.rule.correction else None
 

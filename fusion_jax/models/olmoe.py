@@ -1,4 +1,4 @@
-"""OLMoE: experts, norms of all queries and keys at once, and a limit of queries, keys and values."""
+"""OLMoE: experts, norms of all queries and keys at once, and limits of them and of the values."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ class KeyRules:
                     full = prefixed + full if self.write_prefix else full + prefixed
                     full += others
                 full += [twin for twin, original in self.twins.items() if original == path]
-                joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
+                end = f".{name}" if name else ""
+                joined = tuple(other.format(**indices) + end for other in rule.joined)
                 names = tuple(dict.fromkeys(full))
                 return TensorLocation(
                     names, leaf.transposed, stacked, joined, rule.packed, rule.interleaved
