@@ -225,6 +225,23 @@ def test_a_router_with_a_bias_loses_its_entries():
     assert moe.router.out_features == 8 and moe.experts.stack == (8,)
 
 
+def test_groups_of_experts_keep_one_size(tmp_path):
+    """DeepSeek's router chooses groups first, so that each keeps as many of its experts."""
+    fields = {"n_group": 2, "topk_group": 1}
+    model = fj.load(folder_of("deepseek_v3", tmp_path / "m", **fields), head="causal-lm")
+    fewer, _ = fj.compress(model, fj.DropExperts(keep=4, score="magnitude"), key=KEY)
+    for before, after in zip(mixtures(model).values(), mixtures(fewer).values(), strict=True):
+        subs = before.experts.sub_mlps()
+        scores = np.asarray(fj.DropExperts(score="magnitude").scores(subs, None)).reshape(2, 4)
+        kept = np.sort(np.argsort(-scores, axis=1)[:, :2], axis=1) + np.array([[0], [4]])
+        kept = kept.reshape(-1)
+        np.testing.assert_array_equal(after.correction[...], before.correction[...][kept])
+        np.testing.assert_array_equal(after.router.kernel[...], before.router.kernel[...][:, kept])
+        np.testing.assert_array_equal(after.experts.sub_mlps().up, subs.up[kept])
+    with pytest.raises(fj.InputError, match="would keep 5 experts: 5 experts are not 2 groups"):
+        fj.compress(model, fj.DropExperts(keep=5, score="magnitude"), key=KEY)
+
+
 def test_all_experts_are_the_same_model(mixtral):
     batch = tiny.batch("mixtral")
     same, report = fj.compress(mixtral, fj.DropExperts(keep=1.0), key=KEY, calibration=[batch])

@@ -148,6 +148,15 @@ CONFIGS = {
     "gpt_oss": {**LLAMA, **rope("yarn", factor=32.0, original_max_position_embeddings=16),
                 "model_type": "gpt_oss", "head_dim": 4, "num_local_experts": 4,
                 "num_experts_per_tok": 2, "sliding_window": 3, "swiglu_limit": 0.3},
+    "deepseek_v3": {**LLAMA, "model_type": "deepseek_v3", "n_routed_experts": 8,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 2,
+                    "n_group": 4, "topk_group": 2, "q_lora_rank": 6, "kv_lora_rank": 5,
+                    "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 5,
+                    "first_k_dense_replace": 1, "num_key_value_heads": 4,
+                    **rope("yarn", factor=4.0, original_max_position_embeddings=16,
+                           mscale=1.0, mscale_all_dim=1.0)},
+    "glm4_moe": {**LLAMA, **rope("default"), "model_type": "glm4_moe", "n_routed_experts": 4,
+                 "num_experts_per_tok": 2, "moe_intermediate_size": 12, "use_qk_norm": True},
     "granitemoe": {**LLAMA, **rope("default"), "model_type": "granitemoe",
                    "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0,
                    "attention_multiplier": 0.125, "residual_multiplier": 0.22},
@@ -222,7 +231,7 @@ WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
              "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe",
-             "granitemoe", "gpt_oss")  # fmt: skip
+             "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3")  # fmt: skip
 
 
 def architecture(family, head):

@@ -156,13 +156,15 @@ def export_hf(
     provenance = provenance_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
-    width_fields = {
-        site.path: family.width_fields.get(site.path.rsplit(".")[-1], family.width_field)
-        for site in sites(model)
-    }
+    fields = json.loads(provenance.config)
+    width_fields, factors = {}, {}
+    for site in sites(model):
+        last = site.path.rsplit(".")[-1]
+        width_fields[site.path] = family.width_fields.get(last, family.width_field)
+        factors[site.path] = fields.get(family.width_factors.get(last), 1)
     widths: dict[str, int] = {}
     for site in sites(model):
-        width, name = site.mlp.width, width_fields[site.path]
+        width, name = -(-site.mlp.width // factors[site.path]), width_fields[site.path]
         if site.mlp.stack:
             unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize)
             width = -(-width // unit) * unit
@@ -170,12 +172,12 @@ def export_hf(
     plain = multiplied_out(model)
     padded: dict[str, tuple[int, int]] = {}
     for site in sites(plain):
-        wider = site.mlp.padded(widths[width_fields[site.path]])
+        wider = site.mlp.padded(widths[width_fields[site.path]] * factors[site.path])
         if wider.width > site.mlp.width:
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields = {**json.loads(provenance.config), **widths}
+    fields |= widths
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:

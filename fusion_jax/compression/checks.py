@@ -173,6 +173,10 @@ def _check_routers(
                 f"least {moe.top_k} must stay; {name} would keep {count} of "
                 f"{moe.router.out_features}"
             )
+        try:
+            moe.rule.check(count, moe.top_k)
+        except InputError as error:
+            raise InputError(f"{site.path}: {name} would keep {count} experts: {error}") from None
     if len(counts) > 1:
         (a, first), (b, second) = list(counts.items())[:2]
         raise InputError(

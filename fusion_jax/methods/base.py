@@ -98,7 +98,9 @@ class Method:
         """Returns how many of the experts of a mixture stay; all, unless it changes the router."""
         return count
 
-    def kept_experts(self, subs: SubMLPs, routing: Routing | None) -> tuple[list[int], PyTree]:
+    def kept_experts(
+        self, subs: SubMLPs, routing: Routing | None, groups: int = 1
+    ) -> tuple[list[int], PyTree]:
         """Returns the experts of a mixture that stay, by number, and the facts for the report.
 
         For methods that change the router; the others go with their outputs of the router.
@@ -106,6 +108,8 @@ class Method:
         Args:
             subs: The sub-MLPs of the experts, stacked.
             routing: How the router uses the experts on calibration text; None without it.
+            groups: The number of groups of experts that the router chooses among; equally many
+                stay in each.
         """
         raise NotImplementedError
 

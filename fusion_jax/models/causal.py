@@ -141,6 +141,7 @@ class CausalLm(Generative):
         head: The head, or None.
         kv_heads: The number of key-value heads of each layer.
         head_dim: The number of features of each head.
+        value_dim: The number of features of its values; None for the same.
         sliding_windows: For each layer the number of positions that a token attends to; None for
             all.
         rngs: Random keys of the head.
@@ -157,6 +158,7 @@ class CausalLm(Generative):
         head: Head | None,
         kv_heads: int,
         head_dim: int,
+        value_dim: int | None = None,
         sliding_windows: tuple[int | None, ...],
         rngs: nnx.Rngs,
     ):
@@ -171,6 +173,7 @@ class CausalLm(Generative):
         self.head = _head_layer(config, head, word, rngs) if own_head else None
         self.head_dropout = Dropout(config.head_dropout if head == "token-classification" else 0.0)
         self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
         self.sliding_windows = sliding_windows
 
     def embed(
@@ -289,7 +292,8 @@ class CausalLm(Generative):
         """Reads prompts, padded on the left; see `Generative.begin`."""
         b, t = input_ids.shape
         dtype = dtype_of(self.word)
-        cache = Cache.empty(b, t + room, len(self.layers), self.kv_heads, self.head_dim, dtype)
+        sizes = self.kv_heads, self.head_dim, self.value_dim
+        cache = Cache.empty(b, t + room, len(self.layers), *sizes, dtype)
         out = self._read(input_ids, attention_mask, None, cache, None)
         return self.logits(out.last_hidden_state[:, -1]), out.cache
 

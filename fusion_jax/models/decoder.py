@@ -22,6 +22,7 @@ from fusion_jax.models.causal import (
     with_head,
 )
 from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.latent_attention import LatentAttention
 from fusion_jax.models.layers import (
     CacheUpdate,
     Dropout,
@@ -103,6 +104,7 @@ class _LayerFactory:
             "rms-offset": partial(WideRmsNorm, offset=1.0),
             "layer": LayerNorm,
         }
+        self.dtype, self.rngs = param_dtype, rngs
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.norm = partial(norms[config.blocks.norm], epsilon=config.rms_norm_eps, **common)
         self.embed = partial(nnx.Embed, embedding_init=init, **common)
@@ -138,7 +140,12 @@ class Layer(nnx.Module):
         d, blocks = config.hidden_size, config.blocks
         before, after = blocks.norms != "after", blocks.norms != "before"
         self.attention_norm = make.norm(d) if before else None
-        self.attention = Attention(config, config.ropes[index], make)
+        rope = config.ropes[index]
+        if config.latent is None:
+            self.attention: Attention | LatentAttention = Attention(config, rope, make)
+        else:
+            assert rope is not None
+            self.attention = LatentAttention(config, rope, make)
         self.attention_post_norm = make.norm(d) if after else None
         self.mlp_norm = make.norm(d) if before else None
         self.mlp = make.moe() if config.sparse[index] else make.dense()
@@ -209,7 +216,8 @@ class Decoder(CausalLm):
             norm=make.norm(d),
             lm_head=make.linear(d, vocab, use_bias=False) if untied else None,
             head=head,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=config.num_key_value_heads if config.latent is None else 1,
+            value_dim=None if config.latent is None else config.latent.rank,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
             rngs=rngs,

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
+from fusion_jax.models.latent_attention import Latent
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
@@ -75,7 +76,8 @@ class DecoderConfig(HeadConfig):
 
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
     layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
-    token attends to in each layer (None for all), ``sparse`` says which layers have experts, and
+    token attends to in each layer (None for all), ``sparse`` says which layers have experts,
+    ``further_layers`` is the number of layers of a checkpoint that are left out after the last, and
     ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
     expert, its size is 0.
     """
@@ -108,6 +110,8 @@ class DecoderConfig(HeadConfig):
     out_bias: bool = False
     router: RouterRule = field(default_factory=RouterRule)
     blocks: Blocks = Blocks()
+    latent: Latent | None = None
+    further_layers: int = 0
 
     @classmethod
     def read(
@@ -117,6 +121,7 @@ class DecoderConfig(HeadConfig):
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
         router: RouterRule | None = None,
+        latent: Latent | None = None,
         partial_rotary: bool = False,
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
@@ -128,6 +133,7 @@ class DecoderConfig(HeadConfig):
             optional: Which of the fields in `OPTIONAL` the family has.
             blocks: How the layers are built; None for Llama's.
             router: How routers choose experts; None for Mixtral's.
+            latent: The sizes of latent attention; None for usual attention.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
             qkv_bias: Whether queries, keys and values have biases; None for ``attention_bias``.
             out_bias: Whether the output projection has one; None for ``attention_bias``.
@@ -144,6 +150,7 @@ class DecoderConfig(HeadConfig):
             out_bias=bias if out_bias is None else out_bias,
             blocks=blocks or Blocks(),
             router=router or RouterRule(),
+            latent=latent,
             **dict.fromkeys(("ropes", "sliding_windows", "sparse"), ()),
         )
         activation(result.hidden_act)

@@ -18,7 +18,7 @@ from fusion_jax.nn.dtypes import wide
 ArrayLike = Array | np.ndarray
 """The inputs of models: JAX arrays, or NumPy arrays as tokenizers return them."""
 
-KeysValues = tuple[Float[Array, "b s g f"], Float[Array, "b s g f"]]
+KeysValues = tuple[Float[Array, "b s g f"], Float[Array, "b s g v"]]
 """The keys and the values of attention."""
 
 
@@ -106,7 +106,7 @@ def soft_capped(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
 def attention(
     query: Float[Array, "b t h f"],
     key: Float[Array, "b s g f"],
-    value: Float[Array, "b s g f"],
+    value: Float[Array, "b s g v"],
     visible: Bool[Array, "b 1 #t s"],
     dropout: Dropout,
     dropout_key: Key[Array, ""] | None,
@@ -115,14 +115,14 @@ def attention(
     cap: float | None = None,
     bias: Float[Array, "1 h t s"] | None = None,
     sinks: Float[Array, " h"] | None = None,
-) -> Float[Array, "b t h f"]:
+) -> Float[Array, "b t h v"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
     Args:
         query: (b, t, h, f) for b examples, t positions, h heads of f features.
         key: (b, s, g, f) for s positions and g key-value heads; h / g query heads share each of
             them.
-        value: (b, s, g, f).
+        value: (b, s, g, v).
         visible: (b, 1, t, s) or (b, 1, 1, s): which positions s each position t attends to.
         dropout: Dropout of the attention weights.
         dropout_key: Its random key; None for no dropout.
@@ -132,7 +132,7 @@ def attention(
         sinks: (h,) the score of one more position, whose value is zero; None for none.
 
     Returns:
-        (b, t, h, f) in the dtype of the values.
+        (b, t, h, v) in the dtype of the values.
     """
     b, t, h, f = query.shape
     grouped = query.reshape(b, t, key.shape[2], -1, f)
@@ -147,7 +147,7 @@ def attention(
         scores = jnp.concatenate([scores, jnp.broadcast_to(more, (*scores.shape[:-1], 1))], -1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]].astype(value.dtype)
     weights = dropout(weights, dropout_key)
-    return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights, value).reshape(b, t, h, -1)
 
 
 def distance_buckets(far: int, count: int, *, causal: bool = False) -> np.ndarray:
@@ -202,21 +202,23 @@ class Cache(NamedTuple):
 
     Args:
         keys: (b, s, g, f) for each layer: s slots, g key-value heads of f features.
-        values: (b, s, g, f) for each layer.
+        values: (b, s, g, v) for each layer.
         real: (b, s), which slots hold a token that is not padding.
         length: The number of slots in use.
     """
 
     keys: tuple[Float[Array, "b s g f"], ...]
-    values: tuple[Float[Array, "b s g f"], ...]
+    values: tuple[Float[Array, "b s g v"], ...]
     real: Bool[Array, "b s"]
     length: Int[Array, ""]
 
     @classmethod
-    def empty(cls, b: int, slots: int, layers: int, groups: int, f: int, dtype: Any) -> Cache:
+    def empty(
+        cls, b: int, slots: int, layers: int, groups: int, f: int, v: int, dtype: Any
+    ) -> Cache:
         """Returns a cache without tokens."""
-        empty = (jnp.zeros((b, slots, groups, f), dtype),) * layers
-        return cls(empty, empty, jnp.zeros((b, slots), bool), jnp.int32(0))
+        keys, values = ((jnp.zeros((b, slots, groups, n), dtype),) * layers for n in (f, v))
+        return cls(keys, values, jnp.zeros((b, slots), bool), jnp.int32(0))
 
 
 class Window(NamedTuple):
@@ -267,7 +269,7 @@ class CacheUpdate:
         self.cache = cache
         self._new: list[tuple[Array, Array]] = []
 
-    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g f"]) -> KeysValues:
+    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g v"]) -> KeysValues:
         """Adds the keys and values of the next layer; returns them with those of the cache."""
         if self.cache is None:
             return key, value

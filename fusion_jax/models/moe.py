@@ -40,6 +40,8 @@ class RouterRule:
         used_groups: The number of groups whose experts can be chosen: those where the two best
             experts have the largest sums of scores.
         scale: What the weights are multiplied by.
+        shared_gated: Whether the outputs of a shared expert are multiplied by a sigmoid of a linear
+            map of its inputs.
 
     References:
         DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
@@ -51,6 +53,7 @@ class RouterRule:
     groups: int = 1
     used_groups: int = 1
     scale: float = 1.0
+    shared_gated: bool = True
 
     def check(self, count: int, top_k: int) -> None:
         """Raises `InputError` if a position cannot be routed to ``top_k`` of ``count`` experts."""
@@ -90,7 +93,6 @@ class Moe(nnx.Module):
         jitter: In training, the inputs of the router are multiplied by random factors from
             1 - jitter to 1 + jitter.
         shared: Makes an expert that computes at every position; None for no shared expert.
-        shared_gated: Whether its outputs are multiplied by a sigmoid of a linear map of its inputs.
         rule: How the router chooses experts.
         kernel_init: The initializer of the router.
         param_dtype: The dtype of the parameters.
@@ -112,7 +114,6 @@ class Moe(nnx.Module):
         capacity: int | None = None,
         jitter: float = 0.0,
         shared: Callable[..., Mlp] | None = None,
-        shared_gated: bool = True,
         rule: RouterRule | None = None,
         kernel_init: nnx.Initializer,
         param_dtype: Any,
@@ -124,7 +125,7 @@ class Moe(nnx.Module):
         self.router = linear(d, count, use_bias=self.rule.bias)
         self.experts = experts(make, count, top_k=top_k, rngs=rngs)
         self.shared = None if shared is None else shared(rngs=rngs)
-        gated = shared is not None and shared_gated
+        gated = shared is not None and self.rule.shared_gated
         self.shared_gate = linear(d, 1, use_bias=False) if gated else None
         none = jnp.zeros(count, wide(jnp.zeros(0, param_dtype)).dtype)
         self.correction = Correction(none) if self.rule.correction else None

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fusion_jax.models import (
     bert,
+    deepseek,
     distilbert,
     electra,
     gemma,
@@ -34,6 +35,7 @@ from fusion_jax.models.provenance import Provenance
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
+    **deepseek.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
     **gemma.FAMILIES,
