@@ -225,6 +225,31 @@ def test_a_router_with_a_bias_loses_its_entries():
     assert moe.router.out_features == 8 and moe.experts.stack == (8,)
 
 
+def test_experts_whose_inputs_are_weighted_are_calibrated_on_these(tmp_path, monkeypatch):
+    """In Llama 4 the weights of the router multiply what the experts see, not what they return."""
+    model, batch = load(folder_of("llama4", tmp_path / "m"), "llama4"), tiny.batch("llama4")
+    seen, call = [], Moe.__call__
+    monkeypatch.setattr(Moe, "__call__", lambda moe, *a: seen.append(a[0]) or call(moe, *a))
+    model(**batch)
+    monkeypatch.undo()
+    (path, moe), (x,) = *mixtures(model).items(), seen
+    x = np.asarray(x)[batch["attention_mask"].astype(bool)]
+    scores = 1 / (1 + np.exp(-x @ np.asarray(moe.router.kernel[...])))
+    chosen = np.argsort(-scores, axis=1)[:, : moe.top_k]
+    site = next(site for site in fj.sites(model) if site.path == path)
+    monkeypatch.setattr(sample, "OWN_POSITIONS", 0)
+    source = Calibrator(model, [site], [batch], sequential=False, key=KEY).capture()
+    sizes = np.asarray(source.routing(site).sizes)
+    for e, got in enumerate(np.asarray(source.of(site).inputs)):
+        own = (chosen == e).any(1)
+        want = x[own] * scores[own, e, None]
+        got = got[: len(want)]
+        order = [a[np.lexsort(a.T.round(5))] for a in (got, want)]
+        np.testing.assert_allclose(*order, atol=1e-5)
+        outputs = moe.experts(jnp.broadcast_to(jnp.asarray(want), (4, *want.shape)))[e]
+        np.testing.assert_allclose(sizes[e], np.linalg.norm(outputs, axis=1).mean(), rtol=1e-4)
+
+
 def test_groups_of_experts_keep_one_size(tmp_path):
     """DeepSeek's router chooses groups first, so that each keeps as many of its experts."""
     fields = {"n_group": 2, "topk_group": 1}

@@ -15,7 +15,7 @@ from tests import tiny
 
 BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
 BASE["pad_token_id"] = 0
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 TYPES = [SLIDING, FULL, SLIDING]
 PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,
          "intermediate_size": 23}  # fmt: skip
@@ -104,6 +104,14 @@ LLAMAS = {
                     {"rope_parameters": {"rope_theta": 5000.0, **ROPES["yarn"], "mscale": 0.7,
                                          "mscale_all_dim": 1.3}, "rms_norm_eps": 1e-3},
                     {"norm_topk_prob": False, "first_k_dense_replace": 0, "kv_lora_rank": 4}],
+    # Queries in layers without positions do not depend on padding, as they do in transformers.
+    "llama4_text": [FIVE_HEADS | TIED | {"attn_temperature_tuning": False}, ONE_KEY | BIASED,
+                    {"use_qk_norm": False, "interleave_moe_layer_step": 2, "floor_scale": 1},
+                    {"no_rope_layers": [0, 1, 0], "moe_layers": [0], "num_experts_per_tok": 1},
+                    {"layer_types": [CHUNKED, FULL, CHUNKED], **rope("yarn"),
+                     "floor_scale": 99},
+                    {"attention_chunk_size": None, "rms_norm_eps": 1e-3},
+                    {"attn_scale": 0.5, "hidden_act": "gelu"}],
     "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
                    {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
                     "residual_multiplier": 0.22, "attention_multiplier": 0.125,
@@ -183,10 +191,12 @@ EXPERTS = {
                     "n_group": 2, "topk_group": 1, "q_lora_rank": 6, "kv_lora_rank": 5,
                     "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 5,
                     "first_k_dense_replace": 1, "num_key_value_heads": None},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 20,
+                    "no_rope_layer_interval": 2, "floor_scale": 3, "attention_chunk_size": 4},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral",
-                 "gpt_oss")  # fmt: skip
+                 "gpt_oss", "llama4_text")  # fmt: skip
 
 
 def odd_config(family, number=None):

@@ -157,6 +157,9 @@ CONFIGS = {
                            mscale=1.0, mscale_all_dim=1.0)},
     "glm4_moe": {**LLAMA, **rope("default"), "model_type": "glm4_moe", "n_routed_experts": 4,
                  "num_experts_per_tok": 2, "moe_intermediate_size": 12, "use_qk_norm": True},
+    "llama4": {**LLAMA, "model_type": "llama4_text", "num_local_experts": 4, "head_dim": 4,
+               "num_experts_per_tok": 2, "intermediate_size_mlp": 20, "no_rope_layer_interval": 2,
+               "floor_scale": 64, "attention_chunk_size": 4, "interleave_moe_layer_step": 2},
     "granitemoe": {**LLAMA, **rope("default"), "model_type": "granitemoe",
                    "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0,
                    "attention_multiplier": 0.125, "residual_multiplier": 0.22},
@@ -231,7 +234,7 @@ WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
              "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe",
-             "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3")  # fmt: skip
+             "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4")  # fmt: skip
 
 
 def architecture(family, head):

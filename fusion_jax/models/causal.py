@@ -16,6 +16,7 @@ from fusion_jax.models.layers import (
     Cache,
     CacheUpdate,
     Dropout,
+    Reach,
     Window,
     split_key,
     token_mask,
@@ -122,7 +123,7 @@ class Start(NamedTuple):
 
     ids: Int[Array, "b t"]
     positions: Int[Array, "b t"]
-    seen: dict[int | None, Window]
+    seen: dict[Reach, Window]
     context: Any
 
 
@@ -142,8 +143,7 @@ class CausalLm(Generative):
         kv_heads: The number of key-value heads of each layer.
         head_dim: The number of features of each head.
         value_dim: The number of features of its values; None for the same.
-        sliding_windows: For each layer the number of positions that a token attends to; None for
-            all.
+        sliding_windows: What a token attends to in each layer.
         rngs: Random keys of the head.
     """
 
@@ -159,7 +159,7 @@ class CausalLm(Generative):
         kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
-        sliding_windows: tuple[int | None, ...],
+        sliding_windows: tuple[Reach, ...],
         rngs: nnx.Rngs,
     ):
         self.config = config

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -40,6 +41,9 @@ from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 
+Context = Mapping[Rope | None, Float[Array, "b t *half"]]
+"""The angles of each rotary embedding; under None the factors of queries without one."""
+
 
 class Attention(nnx.Module):
     """Attention with rotary positions; groups of query heads share keys and values."""
@@ -49,7 +53,8 @@ class Attention(nnx.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = rope, f
         self.scale, self.cap = config.blocks.score_scale, config.blocks.score_cap
-        self.clip = config.blocks.clip_qkv
+        self.clip, self.epsilon = config.blocks.clip_qkv, config.rms_norm_eps
+        self.unit_norms = config.blocks.unit_norms
         self.sinks = make.array(heads) if config.blocks.sinks else None
         self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
@@ -70,12 +75,18 @@ class Attention(nnx.Module):
         y = y.reshape(*x.shape[:2], -1, self.features)
         return norm(y) if norm is not None and not self.all_normed else y
 
+    def _unit(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
+        """Returns vectors divided by their root mean square."""
+        y = wide(x)
+        mean = jnp.square(y).mean(-1, keepdims=True)
+        return (y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))).astype(x.dtype)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 t s"],
         cache: CacheUpdate,
-        angles: Mapping[Rope, Float[Array, "b t half"]],
+        context: Context,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
@@ -83,7 +94,10 @@ class Attention(nnx.Module):
         k = self._heads(self.key, self.key_norm, x)
         v = self._heads(self.value, None, x)
         if self.rope is not None:
-            q, k = (self.rope.rotated(a, angles[self.rope]) for a in (q, k))
+            q, k = (self.rope.rotated(a, context[self.rope]) for a in (q, k))
+            q, k = (self._unit(a) if self.unit_norms else a for a in (q, k))
+        elif None in context:
+            q = (wide(q) * context[None][..., None, None]).astype(x.dtype)
         k, v = cache.extended(k, v)
         given = {"scale": self.scale, "cap": self.cap}
         given |= {} if self.sinks is None else {"sinks": self.sinks[...]}
@@ -170,7 +184,7 @@ class Layer(nnx.Module):
         x: Float[Array, "b t d"],
         seen: Window,
         cache: CacheUpdate,
-        context: Mapping[Rope, Float[Array, "b t half"]],
+        context: Context,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
         """Returns the input of the next layer, and the logits of the router, if there is one."""
@@ -240,12 +254,17 @@ class Decoder(CausalLm):
         y = y if blocks.logit_divisor == 1 else y / blocks.logit_divisor
         return soft_capped(y, blocks.logit_cap)
 
-    def context(
-        self, positions: Int[Array, "b t"], slots: int | None
-    ) -> dict[Rope, Float[Array, "b t half"]]:
-        """Returns the angles of the rotary embeddings."""
+    def context(self, positions: Int[Array, "b t"], slots: int | None) -> Context:
+        """Returns the angles of the rotary embeddings, and the factors of other queries."""
         ropes = [rope for rope in dict.fromkeys(self.config.ropes) if rope is not None]
-        return {rope: rope.angles(positions, self.config.head_dim, slots) for rope in ropes}
+        found: dict[Rope | None, Array] = {
+            rope: rope.angles(positions, self.config.head_dim, slots) for rope in ropes
+        }
+        if self.config.blocks.temperature is not None:
+            floor, slope = self.config.blocks.temperature
+            grown = jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / floor))
+            found[None] = 1 + slope * grown
+        return found
 
 
 _LAYER = "layers.{l}"

@@ -12,6 +12,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
 from fusion_jax.models.latent_attention import Latent
+from fusion_jax.models.layers import Reach
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
@@ -48,6 +49,10 @@ class Blocks:
         residual_scale: The factor of the outputs of attention and of the MLP.
         residual_dropout: The dropout rate of these outputs.
         clip_qkv: The largest absolute value of queries, keys and values; None for no limit.
+        unit_norms: Whether queries and keys with positions are divided by their root mean square.
+        temperature: For layers without positions the numbers f and a: the query of token i of a
+            text is multiplied by 1 + a log(1 + floor((i + 1) / f)). Padding does not count; in
+            transformers it does.
         sinks: Whether each head can attend to nothing, with a score that is a parameter.
         act: The activation, where ``hidden_act`` does not name it.
     """
@@ -66,6 +71,8 @@ class Blocks:
     residual_scale: float = 1.0
     residual_dropout: float = 0.0
     clip_qkv: float | None = None
+    unit_norms: bool = False
+    temperature: tuple[float, float] | None = None
     sinks: bool = False
     act: Callable[[Array], Array] | None = None
 
@@ -75,8 +82,8 @@ class DecoderConfig(HeadConfig):
     """The fields of a ``config.json`` that the model uses, with Llama's defaults.
 
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
-    layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
-    token attends to in each layer (None for all), ``sparse`` says which layers have experts,
+    layer (None for a layer without positions), ``sliding_windows`` says what a token attends to in
+    each layer, ``sparse`` says which layers have experts,
     ``further_layers`` is the number of layers of a checkpoint that are left out after the last, and
     ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
     expert, its size is 0.
@@ -104,7 +111,7 @@ class DecoderConfig(HeadConfig):
     router_jitter_noise: float = 0.0
     eos_token_id: int | tuple[int, ...] | None = None
     ropes: tuple[Rope | None, ...] = ()
-    sliding_windows: tuple[int | None, ...] = ()
+    sliding_windows: tuple[Reach, ...] = ()
     sparse: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False

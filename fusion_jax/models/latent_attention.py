@@ -80,12 +80,12 @@ class LatentAttention(nnx.Module):
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 t s"],
         cache: CacheUpdate,
-        angles: Mapping[Rope, Float[Array, "b t half"]],
+        context: Mapping[Rope | None, Float[Array, "b t *half"]],
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
         b, t, _ = x.shape
-        plain, own = self.sizes.plain, angles[self.rope]
+        plain, own = self.sizes.plain, context[self.rope]
         if self.query is not None:
             q = self.query(x)
         else:

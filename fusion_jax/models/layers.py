@@ -221,6 +221,20 @@ class Cache(NamedTuple):
         return cls(keys, values, jnp.zeros((b, slots), bool), jnp.int32(0))
 
 
+class Chunk(NamedTuple):
+    """Says that tokens attend to those before them in their chunk of the text alone.
+
+    Args:
+        size: The number of tokens of a chunk.
+    """
+
+    size: int
+
+
+Reach = int | Chunk | None
+"""What a token attends to: its slot and those before it, this many in all; its chunk; or all."""
+
+
 class Window(NamedTuple):
     """What the tokens of one call can attend to: the tokens in the cache, and each other.
 
@@ -237,14 +251,13 @@ class Window(NamedTuple):
     positions: Int[Array, "b t"]
 
 
-def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = None) -> Window:
+def window(real: Bool[Array, "b t"], cache: Cache | None, size: Reach = None) -> Window:
     """Returns what the tokens of a causal decoder can attend to.
 
     Args:
         real: (b, t), where this call's tokens are not padding.
         cache: The cache after earlier calls, if there is one.
-        size: The number of slots that a token attends to: its own and those before it. None for
-            all.
+        size: What a token attends to.
     """
     t = real.shape[1]
     slots = jnp.arange(t)
@@ -254,6 +267,11 @@ def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = Non
     counts = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(counts[:, slots] - 1, 0)
     distance = slots[:, None] - jnp.arange(real.shape[1])[None]
+    if isinstance(size, Chunk):
+        begin = real.argmax(axis=1).astype(slots.dtype)[:, None]  # chunks begin after padding
+        own, all_ = ((s[None] - begin) // size.size for s in (slots, jnp.arange(real.shape[1])))
+        seen = (distance >= 0)[None] & (own[:, :, None] == all_[:, None])
+        return Window(seen[:, None] & real[:, None, None], real, slots, positions)
     seen = (distance >= 0) & (distance < (real.shape[1] if size is None else size))
     return Window(seen[None, None] & real[:, None, None], real, slots, positions)
 

@@ -40,6 +40,7 @@ class RouterRule:
         used_groups: The number of groups whose experts can be chosen: those where the two best
             experts have the largest sums of scores.
         scale: What the weights are multiplied by.
+        weighs: Whether the weights multiply the outputs of experts, or their inputs.
         shared_gated: Whether the outputs of a shared expert are multiplied by a sigmoid of a linear
             map of its inputs.
 
@@ -53,6 +54,7 @@ class RouterRule:
     groups: int = 1
     used_groups: int = 1
     scale: float = 1.0
+    weighs: Literal["outputs", "inputs"] = "outputs"
     shared_gated: bool = True
 
     def check(self, count: int, top_k: int) -> None:
@@ -154,8 +156,14 @@ class Moe(nnx.Module):
             def run(x: Array) -> Array:
                 first = order[:, :count]
                 taken = jnp.take_along_axis(rows, first, axis=1)[..., None]
-                outputs = wide(self.experts(jnp.where(taken, x[first], 0)))
-                outputs = outputs * jnp.take_along_axis(flat, first, axis=1)[..., None]
+                inputs = jnp.where(taken, x[first], 0)
+                weight = jnp.take_along_axis(flat, first, axis=1)[..., None]
+                if self.rule.weighs == "inputs":
+                    inputs, weight = (
+                        (wide(inputs) * weight).astype(x.dtype),
+                        taken.astype(weight.dtype),
+                    )
+                outputs = wide(self.experts(inputs)) * weight
                 return jnp.zeros(x.shape, outputs.dtype).at[first].add(outputs)
 
             return run
@@ -206,7 +214,7 @@ class Moe(nnx.Module):
     ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t e"]]:
         """Returns the weight of each expert at each position, and which experts compute there."""
         scores = self._scores(logits)
-        _, index = jax.lax.top_k(self._choice(scores), self.top_k)
+        _, index = jax.lax.top_k(self._choice(scores, logits), self.top_k)
         top = jnp.take_along_axis(scores, index, axis=-1)
         if self.normalized:
             top = top / (top.sum(-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
@@ -223,9 +231,13 @@ class Moe(nnx.Module):
             return jax.nn.sigmoid(logits)
         return jax.nn.softmax(logits, axis=-1)
 
-    def _choice(self, scores: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+    def _choice(
+        self, scores: Float[Array, "b t e"], logits: Float[Array, "b t e"]
+    ) -> Float[Array, "b t e"]:
         """Returns by what experts are chosen; -inf in groups that are not used."""
         rule = self.rule
+        if rule.scores == "sigmoid" and self.correction is None:
+            scores = logits  # several sigmoids may be rounded to 1
         if self.correction is not None:
             scores = scores + self.correction[...].astype(scores.dtype)[None, None]
         if rule.groups == rule.used_groups:
