@@ -16,6 +16,7 @@ from tests import tiny
 BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
 BASE["pad_token_id"] = 0
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR = "linear_attention"
 TYPES = [SLIDING, FULL, SLIDING]
 PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,
          "intermediate_size": 23}  # fmt: skip
@@ -112,6 +113,12 @@ LLAMAS = {
                      "floor_scale": 99},
                     {"attention_chunk_size": None, "rms_norm_eps": 1e-3},
                     {"attn_scale": 0.5, "hidden_act": "gelu"}],
+    "qwen3_next": [FIVE_HEADS | TIED | {"partial_rotary_factor": 1.0}, ONE_KEY | BIASED,
+                   {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "num_experts": 3},
+                   {"layer_types": [FULL, LINEAR, LINEAR], "linear_conv_kernel_dim": 1},
+                   {"full_attention_interval": 2, "decoder_sparse_step": 2, "head_dim": 8},
+                   {"mlp_only_layers": [0], "norm_topk_prob": False, "hidden_act": "gelu",
+                    "rms_norm_eps": 1e-3, "num_experts_per_tok": 1}],
     "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
                    {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
                     "residual_multiplier": 0.22, "attention_multiplier": 0.125,
@@ -193,6 +200,11 @@ EXPERTS = {
                     "first_k_dense_replace": 1, "num_key_value_heads": None},
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 20,
                     "no_rope_layer_interval": 2, "floor_scale": 3, "attention_chunk_size": 4},
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 20, "partial_rotary_factor": 0.5,
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 4,
+                   "linear_key_head_dim": 3, "linear_value_head_dim": 5,
+                   "full_attention_interval": 3},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral",
@@ -366,7 +378,7 @@ def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn)
 
 
 NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss",
-       "gpt_oss", "deepseek_v3")  # fmt: skip
+       "gpt_oss", "deepseek_v3", "qwen3_next")  # fmt: skip
 HEADS = [
     (family, head)
     for family in NEW

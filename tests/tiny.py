@@ -160,6 +160,11 @@ CONFIGS = {
     "llama4": {**LLAMA, "model_type": "llama4_text", "num_local_experts": 4, "head_dim": 4,
                "num_experts_per_tok": 2, "intermediate_size_mlp": 20, "no_rope_layer_interval": 2,
                "floor_scale": 64, "attention_chunk_size": 4, "interleave_moe_layer_step": 2},
+    "qwen3_next": {**LLAMA, **rope("default"), "model_type": "qwen3_next", "head_dim": 8,
+                   "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 20, "linear_num_key_heads": 2,
+                   "linear_num_value_heads": 4, "linear_key_head_dim": 3,
+                   "linear_value_head_dim": 5, "full_attention_interval": 2},
     "granitemoe": {**LLAMA, **rope("default"), "model_type": "granitemoe",
                    "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0,
                    "attention_multiplier": 0.125, "residual_multiplier": 0.22},
@@ -234,7 +239,8 @@ WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 # Of these, what does not depend on the variant is tested with another.
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
              "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe",
-             "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4")  # fmt: skip
+             "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4",
+             "qwen3_next")  # fmt: skip
 
 
 def architecture(family, head):

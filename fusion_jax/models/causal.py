@@ -286,15 +286,17 @@ class CausalLm(Generative):
         slots = None if cache is None else cache.real.shape[1]
         return Start(ids, positions, seen, self.context(positions, slots))
 
+    def empty_cache(self, b: int, slots: int) -> Cache:
+        """Returns a cache without tokens for b texts of at most as many tokens as slots."""
+        layers, dtype = len(self.layers), dtype_of(self.word)
+        return Cache.empty(b, slots, layers, self.kv_heads, self.head_dim, dtype, v=self.value_dim)
+
     def begin(
         self, input_ids: Int[Array, "b t"], attention_mask: Shaped[Array, "b t"], room: int
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Reads prompts, padded on the left; see `Generative.begin`."""
         b, t = input_ids.shape
-        dtype = dtype_of(self.word)
-        sizes = self.kv_heads, self.head_dim, self.value_dim
-        cache = Cache.empty(b, t + room, len(self.layers), *sizes, dtype)
-        out = self._read(input_ids, attention_mask, None, cache, None)
+        out = self._read(input_ids, attention_mask, None, self.empty_cache(b, t + room), None)
         return self.logits(out.last_hidden_state[:, -1]), out.cache
 
     def step(self, tokens: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:

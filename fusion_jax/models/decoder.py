@@ -23,8 +23,10 @@ from fusion_jax.models.causal import (
     with_head,
 )
 from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.delta import DeltaNet, with_states
 from fusion_jax.models.latent_attention import LatentAttention
 from fusion_jax.models.layers import (
+    Cache,
     CacheUpdate,
     Dropout,
     LayerNorm,
@@ -56,7 +58,9 @@ class Attention(nnx.Module):
         self.clip, self.epsilon = config.blocks.clip_qkv, config.rms_norm_eps
         self.unit_norms = config.blocks.unit_norms
         self.sinks = make.array(heads) if config.blocks.sinks else None
-        self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
+        self.gated = config.blocks.gated_attention
+        queries = heads * f * (2 if self.gated else 1)
+        self.query = make.linear(d, queries, use_bias=config.qkv_bias)
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.out = make.linear(heads * f, d, use_bias=config.out_bias)
@@ -90,7 +94,10 @@ class Attention(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
-        q = self._heads(self.query, self.query_norm, x)
+        q, gate = self._heads(self.query, None if self.gated else self.query_norm, x), None
+        if self.gated:
+            q, gate = jnp.split(q.reshape(*q.shape[:2], -1, 2 * self.features), 2, axis=-1)
+            q = q if self.query_norm is None else self.query_norm(q)
         k = self._heads(self.key, self.key_norm, x)
         v = self._heads(self.value, None, x)
         if self.rope is not None:
@@ -99,9 +106,18 @@ class Attention(nnx.Module):
         elif None in context:
             q = (wide(q) * context[None][..., None, None]).astype(x.dtype)
         k, v = cache.extended(k, v)
-        given = {"scale": self.scale, "cap": self.cap}
-        given |= {} if self.sinks is None else {"sinks": self.sinks[...]}
-        y = attention(q, k, v, visible, self.dropout, key, **given)
+        y = attention(
+            q,
+            k,
+            v,
+            visible,
+            self.dropout,
+            key,
+            scale=self.scale,
+            cap=self.cap,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )
+        y = y if gate is None else y * jax.nn.sigmoid(gate)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -143,7 +159,7 @@ class _LayerFactory:
             kernel_init=init,
             **common,
         )
-        self.array = lambda n: nnx.Param(init(rngs.params(), (n,), param_dtype))
+        self.array = lambda *shape: nnx.Param(init(rngs.params(), shape, param_dtype))
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
 
 
@@ -155,8 +171,11 @@ class Layer(nnx.Module):
         before, after = blocks.norms != "after", blocks.norms != "before"
         self.attention_norm = make.norm(d) if before else None
         rope = config.ropes[index]
-        if config.latent is None:
-            self.attention: Attention | LatentAttention = Attention(config, rope, make)
+        self.attention: Attention | LatentAttention | DeltaNet
+        if config.delta_layers[index]:
+            self.attention = DeltaNet(config, make)
+        elif config.latent is None:
+            self.attention = Attention(config, rope, make)
         else:
             assert rope is not None
             self.attention = LatentAttention(config, rope, make)
@@ -191,7 +210,10 @@ class Layer(nnx.Module):
         keys = split_key(key, 2)
         drops = (None, None) if self.dropout is None else split_key(keys[1], 2)
         y = x if self.attention_norm is None else self.attention_norm(x)
-        y = self.attention(y, seen.visible, cache, context, keys[0])
+        if isinstance(self.attention, DeltaNet):
+            y = self.attention(y, seen.real[:, seen.slots], cache)
+        else:
+            y = self.attention(y, seen.visible, cache, context, keys[0])
         x = self._added(x, y, self.attention_post_norm, drops[0])
         y, router = x if self.mlp_norm is None else self.mlp_norm(x), None
         if isinstance(self.mlp, Moe):
@@ -236,6 +258,10 @@ class Decoder(CausalLm):
             sliding_windows=config.sliding_windows,
             rngs=rngs,
         )
+
+    def empty_cache(self, b: int, slots: int) -> Cache:
+        """Returns a cache without tokens for b texts of at most as many tokens as slots."""
+        return with_states(super().empty_cache(b, slots), self.layers)
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
+from fusion_jax.models.delta import Delta
 from fusion_jax.models.latent_attention import Latent
 from fusion_jax.models.layers import Reach
 from fusion_jax.models.moe import RouterRule
@@ -53,6 +54,8 @@ class Blocks:
         temperature: For layers without positions the numbers f and a: the query of token i of a
             text is multiplied by 1 + a log(1 + floor((i + 1) / f)). Padding does not count; in
             transformers it does.
+        gated_attention: Whether outputs of attention are multiplied by the sigmoid of gates, which
+            are features of each query head.
         sinks: Whether each head can attend to nothing, with a score that is a parameter.
         act: The activation, where ``hidden_act`` does not name it.
     """
@@ -73,6 +76,7 @@ class Blocks:
     clip_qkv: float | None = None
     unit_norms: bool = False
     temperature: tuple[float, float] | None = None
+    gated_attention: bool = False
     sinks: bool = False
     act: Callable[[Array], Array] | None = None
 
@@ -84,6 +88,7 @@ class DecoderConfig(HeadConfig):
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
     layer (None for a layer without positions), ``sliding_windows`` says what a token attends to in
     each layer, ``sparse`` says which layers have experts,
+    ``delta_layers`` which of them have the gated delta rule in place of attention,
     ``further_layers`` is the number of layers of a checkpoint that are left out after the last, and
     ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
     expert, its size is 0.
@@ -118,6 +123,8 @@ class DecoderConfig(HeadConfig):
     router: RouterRule = field(default_factory=RouterRule)
     blocks: Blocks = Blocks()
     latent: Latent | None = None
+    delta: Delta | None = None
+    delta_layers: tuple[bool, ...] = ()
     further_layers: int = 0
 
     @classmethod
@@ -129,6 +136,7 @@ class DecoderConfig(HeadConfig):
         blocks: Blocks | None = None,
         router: RouterRule | None = None,
         latent: Latent | None = None,
+        delta: Delta | None = None,
         partial_rotary: bool = False,
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
@@ -141,6 +149,7 @@ class DecoderConfig(HeadConfig):
             blocks: How the layers are built; None for Llama's.
             router: How routers choose experts; None for Mixtral's.
             latent: The sizes of latent attention; None for usual attention.
+            delta: The sizes of layers with the gated delta rule; None without such layers.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
             qkv_bias: Whether queries, keys and values have biases; None for ``attention_bias``.
             out_bias: Whether the output projection has one; None for ``attention_bias``.
@@ -158,7 +167,8 @@ class DecoderConfig(HeadConfig):
             blocks=blocks or Blocks(),
             router=router or RouterRule(),
             latent=latent,
-            **dict.fromkeys(("ropes", "sliding_windows", "sparse"), ()),
+            delta=delta,
+            **dict.fromkeys(("ropes", "sliding_windows", "sparse", "delta_layers"), ()),
         )
         activation(result.hidden_act)
         heads, layers = result.num_attention_heads, result.num_hidden_layers
@@ -171,6 +181,7 @@ class DecoderConfig(HeadConfig):
             ropes=(rope,) * layers,
             sliding_windows=(None,) * layers,
             sparse=(result.num_experts > 0,) * layers,
+            delta_layers=(False,) * layers,
         )
         if result.head_dim < 1:
             raise InputError(f"head_dim must be above 0; got {result.head_dim}")

@@ -214,10 +214,19 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(
-        cls, b: int, slots: int, layers: int, groups: int, f: int, v: int, dtype: Any
+        cls,
+        b: int,
+        slots: int,
+        layers: int,
+        groups: int,
+        f: int,
+        dtype: Any,
+        *,
+        v: int | None = None,
     ) -> Cache:
-        """Returns a cache without tokens."""
-        keys, values = ((jnp.zeros((b, slots, groups, n), dtype),) * layers for n in (f, v))
+        """Returns a cache without tokens; values have ``f`` features too unless ``v`` is given."""
+        sizes = f, f if v is None else v
+        keys, values = ((jnp.zeros((b, slots, groups, n), dtype),) * layers for n in sizes)
         return cls(keys, values, jnp.zeros((b, slots), bool), jnp.int32(0))
 
 
@@ -297,6 +306,16 @@ class CacheUpdate:
         k, v = (lax.dynamic_update_slice(o, n, at) for o, n in zip(old, (key, value), strict=True))
         self._new.append((k, v))
         return k, v
+
+    def state(self) -> tuple[Array, Array] | None:
+        """Returns what the cache holds for the next layer; None without a cache."""
+        layer = len(self._new)
+        return None if self.cache is None else (self.cache.keys[layer], self.cache.values[layer])
+
+    def replace(self, first: Array, second: Array) -> None:
+        """Replaces what the cache holds for the next layer, where that is not keys and values."""
+        if self.cache is not None:
+            self._new.append((first, second))
 
     def result(self, seen: Window) -> Cache | None:
         """Returns the cache after all layers."""

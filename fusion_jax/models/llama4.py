@@ -80,10 +80,12 @@ def _config(fields: Fields) -> DecoderConfig:
     first = _CHUNKED if chunk is not None else FULL
     types = fields.get("layer_types") or [first if turned[i] else FULL for i in layers]
     _check_list("layer_types", types, (_CHUNKED, FULL), len(layers))
+    windows: tuple[Chunk | None, ...] = (None,) * len(layers)
     if _CHUNKED in types:
         if chunk is None:
             raise InputError(f"{_CHUNKED} needs an attention_chunk_size")
         check_at_least(1, attention_chunk_size=chunk)
+        windows = tuple(Chunk(chunk) if types[i] == _CHUNKED else None for i in layers)
     return replace(
         config,
         sparse=tuple(i in sparse for i in layers),
@@ -91,9 +93,7 @@ def _config(fields: Fields) -> DecoderConfig:
             replace(rope, interleaved=True) if rope is not None and turned[i] else None
             for i, rope in enumerate(config.ropes)
         ),
-        sliding_windows=tuple(
-            Chunk(chunk) if t == _CHUNKED else None for t in types[: len(layers)]
-        ),
+        sliding_windows=windows,
     )
 
 

@@ -54,7 +54,7 @@ def _qwen3(fields: Fields) -> DecoderConfig:
     return _windowed(config, fields)
 
 
-def _with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
+def with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
     """Returns a configuration with experts in every n-th layer, except for listed ones."""
     step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers") or ()
     check_at_least(1, decoder_sparse_step=step)
@@ -71,7 +71,7 @@ def _qwen2_moe(fields: Fields) -> DecoderConfig:
     )
     first = fields.get("max_window_layers", 28)
     config = _windowed(config, fields, lambda layer: layer < first and layer % 2 == 0)
-    return _with_experts(config, fields)
+    return with_experts(config, fields)
 
 
 def _qwen3_moe(fields: Fields) -> DecoderConfig:
@@ -79,7 +79,7 @@ def _qwen3_moe(fields: Fields) -> DecoderConfig:
     fields["num_experts"] = fields.get("num_local_experts") or fields["num_experts"]
     optional = (_TIED, "attention_bias", *_EXPERTS)
     config = DecoderConfig.read(fields, optional=optional, blocks=_NORMED)
-    return _with_experts(_windowed(config, fields, lambda layer: True), fields)
+    return with_experts(_windowed(config, fields, lambda layer: True), fields)
 
 
 def moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
