@@ -119,6 +119,10 @@ LLAMAS = {
                    {"full_attention_interval": 2, "decoder_sparse_step": 2, "head_dim": 8},
                    {"mlp_only_layers": [0], "norm_topk_prob": False, "hidden_act": "gelu",
                     "rms_norm_eps": 1e-3, "num_experts_per_tok": 1}],
+    "qwen3_5_text": [PRIME | TIED | {"partial_rotary_factor": 1.0}, ONE_KEY | BIASED,
+                     {"layer_types": [FULL, LINEAR, LINEAR], "linear_num_key_heads": 4}],
+    "qwen3_5_moe_text": [FIVE_HEADS | TIED, {"num_experts_per_tok": 1, "norm_topk_prob": False},
+                         {"mlp_only_layers": [0], "hidden_act": "gelu"}],
     "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
                    {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
                     "residual_multiplier": 0.22, "attention_multiplier": 0.125,
@@ -183,6 +187,9 @@ ODD["gpt2"] = [
     {"tie_word_embeddings": False, "n_layer": 1},
     {"reorder_and_upcast_attn": True, "vocab_size": 67},
 ]
+DELTA = {"partial_rotary_factor": 0.5, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "head_dim": 4, "linear_key_head_dim": 3, "linear_value_head_dim": 5,
+         "full_attention_interval": 3}  # fmt: skip
 DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 EXPERTS = {
@@ -201,10 +208,9 @@ EXPERTS = {
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 20,
                     "no_rope_layer_interval": 2, "floor_scale": 3, "attention_chunk_size": 4},
     "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-                   "shared_expert_intermediate_size": 20, "partial_rotary_factor": 0.5,
-                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 4,
-                   "linear_key_head_dim": 3, "linear_value_head_dim": 5,
-                   "full_attention_interval": 3},
+                   "shared_expert_intermediate_size": 20, **DELTA},
+    "qwen3_5_moe_text": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                         "shared_expert_intermediate_size": 20, **DELTA},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral",
@@ -223,7 +229,7 @@ def odd_config(family, number=None):
         base = tiny.GPT2
     elif family in LLAMAS:
         base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
-        base |= EXPERTS.get(family, {})
+        base |= EXPERTS.get(family, DELTA if family == "qwen3_5_text" else {})
     fields = {**base, **changes, "model_type": family}
     if family == "distilbert":
         fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
@@ -378,7 +384,7 @@ def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn)
 
 
 NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss",
-       "gpt_oss", "deepseek_v3", "qwen3_next")  # fmt: skip
+       "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_text")  # fmt: skip
 HEADS = [
     (family, head)
     for family in NEW

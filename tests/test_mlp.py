@@ -66,6 +66,8 @@ def test_a_clamped_unit_is_fused_as_any_other(scaling):
     fused = fuse(mlp, 7, scaling)
     np.testing.assert_allclose(fused(x), fused.wide_copy()(x), atol=1e-5)
     np.testing.assert_allclose(fused(x), fused.plain()(x), atol=1e-5)
+    with pytest.raises(fj.InputError, match="not linear outside the activation, which Clustering"):
+        fj.compress(mlp, fj.Clustering(width=7), key=jax.random.key(0))
     copies = with_duplicates(fj.GatedMlp, 7, 3)
     copies.act = act
     np.testing.assert_allclose(fuse(copies, 7, scaling)(x), copies(x), atol=1e-5)

@@ -165,6 +165,10 @@ CONFIGS = {
                    "shared_expert_intermediate_size": 20, "linear_num_key_heads": 2,
                    "linear_num_value_heads": 4, "linear_key_head_dim": 3,
                    "linear_value_head_dim": 5, "full_attention_interval": 2},
+    "qwen3_5": {**LLAMA, **rope("default"), "model_type": "qwen3_5_text", "head_dim": 8,
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 3,
+                "linear_value_head_dim": 5, "full_attention_interval": 2,
+                "tie_word_embeddings": True},
     "granitemoe": {**LLAMA, **rope("default"), "model_type": "granitemoe",
                    "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 8.0,
                    "attention_multiplier": 0.125, "residual_multiplier": 0.22},
@@ -240,7 +244,7 @@ WITHOUT_DROPOUT = ("llama", "mixtral", "gemma3", "phi3")
 RELATIVES = ("gpt2-exact", "mistral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "t5-v1.1", "mt5",
              "gemma", "gemma2", "granite", "ministral", "olmo2", "smollm3", "olmoe",
              "granitemoe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4",
-             "qwen3_next")  # fmt: skip
+             "qwen3_next", "qwen3_5")  # fmt: skip
 
 
 def architecture(family, head):

@@ -57,6 +57,8 @@ class Method:
     """The modules that `build` makes, besides `Mlp` and `GatedMlp`."""
     accepts_compressed: ClassVar[bool] = False
     """Whether it accepts already compressed MLPs."""
+    scales_units: ClassVar[bool] = False
+    """Whether it scales units as if they were linear in what is outside the activation."""
 
     def __new__(cls, *args: object, **kwargs: object):  # noqa: D102
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]

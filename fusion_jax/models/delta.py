@@ -30,6 +30,8 @@ class Delta:
         key_dim: The features of a query or key.
         value_dim: The features of a value.
         kernel: The number of positions that the convolution sees: its own and those before.
+        joined: Whether one layer makes queries, keys, values and gates, key head by key head, and
+            another one rates and decays; else there are four layers.
     """
 
     key_heads: int
@@ -37,6 +39,7 @@ class Delta:
     key_dim: int
     value_dim: int
     kernel: int
+    joined: bool = True
 
     @property
     def channels(self) -> int:
@@ -60,8 +63,14 @@ class DeltaNet(nnx.Module):
         sizes: Delta = config.delta
         self.sizes, self.act = sizes, config.hidden_act
         d, values = config.hidden_size, sizes.value_heads * sizes.value_dim
-        self.inputs = make.linear(d, sizes.channels + values, use_bias=False)
-        self.rates = make.linear(d, 2 * sizes.value_heads, use_bias=False)
+        if sizes.joined:
+            self.inputs = make.linear(d, sizes.channels + values, use_bias=False)
+            self.rates = make.linear(d, 2 * sizes.value_heads, use_bias=False)
+        else:
+            self.mixed = make.linear(d, sizes.channels, use_bias=False)
+            self.gate = make.linear(d, values, use_bias=False)
+            self.rate = make.linear(d, sizes.value_heads, use_bias=False)
+            self.decay = make.linear(d, sizes.value_heads, use_bias=False)
         self.conv = make.array(sizes.channels, 1, sizes.kernel)
         self.shift = nnx.Param(jnp.ones(sizes.value_heads, make.dtype))
         self.log_decay = nnx.Param(jnp.zeros(sizes.value_heads, make.dtype))
@@ -80,6 +89,9 @@ class DeltaNet(nnx.Module):
     def _parts(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array, Array]:
         """Returns queries, keys and values (b, t, c), gates, and inputs of rates and of decays."""
         sizes = self.sizes
+        if not sizes.joined:
+            gate = self.gate(x).reshape(*x.shape[:2], -1, sizes.value_dim)
+            return self.mixed(x), gate, self.rate(x), self.decay(x)
         shared = sizes.value_heads // sizes.key_heads
         grouped = self.inputs(x).reshape(*x.shape[:2], sizes.key_heads, -1)
         ends = [sizes.key_dim, 2 * sizes.key_dim, 2 * sizes.key_dim + shared * sizes.value_dim]
@@ -147,6 +159,10 @@ _OURS, _THEIRS = "layers.{l}.attention", "layers.{l}.linear_attn"
 DELTA_RULES = (
     KeyRule(f"{_OURS}.inputs", f"{_THEIRS}.in_proj_qkvz", LINEAR),
     KeyRule(f"{_OURS}.rates", f"{_THEIRS}.in_proj_ba", LINEAR),
+    KeyRule(f"{_OURS}.mixed", f"{_THEIRS}.in_proj_qkv", LINEAR),
+    KeyRule(f"{_OURS}.gate", f"{_THEIRS}.in_proj_z", LINEAR),
+    KeyRule(f"{_OURS}.rate", f"{_THEIRS}.in_proj_b", LINEAR),
+    KeyRule(f"{_OURS}.decay", f"{_THEIRS}.in_proj_a", LINEAR),
     KeyRule(f"{_OURS}.delta_out", f"{_THEIRS}.out_proj", LINEAR),
     KeyRule(f"{_OURS}.value_norm", f"{_THEIRS}.norm", NORM),
     KeyRule(f"{_OURS}.conv", f"{_THEIRS}.conv1d.weight", {"": Leaf(("",))}),

@@ -1,9 +1,8 @@
-"""Qwen3-Next: layers with the gated delta rule beside gated attention, and experts."""
+"""Qwen3-Next and Qwen3.5: the gated delta rule beside gated attention, dense or with experts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Fields, Head
@@ -49,11 +48,26 @@ _OPTIONAL = ("tie_word_embeddings", "attention_bias", _SHARED, *_EXPERTS)
 _BLOCKS = Blocks(norm="rms-offset", query_key_norm="head", gated_attention=True)
 
 
-def _config(fields: Fields) -> DecoderConfig:
+_QWEN3_5 = {
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+}
+_QWEN3_5_MOE = {
+    "vocab_size": 248320,
+    "num_hidden_layers": 40,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
+
+
+def _config(fields: Fields, *, joined: bool = True) -> DecoderConfig:
     fields = {**_DEFAULTS, **fields}
     for name in (*_SIZES.values(), "full_attention_interval"):
         check_at_least(1, **{name: fields[name]})
-    delta = Delta(**{ours: fields[theirs] for ours, theirs in _SIZES.items()})
+    delta = Delta(**{ours: fields[theirs] for ours, theirs in _SIZES.items()}, joined=joined)
     if delta.value_heads % delta.key_heads:
         raise InputError(
             f"linear_num_value_heads {delta.value_heads} is not a multiple of "
@@ -71,6 +85,15 @@ def _config(fields: Fields) -> DecoderConfig:
     return with_experts(config, fields)
 
 
+def _qwen3_5(fields: Fields) -> DecoderConfig:
+    return _config({**_QWEN3_5, **fields, "num_experts": 0, _SHARED: 0}, joined=False)
+
+
+def _qwen3_5_moe(fields: Fields) -> DecoderConfig:
+    always = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": None}
+    return _config({**_QWEN3_5_MOE, **fields, **always}, joined=False)
+
+
 def _rules(config: DecoderConfig, head: Head | None) -> KeyRules:
     rules = moe_rules(config, head)
     # What predicts further tokens is used by other programs alone.
@@ -78,10 +101,33 @@ def _rules(config: DecoderConfig, head: Head | None) -> KeyRules:
     return replace(rules, rules=(*DELTA_RULES, *rules.rules), ignored=ignored)
 
 
-_family = partial(
-    decoder_family,
-    rules=_rules,
-    width_fields={"experts": "moe_intermediate_size", "shared": _SHARED},
-)
+def _text_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+    """Returns the key rules of a text model, whose files may also hold a model of images."""
+    rules = _rules(config, head)
+    ignored = (*rules.ignored, r"model\.visual\..+")
+    return replace(rules, other_prefixes=("model.language_model.",), ignored=ignored)
 
-FAMILIES = {"qwen3_next": _family("Qwen3Next", _config, answers="transformer.")}
+
+_WIDTHS = {"experts": "moe_intermediate_size", "shared": _SHARED}
+
+FAMILIES = {
+    "qwen3_next": decoder_family(
+        "Qwen3Next", _config, rules=_rules, width_fields=_WIDTHS, answers="transformer."
+    ),
+    "qwen3_5_text": decoder_family(
+        "Qwen3_5",
+        _qwen3_5,
+        heads=("causal-lm", "classification"),
+        rules=_text_rules,
+        base="TextModel",
+        classification="TextForSequenceClassification",
+    ),
+    "qwen3_5_moe_text": decoder_family(
+        "Qwen3_5Moe",
+        _qwen3_5_moe,
+        heads=("causal-lm",),
+        rules=_text_rules,
+        width_fields=_WIDTHS,
+        base="TextModel",
+    ),
+}
