@@ -75,7 +75,8 @@ def test_no_weights(folder):
 def test_unknown_model_type_lists_the_known(tmp_path):
     fails(
         tiny.checkpoint(tmp_path / "a", model_type="xyz"),
-        "'xyz' is not supported; supported: bert, camembert, distilbert",
+        "'xyz' is not supported; supported: ",
+        "distilbert",
     )
     fails(tiny.checkpoint(tmp_path / "b", model_type="bertt"), "did you mean 'bert'?")
 

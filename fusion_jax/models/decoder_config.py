@@ -87,11 +87,10 @@ class DecoderConfig(HeadConfig):
 
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
     layer (None for a layer without positions), ``sliding_windows`` says what a token attends to in
-    each layer, ``sparse`` says which layers have experts,
-    ``delta_layers`` which of them have the gated delta rule in place of attention,
-    ``further_layers`` is the number of layers of a checkpoint that are left out after the last, and
-    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
-    expert, its size is 0.
+    each layer, ``sparse`` says which layers have experts, ``delta_layers`` says which layers have
+    the gated delta rule in place of attention, ``further_layers`` is the number of layers after the
+    last one that a checkpoint may have and that are left out, and ``qkv_bias`` and ``out_bias`` say
+    which projections of attention have biases. Without a shared expert, its size is 0.
     """
 
     model_type: str = "llama"

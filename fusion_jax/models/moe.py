@@ -61,10 +61,8 @@ class RouterRule:
         """Raises `InputError` if a position cannot be routed to ``top_k`` of ``count`` experts."""
         if not 1 <= top_k <= count:
             raise InputError(f"each position uses {top_k} experts, of which there are {count}")
-        if self.groups == 1:
-            return
         size = count // self.groups
-        if count % self.groups or size < 2:
+        if self.groups > 1 and (count % self.groups or size < 2):
             raise InputError(
                 f"{count} experts are not {self.groups} groups of one size that is above 1"
             )
