@@ -63,6 +63,18 @@ def function(act: Activation) -> Callable[[Array], Array]:
     return act if callable(act) else FUNCTIONS[canonical(act)]
 
 
+def outside(act: Activation) -> Callable[[Array], Array] | None:
+    """Returns what a gated MLP applies to its values outside the activation; None for nothing.
+
+    It is the attribute ``outside`` of an activation that is given as a function.
+
+    Example:
+        >>> outside("silu") is None
+        True
+    """
+    return getattr(act, "outside", None)
+
+
 def canonical(name: Activation) -> str:
     """Returns the canonical name of an activation, a key of `FUNCTIONS`.
 

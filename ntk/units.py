@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ntk.activations import Activation, canonical, function
+from ntk.activations import Activation, canonical, function, outside
 from ntk.arrays import inner_products
 from ntk.errors import InputError
 
@@ -199,5 +199,8 @@ def _hidden(mlp: MlpWeights, *z: Array) -> Array:
     def times(x: Array, factor: Array | None) -> Array:
         return x if factor is None else x * factor.astype(x.dtype)[None]
 
-    hidden = function(mlp.act)(times(z[0], mlp.inner))
-    return times(hidden * times(z[1], mlp.middle) if len(z) == 2 else hidden, mlp.outer)
+    hidden, of_linear = function(mlp.act)(times(z[0], mlp.inner)), outside(mlp.act)
+    if len(z) == 2:
+        linear = times(z[1], mlp.middle)
+        hidden = hidden * (linear if of_linear is None else of_linear(linear))
+    return times(hidden, mlp.outer)

@@ -655,3 +655,28 @@ def test_versions_of_a_copy_that_was_never_installed(monkeypatch):
 
     monkeypatch.setattr(files, "version", found)
     assert files.versions() == {"fusion_jax": "not installed", "jax": "1.2", "flax": "1.2"}
+
+
+def test_a_text_model_is_read_from_files_of_a_larger_model(tmp_path):
+    """Qwen3.5's files also have a model of images and one that predicts further tokens."""
+    tensors = tiny.weights("qwen3_5", "causal-lm")
+    usual = tiny.write_folder(tmp_path / "usual", tiny.CONFIGS["qwen3_5"], tensors)
+    inner = {name.replace("model.", "model.language_model."): x for name, x in tensors.items()}
+    inner |= {
+        name: np.ones(3, np.float32) for name in ("model.visual.norm.weight", "mtp.fc.weight")
+    }
+    larger = tiny.write_folder(tmp_path / "larger", tiny.CONFIGS["qwen3_5"], inner)
+    assert bit_equal(*(fj.load(folder, head="causal-lm") for folder in (usual, larger)))
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    """DeepSeek's files have as many after the last layer as ``num_nextn_predict_layers`` says."""
+    tensors = tiny.weights("deepseek_v3", "causal-lm")
+    config = tiny.CONFIGS["deepseek_v3"]
+    usual = tiny.write_folder(tmp_path / "usual", config, tensors)
+    tensors["model.layers.3.eh_proj.weight"] = np.ones((16, 32), np.float32)
+    more = tiny.write_folder(tmp_path / "more", config, tensors)
+    assert bit_equal(*(fj.load(folder, head="causal-lm") for folder in (usual, more)))
+    none = tiny.write_folder(tmp_path / "none", {**config, "num_nextn_predict_layers": 0}, tensors)
+    with pytest.raises(fj.InputError, match=r"model\.layers\.3\.eh_proj\.weight"):
+        fj.load(none, head="causal-lm")

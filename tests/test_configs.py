@@ -105,3 +105,27 @@ REFUSED = [
 def test_variants_that_are_refused(family, changes, message):
     with pytest.raises(fj.InputError, match=message):
         tiny.decoder_config({**tiny.CONFIGS[family], **changes})
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("olmoe", {"clip_qkv": 0}, "clip_qkv must be above 0; got 0"),
+        ("olmoe", {"num_experts_per_tok": 5}, "uses 5 experts, of which there are 4"),
+        ("gpt_oss", {"swiglu_limit": "7"}, "swiglu_limit must be a number above 0; got '7'"),
+        ("deepseek_v3", {"n_group": 3}, "8 experts are not 3 groups of one size"),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 5}, "among 5 of 4 groups"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "must be num_attention_heads, 4"),
+        ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank must be an integer of at least 1"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts must be an integer of at least 1"),
+        ("glm4_moe", {"routed_scaling_factor": None}, "routed_scaling_factor must be a number"),
+        ("llama4", {"attention_chunk_size": 0}, "attention_chunk_size must be at least 1; got 0"),
+        ("llama4", {"no_rope_layers": [0, 2, 1]}, "no_rope_layers must be 0 or 1"),
+        ("llama4", {"layer_types": ["full_attention"]}, "must be chunked_attention or full"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 is not a multiple of linear_num"),
+        ("qwen3_5", {"layer_types": [FULL, SLIDING, FULL]}, "must be linear_attention or full"),
+    ],
+)  # fmt: skip
+def test_fields_of_mixtures_that_cannot_be(family, fields, message):
+    with pytest.raises(fj.InputError, match=message):
+        tiny.decoder_config({**tiny.CONFIGS[family], **fields})

@@ -18,7 +18,7 @@ from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
 from fusion_jax.methods.drop_experts import ExpertScore
 from fusion_jax.methods.scores import ON_GRADIENTS, ON_UPSTREAM, UnitScore
-from fusion_jax.models.moe import Moe, mixtures
+from fusion_jax.models.moe import Moe, RouterRule, mixtures
 from fusion_jax.training.methods.layerwise import compressed
 from tests import tiny
 from tests.helpers import unchecked
@@ -209,7 +209,7 @@ def test_a_router_with_a_bias_loses_its_entries():
     """The softmax runs over the experts that stay."""
     make = partial(fj.GatedMlp, 6, 5, 6, act="silu", use_bias=False)
     moe = Moe(
-        make, 6, 8, top_k=2, normalized=False, router_bias=True, param_dtype=jnp.float32,
+        make, 6, 8, top_k=2, normalized=False, rule=RouterRule(bias=True), param_dtype=jnp.float32,
         kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0),
     )  # fmt: skip
     moe.router.bias[...] = jax.random.normal(KEY, (8,))
@@ -223,6 +223,48 @@ def test_a_router_with_a_bias_loses_its_entries():
     want = np.einsum("end,ne->nd", outputs, shares.reshape(-1, 3)).reshape(2, 9, 6)
     np.testing.assert_allclose(fewer(x, None)[0], want, atol=1e-5)
     assert moe.router.out_features == 8 and moe.experts.stack == (8,)
+
+
+def test_experts_whose_inputs_are_weighted_are_calibrated_on_these(tmp_path, monkeypatch):
+    """In Llama 4 the weights of the router multiply what the experts see, not what they return."""
+    model, batch = load(folder_of("llama4", tmp_path / "m"), "llama4"), tiny.batch("llama4")
+    seen, call = [], Moe.__call__
+    monkeypatch.setattr(Moe, "__call__", lambda moe, *a: seen.append(a[0]) or call(moe, *a))
+    model(**batch)
+    monkeypatch.undo()
+    (path, moe), (x,) = *mixtures(model).items(), seen
+    x = np.asarray(x)[batch["attention_mask"].astype(bool)]
+    scores = 1 / (1 + np.exp(-x @ np.asarray(moe.router.kernel[...])))
+    chosen = np.argsort(-scores, axis=1)[:, : moe.top_k]
+    site = next(site for site in fj.sites(model) if site.path == path)
+    monkeypatch.setattr(sample, "OWN_POSITIONS", 0)
+    source = Calibrator(model, [site], [batch], sequential=False, key=KEY).capture()
+    sizes = np.asarray(source.routing(site).sizes)
+    for e, got in enumerate(np.asarray(source.of(site).inputs)):
+        own = (chosen == e).any(1)
+        want = x[own] * scores[own, e, None]
+        got = got[: len(want)]
+        order = [a[np.lexsort(a.T.round(5))] for a in (got, want)]
+        np.testing.assert_allclose(*order, atol=1e-5)
+        outputs = moe.experts(jnp.broadcast_to(jnp.asarray(want), (4, *want.shape)))[e]
+        np.testing.assert_allclose(sizes[e], np.linalg.norm(outputs, axis=1).mean(), rtol=1e-4)
+
+
+def test_groups_of_experts_keep_one_size(tmp_path):
+    """DeepSeek's router chooses groups first, so that each keeps as many of its experts."""
+    fields = {"n_group": 2, "topk_group": 1}
+    model = fj.load(folder_of("deepseek_v3", tmp_path / "m", **fields), head="causal-lm")
+    fewer, _ = fj.compress(model, fj.DropExperts(keep=4, score="magnitude"), key=KEY)
+    for before, after in zip(mixtures(model).values(), mixtures(fewer).values(), strict=True):
+        subs = before.experts.sub_mlps()
+        scores = np.asarray(fj.DropExperts(score="magnitude").scores(subs, None)).reshape(2, 4)
+        kept = np.sort(np.argsort(-scores, axis=1)[:, :2], axis=1) + np.array([[0], [4]])
+        kept = kept.reshape(-1)
+        np.testing.assert_array_equal(after.correction[...], before.correction[...][kept])
+        np.testing.assert_array_equal(after.router.kernel[...], before.router.kernel[...][:, kept])
+        np.testing.assert_array_equal(after.experts.sub_mlps().up, subs.up[kept])
+    with pytest.raises(fj.InputError, match="would keep 5 experts: 5 experts are not 2 groups"):
+        fj.compress(model, fj.DropExperts(keep=5, score="magnitude"), key=KEY)
 
 
 def test_all_experts_are_the_same_model(mixtral):

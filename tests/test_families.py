@@ -10,12 +10,14 @@ import safetensors.numpy
 
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
+from fusion_jax.models.moe import mixtures
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
 BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
 BASE["pad_token_id"] = 0
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR = "linear_attention"
 TYPES = [SLIDING, FULL, SLIDING]
 PRIME = {"hidden_size": 14, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 2,
          "intermediate_size": 23}  # fmt: skip
@@ -88,6 +90,44 @@ LLAMAS = {
                   {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}],
     "qwen3_moe": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, BIASED, {"norm_topk_prob": True},
                   {"decoder_sparse_step": 3}, {"mlp_only_layers": [0], "num_experts_per_tok": 3}],
+    "olmoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY | {"clip_qkv": 0.5}, {"norm_topk_prob": True},
+              {"num_experts": 3, "num_experts_per_tok": 1, **rope("linear")}],
+    "gpt_oss": [FIVE_HEADS | TIED, ONE_KEY | {"attention_bias": False, "sliding_window": 3},
+                {"swiglu_alpha": 1.0, "swiglu_limit": 0.1, "layer_types": TYPES},
+                {"num_local_experts": 3, "num_experts_per_tok": 1, **rope("yarn")},
+                {"rope_parameters": None, "hidden_act": "gelu"}],
+    "glm4_moe": [FIVE_HEADS | TIED, BIASED | ONE_KEY | {"use_qk_norm": True},
+                 {"partial_rotary_factor": 1.0, "first_k_dense_replace": 0, "n_shared_experts": 2},
+                 {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, **rope("linear")},
+                 {"norm_topk_prob": False, "num_experts_per_tok": 1, "first_k_dense_replace": 2}],
+    "deepseek_v3": [FIVE_HEADS | TIED, BIASED | {"rope_interleave": False},
+                    {"q_lora_rank": None, "attention_bias": True, "n_shared_experts": 1},
+                    {"n_group": 1, "topk_group": 1, "qk_nope_head_dim": 6, "v_head_dim": 3},
+                    {"rope_parameters": {"rope_theta": 5000.0, **ROPES["yarn"], "mscale": 0.7,
+                                         "mscale_all_dim": 1.3}, "rms_norm_eps": 1e-3},
+                    {"norm_topk_prob": False, "first_k_dense_replace": 0, "kv_lora_rank": 4}],
+    # Queries in layers without positions do not depend on padding, as they do in transformers.
+    "llama4_text": [FIVE_HEADS | TIED | {"attn_temperature_tuning": False}, ONE_KEY | BIASED,
+                    {"use_qk_norm": False, "interleave_moe_layer_step": 2, "floor_scale": 1},
+                    {"no_rope_layers": [0, 1, 0], "moe_layers": [0], "num_experts_per_tok": 1},
+                    {"layer_types": [CHUNKED, FULL, CHUNKED], **rope("yarn"),
+                     "floor_scale": 99},
+                    {"attention_chunk_size": None, "rms_norm_eps": 1e-3},
+                    {"attn_scale": 0.5, "hidden_act": "gelu"}],
+    "qwen3_next": [FIVE_HEADS | TIED | {"partial_rotary_factor": 1.0}, ONE_KEY | BIASED,
+                   {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "num_experts": 3},
+                   {"layer_types": [FULL, LINEAR, LINEAR], "linear_conv_kernel_dim": 1},
+                   {"full_attention_interval": 2, "decoder_sparse_step": 2, "head_dim": 8},
+                   {"mlp_only_layers": [0], "norm_topk_prob": False, "hidden_act": "gelu",
+                    "rms_norm_eps": 1e-3, "num_experts_per_tok": 1}],
+    "qwen3_5_text": [PRIME | TIED | {"partial_rotary_factor": 1.0}, ONE_KEY | BIASED,
+                     {"layer_types": [FULL, LINEAR, LINEAR], "linear_num_key_heads": 4}],
+    "qwen3_5_moe_text": [FIVE_HEADS | TIED, {"num_experts_per_tok": 1, "norm_topk_prob": False},
+                         {"mlp_only_layers": [0], "hidden_act": "gelu"}],
+    "granitemoe": [FIVE_HEADS | TIED, BIASED | ONE_KEY, WIDE_HEADS | rope("linear"),
+                   {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "hidden_act": "gelu",
+                    "residual_multiplier": 0.22, "attention_multiplier": 0.125,
+                    "num_local_experts": 3, "num_experts_per_tok": 1}],
 }  # fmt: skip
 HALF_LINEAR = {"rope_scaling": {"type": "linear", "factor": 3.0}, "partial_rotary_factor": 0.5}
 LLAMAS |= {
@@ -336,6 +376,10 @@ DECODERS = [
     "gpt2",
     *(f for f in tiny.OTHER_DECODERS if f != "bloom"),
 ]
+DELTA = {"partial_rotary_factor": 0.5, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "head_dim": 4, "linear_key_head_dim": 3, "linear_value_head_dim": 5,
+         "full_attention_interval": 3}  # fmt: skip
+DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -343,10 +387,25 @@ EXPERTS = {
                   "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                   "head_dim": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "deepseek_v3": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+                    "n_group": 2, "topk_group": 1, "q_lora_rank": 6, "kv_lora_rank": 5,
+                    "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 5,
+                    "first_k_dense_replace": 1, "num_key_value_heads": None,
+                    "n_shared_experts": 2},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 20,
+                    "no_rope_layer_interval": 2, "floor_scale": 3, "attention_chunk_size": 4},
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 20, **DELTA},
+    "qwen3_5_moe_text": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                         "shared_expert_intermediate_size": 20, **DELTA},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 T5S = ("t5", "mt5", "umt5", "bart", "mbart")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral", "ernie4_5",
-                 "glm4", "helium", "hunyuan_v1_dense")  # fmt: skip
+                 "glm4", "helium", "hunyuan_v1_dense", "gpt_oss", "llama4_text")  # fmt: skip
 
 
 def odd_config(family, number=None):
@@ -365,8 +424,8 @@ def odd_config(family, number=None):
         base = tiny.GPT2
     elif family in LLAMAS:
         base = {**BASE, **({"head_dim": 4} if family in NEED_HEAD_DIM else {})}
-        base |= EXPERTS.get(family, {})
         base |= {"partial_rotary_factor": 0.5} if family == "stablelm" else {}
+        base |= EXPERTS.get(family, DELTA if family == "qwen3_5_text" else {})
     fields = {**base, **changes, "model_type": family}
     if family == "distilbert":
         fields = {DISTILBERT.get(name, name): value for name, value in fields.items()}
@@ -521,7 +580,8 @@ def test_heads_of_t5_equal_transformers(family, number, head, tmp_path, recwarn)
 
 NEW = ("gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "ministral", "seed_oss",
        "arcee", "glm4", "helium", "hunyuan_v1_dense", "olmo3", "starcoder2",
-       "exaone4", "nemotron", "phi", "stablelm", *tiny.OTHER_DECODERS)  # fmt: skip
+       "exaone4", "nemotron", "phi", "stablelm", *tiny.OTHER_DECODERS,
+       "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_text")  # fmt: skip
 HEADS = [
     (family, head)
     for family in NEW
@@ -580,3 +640,48 @@ def test_both_names_of_nomic(tmp_path):
             new[name.replace("attn.Wqkv", f"self_attn.{letter}_proj")] = np.ascontiguousarray(part)
     other = tiny.write_folder(tmp_path / "new", tiny.CONFIGS["nomic_bert"], new)
     assert bit_equal(fj.load(folder), fj.load(other))
+@pytest.mark.torch
+@pytest.mark.full(quick=1)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_dropped_experts_equal_in_transformers(family, tmp_path, key, recwarn):
+    """Experts that are chosen on text, and then fused."""
+    head = usual_head(family, 0)
+    folder, cls = made(tmp_path, family, odd_config(family), head)
+    batch = inputs("whole", family)
+    model = fj.load(folder, head=head)
+    fewer, _ = fj.compress(model, fj.DropExperts(keep=0.5), key=key, calibration=[batch])
+    counts = [{m.router.out_features for m in mixtures(each).values()} for each in (model, fewer)]
+    assert counts[1] == {counts[0].pop() / 2}
+    smaller, _ = fj.compress(fewer, fj.Fusion(width=9), key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    other, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    compare(ours(smaller, batch), theirs(other.eval(), batch), real_tokens(batch))
+    assert not [w for w in recwarn if "hf" in str(w.message)]
+
+
+@pytest.mark.torch
+@pytest.mark.full
+def test_weights_of_four_bits_equal_transformers(tmp_path):
+    """Which computes the matrices on a CPU too; what is exported has plain matrices."""
+    fields = {**odd_config("gpt_oss"), "hidden_size": 32, "intermediate_size": 32}
+    folder, cls = made(tmp_path, "gpt_oss", fields, "causal-lm")
+    tensors, rng = (
+        safetensors.numpy.load_file(folder / "model.safetensors"),
+        np.random.RandomState(5),
+    )
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        e, d, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = rng.randint(0, 256, (e, rows, d // 32, 16)).astype(np.uint8)
+        tensors[f"{name}_scales"] = rng.randint(118, 126, (e, rows, d // 32)).astype(np.uint8)
+    fields |= {
+        "quantization_config": {"quant_method": "mxfp4", "dequantize": True},
+        "dtype": "bfloat16",
+    }
+    folder = tiny.write_folder(tmp_path / "four", fields, tensors)
+    batch = inputs("whole", "gpt_oss")
+    model = fj.load(folder, head="causal-lm", dtype="float32")
+    want = theirs(cls.from_pretrained(folder, dtype="float32").eval(), batch)
+    compare(ours(model, batch), want, real_tokens(batch))
+    other = cls.from_pretrained(fj.export_hf(model, tmp_path / "hf")).eval()
+    compare(ours(model, batch), theirs(other, batch), real_tokens(batch))

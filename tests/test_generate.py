@@ -7,7 +7,6 @@ import pytest
 
 import fusion_jax as fj
 from fusion_jax.models.decoding import Beams, Sampling, filtered, generate
-from fusion_jax.models.layers import Cache
 from tests import tiny
 
 SEARCHES = {
@@ -47,7 +46,9 @@ def test_equals_hugging_face(case):
 
 
 @pytest.mark.full(quick=1)
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "mistral", "mixtral", "deepseek_v3", "llama4", "qwen3_next"]
+)
 def test_step_by_step_equals_at_once(family, tmp_path):
     """In any pieces, with padding on the left."""
     folder = tiny.checkpoint(tmp_path / "model", family, "causal-lm")
@@ -55,7 +56,7 @@ def test_step_by_step_equals_at_once(family, tmp_path):
     ids, mask = prompts(family)
     real = mask.astype(bool)
     whole = model(ids, mask).logits
-    cache = Cache.empty(3, 11, 3, model.kv_heads, model.head_dim, jnp.float32)
+    cache = model.empty_cache(3, 11)
     pieces = []
     read = jax.jit(lambda m, i, a, c: m(i, a, cache=c))
     for piece in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)):
@@ -64,7 +65,7 @@ def test_step_by_step_equals_at_once(family, tmp_path):
         cache = out.cache
     assert int(cache.length) == 9
     together = np.concatenate(pieces, axis=1)
-    np.testing.assert_allclose(together[real], np.asarray(whole)[real], atol=1e-5)
+    np.testing.assert_allclose(together[real], np.asarray(whole)[real], atol=5e-5)
 
 
 @pytest.mark.full

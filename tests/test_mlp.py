@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusion_jax as fj
-from fusion_jax.nn.submlps import ACTIVATIONS, activation
+from fusion_jax.nn.submlps import ACTIVATIONS, ClampedSwish, activation
 from tests.helpers import inputs, make
 
 SCALINGS = ["adam", "sgd", "folded"]
@@ -50,6 +50,27 @@ def test_is_the_sum_of_its_sub_mlps(kind, act, bias):
             h = s(up)
         total = total + np.outer(h, subs.down[i])
     np.testing.assert_allclose(mlp(x), total, atol=2e-5)
+
+
+@pytest.mark.full(quick=1)
+@scalings
+def test_a_clamped_unit_is_fused_as_any_other(scaling):
+    """Limits and the 1 that is added to ``up`` belong to the unit, not to its rows."""
+    act = ClampedSwish(alpha=1.5, limit=0.4)
+    mlp, x = make(fj.GatedMlp, act=act), inputs()
+    subs = jax.tree.map(np.asarray, mlp.sub_mlps())
+    up = np.clip(np.asarray(x) @ subs.up.T + subs.up_bias, -0.4, 0.4) + 1
+    gate = np.minimum(np.asarray(x) @ subs.gate.T + subs.gate_bias, 0.4)
+    want = (up * gate / (1 + np.exp(-1.5 * gate))) @ subs.down + np.asarray(mlp.out_bias())
+    np.testing.assert_allclose(mlp(x), want, atol=1e-5)
+    fused = fuse(mlp, 7, scaling)
+    np.testing.assert_allclose(fused(x), fused.wide_copy()(x), atol=1e-5)
+    np.testing.assert_allclose(fused(x), fused.plain()(x), atol=1e-5)
+    with pytest.raises(fj.InputError, match="not linear outside the activation, which Clustering"):
+        fj.compress(mlp, fj.Clustering(width=7), key=jax.random.key(0))
+    copies = with_duplicates(fj.GatedMlp, 7, 3)
+    copies.act = act
+    np.testing.assert_allclose(fuse(copies, 7, scaling)(x), copies(x), atol=1e-5)
 
 
 @kinds

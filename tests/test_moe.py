@@ -23,7 +23,7 @@ def layer(**options):
     init = nnx.initializers.normal(1.0)
     return moe.Moe(
         make, D, EXPERTS, top_k=TOP_K, normalized=True, kernel_init=init,
-        param_dtype=jnp.float32, rngs=rngs, router_bias=True, **options,
+        param_dtype=jnp.float32, rngs=rngs, rule=moe.RouterRule(bias=True), **options,
     )  # fmt: skip
 
 

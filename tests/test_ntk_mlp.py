@@ -11,6 +11,7 @@ from flax import nnx
 import fusion_jax
 from fusion_jax import FusedGatedMlp, FusedMlp, GatedMlp, Mlp
 from fusion_jax.nn.fused import Factors, factors
+from fusion_jax.nn.submlps import ClampedSwish
 from ntk.errors import InputError
 from ntk.mlp import MlpWeights, full_kernel, mlp_weights, traced_kernel, upstream_kernel
 from tests.helpers import unchecked
@@ -149,7 +150,10 @@ def test_float32(kind, dtype):
 
 @pytest.mark.full(quick=3)
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("gated", "act"), [(False, "gelu"), (False, "relu"), (True, "silu")])
+@pytest.mark.parametrize(
+    ("gated", "act"),
+    [(False, "gelu"), (False, "relu"), (True, "silu"), (True, ClampedSwish(1.5, 0.5))],
+)
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_the_matching_scaling_keeps_the_wide_copys_kernel_and_no_other_does(kind, gated, act):
     x, gx = inputs(5, D, seed=1), inputs(5, OUT, seed=2)

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.checkpoint.mxfp4_files import Mxfp4Files
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.nn.linear_forms import params_dtype
 from tests import tiny
@@ -64,6 +65,41 @@ def test_tensors_that_are_not_floats_are_refused(dtype, tmp_path):
     folder = tiny.write_folder(tmp_path / "model", tiny.BERT, tensors)
     with pytest.raises(fj.InputError, match=rf"not of a floating-point type.*: {name} is [IBCU]"):
         fj.load(folder)
+
+
+def four_bits(bits):
+    """The number that four bits stand for: a sign, two bits of exponent and one of mantissa."""
+    exponent, mantissa = (bits >> 1) & 3, bits & 1
+    size = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1)
+    return -size if bits & 8 else size
+
+
+def test_mxfp4_is_read_as_it_is_specified(tmp_path):
+    rng = np.random.RandomState(0)
+    blocks = rng.randint(0, 256, (2, 3, 2, 16)).astype(np.uint8)
+    scales = rng.randint(110, 140, (2, 3, 2)).astype(np.uint8)
+    tensors = {"a_blocks": blocks, "a_scales": scales, "b": np.ones(4, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    files = Mxfp4Files(tmp_path)
+    assert dict(files.shapes) == {"a": (2, 64, 3), "b": (4,)}
+    want = np.zeros((2, 64, 3))
+    for e, row, group, i in np.ndindex(blocks.shape):
+        for j, bits in enumerate((blocks[e, row, group, i] & 15, blocks[e, row, group, i] >> 4)):
+            number = four_bits(int(bits)) * 2.0 ** (int(scales[e, row, group]) - 127)
+            want[e, 32 * group + 2 * i + j, row] = number
+    assert (files.read("a") == want).all()
+    one = np.empty((64, 3), jnp.bfloat16)
+    files.read_into("a", one, first=64)
+    assert (one.astype(np.float64) == want[1]).all()
+
+
+@pytest.mark.parametrize("change", [{"a_scales": None}, {"a_scales": np.ones((2, 3, 2), np.int8)}])
+def test_mxfp4_that_is_incomplete_is_refused(change, tmp_path):
+    tensors = {"a_blocks": np.ones((2, 3, 2, 16), np.uint8), **change}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(fj.InputError, match="a_blocks and a_scales are not"):
+        Mxfp4Files(tmp_path)
 
 
 def test_eight_bit_floats_are_refused(tmp_path):

@@ -269,10 +269,13 @@ def _sizes(moe: Moe, inputs: Float[Array, "e t d"], counts: Int[Array, " e"]) ->
     x = jnp.pad(inputs, ((0, 0), (0, blocks * size - t), (0, 0)))
 
     def added(x: Float[Array, "e n d"]) -> Float[Array, "e n"]:
+        lengths = jnp.linalg.norm(wide(moe.experts(x)), axis=-1)
+        if moe.rule.weighs == "inputs":  # which are weighted already
+            return lengths
         # As texts of one position each, which exceed no capacity.
         weights, _ = moe.routes(moe.router_logits(x.reshape(-1, 1, d), None))
         own = jnp.diagonal(weights.reshape(e, size, e), axis1=0, axis2=2).T
-        return own * jnp.linalg.norm(wide(moe.experts(x)), axis=-1)
+        return own * lengths
 
     parts = jax.lax.map(added, x.reshape(e, blocks, size, d).swapaxes(0, 1))
     each = parts.swapaxes(0, 1).reshape(e, -1)

@@ -75,10 +75,12 @@ class Routed(NamedTuple):
     Args:
         inputs: The input at every position, padding included.
         chosen: The experts that the router chose there, at padding too.
+        weights: What the inputs are multiplied by for each expert; None where they are not.
     """
 
     inputs: Float[Array, "b t d"]
     chosen: Bool[Array, "b t e"]
+    weights: Float[Array, "b t e"] | None = None
 
 
 class _RouterTap(Moe):
@@ -88,6 +90,7 @@ class _RouterTap(Moe):
         self.moe = moe
         self.inputs: Any = nnx.data(None)
         self.chosen: Any = nnx.data(None)
+        self.weights: Any = nnx.data(None)
 
     def __call__(
         self,
@@ -96,8 +99,16 @@ class _RouterTap(Moe):
         real: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
         y, logits = self.moe(x, key, real)
-        self.inputs, self.chosen = _Seen(x), _Seen(self.moe.routes(logits)[1])
+        weights, chosen = self.moe.routes(logits)
+        self.inputs, self.chosen = _Seen(x), _Seen(chosen)
+        if self.moe.rule.weighs == "inputs":
+            self.weights = _Seen(weights)
         return y, logits
+
+    def routed(self) -> Routed:
+        """Returns what was seen."""
+        weights = None if self.weights is None else self.weights[...]
+        return Routed(self.inputs[...], self.chosen[...], weights)
 
 
 def mlp_inputs(
@@ -159,7 +170,7 @@ def routed_call(
     for path, tap in (*taps.items(), *routers.items()):
         tapped = replaced(tapped, path, tap)
     output = tapped(*args, **kwargs)
-    routed = {path: Routed(tap.inputs[...], tap.chosen[...]) for path, tap in experts.items()}
+    routed = {path: tap.routed() for path, tap in experts.items()}
     return output, {**{path: tap.seen for path, tap in taps.items()}, **routed}
 
 

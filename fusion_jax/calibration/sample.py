@@ -224,8 +224,14 @@ def stack_padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
     """Returns the inputs of each expert at positions that are not padding."""
     if isinstance(x, Routed):
-        rows = np.asarray(x.inputs)[mask]
-        return [rows[used] for used in np.asarray(x.chosen)[mask].T]
+        rows, chosen = np.asarray(x.inputs)[mask], np.asarray(x.chosen)[mask].T
+        if x.weights is None:
+            return [rows[used] for used in chosen]
+        weights = np.asarray(x.weights)[mask].T
+        return [
+            (rows[used].astype(own.dtype) * own[used, None]).astype(rows.dtype)
+            for used, own in zip(chosen, weights, strict=True)
+        ]
     # Experts without a `Moe` around them: rows of zeros are not positions.
     return [rows[(rows != 0).any(-1)] for rows in np.asarray(x)]
 

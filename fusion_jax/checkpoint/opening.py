@@ -18,6 +18,7 @@ from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.any_module import check_not_module
 from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
 from fusion_jax.checkpoint.mask_files import BaseModel, BaseReference, MaskFiles, base_reference
+from fusion_jax.checkpoint.mxfp4_files import Mxfp4Files
 from fusion_jax.checkpoint.reading import Checkpoint
 from fusion_jax.checkpoint.tensor_files import TensorFiles
 from fusion_jax.errors import InputError, check_at_least
@@ -198,7 +199,9 @@ def open_checkpoint(
     elif base is not None:
         raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
-        tensors = TensorFiles(folder)
+        quantized = fields.get("quantization_config")
+        known = isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4"
+        tensors = (Mxfp4Files if known else TensorFiles)(folder)
     for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
         shared = hasattr(config, "blocks") and getattr(config.blocks, "schedule", ())
         if not shared and getattr(config, field, 0) > len(tensors.shapes):

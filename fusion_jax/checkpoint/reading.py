@@ -282,6 +282,9 @@ class Checkpoint:
         want = variable.get_value()
         whole = aligned(want.shape, want.dtype)
         transposed = found.location.transposed
+        if found.location.packed:
+            self._read_packed(found, whole)
+            return jax.device_put(whole)
         for name, part in zip(
             found.names, whole if found.location.stacked else [whole], strict=True
         ):
@@ -294,6 +297,20 @@ class Checkpoint:
                 at = group * step + first
                 self.tensors.read_into(name, outputs, transposed=transposed, first=at)
         return jax.device_put(whole)  # without a copy on a CPU, as `whole` is aligned
+
+    def _read_packed(self, found: FoundTensors, whole: np.ndarray) -> None:
+        """Reads all experts of a variable from one tensor, expert by expert."""
+        (name,), location = found.names, found.location
+        own: slice | None = None
+        if found.outputs is not None:
+            first, last, _ = found.outputs
+            step = len(location.joined) if location.interleaved else None
+            own = slice(first // (last - first), None, step) if step else slice(first, last)
+        for e, part in enumerate(whole):
+            theirs = np.empty(self.tensors.shapes[name][1:], whole.dtype)
+            self.tensors.read_into(name, theirs, first=e * len(theirs))
+            ours = theirs.T if location.transposed else theirs
+            part[...] = ours if own is None else ours[..., own]
 
     def _check(
         self,
@@ -328,7 +345,7 @@ class Checkpoint:
         for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
             want = want if outputs is None else (*want[:-1], outputs[-1])
-            want = want[::-1] if location.transposed else want
+            want = (*want[:-2], *want[:-3:-1]) if location.transposed else want
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]
             misfits += [] if all(fits) else [path]

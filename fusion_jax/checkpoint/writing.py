@@ -163,22 +163,19 @@ def export_hf(
     provenance = provenance_of(model)
     config = model.config
     family = FAMILIES[config.model_type]
-    width_fields = {
-        site.path: next(
-            (
-                family.width_fields[x]
-                for x in site.path.split(".")[::-1]
-                if x in family.width_fields
-            ),
-            family.width_field,
-        )
-        for site in sites(model)
-    }
+    fields = json.loads(provenance.config)
+    width_fields: dict[str, str | None] = {}
+    factors: dict[str, int] = {}
+    for site in sites(model):
+        parts = site.path.split(".")[::-1]
+        named = (family.width_fields[x] for x in parts if x in family.width_fields)
+        width_fields[site.path] = next(named, family.width_field)
+        factors[site.path] = fields.get(family.width_factors.get(parts[0]), 1)
     widths: dict[str | None, int] = {}
     if family.width_field is None:
         widths[None] = config.intermediate_size
     for site in sites(model):
-        width, name = site.mlp.width, width_fields[site.path]
+        width, name = -(-site.mlp.width // factors[site.path]), width_fields[site.path]
         unit = max(1, _ALIGNMENT // site.mlp.dtype.itemsize) if site.mlp.stack else 1
         unit = math.lcm(unit, round_to)
         width = -(-width // unit) * unit
@@ -186,12 +183,12 @@ def export_hf(
     plain = multiplied_out(model)
     padded: dict[str, tuple[int, int]] = {}
     for site in sites(plain):
-        wider = site.mlp.padded(widths[width_fields[site.path]])
+        wider = site.mlp.padded(widths[width_fields[site.path]] * factors[site.path])
         if wider.width > site.mlp.width:
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields = {**json.loads(provenance.config), **{n: x for n, x in widths.items() if n}}
+    fields |= {name: width for name, width in widths.items() if name}
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:
@@ -252,11 +249,13 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
             continue  # written with the first one
         arrays = [np.asarray(params[other].get_value()) for other in joined]
         value = arrays[0] if len(arrays) == 1 else _joined(arrays, location.groups)
+        if location.interleaved:
+            value = np.stack(arrays, axis=-1).reshape(value.shape)
         parts = value if location.stacked else [value]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
-            yield name, part.T if location.transposed else part
+            yield name, part.swapaxes(-1, -2) if location.transposed else part
 
 
 def _joined(arrays: list[np.ndarray], groups: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
 from fusion_jax.nn.site import Site, gradients_of, select_sites, sites
 from fusion_jax.nn.surgery import ModuleT
+from ntk.activations import outside
 from ntk.selection import Selection
 
 
@@ -173,6 +174,10 @@ def _check_routers(
                 f"least {moe.top_k} must stay; {name} would keep {count} of "
                 f"{moe.router.out_features}"
             )
+        try:
+            moe.rule.check(count, moe.top_k)
+        except InputError as error:
+            raise InputError(f"{site.path}: {name} would keep {count} experts: {error}") from None
     if len(counts) > 1:
         (a, first), (b, second) = list(counts.items())[:2]
         raise InputError(
@@ -223,6 +228,11 @@ def _check_module(method: Method, mlp: AnyMlp) -> None:
         raise InputError(f"has experts of different widths; {hint}")
     if not method.accepts_compressed and type(mlp) not in (Mlp, GatedMlp):
         raise InputError(f"is a {type(mlp).__name__} already; compress the original model")
+    if method.scales_units and outside(mlp.act) is not None:
+        raise InputError(
+            f"has units that are not linear outside the activation, which {type(method).__name__} "
+            "scales; use Fusion"
+        )
     for name, linear in mlp.linears().items():
         check_plain(linear, name)
 

@@ -20,6 +20,7 @@ from fusion_jax.compression.checks import Checked, all_finite, checked, checked_
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method, Solution, check_method
+from fusion_jax.models.moe import mixtures
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.models.registry import state_expert_count
 from fusion_jax.nn.mlp import AnyMlp, Mlp
@@ -207,7 +208,8 @@ def _with_fewer_experts(job: Checked, method: Method, site: Site) -> Made:
             raise InputError(
                 "on the calibration, the experts' outputs hold NaN or infinite numbers"
             )
-    experts, facts = method.kept_experts(site.mlp.plain().sub_mlps(), routing)
+    groups = mixtures(job.model)[site.path].rule.groups
+    experts, facts = method.kept_experts(site.mlp.plain().sub_mlps(), routing, groups)
     return Made(take_experts(site.mlp, experts), facts._asdict(), experts)
 
 

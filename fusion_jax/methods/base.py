@@ -57,6 +57,8 @@ class Method:
     """The modules that `build` makes, besides `Mlp` and `GatedMlp`."""
     accepts_compressed: ClassVar[bool] = False
     """Whether it accepts already compressed MLPs."""
+    scales_units: ClassVar[bool] = False
+    """Whether it scales units as if they were linear in what is outside the activation."""
 
     def __new__(cls, *args: object, **kwargs: object):  # noqa: D102
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -98,7 +100,9 @@ class Method:
         """Returns how many of the experts of a mixture stay; all, unless it changes the router."""
         return count
 
-    def kept_experts(self, subs: SubMLPs, routing: Routing | None) -> tuple[list[int], PyTree]:
+    def kept_experts(
+        self, subs: SubMLPs, routing: Routing | None, groups: int = 1
+    ) -> tuple[list[int], PyTree]:
         """Returns the experts of a mixture that stay, by number, and the facts for the report.
 
         For methods that change the router; the others go with their outputs of the router.
@@ -106,6 +110,8 @@ class Method:
         Args:
             subs: The sub-MLPs of the experts, stacked.
             routing: How the router uses the experts on calibration text; None without it.
+            groups: The number of groups of experts that the router chooses among; equally many
+                stay in each.
         """
         raise NotImplementedError
 

@@ -31,6 +31,7 @@ class Clustering(Narrower):
     """
 
     name: ClassVar[str] = "clustering"
+    scales_units: ClassVar[bool] = True
 
     n_init: int = 1
     """The number of random starts of the clustering, of which the best is kept."""

@@ -36,8 +36,9 @@ class DropExperts(Method):
     """Drops whole experts of every mixture, and the outputs of the router that lead to them.
 
     The softmax and the choice of the best experts then run over those that stay, which do not
-    change. Every mixture of a model keeps the same number, as configurations have one. Shared
-    experts and the MLPs of other layers stay as they are.
+    change. Every mixture of a model keeps the same number, as configurations have one. Every group
+    of experts does too, where a router chooses groups first. Shared experts and the MLPs of other
+    layers stay as they are.
 
     References:
         ``"reap"``: REAP the Experts (arXiv 2510.13999), equation 9.
@@ -95,11 +96,18 @@ class DropExperts(Method):
                 f"score {self.score!r} needs calibration: texts, or 'random' if there are none"
             )
 
-    def kept_experts(self, subs: SubMLPs, routing: Routing | None) -> tuple[list[int], ExpertFacts]:
-        """Returns the experts with the largest scores, in their order; the first of equal ones."""
+    def kept_experts(
+        self, subs: SubMLPs, routing: Routing | None, groups: int = 1
+    ) -> tuple[list[int], ExpertFacts]:
+        """Returns the experts with the largest scores of each group, in their order.
+
+        Of equal ones, the first stay.
+        """
         scores = self.scores(subs, routing)
         count = self.kept_count(len(scores))
-        kept = jnp.sort(jnp.argsort(-scores, stable=True)[:count])
+        order = jnp.argsort(-scores.reshape(groups, -1), axis=1, stable=True)[:, : count // groups]
+        first = jnp.arange(groups, dtype=order.dtype) * (len(scores) // groups)
+        kept = jnp.sort((order + first[:, None]).reshape(-1))
         share = scores[kept].sum() / jnp.maximum(scores.sum(), 1e-30)
         return kept.tolist(), ExpertFacts(jnp.int32(count), share)
 

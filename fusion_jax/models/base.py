@@ -252,6 +252,7 @@ class Family:
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by a part of their path.
+        width_factors: The fields that these are multiplied by, by the last part of the path.
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
             copies of the token embeddings.
@@ -264,6 +265,7 @@ class Family:
     width_field: str | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
+    width_factors: Mapping[str, str] = field(default_factory=dict)
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head
 

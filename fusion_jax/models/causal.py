@@ -17,6 +17,7 @@ from fusion_jax.models.layers import (
     CacheUpdate,
     Dropout,
     OutputBias,
+    Reach,
     Window,
     split_key,
     token_mask,
@@ -123,7 +124,7 @@ class Start(NamedTuple):
 
     ids: Int[Array, "b t"]
     positions: Int[Array, "b t"]
-    seen: dict[int | None, Window]
+    seen: dict[Reach, Window]
     context: Any
 
 
@@ -142,8 +143,8 @@ class CausalLm(Generative):
         head: The head, or None.
         kv_heads: The number of key-value heads of each layer.
         head_dim: The number of features of each head.
-        sliding_windows: For each layer the number of positions that a token attends to; None for
-            all.
+        value_dim: The number of features of its values; None for the same.
+        sliding_windows: What a token attends to in each layer.
         rngs: Random keys of the head.
     """
 
@@ -158,7 +159,8 @@ class CausalLm(Generative):
         head: Head | None,
         kv_heads: int,
         head_dim: int,
-        sliding_windows: tuple[int | None, ...],
+        value_dim: int | None = None,
+        sliding_windows: tuple[Reach, ...],
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -172,6 +174,7 @@ class CausalLm(Generative):
         self.head = _head_layer(config, head, word, rngs) if own_head else None
         self.head_dropout = Dropout(config.head_dropout if head == "token-classification" else 0.0)
         self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
         self.sliding_windows = sliding_windows
 
     def embed(
@@ -288,14 +291,17 @@ class CausalLm(Generative):
         slots = None if cache is None else cache.real.shape[1]
         return Start(ids, positions, seen, self.context(positions, slots))
 
+    def empty_cache(self, b: int, slots: int) -> Cache:
+        """Returns a cache without tokens for b texts of at most as many tokens as slots."""
+        layers, dtype = len(self.layers), dtype_of(self.word)
+        return Cache.empty(b, slots, layers, self.kv_heads, self.head_dim, dtype, v=self.value_dim)
+
     def begin(
         self, input_ids: Int[Array, "b t"], attention_mask: Shaped[Array, "b t"], room: int
     ) -> tuple[Float[Array, "b vocab"], Cache]:
         """Reads prompts, padded on the left; see `Generative.begin`."""
         b, t = input_ids.shape
-        dtype = dtype_of(self.word)
-        cache = Cache.empty(b, t + room, len(self.layers), self.kv_heads, self.head_dim, dtype)
-        out = self._read(input_ids, attention_mask, None, cache, None)
+        out = self._read(input_ids, attention_mask, None, self.empty_cache(b, t + room), None)
         return self.logits(out.last_hidden_state[:, -1]), out.cache
 
     def step(self, tokens: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -22,7 +23,10 @@ from fusion_jax.models.causal import (
     with_head,
 )
 from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.delta import DeltaNet, with_states
+from fusion_jax.models.latent_attention import LatentAttention
 from fusion_jax.models.layers import (
+    Cache,
     CacheUpdate,
     Dropout,
     HeadNorms,
@@ -42,6 +46,9 @@ from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 
+Context = Mapping[Rope | None, Float[Array, "b t *half"]]
+"""The angles of each rotary embedding; under None the factors of queries without one."""
+
 
 class Attention(nnx.Module):
     """Attention, with rotary positions if there are any; query heads can share keys and values."""
@@ -51,7 +58,12 @@ class Attention(nnx.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = rope, f
         self.scale, self.cap = config.blocks.score_scale, config.blocks.score_cap
-        self.query = make.linear(d, heads * f, use_bias=config.qkv_bias)
+        self.clip, self.epsilon = config.blocks.clip_qkv, config.rms_norm_eps
+        self.unit_norms = config.blocks.unit_norms
+        self.sinks = make.array(heads) if config.blocks.sinks else None
+        self.gated = config.blocks.gated_attention
+        queries = heads * f * (2 if self.gated else 1)
+        self.query = make.linear(d, queries, use_bias=config.qkv_bias)
         self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
         self.out = make.linear(heads * f, d, use_bias=config.out_bias)
@@ -61,38 +73,55 @@ class Attention(nnx.Module):
         self.key_norm = make.head_norm(kv_heads, f)
         self.dropout = Dropout(config.attention_dropout)
 
-    def _heads(
-        self,
-        linear: Callable[[Array], Array],
-        norm: Callable[[Array], Array] | None,
-        x: Array,
-        angles: Mapping[Rope, Float[Array, "b t half"]],
+    def _heads(self, y: Float[Array, "b t _"]) -> Float[Array, "b t h f"]:
+        """Returns queries, keys or values by head."""
+        y = y if self.clip is None else jnp.clip(y, -self.clip, self.clip)
+        return y.reshape(*y.shape[:2], -1, self.features)
+
+    def _placed(
+        self, y: Float[Array, "b t h f"], norm: Callable[[Array], Array] | None, context: Context
     ) -> Float[Array, "b t h f"]:
-        """Returns queries or keys, normalized and rotated."""
-        y = linear(x)
-        y = norm(y) if norm is not None and self.all_normed else y
-        y = y.reshape(*x.shape[:2], -1, self.features)
+        """Returns queries or keys, normalized by head and rotated."""
         norm = None if self.all_normed else norm
         y = norm(y) if norm is not None and not self.normed_last else y
-        y = y if self.rope is None else self.rope.rotated(y, angles[self.rope])
+        if self.rope is not None:
+            y = self.rope.rotated(y, context[self.rope])
+            y = self._unit(y) if self.unit_norms else y
         return norm(y) if norm is not None and self.normed_last else y
+
+    def _unit(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
+        """Returns vectors divided by their root mean square."""
+        y = wide(x)
+        mean = jnp.square(y).mean(-1, keepdims=True)
+        return (y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))).astype(x.dtype)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 t s"],
         cache: CacheUpdate,
-        angles: Mapping[Rope, Float[Array, "b t half"]],
+        context: Context,
         key: Key[Array, ""] | None,
         bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones; the bias is added to the scores."""
-        q = self._heads(self.query, self.query_norm, x, angles)
-        k = self._heads(self.key, self.key_norm, x, angles)
-        v = self.value(x).reshape(*x.shape[:2], -1, self.features)
+        q, k, gate = self.query(x), self.key(x), None
+        if self.all_normed:
+            assert self.query_norm is not None and self.key_norm is not None
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.gated:
+            q, gate = jnp.split(q.reshape(*q.shape[:2], -1, 2 * self.features), 2, axis=-1)
+            q = q.reshape(*x.shape[:2], -1)
+        q, k, v = (self._heads(y) for y in (q, k, self.value(x)))
+        q = self._placed(q, self.query_norm, context)
+        k = self._placed(k, self.key_norm, context)
+        if self.rope is None and None in context:
+            q = (wide(q) * context[None][..., None, None]).astype(x.dtype)
         k, v = cache.extended(k, v)
-        scaled = {"scale": self.scale, "cap": self.cap}
-        y = attention(q, k, v, visible, self.dropout, key, bias=bias, **scaled)
+        sinks = None if self.sinks is None else self.sinks[...]
+        more = {"scale": self.scale, "cap": self.cap, "bias": bias, "sinks": sinks}
+        y = attention(q, k, v, visible, self.dropout, key, **more)
+        y = y if gate is None else y * jax.nn.sigmoid(gate)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -112,6 +141,7 @@ class _LayerFactory:
             "layer-scaled": partial(LayerNorm, use_bias=False),
             "layer-bare": partial(LayerNorm, use_bias=False, use_scale=False),
         }
+        self.dtype, self.rngs = param_dtype, rngs
         self.linear = partial(nnx.Linear, kernel_init=init, **common)
         self.norm = partial(norms[config.blocks.norm], epsilon=config.rms_norm_eps, **common)
         self._heads_norm = partial(HeadNorms, epsilon=config.rms_norm_eps, **common)
@@ -120,7 +150,7 @@ class _LayerFactory:
         self.mlp = partial(
             GatedMlp if config.blocks.gated else Mlp,
             config.hidden_size,
-            act=config.hidden_act,
+            act=config.blocks.act or config.hidden_act,
             use_bias=config.mlp_bias,
             kernel_init=init,
             param_dtype=param_dtype,
@@ -133,10 +163,12 @@ class _LayerFactory:
             top_k=config.num_experts_per_tok,
             normalized=config.norm_topk_prob,
             jitter=config.router_jitter_noise,
+            rule=config.router,
             shared=partial(self.mlp, width=shared) if shared else None,
             kernel_init=init,
             **common,
         )
+        self.array = lambda *shape: nnx.Param(init(rngs.params(), shape, param_dtype))
         self.dense = partial(self.mlp, width=config.intermediate_size, rngs=rngs)
         self._logits = config.tie_word_embeddings, config.blocks.logit_bias
         self._bias = partial(OutputBias, param_dtype=param_dtype)
@@ -164,7 +196,15 @@ class Layer(nnx.Module):
         before = blocks.norms in ("before", "both", "shared")
         after = blocks.norms in ("after", "both", "outside")
         self.attention_norm = make.norm(d) if before else None
-        self.attention = Attention(config, config.ropes[index], make)
+        rope = config.ropes[index]
+        self.attention: Attention | LatentAttention | DeltaNet
+        if config.delta_layers[index]:
+            self.attention = DeltaNet(config, make)
+        elif config.latent is None:
+            self.attention = Attention(config, rope, make)
+        else:
+            assert rope is not None
+            self.attention = LatentAttention(config, rope, make)
         self.attention_post_norm = make.norm(d) if after else None
         self.mlp_norm = make.norm(d) if before and blocks.norms != "shared" else None
         self.mlp = make.moe() if config.sparse[index] else make.dense()
@@ -206,7 +246,7 @@ class Layer(nnx.Module):
         x: Float[Array, "b t d"],
         seen: Window,
         cache: CacheUpdate,
-        context: Mapping[Rope, Float[Array, "b t half"]],
+        context: Context,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
         """Returns the input of the next layer, and the logits of the router, if there is one."""
@@ -215,7 +255,12 @@ class Layer(nnx.Module):
         drops = split_key(keys[1], 2) if dropped else (None, None)
         drops = (drops[0], drops[0]) if self.joint_dropout else drops
         normed = x if self.attention_norm is None else self.attention_norm(x)
-        y = self.attention(normed, seen.visible, cache, context, keys[0], self._bias(seen))
+        if isinstance(self.attention, DeltaNet):
+            y = self.attention(normed, seen.real[:, seen.slots], cache)
+        elif isinstance(self.attention, LatentAttention):
+            y = self.attention(normed, seen.visible, cache, context, keys[0])
+        else:
+            y = self.attention(normed, seen.visible, cache, context, keys[0], self._bias(seen))
         start = normed if self.residual_normed else x
         after = self._added(start, y, self.attention_post_norm, self.attention_dropout, drops[0])
         if not self.shared:
@@ -258,7 +303,8 @@ class Decoder(CausalLm):
             norm=make.norm(d) if blocks.final_norm else None,
             lm_head=make.lm_head(size, vocab) if head == "causal-lm" else None,
             head=head,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=config.num_key_value_heads if config.latent is None else 1,
+            value_dim=None if config.latent is None else config.latent.rank,
             head_dim=config.head_dim,
             sliding_windows=config.sliding_windows,
             rngs=rngs,
@@ -270,6 +316,10 @@ class Decoder(CausalLm):
         self.position = make.embed(rows, d) if blocks.positions else None
         self.project_in = make.linear(size, d, use_bias=False) if size != d else None
         self.project_out = make.linear(d, size, use_bias=False) if size != d else None
+
+    def empty_cache(self, b: int, slots: int) -> Cache:
+        """Returns a cache without tokens for b texts of at most as many tokens as slots."""
+        return with_states(super().empty_cache(b, slots), self.layers)
 
     def embed(
         self, ids: Int[Array, "b t"], positions: Int[Array, "b t"], key: Key[Array, ""] | None
@@ -298,12 +348,17 @@ class Decoder(CausalLm):
         y = y if blocks.logit_divisor == 1 else y / blocks.logit_divisor
         return soft_capped(y, blocks.logit_cap)
 
-    def context(
-        self, positions: Int[Array, "b t"], slots: int | None
-    ) -> dict[Rope, Float[Array, "b t half"]]:
-        """Returns the angles of the rotary embeddings."""
+    def context(self, positions: Int[Array, "b t"], slots: int | None) -> Context:
+        """Returns the angles of the rotary embeddings, and the factors of other queries."""
         ropes = [rope for rope in dict.fromkeys(self.config.ropes) if rope is not None]
-        return {rope: rope.angles(positions, self.config.head_dim, slots) for rope in ropes}
+        found: dict[Rope | None, Array] = {
+            rope: rope.angles(positions, self.config.head_dim, slots) for rope in ropes
+        }
+        if self.config.blocks.temperature is not None:
+            floor, slope = self.config.blocks.temperature
+            grown = jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / floor))
+            found[None] = 1 + slope * grown
+        return found
 
 
 _LAYER = "layers.{l}"
@@ -399,7 +454,7 @@ def renamed_rules(
         else:
             rules.append(KeyRule(f"{_LAYER}.{ours}", f"{layer}.{theirs}", leaves))
     outputs = dict.fromkeys((output, "lm_head"))
-    rules.append(KeyRule("lm_head", output, LINEAR, in_base=False, older=tuple(outputs)[1:]))
+    rules += [KeyRule("lm_head", name, LINEAR, in_base=False) for name in outputs]
     twins: dict[str, str] = {}
     for name in outputs:
         twins |= tied_head(config, f"{name}.weight", "word.embedding")

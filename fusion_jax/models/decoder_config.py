@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from jaxtyping import Array
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
 from fusion_jax.models.causal import HeadConfig
+from fusion_jax.models.delta import Delta
+from fusion_jax.models.latent_attention import Latent
+from fusion_jax.models.layers import Reach
+from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
 
@@ -61,6 +67,15 @@ class Blocks:
         embedding_norm: Whether the embeddings are normalized.
         alibi: Whether scores have a bias by position, see `alibi_bias`: with or without rounding;
             rounded ones count before the scale.
+        clip_qkv: The largest absolute value of queries, keys and values; None for no limit.
+        unit_norms: Whether queries and keys with positions are divided by their root mean square.
+        temperature: For layers without positions the numbers f and a: the query of token i of a
+            text is multiplied by 1 + a log(1 + floor((i + 1) / f)). Padding does not count; in
+            transformers it does.
+        gated_attention: Whether outputs of attention are multiplied by the sigmoid of gates, which
+            are features of each query head.
+        sinks: Whether each head can attend to nothing, with a score that is a parameter.
+        act: The activation, where ``hidden_act`` does not name it.
     """
 
     norm: Literal[
@@ -91,6 +106,12 @@ class Blocks:
     embedding_size: int = 0
     embedding_norm: bool = False
     alibi: Literal["plain", "rounded"] | None = None
+    clip_qkv: float | None = None
+    unit_norms: bool = False
+    temperature: tuple[float, float] | None = None
+    gated_attention: bool = False
+    sinks: bool = False
+    act: Callable[[Array], Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +119,11 @@ class DecoderConfig(HeadConfig):
     """The fields of a ``config.json`` that the model uses, with Llama's defaults.
 
     Some fields are derived by `read` and by the families: ``ropes`` is the rotary embedding of each
-    layer (None for a layer without positions), ``sliding_windows`` the number of positions that a
-    token attends to in each layer (None for all), ``sparse`` says which layers have experts, and
-    ``qkv_bias`` and ``out_bias`` say which projections of attention have biases. Without a shared
-    expert, its size is 0.
+    layer (None for a layer without positions), ``sliding_windows`` says what a token attends to in
+    each layer, ``sparse`` says which layers have experts, ``delta_layers`` says which layers have
+    the gated delta rule in place of attention, ``further_layers`` is the number of layers after the
+    last one that a checkpoint may have and that are left out, and ``qkv_bias`` and ``out_bias`` say
+    which projections of attention have biases. Without a shared expert, its size is 0.
     """
 
     model_type: str = "llama"
@@ -126,11 +148,16 @@ class DecoderConfig(HeadConfig):
     router_jitter_noise: float = 0.0
     eos_token_id: int | tuple[int, ...] | None = None
     ropes: tuple[Rope | None, ...] = ()
-    sliding_windows: tuple[int | None, ...] = ()
+    sliding_windows: tuple[Reach, ...] = ()
     sparse: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
+    router: RouterRule = field(default_factory=RouterRule)
     blocks: Blocks = Blocks()
+    latent: Latent | None = None
+    delta: Delta | None = None
+    delta_layers: tuple[bool, ...] = ()
+    further_layers: int = 0
 
     @classmethod
     def read(
@@ -139,6 +166,9 @@ class DecoderConfig(HeadConfig):
         *,
         optional: Collection[str] = ("tie_word_embeddings",),
         blocks: Blocks | None = None,
+        router: RouterRule | None = None,
+        latent: Latent | None = None,
+        delta: Delta | None = None,
         partial_rotary: bool = False,
         interleaved: bool = False,
         rotary: bool = True,
@@ -151,6 +181,9 @@ class DecoderConfig(HeadConfig):
             fields: The fields; unknown ones are ignored.
             optional: Which of the fields in `OPTIONAL` the family has.
             blocks: How the layers are built; None for Llama's.
+            router: How routers choose experts; None for Mixtral's.
+            latent: The sizes of latent attention; None for usual attention.
+            delta: The sizes of layers with the gated delta rule; None without such layers.
             partial_rotary: Whether the family rotates only a part of the features if asked to.
             interleaved: Whether it rotates pairs of neighbors, see `Rope`.
             rotary: Whether it has rotary embeddings, which the fields describe.
@@ -168,7 +201,10 @@ class DecoderConfig(HeadConfig):
             qkv_bias=bias if qkv_bias is None else qkv_bias,
             out_bias=bias if out_bias is None else out_bias,
             blocks=blocks or Blocks(),
-            **dict.fromkeys(("ropes", "sliding_windows", "sparse"), ()),
+            router=router or RouterRule(),
+            latent=latent,
+            delta=delta,
+            **dict.fromkeys(("ropes", "sliding_windows", "sparse", "delta_layers"), ()),
         )
         activation(result.hidden_act)
         heads, layers = result.num_attention_heads, result.num_hidden_layers
@@ -183,11 +219,14 @@ class DecoderConfig(HeadConfig):
             ropes=(rope,) * layers,
             sliding_windows=(None,) * layers,
             sparse=(result.num_experts > 0,) * layers,
+            delta_layers=(False,) * layers,
         )
         if result.head_dim < 1:
             raise InputError(f"head_dim must be above 0; got {result.head_dim}")
         if rope is not None:
             rope.check(result.head_dim)
+        if result.num_experts:
+            result.router.check(result.num_experts, result.num_experts_per_tok)
         if heads % result.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {heads} is not a multiple of "

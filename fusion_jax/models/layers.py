@@ -18,7 +18,7 @@ from fusion_jax.nn.dtypes import wide
 ArrayLike = Array | np.ndarray
 """The inputs of models: JAX arrays, or NumPy arrays as tokenizers return them."""
 
-KeysValues = tuple[Float[Array, "b s g f"], Float[Array, "b s g f"]]
+KeysValues = tuple[Float[Array, "b s g f"], Float[Array, "b s g v"]]
 """The keys and the values of attention."""
 
 
@@ -161,7 +161,7 @@ def soft_capped(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
 def attention(
     query: Float[Array, "b t h f"],
     key: Float[Array, "b s g f"],
-    value: Float[Array, "b s g f"],
+    value: Float[Array, "b s g v"],
     visible: Bool[Array, "b 1 #t s"],
     dropout: Dropout,
     dropout_key: Key[Array, ""] | None,
@@ -169,23 +169,25 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     bias: Float[Array, "#b h #t s"] | None = None,
-) -> Float[Array, "b t h f"]:
+    sinks: Float[Array, " h"] | None = None,
+) -> Float[Array, "b t h v"]:
     """Computes scaled dot-product attention, with the softmax in float32 or wider.
 
     Args:
         query: (b, t, h, f) for b examples, t positions, h heads of f features.
         key: (b, s, g, f) for s positions and g key-value heads; h / g query heads share each of
             them.
-        value: (b, s, g, f).
+        value: (b, s, g, v).
         visible: (b, 1, t, s) or (b, 1, 1, s): which positions s each position t attends to.
         dropout: Dropout of the attention weights.
         dropout_key: Its random key; None for no dropout.
         scale: The factor of the scores; None for 1 / sqrt(f).
         cap: The soft cap of the scores, see `soft_capped`; None for none.
         bias: (b, h, t, s), added to the scores; b and t may be 1.
+        sinks: (h,) the score of one more position, whose value is zero; None for none.
 
     Returns:
-        (b, t, h, f) in the dtype of the values.
+        (b, t, h, v) in the dtype of the values.
     """
     b, t, h, f = query.shape
     grouped = query.reshape(b, t, key.shape[2], -1, f)
@@ -196,9 +198,12 @@ def attention(
         scores = scores + wide(bias).reshape(len(bias), *groups, *bias.shape[2:])
     # Finite, so that a position that sees nothing (padding) gives numbers instead of NaN.
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if sinks is not None:
+        more = wide(sinks).reshape(1, *scores.shape[1:3], 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(more, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]].astype(value.dtype)
     weights = dropout(weights, dropout_key)
-    return jnp.einsum("bgrts,bsgf->btgrf", weights, value).reshape(b, t, h, f)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights, value).reshape(b, t, h, -1)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -286,21 +291,46 @@ class Cache(NamedTuple):
 
     Args:
         keys: (b, s, g, f) for each layer: s slots, g key-value heads of f features.
-        values: (b, s, g, f) for each layer.
+        values: (b, s, g, v) for each layer.
         real: (b, s), which slots hold a token that is not padding.
         length: The number of slots in use.
     """
 
     keys: tuple[Float[Array, "b s g f"], ...]
-    values: tuple[Float[Array, "b s g f"], ...]
+    values: tuple[Float[Array, "b s g v"], ...]
     real: Bool[Array, "b s"]
     length: Int[Array, ""]
 
     @classmethod
-    def empty(cls, b: int, slots: int, layers: int, groups: int, f: int, dtype: Any) -> Cache:
-        """Returns a cache without tokens."""
-        empty = (jnp.zeros((b, slots, groups, f), dtype),) * layers
-        return cls(empty, empty, jnp.zeros((b, slots), bool), jnp.int32(0))
+    def empty(
+        cls,
+        b: int,
+        slots: int,
+        layers: int,
+        groups: int,
+        f: int,
+        dtype: Any,
+        *,
+        v: int | None = None,
+    ) -> Cache:
+        """Returns a cache without tokens; values have ``f`` features too unless ``v`` is given."""
+        sizes = f, f if v is None else v
+        keys, values = ((jnp.zeros((b, slots, groups, n), dtype),) * layers for n in sizes)
+        return cls(keys, values, jnp.zeros((b, slots), bool), jnp.int32(0))
+
+
+class Chunk(NamedTuple):
+    """Says that tokens attend to those before them in their chunk of the text alone.
+
+    Args:
+        size: The number of tokens of a chunk.
+    """
+
+    size: int
+
+
+Reach = int | Chunk | None
+"""What a token attends to: its slot and those before it, this many in all; its chunk; or all."""
 
 
 class Window(NamedTuple):
@@ -319,14 +349,13 @@ class Window(NamedTuple):
     positions: Int[Array, "b t"]
 
 
-def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = None) -> Window:
+def window(real: Bool[Array, "b t"], cache: Cache | None, size: Reach = None) -> Window:
     """Returns what the tokens of a causal decoder can attend to.
 
     Args:
         real: (b, t), where this call's tokens are not padding.
         cache: The cache after earlier calls, if there is one.
-        size: The number of slots that a token attends to: its own and those before it. None for
-            all.
+        size: What a token attends to.
     """
     t = real.shape[1]
     slots = jnp.arange(t)
@@ -336,6 +365,11 @@ def window(real: Bool[Array, "b t"], cache: Cache | None, size: int | None = Non
     counts = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     positions = jnp.maximum(counts[:, slots] - 1, 0)
     distance = slots[:, None] - jnp.arange(real.shape[1])[None]
+    if isinstance(size, Chunk):
+        begin = real.argmax(axis=1).astype(slots.dtype)[:, None]  # chunks begin after padding
+        own, all_ = ((s[None] - begin) // size.size for s in (slots, jnp.arange(real.shape[1])))
+        seen = (distance >= 0)[None] & (own[:, :, None] == all_[:, None])
+        return Window(seen[:, None] & real[:, None, None], real, slots, positions)
     seen = (distance >= 0) & (distance < (real.shape[1] if size is None else size))
     return Window(seen[None, None] & real[:, None, None], real, slots, positions)
 
@@ -351,7 +385,7 @@ class CacheUpdate:
         self.cache = cache
         self._new: list[tuple[Array, Array]] = []
 
-    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g f"]) -> KeysValues:
+    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g v"]) -> KeysValues:
         """Adds the keys and values of the next layer; returns them with those of the cache."""
         if self.cache is None:
             return key, value
@@ -361,6 +395,16 @@ class CacheUpdate:
         k, v = (lax.dynamic_update_slice(o, n, at) for o, n in zip(old, (key, value), strict=True))
         self._new.append((k, v))
         return k, v
+
+    def state(self) -> tuple[Array, Array] | None:
+        """Returns what the cache holds for the next layer; None without a cache."""
+        layer = len(self._new)
+        return None if self.cache is None else (self.cache.keys[layer], self.cache.values[layer])
+
+    def replace(self, first: Array, second: Array) -> None:
+        """Replaces what the cache holds for the next layer, where that is not keys and values."""
+        if self.cache is not None:
+            self._new.append((first, second))
 
     def result(self, seen: Window) -> Cache | None:
         """Returns the cache after all layers."""

@@ -3,22 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from fusion_jax.errors import InputError
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.nn.linear_forms import check_plain, matrix_of
+from fusion_jax.nn.linear_forms import Frozen, check_plain, matrix_of
 from fusion_jax.nn.mlp import Mlp, experts
 from fusion_jax.nn.surgery import find_modules
 from fusion_jax.nn.uneven_experts import take_experts
 
 MANY_POSITIONS = 256
 """From this number of positions on, the number of slots adapts to the use of the experts."""
+
+
+class Correction(Frozen):
+    """What is added to the scores of a router for the choice of experts; checkpoints have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRule:
+    """How a router chooses experts and weighs their outputs; the defaults are Mixtral's.
+
+    Args:
+        bias: Whether the logits have a bias.
+        scores: How logits become scores: their softmax, or the sigmoid of each.
+        correction: Whether the choice, but not the weights, is by scores with a fixed number added
+            for each expert.
+        groups: The number of groups of experts, of equal size.
+        used_groups: The number of groups whose experts can be chosen: those where the two best
+            experts have the largest sums of scores.
+        scale: What the weights are multiplied by.
+        weighs: Whether the weights multiply the outputs of experts, or their inputs.
+        shared_gated: Whether the outputs of a shared expert are multiplied by a sigmoid of a linear
+            map of its inputs.
+
+    References:
+        DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    """
+
+    bias: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    correction: bool = False
+    groups: int = 1
+    used_groups: int = 1
+    scale: float = 1.0
+    weighs: Literal["outputs", "inputs"] = "outputs"
+    shared_gated: bool = True
+
+    def check(self, count: int, top_k: int) -> None:
+        """Raises `InputError` if a position cannot be routed to ``top_k`` of ``count`` experts."""
+        if not 1 <= top_k <= count:
+            raise InputError(f"each position uses {top_k} experts, of which there are {count}")
+        size = count // self.groups
+        if self.groups > 1 and (count % self.groups or size < 2):
+            raise InputError(
+                f"{count} experts are not {self.groups} groups of one size that is above 1"
+            )
+        if not 1 <= self.used_groups <= self.groups or self.used_groups * size < top_k:
+            raise InputError(
+                f"each position uses {top_k} experts, but chooses them among {self.used_groups} of "
+                f"{self.groups} groups of {size}"
+            )
 
 
 class Moe(nnx.Module):
@@ -40,9 +92,8 @@ class Moe(nnx.Module):
             no limit.
         jitter: In training, the inputs of the router are multiplied by random factors from
             1 - jitter to 1 + jitter.
-        router_bias: Whether the router has a bias.
-        shared: Makes an expert that computes at every position, with outputs multiplied by a
-            sigmoid of a linear map of its inputs; None for no shared expert.
+        shared: Makes an expert that computes at every position; None for no shared expert.
+        rule: How the router chooses experts.
         kernel_init: The initializer of the router.
         param_dtype: The dtype of the parameters.
         rngs: Random keys of the initial parameters.
@@ -62,19 +113,22 @@ class Moe(nnx.Module):
         normalized: bool,
         capacity: int | None = None,
         jitter: float = 0.0,
-        router_bias: bool = False,
         shared: Callable[..., Mlp] | None = None,
+        rule: RouterRule | None = None,
         kernel_init: nnx.Initializer,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.top_k, self.normalized = top_k, normalized
+        self.top_k, self.normalized, self.rule = top_k, normalized, rule or RouterRule()
         self.capacity, self.jitter = capacity, jitter
         linear = partial(nnx.Linear, kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
-        self.router = linear(d, count, use_bias=router_bias)
+        self.router = linear(d, count, use_bias=self.rule.bias)
         self.experts = experts(make, count, top_k=top_k, rngs=rngs)
         self.shared = None if shared is None else shared(rngs=rngs)
-        self.shared_gate = None if shared is None else linear(d, 1, use_bias=False)
+        gated = shared is not None and self.rule.shared_gated
+        self.shared_gate = linear(d, 1, use_bias=False) if gated else None
+        none = jnp.zeros(count, wide(jnp.zeros(0, param_dtype)).dtype)
+        self.correction = Correction(none) if self.rule.correction else None
 
     def __call__(
         self,
@@ -100,8 +154,14 @@ class Moe(nnx.Module):
             def run(x: Array) -> Array:
                 first = order[:, :count]
                 taken = jnp.take_along_axis(rows, first, axis=1)[..., None]
-                outputs = wide(self.experts(jnp.where(taken, x[first], 0)))
-                outputs = outputs * jnp.take_along_axis(flat, first, axis=1)[..., None]
+                inputs = jnp.where(taken, x[first], 0)
+                weight = jnp.take_along_axis(flat, first, axis=1)[..., None]
+                if self.rule.weighs == "inputs":
+                    inputs, weight = (
+                        (wide(inputs) * weight).astype(x.dtype),
+                        taken.astype(weight.dtype),
+                    )
+                outputs = wide(self.experts(inputs)) * weight
                 return jnp.zeros(x.shape, outputs.dtype).at[first].add(outputs)
 
             return run
@@ -116,8 +176,10 @@ class Moe(nnx.Module):
         too_few = most > jnp.array(slots[:-1], jnp.int32)
         total = jax.lax.switch(too_few.sum(dtype=jnp.int32), branches, x.reshape(-1, x.shape[-1]))
         y = total.reshape(x.shape).astype(x.dtype)
-        if self.shared is not None and self.shared_gate is not None:
-            y = y + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        if self.shared is not None:
+            own = self.shared(x)
+            gate = self.shared_gate
+            y = y + (own if gate is None else jax.nn.sigmoid(gate(x)) * own)
         return y, logits
 
     def slot_counts(self, b: int, t: int) -> list[int]:
@@ -149,9 +211,12 @@ class Moe(nnx.Module):
         self, logits: Float[Array, "b t e"]
     ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t e"]]:
         """Returns the weight of each expert at each position, and which experts compute there."""
-        top, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        scores = self._scores(logits)
+        _, index = jax.lax.top_k(self._choice(scores, logits), self.top_k)
+        top = jnp.take_along_axis(scores, index, axis=-1)
         if self.normalized:
-            top = top / top.sum(-1, keepdims=True)
+            top = top / (top.sum(-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
+        top = top if self.rule.scale == 1 else top * self.rule.scale
         one_hot = jax.nn.one_hot(index, logits.shape[-1], dtype=top.dtype)
         weights = (one_hot * top[..., None]).sum(-2)
         chosen = one_hot.sum(-2) > 0
@@ -159,11 +224,33 @@ class Moe(nnx.Module):
             chosen &= jnp.cumsum(chosen, axis=1, dtype=jnp.int32) <= self.capacity
         return weights, chosen
 
+    def _scores(self, logits: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+        if self.rule.scores == "sigmoid":
+            return jax.nn.sigmoid(logits)
+        return jax.nn.softmax(logits, axis=-1)
+
+    def _choice(
+        self, scores: Float[Array, "b t e"], logits: Float[Array, "b t e"]
+    ) -> Float[Array, "b t e"]:
+        """Returns by what experts are chosen; -inf in groups that are not used."""
+        rule = self.rule
+        if rule.scores == "sigmoid" and self.correction is None:
+            scores = logits  # several sigmoids may be rounded to 1
+        if self.correction is not None:
+            scores = scores + self.correction[...].astype(scores.dtype)[None, None]
+        if rule.groups == rule.used_groups:
+            return scores
+        grouped = scores.reshape(*scores.shape[:-1], rule.groups, -1)
+        _, best = jax.lax.top_k(jax.lax.top_k(grouped, 2)[0].sum(-1), rule.used_groups)
+        used = jax.nn.one_hot(best, rule.groups, dtype=jnp.int32).sum(-2) > 0
+        return jnp.where(used[..., None], grouped, -jnp.inf).reshape(scores.shape)
+
     def with_experts(self, members: Sequence[int]) -> Moe:
         """Returns the mixture of some of its experts, whose router knows no others.
 
         Args:
-            members: The experts to keep, by their numbers; ``top_k`` or more.
+            members: The experts to keep, by their numbers in order; ``top_k`` or more, and equally
+                many of each group.
 
         Raises:
             InputError: The router is not a plain linear layer.
@@ -171,7 +258,7 @@ class Moe(nnx.Module):
         check_plain(self.router, "the router")
         new = nnx.clone(self)
         new.router.out_features = len(members)
-        for variable in (new.router.kernel, new.router.bias):
+        for variable in (new.router.kernel, new.router.bias, new.correction):
             if variable is not None:
                 variable.set_value(variable.get_value()[..., jnp.asarray(members)])
         new.experts = take_experts(self.experts, members)

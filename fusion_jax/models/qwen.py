@@ -54,7 +54,7 @@ def _qwen3(fields: Fields) -> DecoderConfig:
     return _windowed(config, fields)
 
 
-def _with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
+def with_experts(config: DecoderConfig, fields: Fields) -> DecoderConfig:
     """Returns a configuration with experts in every n-th layer, except for listed ones."""
     step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers") or ()
     check_at_least(1, decoder_sparse_step=step)
@@ -71,7 +71,7 @@ def _qwen2_moe(fields: Fields) -> DecoderConfig:
     )
     first = fields.get("max_window_layers", 28)
     config = _windowed(config, fields, lambda layer: layer < first and layer % 2 == 0)
-    return _with_experts(config, fields)
+    return with_experts(config, fields)
 
 
 def _qwen3_moe(fields: Fields) -> DecoderConfig:
@@ -79,10 +79,11 @@ def _qwen3_moe(fields: Fields) -> DecoderConfig:
     fields["num_experts"] = fields.get("num_local_experts") or fields["num_experts"]
     optional = (_TIED, "attention_bias", *_EXPERTS)
     config = DecoderConfig.read(fields, optional=optional, blocks=_NORMED)
-    return _with_experts(_windowed(config, fields, lambda layer: True), fields)
+    return with_experts(_windowed(config, fields, lambda layer: True), fields)
 
 
-def _moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+def moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
+    """Returns the key rules of a decoder with experts, whose tensors have Qwen's names."""
     mlps = (
         *linear_rules("mlp", "mlp", {"router": "gate", "shared_gate": "shared_expert_gate"}),
         *linear_rules("mlp.experts", "mlp.experts.{e}", MLP_NAMES),
@@ -93,7 +94,7 @@ def _moe_rules(config: DecoderConfig, head: Head | None) -> KeyRules:
 
 
 _WIDTHS = {"experts": "moe_intermediate_size", "shared": _SHARED}
-_family = partial(decoder_family, rules=_moe_rules, width_fields=_WIDTHS)
+_family = partial(decoder_family, rules=moe_rules, width_fields=_WIDTHS)
 
 FAMILIES = {
     "qwen2": decoder_family("Qwen2", _qwen2, answers="transformer."),

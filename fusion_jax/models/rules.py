@@ -49,7 +49,8 @@ class KeyRule:
             outputs; ``ours`` is one of them.
         groups: The number of groups of such a layer's outputs. Each group has a part of the outputs
             of every layer that is joined.
-        older: Further names of the layer that are read.
+        packed: Whether one tensor of the checkpoint has all experts along axis 0, as ours has.
+        interleaved: Whether the outputs of joined layers take turns in the checkpoint.
     """
 
     ours: str
@@ -58,7 +59,8 @@ class KeyRule:
     in_base: bool = True
     joined: tuple[str, ...] = ()
     groups: int = 1
-    older: tuple[str, ...] = ()
+    packed: bool = False
+    interleaved: bool = False
 
 
 class TensorLocation(NamedTuple):
@@ -71,6 +73,8 @@ class TensorLocation(NamedTuple):
         joined: The paths of the variables that are one tensor in the checkpoint, one after the
             other along the last axis of ours; empty if the variable has a tensor of its own.
         groups: The number of groups of the outputs of such a tensor, see `KeyRule`.
+        packed: Whether the tensor has all experts along axis 0; only the other axes are transposed.
+        interleaved: Whether joined variables take turns along that axis.
     """
 
     names: tuple[str, ...]
@@ -78,6 +82,8 @@ class TensorLocation(NamedTuple):
     stacked: bool = False
     joined: tuple[str, ...] = ()
     groups: int = 1
+    packed: bool = False
+    interleaved: bool = False
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the tensors that make up the variable."""
@@ -137,18 +143,27 @@ class KeyRules:
                 if match is None:
                     continue
                 indices = {"e": "{e}", **match.groupdict()}
-                bases = [theirs.format(**indices) for theirs in (rule.theirs, *rule.older)]
-                stacked = "{e}" in bases[0]
-                full = [f"{base}.{n}" if name else base for base in bases for n in leaf.names]
+                base = rule.theirs.format(**indices)
+                stacked = "{e}" in base
+                full = [f"{base}.{n}" if name else base for n in leaf.names]
                 if rule.in_base:
                     prefixed = [self.prefix + n for n in full]
                     others = [p + n for p in self.other_prefixes for n in full]
                     full = prefixed + full if self.write_prefix else full + prefixed
                     full += others
                 full += [twin for twin, original in self.twins.items() if original == path]
-                joined = tuple(f"{other.format(**indices)}.{name}" for other in rule.joined)
+                end = f".{name}" if name else ""
+                joined = tuple(other.format(**indices) + end for other in rule.joined)
                 names = tuple(dict.fromkeys(full))
-                yield TensorLocation(names, leaf.transposed, stacked, joined, rule.groups)
+                yield TensorLocation(
+                    names,
+                    leaf.transposed,
+                    stacked,
+                    joined,
+                    rule.groups,
+                    rule.packed,
+                    rule.interleaved,
+                )
 
     def ignores(self, name: str) -> bool:
         """Returns whether the model does not need a tensor of a checkpoint."""

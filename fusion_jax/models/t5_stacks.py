@@ -24,7 +24,7 @@ from fusion_jax.models.layers import (
     token_mask,
     window,
 )
-from fusion_jax.models.moe import Moe
+from fusion_jax.models.moe import Moe, RouterRule
 from fusion_jax.models.t5_config import T5Config
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.dtypes import wide
@@ -138,7 +138,7 @@ class Layer(nnx.Module):
                 normalized=False,
                 capacity=config.expert_capacity,
                 jitter=config.router_jitter_noise,
-                router_bias=config.router_bias,
+                rule=RouterRule(bias=config.router_bias),
                 kernel_init=nnx.initializers.normal(config.initializer_factor * d**-0.5),
                 **common,
             )

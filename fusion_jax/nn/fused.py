@@ -15,6 +15,7 @@ from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.mlp import GatedMlp, Mlp
 from fusion_jax.nn.submlps import SubMLPs, activation
+from ntk.activations import outside
 
 Scaling = Literal["adam", "sgd", "folded"]
 
@@ -214,4 +215,7 @@ class FusedGatedMlp(_Fused, GatedMlp):
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
         """Returns the hidden values with cluster sizes, which the output weights multiply."""
         h = activation(self.act)(_times(self.gate(x), self.inner[...]))
-        return _times(h * self.up(x), self.outer[...] * self.middle[...])
+        of_linear = outside(self.act)
+        if of_linear is None:
+            return _times(h * self.up(x), self.outer[...] * self.middle[...])
+        return _times(h * of_linear(_times(self.up(x), self.middle[...])), self.outer[...])

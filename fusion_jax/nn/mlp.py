@@ -26,7 +26,7 @@ from fusion_jax.nn.linear_forms import (
     take_settings,
 )
 from fusion_jax.nn.submlps import SubMLPs, activation
-from ntk.activations import Activation
+from ntk.activations import Activation, outside
 
 MlpT = TypeVar("MlpT", bound="Mlp")
 
@@ -316,6 +316,8 @@ class GatedMlp(Mlp):
     """A gated MLP, ``f(x) = sum_i v_i (u_i . x + a_i) s(g_i . x + c_i) + b_out``.
 
     The arguments are those of `Mlp`. The activation is on the gate, as in Llama and T5 v1.1.
+    If the activation is a function with an attribute ``outside``, a function too, that one is
+    applied to the other factor, as in `ClampedSwish`.
 
     Example:
         >>> mlp = GatedMlp(4, 16, act="silu", use_bias=False, rngs=nnx.Rngs(0))
@@ -329,7 +331,8 @@ class GatedMlp(Mlp):
 
     def hidden(self, x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """Returns the hidden values, which the output weights multiply."""
-        return activation(self.act)(self.gate(x)) * self.up(x)
+        h, of_linear = self.up(x), outside(self.act)
+        return activation(self.act)(self.gate(x)) * (h if of_linear is None else of_linear(h))
 
     def linears(self) -> dict[str, AnyLinear]:
         """Returns the linear layers by name."""

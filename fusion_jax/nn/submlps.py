@@ -11,6 +11,7 @@ Axis letters in shapes: p width, c clusters, d inputs, o outputs, t positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,6 +32,37 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {name: FUNCTIONS[canonical(name)] for name in _NAMES}
 )
 """Activations by their Hugging Face names."""
+
+
+@dataclass(frozen=True)
+class ClampedSwish:
+    """The activation of gated MLPs in gpt-oss, ``f(x) = sum_i v_i (c(u) + 1) s(g) + b_out``.
+
+    With u and g the values of a unit's two linear maps, s(g) = m sigmoid(alpha m) for m the smaller
+    of g and the limit, and c(u) is u within the limit on both sides. As in every gated MLP, a unit
+    is v_i times a function of u and g, so that units with the same weights can be one.
+
+    Args:
+        alpha: The gain of the sigmoid.
+        limit: The limit.
+
+    Example:
+        >>> act = ClampedSwish(limit=7.0)
+        >>> float(act.outside(jnp.array(9.0))), float(act(jnp.array(0.0)))
+        (8.0, 0.0)
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, gate: Array) -> Array:
+        """Returns what the gate is multiplied by."""
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate)
+
+    def outside(self, linear: Array) -> Array:
+        """Returns the factor outside the activation."""
+        return jnp.clip(linear, -self.limit, self.limit) + 1
 
 
 def activation(name: Activation) -> Callable[[Array], Array]:
