@@ -125,7 +125,6 @@ ODD["modernbert"] = [
     {"global_attn_every_n_layers": 2, "sliding_window": 1, "classifier_pooling": "mean",
      "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "norm_bias": True},
     {"num_hidden_layers": 1, "intermediate_size": 1, "classifier_bias": True},
-    {"local_attention": 3, "decoder_bias": True, "vocab_size": 67},
 ]  # fmt: skip
 ODD["albert"] = [
     {"hidden_size": 21, "num_attention_heads": 7, "embedding_size": 21, "intermediate_size": 23},
@@ -145,8 +144,6 @@ ODD["eurobert"] = [
     {"classifier_pooling": "bos", "intermediate_size": 1},
     {"pad_token_id": 3, **rope("dynamic", max_position_embeddings=5)},
     {"tie_word_embeddings": False, "vocab_size": 67, **rope("llama3")},
-    {"head_dim": 2},
-    {"classifier_pooling": "late", "hidden_size": 24},
 ]  # fmt: skip
 ODD["nomic_bert"] = [
     {"hidden_size": 28, "num_attention_heads": 7, "intermediate_size": 23, **rope("linear")},
