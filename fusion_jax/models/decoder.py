@@ -36,6 +36,7 @@ from fusion_jax.models.layers import (
     attention,
     soft_capped,
     split_key,
+    unit_rms,
 )
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
@@ -79,12 +80,6 @@ class Attention(nnx.Module):
         y = y.reshape(*x.shape[:2], -1, self.features)
         return norm(y) if norm is not None and not self.all_normed else y
 
-    def _unit(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
-        """Returns vectors divided by their root mean square."""
-        y = wide(x)
-        mean = jnp.square(y).mean(-1, keepdims=True)
-        return (y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))).astype(x.dtype)
-
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -102,21 +97,13 @@ class Attention(nnx.Module):
         v = self._heads(self.value, None, x)
         if self.rope is not None:
             q, k = (self.rope.rotated(a, context[self.rope]) for a in (q, k))
-            q, k = (self._unit(a) if self.unit_norms else a for a in (q, k))
+            q, k = (unit_rms(a, self.epsilon) if self.unit_norms else a for a in (q, k))
         elif None in context:
             q = (wide(q) * context[None][..., None, None]).astype(x.dtype)
         k, v = cache.extended(k, v)
-        y = attention(
-            q,
-            k,
-            v,
-            visible,
-            self.dropout,
-            key,
-            scale=self.scale,
-            cap=self.cap,
-            sinks=None if self.sinks is None else self.sinks[...],
-        )
+        given = {"sinks": None if self.sinks is None else self.sinks[...]}
+        scale, cap = self.scale, self.cap
+        y = attention(q, k, v, visible, self.dropout, key, scale=scale, cap=cap, **given)
         y = y if gate is None else y * jax.nn.sigmoid(gate)
         return self.out(y.reshape(*x.shape[:2], -1))
 
