@@ -39,6 +39,7 @@ from fusion_jax.models.layers import (
     attention,
     soft_capped,
     split_key,
+    unit_rms,
 )
 from fusion_jax.models.moe import Moe
 from fusion_jax.models.rope import Rope
@@ -86,14 +87,8 @@ class Attention(nnx.Module):
         y = norm(y) if norm is not None and not self.normed_last else y
         if self.rope is not None:
             y = self.rope.rotated(y, context[self.rope])
-            y = self._unit(y) if self.unit_norms else y
+            y = unit_rms(y, self.epsilon) if self.unit_norms else y
         return norm(y) if norm is not None and self.normed_last else y
-
-    def _unit(self, x: Float[Array, "b t h f"]) -> Float[Array, "b t h f"]:
-        """Returns vectors divided by their root mean square."""
-        y = wide(x)
-        mean = jnp.square(y).mean(-1, keepdims=True)
-        return (y * jax.lax.rsqrt(mean + jnp.asarray(self.epsilon, y.dtype))).astype(x.dtype)
 
     def __call__(
         self,
