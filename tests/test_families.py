@@ -376,7 +376,6 @@ DECODERS = [
 DELTA = {"partial_rotary_factor": 0.5, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
          "head_dim": 4, "linear_key_head_dim": 3, "linear_value_head_dim": 5,
          "full_attention_interval": 3}  # fmt: skip
-DECODERS = [*(f for f in ODD if f in LLAMAS), "gpt2"]
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -167,10 +167,10 @@ def export_hf(
     width_fields: dict[str, str | None] = {}
     factors: dict[str, int] = {}
     for site in sites(model):
-        parts = site.path.split(".")[::-1]
-        named = (family.width_fields[x] for x in parts if x in family.width_fields)
+        first, last = site.path.partition(".")[0], site.path.rpartition(".")[2]
+        named = (family.width_fields[x] for x in (last, first) if x in family.width_fields)
         width_fields[site.path] = next(named, family.width_field)
-        factors[site.path] = fields.get(family.width_factors.get(parts[0]), 1)
+        factors[site.path] = fields.get(family.width_factors.get(last), 1)
     widths: dict[str | None, int] = {}
     if family.width_field is None:
         widths[None] = config.intermediate_size
@@ -255,7 +255,7 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
-            yield name, part.swapaxes(-1, -2) if location.transposed else part
+            yield name, part.transpose(location.axes(part.ndim))
 
 
 def _joined(arrays: list[np.ndarray], groups: int) -> np.ndarray:
