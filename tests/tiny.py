@@ -286,6 +286,27 @@ def decoder_config(fields):
     """The configuration of a model with these fields in its config.json."""
     return FAMILIES[fields["model_type"]].config(fields)
 
+# Models of images, which tests/test_vision.py tests.
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": [8, 12],
+    "patch_size": 4,
+    "id2label": BERT["id2label"],
+    "label2id": BERT["label2id"],
+}
+VISION = {"vit": VIT}
+
+
+def images(config, count=3):
+    """Pixels for a configuration of a model of images."""
+    height, width = np.broadcast_to(config["image_size"], 2)
+    shape = (count, config.get("num_channels", 3), height, width)
+    return np.random.RandomState(5).standard_normal(shape).astype(np.float32)
+
 
 def _cases(*heads):
     return [

@@ -20,7 +20,7 @@ from fusion_jax.compression.width_scores import plan_from_json
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.provenance import Head
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import tokenizer_of
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, size_of, table
@@ -205,7 +205,7 @@ def export(
             f"{artefact} has the head {head}"
         )
     if serve:
-        load_tokenizer(model.provenance.folder)
+        tokenizer_of(model)
     export_hf(model, out, round_to=round_to)
     widths = [site.mlp.width for site in sites(model)]
     stored = -(-max(widths) // round_to) * round_to

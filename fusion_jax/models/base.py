@@ -31,11 +31,13 @@ class Model(nnx.Module):
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
         needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
+        takes_images: Whether the model takes ``pixel_values`` instead of tokens.
     """
 
     config: Any
     provenance: Provenance
     needed_tokens: tuple[int, ...] = ()
+    takes_images: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""

@@ -51,6 +51,7 @@ from fusion_jax.models import (
     stablelm,
     starcoder2,
     t5,
+    vit,
 )
 from fusion_jax.models.base import Family as Family
 from fusion_jax.models.base import Model
@@ -99,6 +100,7 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **starcoder2.FAMILIES,
     **t5.FAMILIES,
+    **vit.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
 

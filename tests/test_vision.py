@@ -1,0 +1,158 @@
+"""Models of images: against transformers, smaller, saved, exported, with kernels, and no text."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+import fusion_jax as fj
+import ntk
+from fusion_jax.cli.demo import bit_equal
+from fusion_jax.cli.main import main
+from fusion_jax.models.registry import FAMILIES
+from tests import tiny
+
+HEADS = [(family, head) for family in tiny.VISION for head in FAMILIES[family].architectures]
+ODD = {
+    "vit": [
+        {"image_size": [9, 14], "patch_size": [4, 3], "num_channels": 1, "qkv_bias": False,
+         "pooler_output_size": 5, "pooler_act": "relu"},
+        {"head_dim": 6, "hidden_act": "gelu_new", "layer_norm_eps": 1e-2, "image_size": 8},
+        {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23, "patch_size": 8},
+    ],
+}  # fmt: skip
+CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
+PREPROCESSOR = "preprocessor_config.json"
+
+
+@functools.cache
+def golden():
+    with safe_open(tiny.GOLDENS / "vision.safetensors", "np") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        return shapes, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def checkpoint(folder, family="vit", head=None, **changes):
+    shapes = golden()[0][f"{family} {head or 'base'}"]
+    tensors = {name: tiny.weight(name, shape) for name, shape in shapes.items()}
+    tiny.write_folder(folder, {**tiny.VISION[family], **changes}, tensors)
+    (folder / PREPROCESSOR).write_text('{"size": 8}')
+    return folder
+
+
+def ours(model, x):
+    return jax.jit(lambda model, x: model(pixel_values=x, output_hidden_states=True))(model, x)
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_equals_hugging_face(family, head, tmp_path):
+    model = fj.load(checkpoint(tmp_path / "m", family, head), head=head)
+    out = ours(model, tiny.images(tiny.VISION[family]))
+    case = f"{family} {head or 'base'} "
+    want = {n.removeprefix(case): x for n, x in golden()[1].items() if n.startswith(case)}
+    assert want
+    for name, x in want.items():
+        np.testing.assert_allclose(getattr(out, name), x, atol=1e-4, err_msg=name)
+
+
+def test_smaller_saved_exported_and_its_kernel(tmp_path, key):
+    folder = checkpoint(tmp_path / "m", head="classification")
+    model = fj.load(folder, head="classification")
+    x = tiny.images(tiny.VIT)
+    batches = [{"pixel_values": x}, {"pixel_values": x[:2]}]
+    seen = fj.calibrate(model, batches, key=key)
+    assert {path: y.shape for path, y in seen.items()} == {
+        f"layers.{i}.mlp": (5 * 7, 16) for i in range(2)
+    }
+    smaller, _ = fj.compress(model, fj.Fusion(width=9), key=key, calibration=batches)
+    assert {site.mlp.width for site in fj.sites(smaller)} == {9}
+    saved = fj.save(smaller, tmp_path / "artefact")
+    assert (saved / PREPROCESSOR).is_file()
+    assert bit_equal(fj.load(saved), smaller)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    assert (exported / PREPROCESSOR).is_file()
+    other = fj.load(exported, head="classification")
+    assert {site.mlp.width for site in fj.sites(other)} == {9}
+    np.testing.assert_allclose(ours(other, x).logits, ours(smaller, x).logits, atol=1e-5)
+
+    f, params = ntk.functional(smaller, outputs="logits", wrt=r"layers\.1\..*|cls_token|patches.*")
+    kernel = ntk.kernel(f, params, x)
+    rows = jax.tree.leaves(jax.jacobian(f)(params, x))
+    rows = jnp.concatenate([g.reshape(3, 3, -1) for g in rows], axis=-1)
+    want = jnp.einsum("nop,mqp->nmoq", rows, rows)
+    np.testing.assert_allclose(kernel, want, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_what_is_not_an_image_is_an_error(tmp_path, key):
+    folder = checkpoint(tmp_path / "m", head="classification")
+    model = fj.load(folder, head="classification")
+    text = "this is a model of images"
+    ids, x = jnp.ones((2, 5), int), tiny.images(tiny.VIT)
+    for source in (["A text."], "random"):
+        with pytest.raises(fj.InputError, match=text):
+            fj.calibrate(model, source, key=key)
+    with pytest.raises(fj.InputError, match="takes pixel_values, images; got input_ids"):
+        fj.calibrate(model, [{"input_ids": ids}], key=key)
+    for wrong, said in (
+        ({"input_ids": ids}, "got input_ids"),
+        ({}, "got nothing"),
+        ({"pixel_values": ids}, r"must be \(images, 3, 8, 12\).*got \(2, 5\)"),
+        ({"pixel_values": x[:, :, :, :8]}, r"got \(3, 3, 8, 8\); resize"),
+        ({"pixel_values": x.astype(np.uint8)}, "must be floats"),
+    ):
+        with pytest.raises(fj.InputError, match=said):
+            model(**wrong)
+
+
+@pytest.mark.parametrize("command", ["finetune", "certify", "bench"])
+def test_commands_for_text_are_an_error(command, tmp_path, capsys):
+    folder = str(checkpoint(tmp_path / "m", head="classification"))
+    (tmp_path / "texts.csv").write_text("text,label\na b c,no\nd e f,yes\n")
+    if command == "certify":
+        smaller, _ = fj.compress(fj.load(folder), fj.Fusion(width=9), key=jax.random.key(0))
+        folder = str(fj.save(smaller, tmp_path / "smaller"))
+    data = ["--train-file", str(tmp_path / "texts.csv"), "--out", str(tmp_path / "run")]
+    assert main([command, folder, *(data if command == "finetune" else [])]) == 1
+    assert "this is a model of images, which cannot read text" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.full(quick=1)
+@pytest.mark.parametrize(("family", "number"), CASES)
+def test_odd_configurations_equal_transformers(family, number, tmp_path, key):
+    """As loaded, and fused and exported."""
+    import torch
+    import transformers
+
+    heads = list(FAMILIES[family].architectures)
+    head = heads[number % 2]
+    fields = {**tiny.VISION[family], **ODD[family][number]}
+    rest = json.loads(json.dumps(fields))
+    config = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
+    cls = getattr(transformers, FAMILIES[family].architectures[head])
+    cls(config).save_pretrained(tmp_path / "names")
+    names = safetensors.numpy.load_file(tmp_path / "names/model.safetensors")
+    tensors = {name: tiny.weight(name, y.shape) for name, y in names.items()}
+    folder = tiny.write_folder(tmp_path / "m", fields, tensors)
+    model = fj.load(folder, head=head)
+    smaller, _ = fj.compress(model, fj.Fusion(width=7), key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    x = tiny.images(fields)
+    for mine, where in ((model, folder), (smaller, exported)):
+        other, info = cls.from_pretrained(where, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            want = other.eval()(torch.tensor(x), output_hidden_states=True)
+        got = ours(mine, x)
+        pairs = list(zip(got.hidden_states, want.hidden_states, strict=True))
+        for name in ("last_hidden_state", "pooler_output", "logits"):
+            if want.get(name) is not None:
+                pairs.append((getattr(got, name), want[name]))
+        for a, b in pairs:
+            assert np.abs(np.asarray(a) - b.numpy()).max() < 1e-4 * np.abs(b.numpy()).max()
