@@ -14,6 +14,7 @@ import fusion_jax as fj
 import ntk
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.cli.main import main
+from fusion_jax.models.bert_layers import Shared
 from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
@@ -25,8 +26,17 @@ ODD = {
         {"head_dim": 6, "hidden_act": "gelu_new", "layer_norm_eps": 1e-2, "image_size": 8},
         {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23, "patch_size": 8},
     ],
+    "dinov2": [
+        {"image_size": 9, "num_channels": 1, "qkv_bias": False, "mlp_ratio": 1,
+         "use_mask_token": False},
+        {"use_swiglu_ffn": True, "head_dim": 6, "hidden_act": "relu", "num_labels": 5},
+        {"hidden_act": "relu", "layer_norm_eps": 1e-2, "patch_size": 2, "mlp_ratio": 3},
+        {"use_swiglu_ffn": True, "hidden_size": 15, "num_attention_heads": 5, "mlp_ratio": 3,
+         "layerscale_value": 0.0, "patch_size": [2, 4], "image_size": 8},
+    ],
 }  # fmt: skip
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
+SEEN = Shared({None: jnp.ones((16, 1, 1, 5), bool)}, None, {}, None)
 PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -109,6 +119,22 @@ def test_what_is_not_an_image_is_an_error(tmp_path, key):
             model(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("vit", {"image_size": 3}, "patch_size .* is larger than image_size"),
+        ("vit", {"image_size": [8, 8, 8]}, "image_size must be a number from 1 to 65535, or two"),
+        ("vit", {"patch_size": 0}, "patch_size must be a number"),
+        ("vit", {"pooler_act": "unknown"}, "unknown activation 'unknown'"),
+        ("dinov2", {"image_size": [8, 12]}, "image_size must be one number"),
+        ("dinov2", {"mlp_ratio": 2.5}, "mlp_ratio must be of type int"),
+    ],
+)
+def test_configurations_that_are_an_error(family, changes, said, tmp_path):
+    with pytest.raises(fj.InputError, match=said):
+        fj.load(checkpoint(tmp_path / "m", family, **changes))
+
+
 @pytest.mark.parametrize("command", ["finetune", "certify", "bench"])
 def test_commands_for_text_are_an_error(command, tmp_path, capsys):
     folder = str(checkpoint(tmp_path / "m", head="classification"))
@@ -120,6 +146,23 @@ def test_commands_for_text_are_an_error(command, tmp_path, capsys):
     assert main([command, folder, *(data if command == "finetune" else [])]) == 1
     assert "this is a model of images, which cannot read text" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_training_leaves_out_what_layers_add_example_by_example(tmp_path, key):
+    model = fj.load(checkpoint(tmp_path / "m", "dinov2"))
+    x = tiny.images(tiny.DINOV2, 16)
+    states = model(pixel_values=x, output_hidden_states=True, key=key).hidden_states
+    whole = model.layers[0](states[0], SEEN, None)
+    y = model.layers[0].attention(model.layers[0].attention_norm(states[0]), SEEN, None)
+    y = y * model.layers[0].attention_scale[...][None, None]
+
+    def close(x, want):
+        return np.isclose(x, want, atol=1e-4).all(axis=(1, 2))
+
+    added = states[1] - states[0]
+    neither, attention = close(added, 0), close(added, 2 * y)
+    assert neither.any() and attention.any() and not (neither | attention).all()
+    assert not close(states[1], whole).any()
 
 
 @pytest.mark.torch

@@ -298,7 +298,9 @@ VIT = {
     "id2label": BERT["id2label"],
     "label2id": BERT["label2id"],
 }
-VISION = {"vit": VIT}
+DINOV2 = {**VIT, "model_type": "dinov2", "image_size": 8, "mlp_ratio": 2, "drop_path_rate": 0.5}
+del DINOV2["intermediate_size"]
+VISION = {"vit": VIT, "dinov2": DINOV2}
 
 
 def images(config, count=3):

@@ -250,7 +250,8 @@ class Family:
         rules: Returns the key rules for a configuration and a head.
         architectures: The name of the Hugging Face class for each head.
         width_field: The field of ``config.json`` with the width of the MLPs; None if the width
-            cannot be stated, so that exports have the original one.
+            cannot be stated, so that exports have the original one; or a function of the
+            configuration that returns either.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by a part of their path.
@@ -264,7 +265,7 @@ class Family:
     model: Callable[..., Model]
     rules: Callable[[Any, Head | None], KeyRules]
     architectures: Mapping[Head | None, str]
-    width_field: str | None
+    width_field: str | Callable[[Any], str | None] | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     width_factors: Mapping[str, str] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,12 +204,13 @@ class VisionTransformer(Model):
         return pixels.astype(self.patches.kernel[...].dtype)
 
 
-WHOLE: Mapping[str, Leaf] = {"": Leaf(("",))}
+WHOLE = {"": Leaf(("",))}
+"""A variable that is not part of a layer."""
 _THEIRS = "encoder.layer.{l}"
 BASE = (
     KeyRule("patches", "embeddings.patch_embeddings.projection", CONV1D),
-    KeyRule("cls_token", "embeddings.cls_token", dict(WHOLE)),
-    KeyRule("position", "embeddings.position_embeddings", dict(WHOLE)),
+    KeyRule("cls_token", "embeddings.cls_token", WHOLE),
+    KeyRule("position", "embeddings.position_embeddings", WHOLE),
     *(
         KeyRule(f"layers.{{l}}.attention.{part}", f"{_THEIRS}.attention.attention.{part}", LINEAR)
         for part in ("query", "key", "value")
