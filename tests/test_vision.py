@@ -34,6 +34,16 @@ ODD = {
         {"use_swiglu_ffn": True, "hidden_size": 15, "num_attention_heads": 5, "mlp_ratio": 3,
          "layerscale_value": 0.0, "patch_size": [2, 4], "image_size": 8},
     ],
+    "clip_vision_model": [
+        {"image_size": 9, "num_channels": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-2},
+        {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23,
+         "projection_dim": 5, "attention_dropout": 0.5},
+    ],
+    "siglip_vision_model": [
+        {"image_size": 9, "num_channels": 1, "hidden_act": "relu", "layer_norm_eps": 1e-2},
+        {"hidden_size": 21, "num_attention_heads": 7, "vision_use_head": False,
+         "patch_size": 2, "attention_dropout": 0.5},
+    ],
 }  # fmt: skip
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]
 SEEN = Shared({None: jnp.ones((16, 1, 1, 5), bool)}, None, {}, None)
@@ -108,6 +118,8 @@ def test_what_is_not_an_image_is_an_error(tmp_path, key):
             fj.calibrate(model, source, key=key)
     with pytest.raises(fj.InputError, match="takes pixel_values, images; got input_ids"):
         fj.calibrate(model, [{"input_ids": ids}], key=key)
+    with pytest.raises(fj.InputError, match=text):
+        fj.load(folder, head="classification", label_words=["a", "b", "c"])
     for wrong, said in (
         ({"input_ids": ids}, "got input_ids"),
         ({}, "got nothing"),
@@ -133,6 +145,16 @@ def test_what_is_not_an_image_is_an_error(tmp_path, key):
 def test_configurations_that_are_an_error(family, changes, said, tmp_path):
     with pytest.raises(fj.InputError, match=said):
         fj.load(checkpoint(tmp_path / "m", family, **changes))
+
+
+def test_export_says_that_a_width_cannot_be_stated(tmp_path, capsys):
+    model = fj.load(checkpoint(tmp_path / "m", "dinov2"))
+    smaller, _ = fj.compress(model, fj.Fusion(width=9), key=jax.random.key(0))
+    folder, out = str(fj.save(smaller, tmp_path / "a")), str(tmp_path / "hf")
+    assert main(["export", folder, out]) == 0
+    said = capsys.readouterr().out
+    assert "with MLPs of width 16." in said
+    assert "The format cannot state a width of 9: zero units pad" in said
 
 
 @pytest.mark.parametrize("command", ["finetune", "certify", "bench"])
@@ -174,7 +196,7 @@ def test_odd_configurations_equal_transformers(family, number, tmp_path, key):
     import transformers
 
     heads = list(FAMILIES[family].architectures)
-    head = heads[number % 2]
+    head = heads[number % len(heads)]
     fields = {**tiny.VISION[family], **ODD[family][number]}
     rest = json.loads(json.dumps(fields))
     config = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)

@@ -286,6 +286,7 @@ def decoder_config(fields):
     """The configuration of a model with these fields in its config.json."""
     return FAMILIES[fields["model_type"]].config(fields)
 
+
 # Models of images, which tests/test_vision.py tests.
 VIT = {
     "model_type": "vit",
@@ -300,7 +301,13 @@ VIT = {
 }
 DINOV2 = {**VIT, "model_type": "dinov2", "image_size": 8, "mlp_ratio": 2, "drop_path_rate": 0.5}
 del DINOV2["intermediate_size"]
-VISION = {"vit": VIT, "dinov2": DINOV2}
+TOWER = {n: x for n, x in VIT.items() if n not in ("id2label", "label2id")} | {"image_size": 8}
+VISION = {
+    "vit": VIT,
+    "dinov2": DINOV2,
+    "clip_vision_model": {**TOWER, "model_type": "clip_vision_model"},
+    "siglip_vision_model": {**TOWER, "model_type": "siglip_vision_model"},
+}
 
 
 def images(config, count=3):

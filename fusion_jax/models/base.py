@@ -287,5 +287,5 @@ class Family:
     def check_head(self, head: str | None) -> None:
         """Raises `InputError` if the architecture does not have the head."""
         if head is not None and head not in self.architectures:
-            known = ", ".join(repr(h) for h in get_args(Head) if h in self.architectures)
-            raise InputError(f"unknown head {head!r}; known: None, {known}")
+            known = [None, *(h for h in get_args(Head) if h in self.architectures)]
+            raise InputError(f"unknown head {head!r}; known: {', '.join(map(repr, known))}")

@@ -127,10 +127,19 @@ class SelfAttention(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.features)
 
     def __call__(
-        self, x: Float[Array, "b t d"], shared: Shared, key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b t d"],
+        shared: Shared,
+        key: Key[Array, ""] | None,
+        source: Float[Array, "b s d"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Attends from every position to the visible ones."""
-        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        """Attends from every position to the visible ones, of the source if there is one."""
+        read = x if source is None else source
+        q, k, v = (
+            self._heads(self.query(x)),
+            self._heads(self.key(read)),
+            self._heads(self.value(read)),
+        )
         if self.rope is not None:
             q, k = (self.rope.rotated(a, shared.angles[self.rope]) for a in (q, k))
         visible = shared.visible[self.window]

@@ -14,6 +14,7 @@ from fusion_jax.models import (
     bart,
     bert,
     bloom,
+    clip,
     cohere,
     deberta,
     deepseek,
@@ -64,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     **bart.FAMILIES,
     **bert.FAMILIES,
     **bloom.FAMILIES,
+    **clip.FAMILIES,
     **cohere.FAMILIES,
     **deberta.FAMILIES,
     **deepseek.FAMILIES,
@@ -137,7 +139,7 @@ def coverage() -> list[Coverage]:
     """Returns what is supported, in the order of the names.
 
     Every type is loaded, compressed, fine-tuned, saved and exported, and generates text if it has
-    the head ``causal-lm`` or ``seq2seq-lm``.
+    the head ``causal-lm`` or ``seq2seq-lm``. There are no tasks for models of images.
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Key, Shaped
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import EncoderOutput, Head, Model
 from fusion_jax.models.bert_config import EncoderConfig
-from fusion_jax.models.bert_layers import Layer, LayerFactory, Shared
+from fusion_jax.models.bert_layers import Layer, LayerFactory, SelfAttention, Shared
 from fusion_jax.models.layers import ArrayLike, Dropout, split_key
-from fusion_jax.models.rules import CONV1D, LINEAR, NORM, KeyRule, Leaf
+from fusion_jax.models.rules import LINEAR, NORM, KeyRule, Leaf
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.submlps import activation
 
@@ -39,9 +39,19 @@ class VisionConfig(EncoderConfig):
     pooler_act: str = "tanh"
     use_mask_token: bool = False
     """Whether checkpoints have an embedding of masked patches, which is only kept."""
-    pooling: Literal["dense", "first", "mean"] = "dense"
-    """What is pooled: a linear layer of the first state, or this state itself; and what a head
-    reads: this state, or for ``"mean"`` also the mean over patches."""
+    pooling: Literal["dense", "first", "mean", "attention", "none"] = "dense"
+    """What is pooled: a linear layer of the first state, or this state itself, or what a learned
+    query attends to. A head reads the first state, and for ``"mean"`` also the mean of patches."""
+    class_token: bool = True
+    """Whether there is a token before the patches."""
+    patch_bias: bool = True
+    """Whether the linear layer on patches has a bias."""
+    input_norm: bool = False
+    """Whether the input of the first layer is normalized."""
+    norm_pooled: bool = False
+    """Whether the norm after the last layer is that of the pooled state alone."""
+    flat: bool = False
+    """Whether checkpoints have the token and the positions without leading axes of size 1."""
 
     @property
     def image(self) -> tuple[int, int]:
@@ -81,7 +91,8 @@ class PatchEmbedding(nnx.Module):
         shape = (config.hidden_size, config.num_channels, *config.patch)
         rows = make.linear(int(np.prod(shape[1:])), shape[0])
         self.kernel = nnx.Param(rows.kernel[...].T.reshape(shape))
-        self.bias = nnx.Param(jnp.zeros(shape[0], make.param_dtype))
+        zeros = jnp.zeros(shape[0], make.param_dtype)
+        self.bias = nnx.Param(zeros) if config.patch_bias else None
         self.patch, self.grid = config.patch, config.grid
 
     def __call__(self, pixels: Float[Array, "b c y x"]) -> Float[Array, "b n d"]:
@@ -92,7 +103,24 @@ class PatchEmbedding(nnx.Module):
         patches = pixels.reshape(b, c, rows, p, columns, q).transpose(0, 2, 4, 1, 3, 5)
         kernel = self.kernel[...]
         y = patches.reshape(b, rows * columns, -1) @ kernel.reshape(len(kernel), -1).T
-        return y + self.bias[...][None, None]
+        return y if self.bias is None else y + self.bias[...][None, None]
+
+
+class AttentionPooler(nnx.Module):
+    """Pools states by attention from a learned query, with an MLP behind it, as SigLIP does."""
+
+    def __init__(self, config: VisionConfig, make: LayerFactory):
+        d = config.hidden_size
+        self.query = nnx.Param(make.embed(1, d).embedding[...][None])
+        self.attention = SelfAttention(config, 0, make)
+        self.norm = make.norm(d)
+        self.mlp = make.mlp(d, config.intermediate_size)
+
+    def __call__(self, x: Float[Array, "b t d"], shared: Shared) -> Float[Array, "b d"]:
+        """Returns the pooled states."""
+        query = jnp.broadcast_to(self.query[...], (len(x), 1, x.shape[-1]))
+        y = self.attention(query, shared, None, x)
+        return (y + self.mlp(self.norm(y)))[:, 0]
 
 
 class VisionTransformer(Model):
@@ -126,16 +154,24 @@ class VisionTransformer(Model):
         self.config = config
         d = config.hidden_size
         self.patches = PatchEmbedding(config, make)
-        rows = 1 + config.grid[0] * config.grid[1]
-        self.cls_token = nnx.Param(make.embed(1, d).embedding[...][None])
-        self.position = nnx.Param(make.embed(rows, d).embedding[...][None])
+        rows = config.class_token + config.grid[0] * config.grid[1]
+        lead = () if config.flat else (1, 1)
+        first = make.embed(1, d).embedding[...].reshape(*lead, d)
+        self.cls_token = nnx.Param(first) if config.class_token else None
+        position = make.embed(rows, d).embedding[...]
+        self.position = nnx.Param(position.reshape(*lead[1:], rows, d))
+        self.input_norm = make.norm(d) if config.input_norm else None
         masked = mask_token and config.use_mask_token
         self.mask_token = Frozen(jnp.zeros((1, d), param_dtype)) if masked else None
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nnx.List([Layer(config, i, make) for i in range(config.num_hidden_layers)])
         self.norm = make.norm(d)
-        pooler = pooler and head is None and config.pooling == "dense"
-        self.pooler = make.linear(d, config.pooler_output_size or d) if pooler else None
+        pooled: nnx.Module | None = None
+        if config.pooling == "attention" and head is None:
+            pooled = AttentionPooler(config, make)
+        elif config.pooling == "dense" and head is None and pooler:
+            pooled = make.linear(d, config.pooler_output_size or d)
+        self.pooler: Any = pooled
         features = 2 * d if config.pooling == "mean" else d
         self.head = None if head is None else make.linear(features, config.num_labels)
 
@@ -168,20 +204,26 @@ class VisionTransformer(Model):
         pixels = self._checked(jnp.asarray(pixel_values))
         *keys, embed_key = split_key(key, len(self.layers) + 1)
         x = self.patches(pixels)
-        first = jnp.broadcast_to(self.cls_token[...], (len(x), 1, x.shape[-1]))
-        x = self.dropout(jnp.concatenate([first, x], axis=1) + self.position[...], embed_key)
+        if self.cls_token is not None:
+            first = self.cls_token[...].reshape(1, 1, -1)
+            first = jnp.broadcast_to(first, (len(x), 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = self.dropout(x + self.position[...].reshape(1, *x.shape[1:]), embed_key)
+        x = x if self.input_norm is None else self.input_norm(x)
         everywhere = jnp.ones((len(x), 1, 1, x.shape[1]), bool)
         shared = Shared({None: everywhere}, None, {}, None)
         states = [x]
         for layer, layer_key in zip(self.layers, keys, strict=True):
             x = layer(x, shared, layer_key)
             states.append(x)
-        x = self.norm(x)
+        x = x if self.config.norm_pooled else self.norm(x)
         pooled = logits = None
-        if self.pooler is not None:
+        if isinstance(self.pooler, AttentionPooler):
+            pooled = self.pooler(x, shared)
+        elif self.pooler is not None:
             pooled = activation(self.config.pooler_act)(self.pooler(x[:, 0]))
-        elif self.config.pooling != "dense":
-            pooled = x[:, 0]
+        elif self.config.pooling in ("first", "mean"):
+            pooled = self.norm(x[:, 0]) if self.config.norm_pooled else x[:, 0]
         if self.head is not None:
             mean = self.config.pooling == "mean"
             read = [x[:, 0], x[:, 1:].mean(1)] if mean else [x[:, 0]]
@@ -204,11 +246,13 @@ class VisionTransformer(Model):
         return pixels.astype(self.patches.kernel[...].dtype)
 
 
+PATCHES = {"kernel": Leaf(("weight",)), "bias": Leaf(("bias",))}
+"""A linear layer on patches, as a convolution."""
 WHOLE = {"": Leaf(("",))}
 """A variable that is not part of a layer."""
 _THEIRS = "encoder.layer.{l}"
 BASE = (
-    KeyRule("patches", "embeddings.patch_embeddings.projection", CONV1D),
+    KeyRule("patches", "embeddings.patch_embeddings.projection", PATCHES),
     KeyRule("cls_token", "embeddings.cls_token", WHOLE),
     KeyRule("position", "embeddings.position_embeddings", WHOLE),
     *(
