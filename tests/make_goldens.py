@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from fusion_jax.cli.demo import find_model
+from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
 MINILM_IDS = [
@@ -138,6 +139,29 @@ def heads():
     safetensors.numpy.save_file(tensors, path, metadata={"shapes": json.dumps(shapes)})
 
 
+def vision():
+    tensors, shapes = {}, {}
+    for family, config in tiny.VISION.items():
+        for head in FAMILIES[family].architectures:
+            rest = json.loads(json.dumps(config))
+            fields = transformers.AutoConfig.for_model(rest.pop("model_type"), **rest)
+            cls = getattr(transformers, FAMILIES[family].architectures[head])
+            with tempfile.TemporaryDirectory() as folder:
+                cls(fields).save_pretrained(folder)
+                written = safetensors.numpy.load_file(f"{folder}/model.safetensors")
+                own = {name: tiny.weight(name, x.shape) for name, x in written.items()}
+                model = cls.from_pretrained(tiny.write_folder(Path(folder) / "m", config, own))
+            with torch.no_grad():
+                out = model.eval()(torch.tensor(tiny.images(config)))
+            case = f"{family} {head or 'base'}"
+            shapes[case] = {name: list(x.shape) for name, x in own.items()}
+            for name in ("last_hidden_state", "pooler_output", "logits"):
+                if out.get(name) is not None:
+                    tensors[f"{case} {name}"] = out[name].numpy().copy()
+    path = tiny.GOLDENS / "vision.safetensors"
+    safetensors.numpy.save_file(tensors, path, metadata={"shapes": json.dumps(shapes)})
+
+
 def minilm():
     model = transformers.AutoModel.from_pretrained(find_model()).eval()
     ids = np.array(MINILM_IDS)
@@ -155,6 +179,8 @@ def main(names):
             write(family, head)
     if not names or "heads" in names:
         heads()
+    if not names or "vision" in names:
+        vision()
     if not names or "minilm" in names:
         minilm()
 

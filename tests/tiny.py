@@ -287,6 +287,36 @@ def decoder_config(fields):
     return FAMILIES[fields["model_type"]].config(fields)
 
 
+# Models of images, which tests/test_vision.py tests.
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": [8, 12],
+    "patch_size": 4,
+    "id2label": BERT["id2label"],
+    "label2id": BERT["label2id"],
+}
+DINOV2 = {**VIT, "model_type": "dinov2", "image_size": 8, "mlp_ratio": 2, "drop_path_rate": 0.5}
+del DINOV2["intermediate_size"]
+TOWER = {n: x for n, x in VIT.items() if n not in ("id2label", "label2id")} | {"image_size": 8}
+VISION = {
+    "vit": VIT,
+    "dinov2": DINOV2,
+    "clip_vision_model": {**TOWER, "model_type": "clip_vision_model"},
+    "siglip_vision_model": {**TOWER, "model_type": "siglip_vision_model"},
+}
+
+
+def images(config, count=3):
+    """Pixels for a configuration of a model of images."""
+    height, width = np.broadcast_to(config["image_size"], 2)
+    shape = (count, config.get("num_channels", 3), height, width)
+    return np.random.RandomState(5).standard_normal(shape).astype(np.float32)
+
+
 def _cases(*heads):
     return [
         (name, head)

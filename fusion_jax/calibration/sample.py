@@ -53,8 +53,8 @@ class Sample:
         self._key, self._max_positions = key, max_positions
         self.batches = batches
         self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
-        self.of_tokens = isinstance(model, Model)
-        if isinstance(model, Model):
+        self.of_tokens = isinstance(model, Model) and not model.takes_images
+        if isinstance(model, Model) and self.of_tokens:
             self._vocabulary: int = model.config.vocab_size
             masks = [_masks(batch) for batch in batches]
             # An encoder and a decoder that reads other text each have their own positions.

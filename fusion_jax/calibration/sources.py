@@ -24,9 +24,10 @@ from fusion_jax.models.tokens import (
     MAX_LENGTH,
     TokenBatch,
     batches,
+    check_takes_text,
     check_tokens,
     length_for,
-    load_tokenizer,
+    tokenizer_of,
 )
 from fusion_jax.nn.site import Site
 
@@ -169,13 +170,14 @@ def _keywords(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
 
 
 def _tokenizer(model: nnx.Module) -> Any:
+    check_takes_text(model)
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
             "calibration with text needs the tokenizer of a model from fusion_jax.load; give a "
             "list of batches of the model's arguments, or inputs by site path"
         )
-    return load_tokenizer(provenance.folder)
+    return tokenizer_of(model)
 
 
 def scrambled(

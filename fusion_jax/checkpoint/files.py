@@ -50,8 +50,10 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
     GENERATION,
+    "preprocessor_config.json",
 )
-"""Files that are copied beside the weights, so that a result keeps its tokenizer."""
+"""Files that are copied beside the weights, so that a result keeps its tokenizer, and a model of
+images what prepares them."""
 TEMPLATES = "additional_chat_templates"
 MODULES = "modules.json"
 LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")

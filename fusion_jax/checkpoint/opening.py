@@ -25,7 +25,7 @@ from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
 from fusion_jax.models.provenance import CLASS_HEADS, Head, Provenance, class_names
 from fusion_jax.models.registry import FAMILIES
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import check_takes_text, load_tokenizer
 
 _log = logging.getLogger("fusion_jax")
 
@@ -71,8 +71,9 @@ def load(
             has moved.
 
     Returns:
-        The model, a Flax NNX module. Call it with token ids and an attention mask; ``config`` and
-        ``provenance`` are its configuration and its origin.
+        The model, a Flax NNX module. Call it with token ids and an attention mask, or a model of
+        images with ``pixel_values``; ``config`` and ``provenance`` are its configuration and its
+        origin.
 
     Raises:
         InputError: The model cannot be found, its type is unknown, or a file is damaged. If tensors
@@ -173,6 +174,7 @@ def open_checkpoint(
     if named and head == "classification":
         label_words = (artefact or {}).get("label_ids") or fields.get("label_ids")
     if label_words is not None:
+        check_takes_text(family.model)
         fields = {**fields, "label_ids": _label_ids(folder, label_words, head, num_labels)}
     try:
         config = family.config(fields)

@@ -166,13 +166,16 @@ def export_hf(
     fields = json.loads(provenance.config)
     width_fields: dict[str, str | None] = {}
     factors: dict[str, int] = {}
+    usual = family.width_field
+    usual = usual(config) if callable(usual) else usual
     for site in sites(model):
         first, last = site.path.partition(".")[0], site.path.rpartition(".")[2]
         named = (family.width_fields[x] for x in (last, first) if x in family.width_fields)
-        width_fields[site.path] = next(named, family.width_field)
-        factors[site.path] = fields.get(family.width_factors.get(last), 1)
+        width_fields[site.path] = next(named, usual)
+        factor = family.width_factors.get(last, "") if width_fields[site.path] else ""
+        factors[site.path] = fields.get(factor) or getattr(config, factor, 1)
     widths: dict[str | None, int] = {}
-    if family.width_field is None:
+    if usual is None:
         widths[None] = config.intermediate_size
     for site in sites(model):
         width, name = -(-site.mlp.width // factors[site.path]), width_fields[site.path]

@@ -25,6 +25,7 @@ from fusion_jax.cli.options import DType
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
 from fusion_jax.models.decoding import generate
+from fusion_jax.models.tokens import check_takes_text
 from fusion_jax.progress import show_stage
 from fusion_jax.report import num_params
 from ntk.tables import table
@@ -66,7 +67,8 @@ def bench(
     sizes = batch, tokens, new_tokens, dtype
     rows: list[dict[str, Any]] = []
     for model in models:
-        open_checkpoint(model)  # raises before anything runs if there is no such model
+        # Raises before anything runs, also if there is no such model.
+        check_takes_text(open_checkpoint(model).abstract)
     for model in models:
         with show_stage(f"Measuring {model}"):
             rows.append(

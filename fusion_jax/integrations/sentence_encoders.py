@@ -40,7 +40,7 @@ except ImportError as error:
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Model, max_positions
-from fusion_jax.models.tokens import load_tokenizer
+from fusion_jax.models.tokens import tokenizer_of
 
 LENGTH_STEP = 16
 """Lengths of batches are multiples of this, so that few programs are compiled."""
@@ -103,7 +103,7 @@ class _Transformer(InputModule):
 
     def __init__(self, model: Model, length: int | None, lower: bool | None):
         super().__init__()
-        self.tokenizer = load_tokenizer(model.provenance.folder)
+        self.tokenizer = tokenizer_of(model)
         limit = max_positions(model)
         bounds = [x for x in (length, limit, self.tokenizer.model_max_length) if x]
         self.max_seq_length = min([*bounds, length or DEFAULT_LENGTH])

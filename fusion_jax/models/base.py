@@ -31,11 +31,13 @@ class Model(nnx.Module):
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
         needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
+        takes_images: Whether the model takes ``pixel_values`` instead of tokens.
     """
 
     config: Any
     provenance: Provenance
     needed_tokens: tuple[int, ...] = ()
+    takes_images: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""
@@ -248,7 +250,8 @@ class Family:
         rules: Returns the key rules for a configuration and a head.
         architectures: The name of the Hugging Face class for each head.
         width_field: The field of ``config.json`` with the width of the MLPs; None if the width
-            cannot be stated, so that exports have the original one.
+            cannot be stated, so that exports have the original one; or a function of the
+            configuration that returns either.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last or first part of
@@ -263,7 +266,7 @@ class Family:
     model: Callable[..., Model]
     rules: Callable[[Any, Head | None], KeyRules]
     architectures: Mapping[Head | None, str]
-    width_field: str | None
+    width_field: str | Callable[[Any], str | None] | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     width_factors: Mapping[str, str] = field(default_factory=dict)
@@ -285,5 +288,5 @@ class Family:
     def check_head(self, head: str | None) -> None:
         """Raises `InputError` if the architecture does not have the head."""
         if head is not None and head not in self.architectures:
-            known = ", ".join(repr(h) for h in get_args(Head) if h in self.architectures)
-            raise InputError(f"unknown head {head!r}; known: None, {known}")
+            known = [None, *(h for h in get_args(Head) if h in self.architectures)]
+            raise InputError(f"unknown head {head!r}; known: {', '.join(map(repr, known))}")

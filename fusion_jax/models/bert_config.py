@@ -62,8 +62,12 @@ class EncoderBlocks:
         embedding_norm: Whether embeddings are normalized.
         embedding_dropout: The dropout rate of the embeddings; None for ``hidden_dropout_prob``.
         mlp_dropout: The dropout rate of the outputs of MLPs; None for ``hidden_dropout_prob``.
+        path_dropout: The rate at which training leaves out all that attention or an MLP adds to an
+            example, instead of ``hidden_dropout_prob``; None for none of this.
+        layer_scale: The initial factors of what attention and MLPs add; None for no factors.
         gated: Whether MLPs are gated.
         attention_bias: Whether the linear layers of attention have biases.
+        attention_out_bias: Whether the output projection has one; None for ``attention_bias``.
         mlp_bias: Whether those of the MLPs have them.
         head_dim: The number of features of each head of attention; 0 for ``hidden_size`` divided by
             the number of heads.
@@ -97,8 +101,11 @@ class EncoderBlocks:
     embedding_norm: bool = True
     embedding_dropout: float | None = None
     mlp_dropout: float | None = None
+    path_dropout: float | None = None
+    layer_scale: float | None = None
     gated: bool = False
     attention_bias: bool = True
+    attention_out_bias: bool | None = None
     mlp_bias: bool = True
     head_dim: int = 0
     key_heads: int = 0
@@ -120,14 +127,10 @@ class EncoderBlocks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertConfig:
-    """The fields of a BERT ``config.json`` that the model uses, with its defaults.
-
-    Some fields are not in the file, but say what a family of encoders has of its own.
-    """
+class EncoderConfig:
+    """The fields that the layers of encoders use, of text or of images."""
 
     model_type: str
-    vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -135,6 +138,31 @@ class BertConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    num_labels: int = 2
+    blocks: EncoderBlocks = EncoderBlocks()
+
+    def check_layers(self, *activations: str) -> None:
+        """Raises `InputError` for sizes that do not fit, or an unknown activation."""
+        for name in (self.hidden_act, *activations):
+            if name:
+                activation(name)
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(EncoderConfig):
+    """The fields of a BERT ``config.json`` that the model uses, with its defaults.
+
+    Some fields are not in the file, but say what a family of encoders has of its own.
+    """
+
+    vocab_size: int = 30522
     classifier_dropout: float | None = None
     sequence_dropout: float | None = None
     """The dropout of the classification head, in DistilBERT; None for ``classifier_dropout``."""
@@ -142,11 +170,8 @@ class BertConfig:
     """The dropout of the question-answering head, which only DistilBERT has."""
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     tie_word_embeddings: bool = True
-    num_labels: int = 2
     label_ids: tuple[int, ...] | None = None
     """The token ids of label words, for a classification head that is a `LabelWordHead`."""
     label_transform: bool = True
@@ -163,7 +188,6 @@ class BertConfig:
     """The activation of the first of the two layers of a classification head; "" for one layer."""
     lm_act: str = ""
     """The activation of the masked-language-model head; "" for that of the MLPs."""
-    blocks: EncoderBlocks = EncoderBlocks()
 
     @classmethod
     def from_json(cls, config: Fields, **own: Any) -> BertConfig:
@@ -180,14 +204,7 @@ class BertConfig:
         result = config_from_fields(cls, config, **{"blocks": EncoderBlocks(), **own})
         if any(not 0 <= i < result.vocab_size for i in result.label_ids or ()):
             raise InputError(f"label_ids are not all below vocab_size {result.vocab_size}")
-        for name in (result.hidden_act, result.head_act, result.lm_act):
-            if name:
-                activation(name)
-        if result.hidden_size % result.num_attention_heads:
-            raise InputError(
-                f"hidden_size {result.hidden_size} is not a multiple of "
-                f"num_attention_heads {result.num_attention_heads}"
-            )
+        result.check_layers(result.head_act, result.lm_act)
         return result
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fusion_jax.models.bert_config import BertConfig
+from fusion_jax.models.bert_config import BertConfig, EncoderConfig
 from fusion_jax.models.layers import Dropout, LayerNorm, RmsNorm, attention, split_key
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.mlp import GatedMlp, Mlp
@@ -19,7 +19,7 @@ from fusion_jax.nn.mlp import GatedMlp, Mlp
 class LayerFactory:
     """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
 
-    def __init__(self, config: BertConfig, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, param_dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
         common = {"param_dtype": param_dtype, "rngs": rngs}
         norms: dict[str, Callable[..., nnx.Module]] = {
@@ -107,7 +107,7 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with its output projection."""
 
-    def __init__(self, config: BertConfig, index: int, make: LayerFactory):
+    def __init__(self, config: EncoderConfig, index: int, make: LayerFactory):
         d, blocks = config.hidden_size, config.blocks
         heads = config.num_attention_heads
         self.features = blocks.head_dim or d // heads
@@ -116,7 +116,9 @@ class SelfAttention(nnx.Module):
         self.query = linear(d, inner)
         self.key = linear(d, own)
         self.value = linear(d, own)
-        self.out = linear(inner, d)
+        out_bias = blocks.attention_out_bias
+        out_bias = blocks.attention_bias if out_bias is None else out_bias
+        self.out = make.linear(inner, d, use_bias=out_bias)
         self.rope = blocks.ropes[index] if blocks.ropes else None
         self.window = blocks.windows[index] if blocks.windows else None
         self.dropout = Dropout(config.attention_probs_dropout_prob)
@@ -125,10 +127,19 @@ class SelfAttention(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.features)
 
     def __call__(
-        self, x: Float[Array, "b t d"], shared: Shared, key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b t d"],
+        shared: Shared,
+        key: Key[Array, ""] | None,
+        source: Float[Array, "b s d"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Attends from every position to the visible ones."""
-        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        """Attends from every position to the visible ones, of the source if there is one."""
+        read = x if source is None else source
+        q, k, v = (
+            self._heads(self.query(x)),
+            self._heads(self.key(read)),
+            self._heads(self.value(read)),
+        )
         if self.rope is not None:
             q, k = (self.rope.rotated(a, shared.angles[self.rope]) for a in (q, k))
         visible = shared.visible[self.window]
@@ -141,7 +152,7 @@ class Layer(nnx.Module):
 
     def __init__(
         self,
-        config: BertConfig,
+        config: EncoderConfig,
         index: int,
         make: LayerFactory,
         attention: type[SelfAttention] = SelfAttention,
@@ -156,6 +167,13 @@ class Layer(nnx.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         rate = blocks.mlp_dropout
         self.mlp_dropout = self.dropout if rate is None else Dropout(rate)
+        if blocks.path_dropout is not None:
+            self.dropout = Dropout(blocks.path_dropout, broadcast_dims=(1, 2))
+            self.mlp_dropout = self.dropout
+        scale = blocks.layer_scale
+        factors = None if scale is None else jnp.full(d, scale, make.param_dtype)
+        self.attention_scale = None if factors is None else nnx.Param(factors)
+        self.mlp_scale = None if factors is None else nnx.Param(factors)
 
     def __call__(
         self, x: Float[Array, "b t d"], shared: Shared, key: Key[Array, ""] | None
@@ -164,9 +182,16 @@ class Layer(nnx.Module):
         keys = split_key(key, 3)
         norm = self.attention_norm
         y = norm(x) if norm is not None and self.first else x
-        x = x + self.dropout(self.attention(y, shared, keys[0]), keys[1])
+        y = _scaled(self.attention(y, shared, keys[0]), self.attention_scale)
+        x = x + self.dropout(y, keys[1])
         if self.first:
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), keys[2])
+            y = _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale)
+            return x + self.mlp_dropout(y, keys[2])
         assert norm is not None
         x = norm(x)
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), keys[2]))
+        y = _scaled(self.mlp(x), self.mlp_scale)
+        return self.mlp_norm(x + self.mlp_dropout(y, keys[2]))
+
+
+def _scaled(x: Float[Array, "b t d"], factors: nnx.Param | None) -> Float[Array, "b t d"]:
+    return x if factors is None else x * factors[...][None, None]

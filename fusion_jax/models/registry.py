@@ -14,9 +14,11 @@ from fusion_jax.models import (
     bart,
     bert,
     bloom,
+    clip,
     cohere,
     deberta,
     deepseek,
+    dinov2,
     distilbert,
     electra,
     ernie4_5,
@@ -51,6 +53,7 @@ from fusion_jax.models import (
     stablelm,
     starcoder2,
     t5,
+    vit,
 )
 from fusion_jax.models.base import Family as Family
 from fusion_jax.models.base import Model
@@ -62,9 +65,11 @@ FAMILIES: dict[str, Family] = {
     **bart.FAMILIES,
     **bert.FAMILIES,
     **bloom.FAMILIES,
+    **clip.FAMILIES,
     **cohere.FAMILIES,
     **deberta.FAMILIES,
     **deepseek.FAMILIES,
+    **dinov2.FAMILIES,
     **distilbert.FAMILIES,
     **electra.FAMILIES,
     **ernie4_5.FAMILIES,
@@ -99,6 +104,7 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **starcoder2.FAMILIES,
     **t5.FAMILIES,
+    **vit.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
 
@@ -133,7 +139,7 @@ def coverage() -> list[Coverage]:
     """Returns what is supported, in the order of the names.
 
     Every type is loaded, compressed, fine-tuned, saved and exported, and generates text if it has
-    the head ``causal-lm`` or ``seq2seq-lm``.
+    the head ``causal-lm`` or ``seq2seq-lm``. There are no tasks for models of images.
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]

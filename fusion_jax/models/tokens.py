@@ -56,6 +56,25 @@ def load_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
+def tokenizer_of(model: Any) -> Any:
+    """Loads the tokenizer of a model from `fusion_jax.load`.
+
+    Raises:
+        InputError: The model takes images, or see `load_tokenizer`.
+    """
+    check_takes_text(model)
+    return load_tokenizer(model.provenance.folder)
+
+
+def check_takes_text(model: Any) -> None:
+    """Raises `InputError` for a model that takes images, or for the class of such models."""
+    if getattr(model, "takes_images", False):
+        raise InputError(
+            "this is a model of images, which cannot read text; in Python it takes batches such as "
+            "{'pixel_values': images}"
+        )
+
+
 def check_tokens(
     model: Any,
     input_ids: Iterable[Any],

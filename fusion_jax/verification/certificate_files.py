@@ -23,7 +23,7 @@ from fusion_jax.checkpoint.files import CONFIG, FUSION, read_json, versions, wri
 from fusion_jax.checkpoint.opening import load
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import length_for, load_tokenizer, tokenize
+from fusion_jax.models.tokens import length_for, tokenize, tokenizer_of
 from fusion_jax.nn.mlp import AnyMlp
 from fusion_jax.nn.site import sites
 from fusion_jax.progress import show_progress
@@ -73,7 +73,7 @@ def write_certificate(
         raise InputError(f"{artefact} has a certificate already: {CERTIFICATE}")
     name, larger, smaller = _both(artefact, original)
     pairs = _fused(larger, smaller)
-    tokenizer = load_tokenizer(smaller.provenance.folder)
+    tokenizer = tokenizer_of(smaller)
     batch = tokenize(tokenizer, texts, length_for(smaller))
     seen = jax.jit(mlp_inputs)(larger, *batch)
     real = np.asarray(batch.attention_mask)

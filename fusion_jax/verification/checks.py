@@ -25,9 +25,9 @@ from fusion_jax.models.tokens import (
     TokenBatch,
     check_tokens,
     length_for,
-    load_tokenizer,
     sentences,
     tokenize,
+    tokenizer_of,
 )
 from fusion_jax.nn.linear_forms import Frozen
 from fusion_jax.nn.site import sites
@@ -229,7 +229,7 @@ def verify_files(
         raise InputError(f"nothing in {compressed} is compressed; give an artefact of compress")
     name = smaller.provenance.name if original is None else original
     larger = load_original(name, smaller, key=key)
-    tokenizer = load_tokenizer(smaller.provenance.folder)
+    tokenizer = tokenizer_of(smaller)
     batch = tokenize(tokenizer, texts, length_for(smaller))
     check_tokens(smaller, batch.input_ids, tokenizer=tokenizer)
     result = verify(larger, smaller, batch, key=key)

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax import checkpoint
+from fusion_jax.checkpoint.opening import open_checkpoint
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Generative, Model, max_positions
 from fusion_jax.models.provenance import Provenance, class_order
-from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
+from fusion_jax.models.tokens import check_finite, check_takes_text, check_tokens, tokenizer_of
 from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples
@@ -145,6 +146,8 @@ class Classification:
     def load(self, name: str, *, key: Key[Array, ""], new_head: bool = False) -> Model:
         """Loads a model with a head for the task, see `fusion_jax.load`."""
         head = {"head": "classification", "num_labels": self.spec.num_labels}
+        # Before the classes are compared, which are not what is wrong then.
+        check_takes_text(open_checkpoint(name).family.model)
         return checkpoint.load(name, **head, key=key, new_head=new_head)
 
     def to_json(self) -> dict[str, object]:
@@ -236,7 +239,7 @@ class TextEncoder:
         self.truncate = truncate
         if not isinstance(getattr(model, "provenance", None), Provenance):
             raise InputError("the model has no tokenizer, as it did not come from fusion_jax.load")
-        self.model, self.tokenizer = model, load_tokenizer(model.provenance.folder)
+        self.model, self.tokenizer = model, tokenizer_of(model)
         # Language models may have no padding token; the mask hides what is there instead.
         self.pad_id = max(0, getattr(model.config, "pad_token_id", None) or 0)  # Llama has -1
 

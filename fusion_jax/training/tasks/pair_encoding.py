@@ -9,7 +9,7 @@ import numpy as np
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Generative, Model
-from fusion_jax.models.tokens import check_tokens, load_tokenizer
+from fusion_jax.models.tokens import check_tokens, tokenizer_of
 from fusion_jax.progress import show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import Batches, Examples, TokenIds, round_up
@@ -117,7 +117,7 @@ class PairEncoder:
         self.truncate = truncate
         self.prompts = model.reads_prompts
         """Whether the model is decoder-only, so that it reads the source as a prompt."""
-        self.model, self.tokenizer = model, load_tokenizer(model.provenance.folder)
+        self.model, self.tokenizer = model, tokenizer_of(model)
         known = model.config.eos_token_id
         known = () if known is None else (known,) if isinstance(known, int) else tuple(known)
         own = self.tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key
 from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.models.base import Model
-from fusion_jax.models.tokens import check_finite, check_tokens, load_tokenizer
+from fusion_jax.models.tokens import check_finite, check_tokens, tokenizer_of
 from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.batches import TokenIds
@@ -188,7 +188,7 @@ def token_ids(model: Model, text: PlainTokens | str | os.PathLike[str]) -> Token
     if not isinstance(text, str | os.PathLike):
         check_tokens(model, [text])
         return np.asarray(text, np.int32)
-    tokenizer = load_tokenizer(model.provenance.folder)
+    tokenizer = tokenizer_of(model)
     with show_stage(f"Tokenizing {text}"):
         out = tokenizer(tables.read_text(Path(text)), add_special_tokens=False, verbose=False)
     check_tokens(model, [out["input_ids"]], names=[os.fspath(text)], tokenizer=tokenizer)
@@ -200,7 +200,7 @@ def start_token(model: Model) -> int | None:
 
     A model that was trained with one, such as Gemma, says little of use without it.
     """
-    tokenizer = load_tokenizer(model.provenance.folder)
+    tokenizer = tokenizer_of(model)
     first = tokenizer("a")["input_ids"][:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
