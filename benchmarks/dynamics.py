@@ -121,7 +121,7 @@ def trained(
 def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
     """Trains the three models and predicts their training."""
     n, held = (4, 4) if quick else (TRAIN, HELD_OUT)
-    dense = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
+    dense: Any = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
     if quick:  # compiling takes most of the time
         dense.layers = nnx.List(list(dense.layers)[-2:])
     texts, labels = examples(data, n + held)
