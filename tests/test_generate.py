@@ -147,3 +147,16 @@ def test_wrong_inputs(gpt2, tmp_path):
         model = fj.load(tiny.checkpoint(tmp_path / family, family))
         with pytest.raises(fj.InputError, match="head='causal-lm'"):
             generate(model, ids, mask, max_new_tokens=4)
+
+
+def test_positions_of_an_encoder_decoder(tmp_path):
+    """A text or a target that is too long would read the last position again and again."""
+    folder = tiny.checkpoint(tmp_path / "model", "marian", "seq2seq-lm")
+    model = fj.load(folder, head="seq2seq-lm")
+    ids, mask = prompts("marian")
+    with pytest.raises(fj.InputError, match="has 32 positions, which is fewer than the 33 tokens"):
+        generate(model, ids, mask, max_new_tokens=33)
+    long = np.ones((1, 33), np.int32)
+    for arguments in ((long, long, ids[:1]), (ids[:1], mask[:1], long)):
+        with pytest.raises(fj.InputError, match="33 tokens, but the model has 32 positions"):
+            model(*arguments)

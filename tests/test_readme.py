@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion_jax.cli.demo import HUB_ID, find_model
+from fusion_jax.models.registry import FAMILIES
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -22,3 +23,7 @@ def test_example_runs(block, tmp_path, monkeypatch):
 def test_there_are_examples():
     assert len(BLOCKS) >= 2
     assert len(BLOCKS[0].strip().splitlines()) <= 12
+
+
+def test_the_number_of_families_is_theirs():
+    assert f"- **Models**: {len(FAMILIES)} types" in README.read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ def test_evaluators_take_a_model_as_it_is(tmp_path):
     """All of sentence-transformers, with hidden states of JAX, equal to those of the export."""
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-    from fusion_jax.integrations.sentence_transformers import sentence_transformer
+    from fusion_jax.integrations.sentence_encoders import sentence_transformer
 
     smaller, _ = fj.compress(
         fj.load(find_model()), fj.Prune(width=384), key=jax.random.key(0), layers=[4, 5]

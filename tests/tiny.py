@@ -356,10 +356,14 @@ def config_of(family, head):
 GENERATIVE = _cases("causal-lm", "seq2seq-lm")
 # RoBERTa under other names.
 ROBERTAS = ("xlm-roberta", "camembert")
+# Encoders whose hidden states are those of the cases with heads.
+WITH_HEADS = ("albert", "deberta-v2", "eurobert", "nomic_bert")
 ENCODERS = [
     (name, head)
     for name, head in _cases(None, "classification", "masked-lm")
-    if name not in dict(GENERATIVE) and (name not in ROBERTAS or head == "classification")
+    if name not in dict(GENERATIVE)
+    and (name not in ROBERTAS or head == "classification")
+    and (name not in WITH_HEADS or head is not None)
 ]
 CASES = [*ENCODERS, ("gpt2", None), ("llama", None), ("t5", None), *GENERATIVE]
 END = 1  # of texts, where T5 reads their class

@@ -345,7 +345,7 @@ class Checkpoint:
         for path, (names, location, outputs) in found.items():
             want = flat[path].get_value().shape[1 if location.stacked else 0 :]
             want = want if outputs is None else (*want[:-1], outputs[-1])
-            want = (*want[:-2], *want[:-3:-1]) if location.transposed else want
+            want = tuple(want[axis] for axis in location.axes(len(want)))
             absent += [name for name in names if name not in shapes]
             fits = [shapes.get(name, want) == want for name in names]
             misfits += [] if all(fits) else [path]

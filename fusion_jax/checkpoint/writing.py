@@ -169,10 +169,10 @@ def export_hf(
     usual = family.width_field
     usual = usual(config) if callable(usual) else usual
     for site in sites(model):
-        parts = site.path.split(".")[::-1]
-        named = (family.width_fields[x] for x in parts if x in family.width_fields)
+        first, last = site.path.partition(".")[0], site.path.rpartition(".")[2]
+        named = (family.width_fields[x] for x in (last, first) if x in family.width_fields)
         width_fields[site.path] = next(named, usual)
-        factor = family.width_factors.get(parts[0], "") if width_fields[site.path] else ""
+        factor = family.width_factors.get(last, "") if width_fields[site.path] else ""
         factors[site.path] = fields.get(factor) or getattr(config, factor, 1)
     widths: dict[str | None, int] = {}
     if usual is None:
@@ -258,7 +258,7 @@ def _exported(model: Model, rules: KeyRules) -> Iterator[tuple[str, np.ndarray]]
         names = location.tensors(location.names[0], value.shape)
         yield from ((copy, value) for copy in rules.copies.get(path, ()))
         for name, part in zip(names, parts, strict=True):
-            yield name, part.swapaxes(-1, -2) if location.transposed else part
+            yield name, part.transpose(location.axes(part.ndim))
 
 
 def _joined(arrays: list[np.ndarray], groups: int) -> np.ndarray:

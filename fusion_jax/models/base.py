@@ -254,7 +254,8 @@ class Family:
             configuration that returns either.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
-        width_fields: The fields for MLPs with a width of their own, by a part of their path.
+        width_fields: The fields for MLPs with a width of their own, by the last or first part of
+            their path.
         width_factors: The fields that these are multiplied by, by the last part of the path.
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not

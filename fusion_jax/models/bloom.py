@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import QUERY_KEY_VALUE, decoder_family, joined_rules, renamed_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate, renamed_fields
+from fusion_jax.models.decoder_families import (
+    QUERY_KEY_VALUE,
+    decoder_family,
+    joined_rules,
+    renamed_rules,
+)
 from fusion_jax.models.rules import KeyRules
 
 _FIELDS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}

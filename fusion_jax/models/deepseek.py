@@ -7,8 +7,13 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import MLP_NAMES, decoder_family, decoder_rules, linear_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig
+from fusion_jax.models.decoder_families import (
+    MLP_NAMES,
+    decoder_family,
+    decoder_rules,
+    linear_rules,
+)
 from fusion_jax.models.latent_attention import LATENT_RULES, Latent
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rules import KeyRule, KeyRules, Leaf

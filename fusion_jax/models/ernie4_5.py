@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.decoder_families import decoder_family
 
 _DEFAULTS = {
     "vocab_size": 103424,

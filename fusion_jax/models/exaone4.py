@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fusion_jax.models.base import Fields
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows, window_pattern
+from fusion_jax.models.decoder_families import decoder_family
 
 _DEFAULTS = {
     "vocab_size": 102400,

@@ -9,7 +9,6 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import (
     Blocks,
     DecoderConfig,
@@ -18,6 +17,7 @@ from fusion_jax.models.decoder_config import (
     sliding_layers,
     window_pattern,
 )
+from fusion_jax.models.decoder_families import decoder_family
 
 _OPTIONAL = ("tie_word_embeddings", "attention_bias")
 _DEFAULTS = {

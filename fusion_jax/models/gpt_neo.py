@@ -6,7 +6,6 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import MOST_LAYERS, Fields, Head
-from fusion_jax.models.decoder import decoder_family, renamed_rules
 from fusion_jax.models.decoder_config import (
     FULL,
     SLIDING,
@@ -17,6 +16,7 @@ from fusion_jax.models.decoder_config import (
     rate,
     renamed_fields,
 )
+from fusion_jax.models.decoder_families import decoder_family, renamed_rules
 from fusion_jax.models.rules import KeyRules
 
 _FIELDS = {"num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import (
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate
+from fusion_jax.models.decoder_families import (
     QUERY_KEY_VALUE,
     decoder_family,
     joined_rules,
     renamed_rules,
 )
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate
 from fusion_jax.models.rules import KeyRules
 
 _DEFAULTS = {

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fusion_jax.errors import check_at_least
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family, renamed_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate, renamed_fields
+from fusion_jax.models.decoder_families import decoder_family, renamed_rules
 from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import KeyRules
 

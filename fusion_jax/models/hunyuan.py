@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family, decoder_rules, norm_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig
+from fusion_jax.models.decoder_families import decoder_family, decoder_rules, norm_rules
 from fusion_jax.models.rules import KeyRules
 
 _DEFAULTS = {

@@ -153,6 +153,13 @@ class WideRmsNorm(RmsNorm):
         return (scale.reshape((1,) * (y.ndim - 1) + (-1,)) * y).astype(x.dtype)
 
 
+def unit_rms(x: Float[Array, "*n d"], epsilon: float) -> Float[Array, "*n d"]:
+    """Returns vectors divided by their root mean square, computed in float32 or wider."""
+    y = wide(x)
+    mean = jnp.square(y).mean(-1, keepdims=True)
+    return (y * jax.lax.rsqrt(mean + jnp.asarray(epsilon, y.dtype))).astype(x.dtype)
+
+
 def soft_capped(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
     """Returns cap * tanh(x / cap), which is between -cap and cap; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)

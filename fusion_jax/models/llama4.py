@@ -8,8 +8,13 @@ from typing import Any
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import MLP_NAMES, decoder_family, decoder_rules, linear_rules
 from fusion_jax.models.decoder_config import FULL, Blocks, DecoderConfig
+from fusion_jax.models.decoder_families import (
+    MLP_NAMES,
+    decoder_family,
+    decoder_rules,
+    linear_rules,
+)
 from fusion_jax.models.layers import Chunk
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.packed_experts import packed_rules

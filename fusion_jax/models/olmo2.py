@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import (
     Blocks,
     DecoderConfig,
@@ -11,6 +10,7 @@ from fusion_jax.models.decoder_config import (
     ropes_by_type,
     sliding_layers,
 )
+from fusion_jax.models.decoder_families import decoder_family
 
 _DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
 _THETA = 5e5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family, renamed_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, count, rate
+from fusion_jax.models.decoder_families import decoder_family, renamed_rules
 from fusion_jax.models.rules import KeyRules
 
 _DEFAULTS = {

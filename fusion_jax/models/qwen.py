@@ -8,8 +8,13 @@ from functools import partial
 
 from fusion_jax.errors import check_at_least
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import MLP_NAMES, decoder_family, decoder_rules, linear_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, layer_windows
+from fusion_jax.models.decoder_families import (
+    MLP_NAMES,
+    decoder_family,
+    decoder_rules,
+    linear_rules,
+)
 from fusion_jax.models.rules import KeyRules
 
 _TIED = "tie_word_embeddings"

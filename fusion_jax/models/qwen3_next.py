@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import FULL, Blocks, DecoderConfig
+from fusion_jax.models.decoder_families import decoder_family
 from fusion_jax.models.delta import DELTA_RULES, Delta
 from fusion_jax.models.qwen import moe_rules, with_experts
 from fusion_jax.models.rules import KeyRules

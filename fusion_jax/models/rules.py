@@ -85,6 +85,12 @@ class TensorLocation(NamedTuple):
     packed: bool = False
     interleaved: bool = False
 
+    def axes(self, rank: int) -> tuple[int, ...]:
+        """Returns which of the axes of our array each axis of a tensor of the checkpoint is."""
+        if not self.transposed:
+            return tuple(range(rank))
+        return (0, *range(rank - 1, 0, -1)) if self.packed else tuple(range(rank)[::-1])
+
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the tensors that make up the variable."""
         return [name.format(e=e) for e in range(shape[0])] if self.stacked else [name]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Fields
-from fusion_jax.models.decoder import decoder_family
 from fusion_jax.models.decoder_config import DecoderConfig, layer_windows
+from fusion_jax.models.decoder_families import decoder_family
 
 _DEFAULTS = {
     "vocab_size": 128256,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder import decoder_family, decoder_rules
 from fusion_jax.models.decoder_config import Blocks, DecoderConfig, rate
+from fusion_jax.models.decoder_families import decoder_family, decoder_rules
 from fusion_jax.models.rules import KeyRule, KeyRules, Leaf
 
 _DEFAULTS = {
