@@ -96,6 +96,8 @@ def test_smaller_saved_exported_and_its_kernel(tmp_path, key):
     assert bit_equal(fj.load(saved), smaller)
     exported = fj.export_hf(smaller, tmp_path / "hf")
     assert (exported / PREPROCESSOR).is_file()
+    card = (exported / "README.md").read_text()
+    assert "from transformers import AutoImageProcessor, AutoModelForImageClassification" in card
     other = fj.load(exported, head="classification")
     assert {site.mlp.width for site in fj.sites(other)} == {9}
     np.testing.assert_allclose(ours(other, x).logits, ours(smaller, x).logits, atol=1e-5)

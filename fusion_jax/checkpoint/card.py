@@ -83,7 +83,7 @@ def write_card(
         "" if report is None else f"## What changed\n\n```text\n{report}\n```",
         f"## Widths\n\n| MLP | hidden units |\n| :-- | --: |\n{chr(10).join(rows)}",
         _padding(padded or {}),
-        f"## Use\n\n{_use(provenance, exported, sentences)}",
+        f"## Use\n\n{_use(model, exported, sentences)}",
         "## License\n\nThe license of the original holds for this model too.",
         f"## Citation\n\n{_citation(text)}",
         PAPER,
@@ -117,8 +117,9 @@ def _padding(padded: Mapping[str, tuple[int, int]]) -> str:
     )
 
 
-def _use(provenance: Provenance, exported: bool, sentences: bool) -> str:
+def _use(model: Model, exported: bool, sentences: bool) -> str:
     """Returns how to load the model."""
+    provenance = model.provenance
     if not exported:
         head = "" if provenance.head is None else f', head="{provenance.head}"'
         lines = ["import fusion_jax as fj", "", f'model = fj.load("FOLDER"{head})']
@@ -129,10 +130,13 @@ def _use(provenance: Provenance, exported: bool, sentences: bool) -> str:
             'vectors = model.encode(["A sentence."])',
         ]
     else:
-        auto = AUTO_CLASSES[provenance.head]
-        lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+        auto, name, reader = AUTO_CLASSES[provenance.head], "tokenizer", "AutoTokenizer"
+        if model.takes_images:
+            name, reader = "processor", "AutoImageProcessor"
+            auto = "AutoModelForImageClassification" if provenance.head else auto
+        lines = [f"from transformers import {', '.join(sorted((auto, reader)))}", ""]
         lines += [f'model = {auto}.from_pretrained("FOLDER")']
-        lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+        lines += [f'{name} = {reader}.from_pretrained("FOLDER")']
     return "\n".join(["```python", *lines, "```"])
 
 
