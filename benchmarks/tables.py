@@ -267,6 +267,15 @@ def ntk_bound() -> Lines:
     )
 
 
+@block(("whole-model-cpu", "whole_model"))
+def whole_model() -> Lines:
+    yield "all six MLPs at | change of embeddings | missed by the first order | bound over change"
+    for width in (0.75, 0.5, 0.25):
+        r = row("whole-model-cpu", width=width)
+        missed = f"{100 * r['first_order_missed']:.0f} %"
+        yield [f"{width}", f"{r['change']:.2f}", missed, f"{r['bound_over_change']:.0f}"]
+
+
 @block(("dynamics-cpu", "dynamics --data DIR --figure docs/figures/dynamics.svg"))
 def dynamics() -> Lines:
     yield (
@@ -353,6 +362,11 @@ def compress() -> Lines:
 @block(
     ("large-cpu", "large"),
     ("streaming-cpu", "streaming", "The machine was shared at the time: its memory counts"),
+    (
+        "streaming-moe-cpu",
+        "streaming --case qwen3-moe --layers 1",
+        "The machine was shared, too",
+    ),
 )
 def large() -> Lines:
     yield " | seconds | peak GiB | 32 layers at this rate"
@@ -366,6 +380,11 @@ def large() -> Lines:
         yield [label, short(r["compress_seconds"]), f"{r['peak_gib']:.1f}", whole]
     (r,) = rows("streaming-cpu")
     label = f"Llama-2-7B's shape, {r['layers']} layers, from disk to disk, calibrated"
+    yield [label, f"{r['seconds']:,.0f}", f"{r['peak_gib']:.1f}", ""]
+    (r,) = rows("streaming-moe-cpu")
+    label = (
+        "Qwen3-30B-A3B's shape, one layer, 128 experts 768 → 192, from disk to disk, calibrated"
+    )
     yield [label, f"{r['seconds']:,.0f}", f"{r['peak_gib']:.1f}", ""]
 
 

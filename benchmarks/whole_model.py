@@ -57,6 +57,7 @@ def embeddings(model: Any, batch: TokenBatch) -> Float[Array, "n d"]:
 
 def shifted(model: Any, batch: TokenBatch, zero: Shifts) -> Callable[[Shifts], Array]:
     """Returns the embeddings as a function of what is added to the MLPs."""
+    model = nnx.clone(model)
     for path, shift in zero.items():
         mlp = next(site.mlp for site in fj.sites(model) if site.path == path)
         model = replaced(model, path, Shifted(mlp, shift))
