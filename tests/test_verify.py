@@ -99,6 +99,8 @@ def test_bounds_hold_and_engines_agree(found):
     np.testing.assert_allclose(sgd, sgd.transpose(0, 2, 1), rtol=1e-4, atol=1e-5 * sgd.max())
     assert "layers.0.mlp SGD kernel" in str(found)
     assert str(found).startswith("Will the smaller model train like the original?")
+    assert "compress with scaling 'sgd'" in found.outlook("sgd")[0]
+    assert "compress with" not in found.outlook("adam")[0]
     for kind, steps in found.steps.items():
         assert steps[0].explained > 0.99, kind  # small steps are linear
     assert json.loads(json.dumps(found.to_json()))["failures"] == []

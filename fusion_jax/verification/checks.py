@@ -66,6 +66,7 @@ class Verification:
         steps: For each kind, one real step of both models at three learning rates.
         certificates: For each site, bounds and measured changes of the MLP's outputs and kernels,
             at the inputs that the MLP has in the original.
+        scaling: The scaling of the fused MLPs, if they have the same one.
         engine_differences: The relative difference between each further engine and the first, on a
             few texts; empty if engines were not compared, None if neural-tangents is not installed.
     """
@@ -75,6 +76,7 @@ class Verification:
     comparisons: dict[ntk.KernelKind, Comparison]
     steps: dict[ntk.KernelKind, list[FirstStep]]
     certificates: dict[str, Certificate]
+    scaling: str | None
     engine_differences: dict[str, float] | None
 
     def failures(self) -> list[str]:
@@ -103,10 +105,20 @@ class Verification:
             f"change of an MLP that is gone{also}"
         )
 
+    def kinds(self) -> list[ntk.KernelKind]:
+        """Returns the kinds of kernels, first that which the scaling keeps."""
+        return sorted(self.kernels, key=lambda kind: kind != self.scaling)
+
     def outlook(self, kind: ntk.KernelKind) -> tuple[str, str]:
         """Returns whether the smaller model trains like the original, and how far that holds."""
         steps = self.steps[kind]
-        return verdict(kind, self.comparisons[kind].frobenius, steps), validity(kind, steps)
+        first = verdict(kind, self.comparisons[kind].frobenius, steps)
+        if self.scaling in KERNEL_NAMES and kind != self.scaling:
+            first += (
+                f" Its scaling keeps the {KERNEL_NAMES[self.scaling]} kernel; to train with "
+                f"{KERNEL_NAMES[kind]}, compress with scaling {kind!r}."
+            )
+        return first, validity(kind, steps)
 
     def to_json(self) -> dict[str, object]:
         """Returns the results as JSON values."""
@@ -135,9 +147,10 @@ class Verification:
 
     def __str__(self) -> str:
         parts = ["Will the smaller model train like the original?"]
-        for kind, steps in self.steps.items():
-            parts += [" ".join(self.outlook(kind)), table(step_table(steps))]
-        for kind, comparison in self.comparisons.items():
+        for kind in self.kinds():
+            parts += [" ".join(self.outlook(kind)), table(step_table(self.steps[kind]))]
+        for kind in self.kinds():
+            comparison = self.comparisons[kind]
             name = KERNEL_NAMES[kind]
             heading = f"{name} kernel of {self.num_texts} texts, original and compressed"
             parts.append(f"{heading}\n\n{comparison}")
@@ -312,6 +325,7 @@ def verify(
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
     kernels, comparisons, moved, certificates = {}, {}, {}, {}
     fused = [(a, b) for a, b in pairs if hasattr(b.mlp, "labels")]
+    scalings = {getattr(b.mlp, "scaling", None) for _, b in fused}
     steps = 1 + 3 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
     with show_progress("Verifying", steps, progress, first="outputs of the original") as advance:
         begin = partial(advance, begins=True)
@@ -349,6 +363,7 @@ def verify(
         comparisons=comparisons,
         steps=moved,
         certificates=certificates,
+        scaling=scalings.pop() if len(scalings) == 1 else None,
         engine_differences=differences,
     )
 

@@ -56,10 +56,9 @@ def html_page(verified: VerifiedArtefact) -> str:
         verified: The result of `fusion_jax.verification.checks.verify_files`.
     """
     v, report = verified.verification, verified.report
-    scaling = None if report is None else report.method.get("scaling")
-    kinds = sorted(v.kernels, key=lambda kind: kind != scaling)  # first the optimizer of the method
+    kinds = v.kinds()
     sections = [
-        _facts(v, verified.num_params, kinds, scaling),
+        _facts(v, verified.num_params, kinds),
         *(_kernels(v, kind) for kind in kinds),
         "" if report is None else _report(report),
         _sites(v.certificates),
@@ -81,15 +80,13 @@ def html_page(verified: VerifiedArtefact) -> str:
     )
 
 
-def _facts(
-    v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind], scaling: object
-) -> str:
+def _facts(v: Verification, num_params: tuple[int, int], kinds: Sequence[KernelKind]) -> str:
     before, after = num_params
     facts = [(f"{_count(before)} → {_count(after)}", f"parameters, {after / before - 1:+.0%}")]
     for kind in kinds:
         c = v.comparisons[kind]
-        other = scaling in kinds and kind != scaling
-        note = f"; the scaling {scaling!r} keeps the other kernel" if other else ""
+        other = v.scaling in kinds and kind != v.scaling
+        note = f"; the scaling {v.scaling!r} keeps the other kernel" if other else ""
         facts.append((f"{c.frobenius:.1%}", f"change of the {KERNEL_NAMES[kind]} kernel{note}"))
         facts.append(
             (f"{c.alignment:.3f}", f"alignment of the {KERNEL_NAMES[kind]} kernels (1 is equal)")
