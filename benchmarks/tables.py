@@ -382,9 +382,7 @@ def large() -> Lines:
     label = f"Llama-2-7B's shape, {r['layers']} layers, from disk to disk, calibrated"
     yield [label, f"{r['seconds']:,.0f}", f"{r['peak_gib']:.1f}", ""]
     (r,) = rows("streaming-moe-cpu")
-    label = (
-        "Qwen3-30B-A3B's shape, one layer, 128 experts 768 → 192, from disk to disk, calibrated"
-    )
+    label = "Qwen3-30B-A3B's shape, one layer, 128 experts 768 → 192, from disk to disk, calibrated"
     yield [label, f"{r['seconds']:,.0f}", f"{r['peak_gib']:.1f}", ""]
 
 

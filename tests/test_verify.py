@@ -23,7 +23,7 @@ from fusion_jax.progress import progress_shown
 from fusion_jax.report import EXPLANATIONS, Report
 from fusion_jax.verification import charts
 from fusion_jax.verification.checks import VerifiedArtefact, load_original, verify
-from fusion_jax.verification.outlook import FirstStep, first_steps, validity, verdict
+from fusion_jax.verification.outlook import FirstStep, first_steps, mover, validity, verdict
 from fusion_jax.verification.page import html_page
 from tests import tiny
 
@@ -112,7 +112,8 @@ def test_first_steps_of_linear_models_are_those_of_their_kernels():
     x = rng.normal(size=(11, 5)).astype(np.float32)
     y = rng.normal(size=11)
     w = rng.normal(size=5).astype(np.float32)
-    functions = [(lambda p, b, c=c: c * b[0] @ p, w) for c in (1.0, 1.1)]
+    batch = (jax.numpy.asarray(x),)
+    movers = [mover(lambda p, b, c=c: c * b[0] @ p, w, batch, y) for c in (1.0, 1.1)]
     for kind in ("sgd", "adam"):
         moves = []
         for c in (1.0, 1.1):
@@ -120,7 +121,7 @@ def test_first_steps_of_linear_models_are_those_of_their_kernels():
             moves.append(-c * x @ (np.sign(gradient) if kind == "adam" else gradient))
         want = [np.linalg.norm(moves[1] - moves[0]), np.linalg.norm(moves[1])]
         want = np.array(want) / np.linalg.norm(moves[0])
-        for step in first_steps(functions, (jax.numpy.asarray(x),), y, (0.01, 0.1), kind):
+        for step in first_steps(*movers, kind, (0.01, 0.1)):
             np.testing.assert_allclose([step.apart, step.size], want, rtol=1e-4)
             assert step.explained > 1 - 1e-6
 

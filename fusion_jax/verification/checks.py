@@ -36,7 +36,9 @@ from fusion_jax.report import Report, num_params
 from fusion_jax.verification.outlook import (
     RATES,
     FirstStep,
+    Mover,
     first_steps,
+    mover,
     step_table,
     validity,
     verdict,
@@ -324,6 +326,7 @@ def verify(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     targets = rng.permutation(np.arange(n) % 2).astype(np.float64)
     kernels, comparisons, moved, certificates = {}, {}, {}, {}
+    movers: list[Mover] = []
     fused = [(a, b) for a, b in pairs if hasattr(b.mlp, "labels")]
     scalings = {getattr(b.mlp, "scaling", None) for _, b in fused}
     steps = 1 + 3 * len(KERNEL_NAMES) + cross_check + 1 + len(fused)
@@ -342,7 +345,9 @@ def verify(
             begin(f"first steps with {title}")
             scale = 1 / float(np.linalg.norm(both[0], 2)) if kind == "sgd" else 1.0
             rates = [scale * rate for rate in RATES[kind]]
-            moved[kind] = first_steps(functions, batch, targets, rates, kind)
+            if not movers:  # once, as both kinds share the compiled programs
+                movers = [mover(f, params, batch, targets) for f, params in functions]
+            moved[kind] = first_steps(*movers, kind, rates)
         differences = {}
         if cross_check:
             begin("comparison of the engines")

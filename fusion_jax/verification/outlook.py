@@ -42,54 +42,26 @@ class FirstStep(NamedTuple):
     explained: float
 
 
-def first_steps(
-    functions: Sequence[tuple[Callable[[Any, Any], Array], Any]],
-    batch: tuple[Array, ...],
-    targets: Float[np.ndarray, " n"],
-    rates: Sequence[float],
-    kind: KernelKind,
-) -> list[FirstStep]:
-    """Takes one step of each model at each learning rate, and compares how the outputs move.
-
-    The steps are those of SGD, or the first of Adam, whose directions are the signs of gradients.
-
-    Args:
-        functions: The original and the smaller model as functions of parameters and batch that
-            return (n,), with their parameters.
-        batch: Arrays, each with n in front.
-        targets: (n,).
-        rates: Learning rates.
-        kind: ``"sgd"`` or ``"adam"``.
-    """
-    moves, lines = [], []
-    for f, params in functions:
-        move = _moves(f, params, batch, targets, kind)
-        moves.append([move(rate) for rate in rates])
-        small = min(rates) / 10
-        lines.append((move(small) - move(-small)) / (2 * small))  # the part that is linear
-    found = []
-    for rate, move, other in zip(rates, *moves, strict=True):
-        size = max(float(np.linalg.norm(move)), float(np.finfo(np.float64).tiny))
-        missed = float(np.linalg.norm(move - rate * lines[0]))
-        found.append(
-            FirstStep(
-                rate,
-                float(np.linalg.norm(other - move)) / size,
-                float(np.linalg.norm(other)) / size,
-                1 - (missed / size) ** 2,
-            )
-        )
-    return found
+Mover = Callable[[KernelKind, float], Float[np.ndarray, " n"]]
+"""Returns how far one step with an optimizer at a learning rate moves the outputs of a model."""
 
 
-def _moves(
+def mover(
     f: Callable[[Any, Any], Array],
     params: Any,
     batch: tuple[Array, ...],
     targets: Float[np.ndarray, " n"],
-    kind: KernelKind,
-) -> Callable[[float], Float[np.ndarray, " n"]]:
-    """Returns a function of a learning rate that returns how far one step moves the outputs."""
+) -> Mover:
+    """Returns a function that takes one step of a model and returns how its outputs move, (n,).
+
+    The steps are those of SGD, or the first of Adam, whose directions are the signs of gradients.
+
+    Args:
+        f: The model as a function of parameters and batch that returns (n,).
+        params: Its parameters.
+        batch: Arrays, each with n in front.
+        targets: (n,).
+    """
     parts = [
         jax.tree.map(lambda x, start=start: x[start : start + _TEXTS], (batch, targets))
         for start in range(0, len(targets), _TEXTS)
@@ -107,15 +79,44 @@ def _moves(
     total = jax.tree.map(jnp.zeros_like, params)
     for x, y in parts:
         total = jax.tree.map(jnp.add, total, gradient(params, x, jnp.asarray(y, jnp.float32)))
-    direction = jax.tree.map(jnp.sign, total) if kind == "adam" else total
+    directions = {"sgd": total, "adam": jax.tree.map(jnp.sign, total)}
 
-    def at(rate: float) -> Float[np.ndarray, " n"]:
+    def at(kind: KernelKind, rate: float) -> Float[np.ndarray, " n"]:
         given = jnp.float32(rate)
-        found = [np.asarray(outputs(params, direction, given, x), np.float64) for x, _ in parts]
-        return np.concatenate(found)
+        found = [np.asarray(outputs(params, directions[kind], given, x)) for x, _ in parts]
+        return np.concatenate(found).astype(np.float64)
 
-    before = at(0.0)
-    return lambda rate: at(rate) - before
+    before = at("sgd", 0.0)
+    return lambda kind, rate: at(kind, rate) - before
+
+
+def first_steps(
+    original: Mover, smaller: Mover, kind: KernelKind, rates: Sequence[float]
+) -> list[FirstStep]:
+    """Takes one step of each model at each learning rate, and compares how the outputs move.
+
+    Args:
+        original: The original model, by `mover`.
+        smaller: The smaller model.
+        kind: ``"sgd"`` or ``"adam"``.
+        rates: Learning rates.
+    """
+    small = min(rates) / 10
+    line = (original(kind, small) - original(kind, -small)) / (2 * small)  # the linear part
+    found = []
+    for rate in rates:
+        move, other = original(kind, rate), smaller(kind, rate)
+        size = max(float(np.linalg.norm(move)), float(np.finfo(np.float64).tiny))
+        missed = float(np.linalg.norm(move - rate * line))
+        found.append(
+            FirstStep(
+                rate,
+                float(np.linalg.norm(other - move)) / size,
+                float(np.linalg.norm(other)) / size,
+                1 - (missed / size) ** 2,
+            )
+        )
+    return found
 
 
 def verdict(kind: KernelKind, change: float, steps: Sequence[FirstStep]) -> str:

@@ -38,7 +38,7 @@ padding:12px;min-width:0}
 figcaption{font-size:.85rem;margin-bottom:8px}.fact b{display:block;font-size:1.2rem}
 .fact span,dl{font-size:.85rem}.fact span{color:var(--soft)}
 svg{display:block;width:100%;max-width:440px;height:auto;margin:0 auto}svg text{fill:var(--ink)}
-table{border-collapse:collapse;font-size:.85rem;width:100%}
+table{border-collapse:collapse;font-size:.85rem;width:100%;margin-bottom:16px}
 th,td{padding:5px 8px;border-bottom:1px solid var(--faint);text-align:right}
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 dt{float:left;font-weight:600;margin-right:.5em}dd{margin:0 0 4px}
