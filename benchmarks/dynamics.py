@@ -123,7 +123,7 @@ def measure(kind: str, data: Path | None, quick: bool) -> list[dict[str, Any]]:
     n, held = (4, 4) if quick else (TRAIN, HELD_OUT)
     dense: Any = fj.load(find_model(), head="classification", num_labels=2, key=jax.random.key(0))
     if quick:  # compiling takes most of the time
-        dense.layers = nnx.List(list(dense.layers)[-2:])
+        dense.layers, dense.schedule = nnx.List(list(dense.layers)[-2:]), (0, 1)
     texts, labels = examples(data, n + held)
     batch = tokenize(load_tokenizer(dense.provenance.folder), texts, max_length=24)._asdict()
     targets = labels[:n]

@@ -359,6 +359,13 @@ def token_batches(padding=3):
     return [{name: x[:2] for name, x in whole.items()}, whole]
 
 
+def test_an_mlp_that_the_model_does_not_call_is_one_error(tmp_path):
+    model = fj.load(checkpoint(tmp_path / "model"))
+    model.schedule = (0,)
+    with pytest.raises(fj.InputError, match="does not call one of its MLPs"):
+        mlp_inputs(model, **tiny.batch("bert"))
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
 def test_text_needs_a_tokenizer(family, tmp_path):
     """Without files, transformers makes a tokenizer without words for some families."""

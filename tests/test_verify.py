@@ -121,7 +121,7 @@ def test_first_steps_of_linear_models_are_those_of_their_kernels():
             moves.append(-c * x @ (np.sign(gradient) if kind == "adam" else gradient))
         want = [np.linalg.norm(moves[1] - moves[0]), np.linalg.norm(moves[1])]
         want = np.array(want) / np.linalg.norm(moves[0])
-        for step in first_steps(*movers, kind, (0.01, 0.1)):
+        for step in first_steps(movers[0], movers[1], kind, (0.01, 0.1)):
             np.testing.assert_allclose([step.apart, step.size], want, rtol=1e-4)
             assert step.explained > 1 - 1e-6
 

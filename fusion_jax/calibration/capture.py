@@ -54,6 +54,11 @@ class Tap(nnx.Module):
     @property
     def seen(self) -> Array:
         """The input at each position, of the call that counts there."""
+        if not self.inputs:
+            raise InputError(
+                "the model does not call one of its MLPs with these arguments, so it cannot be "
+                "calibrated; leave it out with layers="
+            )
         *earlier, last = (seen[...] for seen in self.inputs)
         times = len(self.inputs)
         if any(x.shape != last.shape for x in earlier):

@@ -347,7 +347,7 @@ def verify(
             rates = [scale * rate for rate in RATES[kind]]
             if not movers:  # once, as both kinds share the compiled programs
                 movers = [mover(f, params, batch, targets) for f, params in functions]
-            moved[kind] = first_steps(*movers, kind, rates)
+            moved[kind] = first_steps(movers[0], movers[1], kind, rates)
         differences = {}
         if cross_check:
             begin("comparison of the engines")
