@@ -129,3 +129,11 @@ def test_variants_that_are_refused(family, changes, message):
 def test_fields_of_mixtures_that_cannot_be(family, fields, message):
     with pytest.raises(fj.InputError, match=message):
         tiny.decoder_config({**tiny.CONFIGS[family], **fields})
+
+
+def test_minus_one_is_no_limit_in_deberta():
+    """As published files of its third version state it."""
+    fields = {**tiny.CONFIGS["deberta-v2"], "max_relative_positions": -1, "position_buckets": -1}
+    config = tiny.decoder_config(fields)
+    assert config.blocks.relative.most == fields["max_position_embeddings"]
+    assert config.blocks.relative.buckets <= 0

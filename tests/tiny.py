@@ -1,5 +1,6 @@
 """Tiny Hugging Face checkpoints with weights that depend only on their names."""
 
+import copy
 import json
 import re
 import zlib
@@ -342,7 +343,7 @@ HEAD_GOLDENS = [
 
 def config_of(family, head):
     """The fields of a case's config.json: classes, and the tokens that a head needs to know."""
-    config = CONFIGS[family]
+    config = copy.deepcopy(CONFIGS[family])  # transformers writes into nested fields
     if (family, head) not in HEADS:
         return config
     names = ("id2label", "label2id")

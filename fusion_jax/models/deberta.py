@@ -78,6 +78,9 @@ class _Own:
 
 
 def _config(fields: Fields) -> BertConfig:
+    # Published files state -1 for what is not limited.
+    unlimited = ("max_relative_positions", "position_buckets")
+    fields = {n: x for n, x in fields.items() if not (n in unlimited and x == -1)}
     own = config_from_fields(_Own, fields)
     for name, only in (
         ("pooler_hidden_size", own.hidden_size),
