@@ -33,7 +33,7 @@ Shifts = dict[str, Float[Array, "n t d"]]
 
 
 class Shift(nnx.Variable):
-    """What is added to the output of an MLP."""
+    """An array that is added to the output of an MLP."""
 
 
 class Shifted(nnx.Module):

@@ -13,7 +13,7 @@ _HALF = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 VALUES = np.concatenate([_HALF, -_HALF])
 """The numbers that four bits stand for, in the order of the bits."""
 _BIAS = 127
-"""What is subtracted from the exponents in files."""
+"""Files store each exponent plus this number."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 

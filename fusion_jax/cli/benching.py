@@ -67,7 +67,7 @@ def bench(
     sizes = batch, tokens, new_tokens, dtype
     rows: list[dict[str, Any]] = []
     for model in models:
-        # Raises before anything runs, also if there is no such model.
+        # An error about either model comes before the first measurement.
         check_takes_text(open_checkpoint(model).abstract)
     for model in models:
         with show_stage(f"Measuring {model}"):

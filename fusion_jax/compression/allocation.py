@@ -156,8 +156,8 @@ def score_widths(
         The scores.
 
     Raises:
-        InputError: There is no calibration, the method has no such errors, or a site or an expert
-            has too few positions to hold some out.
+        InputError: Calibration is missing, the method cannot measure these errors, or a site or an
+            expert has too few positions to hold some out.
 
     Example:
         >>> from fusion_jax import Mlp

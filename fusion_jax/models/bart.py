@@ -1,6 +1,6 @@
 """BART, mBART, Marian and Pegasus: encoder-decoders with absolute positions.
 
-Unlike in the originals, there is no dropout inside the MLPs. The settings of a
+The originals also drop out units inside the MLPs; this model does not. The settings of a
 ``generation_config.json``, such as forced tokens, are not read.
 """
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
-from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, split_key
+from fusion_jax.models.cache import CacheUpdate
+from fusion_jax.models.layers import Dropout, LayerNorm, split_key
 from fusion_jax.models.t5_stacks import Attention, EncoderView, Stack
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
@@ -153,7 +154,7 @@ class BartLayer(nnx.Module):
         source: EncoderView | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Returns the input of the next layer; there is no router."""
+        """Returns the input of the next layer, and None in place of a router's logits."""
         keys = split_key(key, 5)
         y = self.attention_norm(x) if self.first else x
         own = cache.extended(*self.attention.keys_values(y))

@@ -42,7 +42,7 @@ class LayerFactory:
 
 
 class Shared(NamedTuple):
-    """What all layers get in one call.
+    """The arguments that are the same for all layers in one call.
 
     Args:
         visible: Which positions each position attends to, by the size of the layer's window.

@@ -11,18 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from fusion_jax.models.base import DecoderOutput, Generative, Head, check_positions
-from fusion_jax.models.layers import (
-    ArrayLike,
-    Cache,
-    CacheUpdate,
-    Dropout,
-    OutputBias,
-    Reach,
-    Window,
-    split_key,
-    token_mask,
-    window,
-)
+from fusion_jax.models.cache import Cache, CacheUpdate, Reach, Window, window
+from fusion_jax.models.layers import ArrayLike, Dropout, OutputBias, split_key, token_mask
 from fusion_jax.models.rules import LINEAR, KeyRule, KeyRules
 from fusion_jax.mpo import AnyEmbed
 from fusion_jax.nn.linear_forms import dtype_of

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.models.base import Head
+from fusion_jax.models.cache import Cache, CacheUpdate, Window
 from fusion_jax.models.causal import (
     CausalLm,
 )
@@ -23,15 +24,12 @@ from fusion_jax.models.decoder_config import DecoderConfig
 from fusion_jax.models.delta import DeltaNet, with_states
 from fusion_jax.models.latent_attention import LatentAttention
 from fusion_jax.models.layers import (
-    Cache,
-    CacheUpdate,
     Dropout,
     HeadNorms,
     LayerNorm,
     OutputBias,
     RmsNorm,
     WideRmsNorm,
-    Window,
     alibi_bias,
     attention,
     soft_capped,

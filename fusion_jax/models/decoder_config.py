@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
+from fusion_jax.models.cache import Reach
 from fusion_jax.models.causal import HeadConfig
 from fusion_jax.models.delta import Delta
 from fusion_jax.models.latent_attention import Latent
-from fusion_jax.models.layers import Reach
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.rope import Rope
 from fusion_jax.nn.submlps import activation
@@ -240,15 +240,16 @@ def renamed_fields(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
     return {**{names[name]: x for name, x in fields.items() if name in names}, **fields}
 
 
-def count(fields: Fields, name: str) -> int:
-    """Returns a number of rows or columns; 0 if there is none.
+def count(fields: Fields, name: str, least: int = 0) -> int:
+    """Returns a number of rows, columns or layers; 0 if none is given and none is needed.
 
     Raises:
-        InputError: It is not an integer from 0 on.
+        InputError: It is not an integer of at least ``least``.
     """
-    value = fields.get(name) or 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise InputError(f"{name} must be an integer from 0 on; got {str(value)[:100]!r}")
+    value = fields.get(name)
+    value = 0 if value is None and not least else value
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise InputError(f"{name} must be an integer of at least {least}; got {str(value)[:100]!r}")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
-from fusion_jax.models.decoder_config import Blocks, DecoderConfig
+from fusion_jax.models.decoder_config import Blocks, DecoderConfig, count
 from fusion_jax.models.decoder_families import (
     MLP_NAMES,
     decoder_family,
@@ -70,34 +70,26 @@ _OPTIONAL = (
 )
 
 
-def _whole(fields: Fields, name: str, least: int = 1) -> int:
-    """Returns the value of a field that must be an integer."""
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise InputError(f"{name} must be an integer of at least {least}; got {str(value)[:100]!r}")
-    return value
-
-
 def _read(fields: dict[str, Any], **options: Any) -> DecoderConfig:
     """Reads a configuration whose router and experts are DeepSeek-V3's."""
-    fields["num_experts"] = fields.get("num_local_experts") or _whole(fields, "n_routed_experts")
-    one = _whole(fields, "moe_intermediate_size")
-    fields[_SHARED] = _whole(fields, "n_shared_experts") * one
+    fields["num_experts"] = fields.get("num_local_experts") or count(fields, "n_routed_experts", 1)
+    one = count(fields, "moe_intermediate_size", 1)
+    fields[_SHARED] = count(fields, "n_shared_experts", 1) * one
     scale = fields["routed_scaling_factor"]
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise InputError(f"routed_scaling_factor must be a number; got {str(scale)[:100]!r}")
     router = RouterRule(
         scores="sigmoid",
         correction=True,
-        groups=_whole(fields, "n_group"),
-        used_groups=_whole(fields, "topk_group"),
+        groups=count(fields, "n_group", 1),
+        used_groups=count(fields, "topk_group", 1),
         scale=float(scale),
         shared_gated=False,
     )
     config = DecoderConfig.read(fields, optional=_OPTIONAL, router=router, **options)
-    dense = _whole(fields, "first_k_dense_replace", 0)
+    dense = count(fields, "first_k_dense_replace")
     sparse = tuple(i >= dense for i in range(config.num_hidden_layers))
-    further = _whole(fields, "num_nextn_predict_layers", 0)
+    further = count(fields, "num_nextn_predict_layers")
     return replace(config, sparse=sparse, further_layers=further)
 
 
@@ -109,19 +101,19 @@ def _glm(fields: Fields) -> DecoderConfig:
 
 def _deepseek(fields: Fields) -> DecoderConfig:
     fields = {**_COMMON, **_DEEPSEEK, **fields}
-    rank = None if fields["q_lora_rank"] is None else _whole(fields, "q_lora_rank")
+    rank = None if fields["q_lora_rank"] is None else count(fields, "q_lora_rank", 1)
     latent = Latent(
         query_rank=rank,
-        rank=_whole(fields, "kv_lora_rank"),
-        plain=_whole(fields, "qk_nope_head_dim", 0),
-        values=_whole(fields, "v_head_dim"),
+        rank=count(fields, "kv_lora_rank", 1),
+        plain=count(fields, "qk_nope_head_dim"),
+        values=count(fields, "v_head_dim", 1),
     )
     heads = fields["num_attention_heads"]
     if fields.get("num_key_value_heads") not in (None, heads):
         raise InputError(
             f"num_key_value_heads must be num_attention_heads, {heads}, as each head has its keys"
         )
-    fields |= {"head_dim": _whole(fields, "qk_rope_head_dim"), "num_key_value_heads": heads}
+    fields |= {"head_dim": count(fields, "qk_rope_head_dim", 1), "num_key_value_heads": heads}
     config = _read(fields, latent=latent)
     interleaved = bool(fields["rope_interleave"])
     ropes = [replace(rope, interleaved=interleaved) for rope in config.ropes if rope is not None]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from fusion_jax.models.layers import Cache, CacheUpdate, RmsNorm
+from fusion_jax.models.cache import Cache, CacheUpdate
+from fusion_jax.models.layers import RmsNorm
 from fusion_jax.models.rules import LINEAR, NORM, KeyRule, Leaf
 from fusion_jax.nn.dtypes import wide
 from fusion_jax.nn.submlps import activation

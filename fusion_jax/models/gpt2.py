@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Fields, Head, config_from_fields, tied_head
+from fusion_jax.models.cache import CacheUpdate, Window
 from fusion_jax.models.causal import CausalLm, HeadConfig, decoder_architectures, with_head
-from fusion_jax.models.layers import CacheUpdate, Dropout, LayerNorm, Window, attention, split_key
+from fusion_jax.models.layers import Dropout, LayerNorm, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
@@ -88,7 +89,7 @@ class Layer(nnx.Module):
         context: None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Returns the input of the next layer; there is no router."""
+        """Returns the input of the next layer, and None in place of a router's logits."""
         keys = split_key(key, 3)
         qkv = self.qkv(self.attention_norm(x))
         q, k, v = (a.reshape(*x.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))

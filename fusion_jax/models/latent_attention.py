@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from fusion_jax.models.layers import CacheUpdate, Dropout, RmsNorm, attention
+from fusion_jax.models.cache import CacheUpdate
+from fusion_jax.models.layers import Dropout, RmsNorm, attention
 from fusion_jax.models.rope import Rope
 from fusion_jax.models.rules import LINEAR, NORM, KeyRule
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fusion_jax.errors import InputError, check_at_least
 from fusion_jax.models.base import Fields, Head
+from fusion_jax.models.cache import Chunk
 from fusion_jax.models.decoder_config import FULL, Blocks, DecoderConfig
 from fusion_jax.models.decoder_families import (
     MLP_NAMES,
@@ -15,7 +16,6 @@ from fusion_jax.models.decoder_families import (
     decoder_rules,
     linear_rules,
 )
-from fusion_jax.models.layers import Chunk
 from fusion_jax.models.moe import RouterRule
 from fusion_jax.models.packed_experts import packed_rules
 from fusion_jax.models.rules import KeyRules

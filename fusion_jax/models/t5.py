@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, tied_head
-from fusion_jax.models.layers import ArrayLike, Cache, CacheUpdate, window
+from fusion_jax.models.cache import Cache, CacheUpdate, window
+from fusion_jax.models.layers import ArrayLike
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.models.t5_config import T5Config as T5Config
 from fusion_jax.models.t5_heads import HEAD_RULES, T5WithHead

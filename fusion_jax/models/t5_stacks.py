@@ -11,18 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.models.base import DecoderOutput, Model
+from fusion_jax.models.cache import CacheUpdate, KeysValues, Window, window
 from fusion_jax.models.layers import (
     ArrayLike,
-    CacheUpdate,
     Dropout,
-    KeysValues,
     RmsNorm,
-    Window,
     attention,
     relative_bias,
     split_key,
     token_mask,
-    window,
 )
 from fusion_jax.models.moe import Moe, RouterRule
 from fusion_jax.models.t5_config import T5Config

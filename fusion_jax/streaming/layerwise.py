@@ -27,8 +27,8 @@ from fusion_jax.errors import InputError
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.methods.base import Method
 from fusion_jax.models.base import Model
+from fusion_jax.models.cache import CacheUpdate
 from fusion_jax.models.causal import CausalLm
-from fusion_jax.models.layers import CacheUpdate
 from fusion_jax.models.provenance import Head
 from fusion_jax.nn.programs import ByValue
 from fusion_jax.nn.site import Site, select_sites, sites
