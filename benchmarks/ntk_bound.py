@@ -165,7 +165,7 @@ def measure(
     sketch = fit_sketch(pair, mlp.fit, kind=kind, directions=directions)
     bounds = {
         "data": change(sketch=sketch),
-        "a_priori": change(grade="a priori", norms=norms),
+        "a_priori": change(grade="a priori"),
     }
     found = change(grade="measured")
     measured, radius = np.abs(np.asarray(found.mid)), np.asarray(found.radius)
@@ -337,7 +337,7 @@ def main() -> int:
     )
     options.add_argument("--figure", type=Path, help="write error against width here (matplotlib)")
     options.add_argument(
-        "--directions", type=int, default=64, help="size of the data grade's sketches"
+        "--directions", type=int, default=128, help="size of the data grade's sketches"
     )
     arguments = options.parse_args()
     jax.config.update("jax_enable_x64", True)

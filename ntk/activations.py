@@ -214,27 +214,6 @@ def jerk(name: Activation) -> float:
     return _constant(table, name)
 
 
-def steepness(name: Activation) -> tuple[float, float]:
-    """Returns k and a with s'(z)^2 <= max((L1 - 1)^2, k + a z) everywhere, with L1 of `slope`.
-
-    - gelu, gelu_tanh, silu: k = sup (s'(z)^2 - a z) over the z with s'(z) > L1 - 1, for a suitable
-      a; below those z, |s'| <= L1 - 1, see `slope_spread` (interval arithmetic).
-    - relu: s' is 0 for z < 0 and 1 above. tanh: s'^2 <= 1.
-
-    Example:
-        >>> steepness("relu")
-        (1.0, 1.0)
-    """
-    table = {
-        "gelu": (0.4214, 0.8),
-        "gelu_tanh": (0.4215, 0.8),
-        "silu": (0.431, 0.46),
-        "relu": (1.0, 1.0),
-        "tanh": (1.0, 0.0),
-    }
-    return _constant(table, name)
-
-
 def secant(name: Activation) -> float:
     """Returns sup |s(z) / z|, which is 1 for all activations here; also, s(0) = 0.
 

@@ -22,7 +22,8 @@ from ntk.bounds import (
     weight_norms,
 )
 from ntk.bounds.balls import ball_units
-from ntk.bounds.jensen import wide_norms
+from ntk.bounds.pairs import prepare_pair
+from ntk.bounds.stand_ins import stand_ins, stood_in_units
 from ntk.errors import InputError
 from ntk.mlp import MlpWeights, traced_kernel
 from ntk.units import hidden_units
@@ -120,7 +121,7 @@ def test_kernel_bounds_hold(shape, seed, scale, **how):
             change = partial(kernel_change, site, x, gx=gx, kind=kind)
             measured = change(grade="measured")
             data = change(directions=2)
-            prior = change(grade="a priori", norms=norms)
+            prior = change(grade="a priori")
             assert not violated(data, measured)
             assert not violated(prior, measured)
             # The interval holds the change, not only its size.
@@ -241,18 +242,27 @@ def test_balls_hold_the_units(shape):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
-def test_the_wide_copy_is_no_larger_than_what_the_original_says(shape):
-    site = make(3, **shape, scaling="adam", offset=0.1)
+def test_the_smaller_mlp_need_not_be_run(shape):
+    """Its units follow from the original's where its rows are means or units, also scaled."""
+    means = make(3, **shape, scaling="adam")
+    away = make(3, **shape, scaling="adam", offset=0.1)
+    sites = [(means, True), (away, False)]
+    first = np.unique(np.asarray(means.labels), return_index=True)[1]
+    if len(first) == means.fused.width:  # no cluster is empty
+        kept = jax.tree.map(lambda a: a[first], means.original)
+        fields = ("up", "up_bias") if kept.up_bias is not None else ("up",)
+        scaled = {name: 0.7 * getattr(kept, name) for name in fields}
+        sites.append((means._replace(fused=replace(kept, **scaled)), True))
     x = inputs(1, N, 3, 1.0)
-    plain = replace(site.fused, outer=None, inner=None, middle=None)
-    wide = jax.tree.map(lambda a: a[site.labels], plain)
-    at = hidden_units(wide, x)
-    offsets = tuple(jnp.asarray(m.offset) for m in weight_norms(site).maps)
-    for power in (1, 2):
-        size = jnp.linalg.norm(wide.down, ord=power, axis=1)[None]
-        bounds = wide_norms(site.original, x, offsets, size, power=power)
-        for feature, bound in zip([at.hidden, *(c * size for c in at.slopes)], bounds, strict=True):
-            assert bool((jnp.linalg.norm(feature, ord=power, axis=1) <= bound).all())
+    for site, follows in sites:
+        site, _, _ = prepare_pair(site, x)
+        hidden, slopes = stood_in_units(site, x, stand_ins(site))
+        exact = hidden_units(site.fused, x)
+        for ball, want in zip((hidden, *slopes), (exact.hidden, *exact.slopes), strict=True):
+            assert bool((jnp.abs(ball.value - want) <= ball.error).all())
+            assert bool(((jnp.sign(want) == ball.sign) | ball.doubtful).all())
+            if site.original.act != "relu":  # its slopes jump
+                assert bool(ball.error.max() < 1e-9) == follows
 
 
 def exact_kernel(mlp, x, kind):
@@ -358,7 +368,6 @@ def test_pairs_that_do_not_fit(change, message):
         (lambda s, x: kernel_change(s, x, x, gx=jnp.ones((2, 2))), "go together"),
         (lambda s, x: kernel_change(s, x, directions=-1), "directions"),
         (lambda s, x: kernel_change(s, x, grade="measured", sketch=()), "sketch is for"),
-        (lambda s, x: kernel_change(s, x, norms=weight_norms(s)), "norms is for"),
         (lambda s, x: output_change(s, x, grade="prior"), "did you mean 'a priori'"),
         (lambda s, x: uniform_bound(s, -1.0), "radius"),
         (lambda s, x: pair(object(), object()), "no labels"),

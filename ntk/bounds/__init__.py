@@ -2,19 +2,18 @@
 
 There are three grades of bounds, which differ in the data that they use:
 
-- ``"a priori"``: norms of the weights, of the centroids and of the rows' distances from them; and
-  of the inputs only |x|, x . z, and norms of what the original computes there: of its gradients,
-  which are the parts of its kernel at (x, x), and of its hidden units' values
-  (`ntk.bounds.jensen`). The fused MLP is never run. `uniform_bound` uses no input at all and holds
-  for every input of a given norm (`ntk.bounds.a_priori` has the theorems).
+- ``"a priori"``: weights, norms of the inputs, and norms of what the original computes at each of
+  them. The fused MLP is never run: if its rows are means of clusters, or units of the original, its
+  values follow from the original's (`ntk.bounds.stand_ins`). `uniform_bound` uses no input at all
+  and holds for every input of a given norm (`ntk.bounds.a_priori` has the theorems).
 - ``"data"``: each input alone is run through both MLPs and reduced to a sketch of a few hundred
   numbers; the change at a pair of inputs is enclosed from two sketches (`ntk.bounds.enclosure`).
 - ``"measured"``: the change itself, from both kernels.
 
 All of them hold for the smaller MLP *as it is*, with any factors, and whether or not its rows are
 means of clusters. If its kernel is near the original's, data-grade bounds are small. A priori
-bounds are small only if the factors also make its kernel that of the wide copy
-(`ntk.bounds.norms`).
+bounds grow with the distance of its rows from means and from units of the original, and those for
+all inputs also if the factors do not make its kernel that of the wide copy (`ntk.bounds.norms`).
 
 All bounds hold for the exact change, that of real numbers: they include their own rounding
 (`ntk.bounds.balls`). In float32 this is at worst a few percent of |phi| |psi|, so that small

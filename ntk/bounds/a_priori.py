@@ -1,4 +1,6 @@
-r"""Bounds from norms alone, the a priori grade; they show that kernels change to second order only.
+r"""Bounds from norms of weights alone, which hold for every input of a given norm.
+
+They show that kernels change to second order only.
 
 In the notation of `ntk.bounds.norms`, write z_i = u_i . x^, r = |x^|, and L1, L2, L3, secant,
 spread, gap and ceiling for the constants of the activation (`ntk.activations`). Every feature phi
@@ -15,9 +17,8 @@ With total = |P phi + F| <= min(unit + fused, 2 unit + change, 2 fused + change)
 **Hidden units of a plain MLP**, H_i = s(z_i):
 
 - unit: |s(z)| <= secant |z|, so |H| <= secant |U|_2 r; at most ceiling sqrt(p).
-- fused: the same bound with U~; also (7) of `ntk.bounds.jensen`, from the original's values at an
-  input; and |H| + gap sqrt(p) + |offset|_2 r. *Proof* of the last: relu is convex, so for
-  centroids that are means relu(z) <= mean relu(z_i) <= mean s(z_i) + gap, and s <= relu in all
+- fused: the same bound with U~; and |H| + gap sqrt(p) + |offset|_2 r. *Proof*: relu is convex, so
+  for centroids that are means relu(z) <= mean relu(z_i) <= mean s(z_i) + gap, and s <= relu in all
   activations with a finite gap; so s(z) is between -gap and mean H_i + gap. Centroids that are not
   means move relu(z) by at most their offset.
 - change: |P(H - F)| <= |H - F| <= L1 |Delta|_2 r. And, to *second* order,
@@ -33,7 +34,7 @@ With total = |P phi + F| <= min(unit + fused, 2 unit + change, 2 fused + change)
 
 **Slopes of a plain MLP**, rows c_i v_i with c_i = s'(z_i), in the Frobenius norm:
 
-- unit: L1 |V|_F. fused: L1 |V~|_F; and by (7).
+- unit: L1 |V|_F. fused: L1 |V~|_F.
 - move >= |diag(c_i - c) V|_F: min(L2 |diag(|v_i|) Delta|_2 r, spread |V|_F).
 - change: mean(c_i v_i) - c v = mean((c_i - c) v_i) + c (mean v_i - v), so move + L1 |offset_v|_F;
   and, to second order, with mean((c_i - c) v_i) = mean v_i mean(c_i - c) + mean((c_i - c) Q v_i),
@@ -42,9 +43,6 @@ With total = |P phi + F| <= min(unit + fused, 2 unit + change, 2 fused + change)
       + L1 |offset_v|_F,    |c_i - c|_2 <= min(L2 |Delta|_2 r, spread sqrt(p)).              (5)
 
 - within: c_i v_i - c mean v_i = c Q v_i + (c_i - c) v_i, so L1 |Q V|_F + move.
-
-With an upstream vector G, the features are c_i (v_i . G). The same bounds hold with the norms of
-V G, V~ G, Q V G and (P V - V~) G and with move = min(L2 max|delta_i| r, spread) |V G|, except (5).
 
 **Output**: f - f~ = V~^T n^(1/2) (P H - F) + (Q V)^T Q H + offset_v^T P H, so that
 
@@ -59,8 +57,8 @@ secant G r |Delta_y|_2 r + Y~ r L1 |Delta_g|_2 r, and the slopes y_i s'(g_i) and
 L1 |diag(|v|) Delta_y| r + Y~ r move(g) and L1 |diag(|v|) Delta_g| r.
 
 **Adam**: the second factor is signs, so |phi . sign - F . sign| <= |phi|_1 + |F|_1. Nothing better
-holds a priori: a unit whose phi(z) is near zero flips its sign under any change of the weights,
-which moves the kernel by 2 |phi_i(x)|.
+holds for all inputs: a unit whose phi(z) is near zero flips its sign under any change of the
+weights, which moves the kernel by 2 |phi_i(x)|.
 """
 
 from __future__ import annotations
@@ -107,22 +105,18 @@ def input_lengths(norms: WeightNorms, x: Numbers) -> list[np.ndarray]:
     return [np.hypot(x, m.biased) * OUTWARD for m in norms.maps]
 
 
-def hidden_bounds(
-    norms: WeightNorms, x: Numbers, unit: Numbers | None = None, wide: Numbers | None = None
-) -> FeatureBounds:
+def hidden_bounds(norms: WeightNorms, x: Numbers) -> FeatureBounds:
     """Returns bounds, (n,) each, on the hidden units at inputs.
 
     Args:
         norms: The norms of the weights.
         x: Norms of n inputs, or upper bounds on them.
-        unit: Norms of the original's hidden units there, if known.
-        wide: Bounds on the norms of the wide copy's hidden units there, if known.
     """
     l1, l2 = slope(norms.act), curvature(norms.act)
     m, r = norms.maps[0], input_lengths(norms, x)[0]
     if len(norms.maps) == 1:
         most = ceiling(norms.act) * np.sqrt(norms.width)
-        known = np.minimum(times(secant(norms.act), m.op, r), most) if unit is None else unit
+        known = np.minimum(times(secant(norms.act), m.op, r), most)
         move = times(l1, m.delta_op, r)
         offset = times(m.offset, r)
         change = times(l2 / 2, times(m.kappa, r), times(m.delta_op, r)) + l1 * offset
@@ -131,10 +125,8 @@ def hidden_bounds(
     else:
         up, q = norms.maps[1], input_lengths(norms, x)[1]
         inner = secant(norms.act) * r
-        known = unit
-        if known is None:
-            row, op = times(m.row, inner), times(m.op, inner)
-            known = _gated(row, op, times(up.row, q), times(up.op, q))
+        row, op = times(m.row, inner), times(m.op, inner)
+        known = _gated(row, op, times(up.row, q), times(up.op, q))
         row, op = times(m.wide_row, inner), times(m.wide_op, inner)
         fused = _gated(row, op, times(up.wide_row, q), times(up.wide_op, q))
         move = times(times(m.row, inner), times(up.delta_op, q))
@@ -142,7 +134,6 @@ def hidden_bounds(
         change = move
     change = np.minimum(change, move)
     fused = np.minimum(fused, known + change)
-    fused = fused if wide is None else np.minimum(fused, wide)
     return FeatureBounds(known, fused, np.minimum(change, known + fused), np.minimum(move, known))
 
 
@@ -151,37 +142,27 @@ def _gated(row: np.ndarray, op: np.ndarray, row2: np.ndarray, op2: np.ndarray) -
     return np.minimum(times(row, op2), times(op, row2))
 
 
-def slope_bounds(
-    norms: WeightNorms,
-    x: Numbers,
-    upstream: OutputNorms | None = None,
-    units: list[np.ndarray] | None = None,
-    wide: list[np.ndarray] | None = None,
-) -> list[FeatureBounds]:
+def slope_bounds(norms: WeightNorms, x: Numbers) -> list[FeatureBounds]:
     """Returns bounds, (n,) each, on the rows c_i v_i at inputs, for each linear map.
 
     Args:
         norms: The norms of the weights.
         x: Norms of n inputs, or upper bounds on them.
-        upstream: Norms of the output weights times upstream vectors; None for the traced kernel.
-        units: Norms of the original's rows there, if known.
-        wide: Bounds on the norms of the wide copy's rows there, if known.
     """
-    out = norms.frobenius if upstream is None else upstream
-    frobenius = upstream is None
-    act = norms.act
+    out, act = norms.frobenius, norms.act
     l1, l2, l3, spread = slope(act), curvature(act), jerk(act), slope_spread(act)
     m, r = norms.maps[0], input_lengths(norms, x)[0]
 
     def move(factor: float, m: MapNorms, r: np.ndarray) -> np.ndarray:
         """Returns a bound on |diag(factor |delta_i . x^|) V|."""
-        by_row = times(factor, times(m.delta_row, r), out.unit)
-        return np.minimum(by_row, times(factor, m.weighted, r)) if frobenius else by_row
+        return np.minimum(
+            times(factor, times(m.delta_row, r), out.unit), times(factor, m.weighted, r)
+        )
 
-    def bounds(i: int, most: Numbers, most_fused: Numbers, moved: Numbers) -> FeatureBounds:
-        known = times(most, out.unit) if units is None else units[i]
+    def bounds(most: Numbers, most_fused: Numbers, moved: Numbers) -> FeatureBounds:
+        known = times(most, out.unit)
         change = moved + times(most_fused, out.offset)
-        if frobenius and len(norms.maps) == 1:
+        if len(norms.maps) == 1:
             between = times(l3 / 2, times(m.kappa, r), times(m.delta_op, r))
             between = between + times(l2, m.offset, r)
             each = np.minimum(times(l2, m.delta_op, r), spread * np.sqrt(norms.width))
@@ -189,70 +170,45 @@ def slope_bounds(
             second = second + l1 * out.offset
             change = np.minimum(change, second)
         fused = np.minimum(times(most_fused, out.fused), known + change)
-        fused = fused if wide is None else np.minimum(fused, wide[i])
         within = np.minimum(times(most_fused, out.within) + moved, known)
         return FeatureBounds(known, fused, np.minimum(change, known + fused), within)
 
     steep = np.minimum(move(l2, m, r), spread * out.unit)
     if len(norms.maps) == 1:
         flat = np.full_like(r, l1)
-        return [bounds(0, flat, flat, steep)]
+        return [bounds(flat, flat, steep)]
     up, q = norms.maps[1], input_lengths(norms, x)[1]
     gate_move = move(l1, up, q) + times(up.wide_row, q, steep)
     return [
-        bounds(0, times(l1, up.row, q), times(l1, up.wide_row, q), gate_move),
-        bounds(1, times(secant(act), m.row, r), times(secant(act), m.wide_row, r), move(l1, m, r)),
+        bounds(times(l1, up.row, q), times(l1, up.wide_row, q), gate_move),
+        bounds(times(secant(act), m.row, r), times(secant(act), m.wide_row, r), move(l1, m, r)),
     ]
 
 
-def absolute_bounds(
-    norms: WeightNorms,
-    x: Numbers,
-    units: list[np.ndarray],
-    out: Numbers | float,
-    wide: list[np.ndarray] | None = None,
-) -> list[FeatureBounds]:
-    """Returns the bounds for Adam's kernel, on sums of absolute values instead of norms.
-
-    Args:
-        norms: The norms of the weights.
-        x: Norms of n inputs, or upper bounds on them.
-        units: Sums of the original's absolute features there, for each term.
-        out: Factors of the slopes of the wide copy: the sum of |v|_1, or sums of |v . G|.
-        wide: Bounds on the sums of the wide copy's absolute features, for each term, if known.
-
-    Returns:
-        The bounds for each term, of which only ``unit`` and ``fused`` are used.
-    """
+def _absolute_bounds(norms: WeightNorms, x: Numbers) -> list[np.ndarray]:
+    """Returns bounds on the original's and the wide copy's sums of absolute features, for Adam."""
     root = np.sqrt(norms.width)
     hidden = hidden_bounds(norms, x)
-    fused = hidden.fused * root
-    if len(norms.maps) == 1:
-        moved = times(root, norms.maps[0].offset, input_lengths(norms, x)[0])
-        gap = relu_gap(norms.act) * norms.width + moved
-        fused = np.minimum(fused, units[0] + gap)
-    result = [hidden._replace(unit=units[0], fused=fused)]
-    steepest = [slope(norms.act) * np.ones_like(x)]
+    sums = [times(root, hidden.unit), times(root, hidden.fused)]
+    steepest = [(np.full_like(x, slope(norms.act)),) * 2]
     if len(norms.maps) == 2:
         r, q = input_lengths(norms, x)
-        linear = times(norms.maps[1].wide_row, q)
-        steepest = [steepest[0] * linear, times(secant(norms.act), norms.maps[0].wide_row, r)]
-    zero = np.zeros_like(x)
-    slopes = zip(units[1:], steepest, strict=True)
-    result += [FeatureBounds(u, times(c, out), zero, zero) for u, c in slopes]
-    if wide is not None:
-        pairs = zip(result, wide, strict=True)
-        result = [s._replace(fused=np.minimum(s.fused, most)) for s, most in pairs]
-    return result
+        (gate, up), l1, most = norms.maps, slope(norms.act), secant(norms.act)
+        steepest = [
+            (times(l1, up.row, q), times(l1, up.wide_row, q)),
+            (times(most, gate.row, r), times(most, gate.wide_row, r)),
+        ]
+    pairs = [[times(c, v) for c, v in zip(s, norms.absolute, strict=True)] for s in steepest]
+    return [np.stack(pair) for pair in (sums, *pairs)]
 
 
 @_unwarned
-def output_bound(norms: WeightNorms, hidden: FeatureBounds) -> np.ndarray:
-    """Returns (6) at n inputs."""
-    out = norms.spectral
-    parts = times(out.fused, hidden.change) + times(out.within, hidden.within)
-    parts = parts + times(out.offset, hidden.unit)
-    sizes = times(out.unit, hidden.unit) + times(out.fused, hidden.fused)
+def output_bound(
+    out: OutputNorms, change: Numbers, within: Numbers, unit: Numbers, fused: Numbers
+) -> np.ndarray:
+    """Returns (6) at n inputs, from spectral norms of output weights and norms of hidden units."""
+    parts = times(out.fused, change) + times(out.within, within) + times(out.offset, unit)
+    sizes = times(out.unit, unit) + times(out.fused, fused)
     return OUTWARD * np.minimum(parts, sizes)
 
 
@@ -280,13 +236,7 @@ def _traced_kernel_bound(norms: WeightNorms, radius: float, kind: KernelKind) ->
             for t, s in enumerate(sizes)
         ]
         return float(OUTWARD * sum(bounds))
-    root = np.sqrt(norms.width)
-    hidden = hidden_bounds(norms, x).unit * root
-    slopes = [s.unit for s in slope_bounds(norms, x)]
     scalars = [outputs, *(np.sqrt(inputs) * radius + m.biased for m in norms.maps)]
-    # |c_i| is at most the bound on |diag(c) V| over |V|, whichever norm it is in.
-    size = norms.frobenius.unit
-    units = [hidden, *(s / size * norms.absolute[0] if size else np.zeros_like(s) for s in slopes)]
-    sizes = absolute_bounds(norms, x, units, norms.absolute[1])
-    bounds = [(s.unit + (1 + off[t]) * s.fused)[0] for t, s in enumerate(sizes)]
+    sums = _absolute_bounds(norms, x)
+    bounds = [(unit + (1 + off[t]) * fused)[0] for t, (unit, fused) in enumerate(sums)]
     return float(OUTWARD * sum(times(c, b) for c, b in zip(scalars, bounds, strict=True)))

@@ -137,6 +137,11 @@ def ball_products(x: Float[Array, "n k"], rows: Float[Array, "p k"], bias: Array
     if bias is not None:
         more = gamma(x.shape[1] + 4, x.dtype) * jnp.abs(bias) + 8 * tiny(x.dtype)
         error = error + jnp.where(_holds_number(bias[:, None]), more, 0)[None]
+    return uncertain(value, error)
+
+
+def uncertain(value: Float[Array, "n p"], error: Float[Array, "n p"]) -> Ball:
+    """Returns numbers with bounds on their errors, with the signs that follow from the two."""
     return Ball(value, error, jnp.sign(value), _near(value, error), jnp.zeros_like(value, bool))
 
 
@@ -162,14 +167,33 @@ def ball_units(mlp: MlpWeights, x: Float[Array, "n d"]) -> tuple[Ball, tuple[Bal
         (2.0, 1.0, True)
     """
     maps = [ball_products(x, kernel, bias) for kernel, bias in mlp.maps]
-    one = jnp.ones(mlp.width, x.dtype)
-    factors = (one if f is None else f for f in (mlp.outer, mlp.inner, mlp.middle))
-    outer, inner, middle = (f.astype(x.dtype)[None] for f in factors)
-    s, a = _activation(mlp.act, maps[0].scaled(inner))
-    if mlp.gate is None:
+    _, *inside = _factors(mlp, x.dtype)
+    return scaled_units(mlp, *(z.scaled(f) for z, f in zip(maps, inside, strict=False)))
+
+
+def scaled_units(mlp: MlpWeights, z: Ball, up: Ball | None = None) -> tuple[Ball, tuple[Ball, ...]]:
+    """Returns hidden units and their derivatives from the values of the linear maps.
+
+    Args:
+        mlp: The weights, of which only the factors and the activation are used.
+        z: The activation's arguments, with the factor ``inner``.
+        up: The linear values of a gated MLP, with the factor ``middle``.
+    """
+    outer, inner, middle = _factors(mlp, z.value.dtype)
+    s, a = _activation(mlp.act, z)
+    if up is None:
         return s.scaled(outer), (a.scaled(outer * inner),)
-    up, outer = maps[1], outer * middle
-    return s.times(up).scaled(outer), (a.times(up).scaled(outer * inner), s.scaled(outer))
+    return s.times(up).scaled(outer), (
+        a.times(up).scaled(outer * inner),
+        s.scaled(outer * middle),
+    )
+
+
+def _factors(mlp: MlpWeights, dtype: DTypeLike) -> list[Array]:
+    """Returns outer, inner and middle, each (1, p)."""
+    one = jnp.ones(mlp.width, dtype)
+    factors = (one if f is None else f for f in (mlp.outer, mlp.inner, mlp.middle))
+    return [f.astype(dtype)[None] for f in factors]
 
 
 def _activation(act: Activation, z: Ball) -> tuple[Ball, Ball]:

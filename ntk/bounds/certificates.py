@@ -65,7 +65,7 @@ class Certificate:
         return table(rows)
 
 
-def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Certificate:
+def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 128) -> Certificate:
     """Returns bounds and measurements of the change of outputs and both traced kernels.
 
     Args:
@@ -98,7 +98,7 @@ def certify(pair: Pair, x: Float[Array, "n d"], *, directions: int = 64) -> Cert
     lines = [_line("outputs", outputs, changes)]
     for kind, name in _KERNELS.items():
         change = partial(kernel_change, pair, x, kind=kind)
-        prior = change(grade="a priori", norms=norms).bound
+        prior = change(grade="a priori").bound
         data = change(grade="data", directions=directions).bound
         measured = change(grade="measured").mid
         original = traced_kernel(pair.original, x, kind=kind)

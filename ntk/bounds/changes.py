@@ -12,10 +12,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ntk.arrays import host_float64, host_norms, require_finite, row_norms
+from ntk.arrays import host_float64, host_norms, require_finite
 from ntk.bounds import a_priori
 from ntk.bounds.balls import OUTWARD, Enclosure, gamma, tiny
 from ntk.bounds.enclosure import (
@@ -27,19 +26,17 @@ from ntk.bounds.enclosure import (
 )
 from ntk.bounds.features import (
     Feature,
-    feature_balls,
     kernel_features,
     kernel_scalars,
     magnitude,
     measured_error,
 )
-from ntk.bounds.jensen import wide_norms
-from ntk.bounds.norms import WeightNorms, upstream_norms, weight_norms, wide_output_sizes
+from ntk.bounds.norms import WeightNorms, weight_norms
 from ntk.bounds.pairs import Inputs, Pair, prepare_pair
+from ntk.bounds.stand_ins import StandIns, stand_ins
 from ntk.errors import InputError, check_choice
 from ntk.kinds import KernelKind
 from ntk.mlp import traced_kernel, upstream_kernel
-from ntk.units import MlpWeights
 
 Grade = Literal["a priori", "data", "measured"]
 
@@ -90,9 +87,8 @@ def kernel_change(
     gz: Array | None = None,
     kind: KernelKind = "sgd",
     grade: Grade = "data",
-    directions: int = 64,
+    directions: int = 128,
     sketch: Sketch | None = None,
-    norms: WeightNorms | None = None,
 ) -> Change:
     """Returns intervals for the change of a scalar kernel at all pairs of inputs.
 
@@ -108,7 +104,6 @@ def kernel_change(
         directions: The size of the sketches of the data grade. More directions give tighter bounds;
             with as many as there are inputs, the bound becomes the measurement.
         sketch: Directions from `fit_sketch`, for the data grade; None fits them to x.
-        norms: Norms from `weight_norms`, for the a priori grade; None computes them.
 
     Returns:
         The interval of ``kernel(original) - kernel(fused)`` at each pair.
@@ -136,9 +131,8 @@ def kernel_change(
     pair, left, right = prepare_pair(pair, x, z, gx, gz)
     check_choice("kind", kind, KernelKind)
     check_choice("grade", grade, Grade)
-    for name, given, grade_of in (("sketch", sketch, "data"), ("norms", norms, "a priori")):
-        if given is not None and grade != grade_of:
-            raise InputError(f"{name} is for the grade {grade_of!r}, not {grade!r}")
+    if sketch is not None and grade != "data":
+        raise InputError(f"sketch is for the grade 'data', not {grade!r}")
     if grade == "data":
         if sketch is None:
             sketch = fit_sketch(pair, left.x, left.g, kind=kind, directions=directions)
@@ -146,8 +140,7 @@ def kernel_change(
     elif grade == "measured":
         result = _measured(pair, left, right, kind)
     else:
-        norms = weight_norms(pair) if norms is None else norms
-        result = _a_priori(pair, left, right, kind, norms)
+        result = _a_priori(pair, left, right, kind)
     mid, radius = (require_finite(a) for a in result)
     return Change(mid=mid, radius=radius, grade=grade)
 
@@ -158,7 +151,7 @@ def fit_sketch(
     gx: Array | None = None,
     *,
     kind: KernelKind = "sgd",
-    directions: int = 64,
+    directions: int = 128,
 ) -> Sketch:
     """Returns the directions of the data grade in which features at some inputs are large.
 
@@ -197,12 +190,16 @@ def _split(features: list[Feature], pair: Pair) -> list[SplitFeature]:
 
 
 def _both_features(
-    pair: Pair, left: Inputs, right: Inputs, kind: KernelKind
+    pair: Pair,
+    left: Inputs,
+    right: Inputs,
+    kind: KernelKind,
+    instead: tuple[StandIns, ...] | None = None,
 ) -> tuple[list[Feature], list[Feature]]:
     """Returns the left and the right features."""
-    a = kernel_features(pair, left, kind)
+    a = kernel_features(pair, left, kind, instead=instead)
     return a, a if kind == "sgd" and right is left else kernel_features(
-        pair, right, kind, right=True
+        pair, right, kind, right=True, instead=instead
     )
 
 
@@ -271,72 +268,27 @@ def _weighted(terms: list[Enclosure], scalars: list[Enclosure], pair: Pair) -> E
     return Enclosure(mid, radius + gamma(8, dtype) * jnp.abs(mid) + 16 * least)
 
 
-@np.errstate(over="ignore", invalid="ignore")
-def _a_priori(
-    pair: Pair, left: Inputs, right: Inputs, kind: KernelKind, norms: WeightNorms
+def _a_priori(pair: Pair, left: Inputs, right: Inputs, kind: KernelKind) -> Enclosure:
+    both = _both_features(pair, left, right, kind, stand_ins(pair))
+    split = _split(both[0], pair), _split(both[1], pair)
+    return _bounded(pair, left, right, both, split, kind)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _bounded(
+    pair: Pair,
+    left: Inputs,
+    right: Inputs,
+    features: tuple[list[Feature], list[Feature]],
+    split: tuple[list[SplitFeature], list[SplitFeature]],
+    kind: KernelKind,
 ) -> Enclosure:
-    dtype = left.x.dtype
-    bounds = [_feature_bounds(pair, norms, left, kind)]
-    # The right features of Adam's kernel are signs, which need no bounds.
-    both = right is left or kind == "adam"
-    bounds.append(bounds[0] if both else _feature_bounds(pair, norms, right, kind))
-    mismatch = norms.mismatch[kind]
-    mids = jnp.zeros((left.x.shape[0], right.x.shape[0]), dtype)
     terms = []
-    for t, (a, b) in enumerate(zip(*bounds, strict=True)):
-        if kind == "sgd":
-            bound = a_priori.product_bound(a, b) + mismatch[t] * np.outer(a.fused, b.fused)
-        else:
-            bound = np.outer(a.unit + (1 + mismatch[t]) * a.fused, np.ones(mids.shape[1]))
-        terms.append(Enclosure(mids, _at_most(bound, dtype)))
-    return _whole(terms, pair, left, right, kind)
-
-
-@partial(jax.jit, static_argnames="kind")
-def _whole(
-    terms: list[Enclosure], pair: Pair, left: Inputs, right: Inputs, kind: KernelKind
-) -> Enclosure:
+    for a, b, f, g in zip(*split, *features, strict=True):
+        enclosed = enclose(a, b)  # its middle is zero
+        most = jnp.minimum(enclosed.radius, magnitude(f, g))
+        terms.append(enclosed._replace(radius=most + measured_error(f, g)))
     return _weighted(terms, kernel_scalars(pair, left, right, kind), pair)
-
-
-def _feature_bounds(
-    pair: Pair, norms: WeightNorms, inputs: Inputs, kind: KernelKind
-) -> list[a_priori.FeatureBounds]:
-    """Returns bounds for each term: on Euclidean norms for SGD, on absolute sums for Adam."""
-    x, dtype = host_norms(host_float64(inputs.x), axis=1), inputs.x.dtype
-    out, sizes = None, wide_output_sizes(pair, kind)
-    if inputs.g is not None:
-        out, sizes = upstream_norms(pair, inputs.g)
-    offsets = tuple(_at_most(np.asarray(m.offset), dtype) for m in norms.maps)
-    at_most = _at_most(sizes, dtype)
-    wide = wide_norms(pair.original, inputs.x, offsets, at_most, power=2 if kind == "sgd" else 1)
-    wide = [host_float64(w) for w in wide]
-    units = [host_float64(u) for u in _feature_sizes(pair.original, inputs, kind)]
-    if kind == "adam":
-        total = norms.absolute[1] if inputs.g is None else sizes.sum(1)
-        return a_priori.absolute_bounds(norms, x, units, total, wide)
-    return [
-        a_priori.hidden_bounds(norms, x, units[0], wide[0]),
-        *a_priori.slope_bounds(norms, x, out, units[1:], wide[1:]),
-    ]
-
-
-def _at_most(x: np.ndarray, dtype: DTypeLike) -> Array:
-    """Returns upper bounds in a narrower dtype, which would round down or to zero."""
-    with np.errstate(over="ignore"):  # infinite bounds are an error where they are used
-        return jnp.asarray(x * OUTWARD + 2 * tiny(dtype), dtype)
-
-
-@partial(jax.jit, static_argnames="kind")
-def _feature_sizes(mlp: MlpWeights, inputs: Inputs, kind: KernelKind) -> list[Array]:
-    """Returns norms or absolute sums of the original's features, plus their errors."""
-    balls = feature_balls(mlp, inputs, kind)
-    if kind == "adam":
-        sizes = [(jnp.abs(b.value) + b.error).sum(1) for b in balls]
-    else:
-        sizes = [row_norms(b.value) + row_norms(b.error) for b in balls]
-    dtype = inputs.x.dtype
-    return [s * (1 + gamma(mlp.width + 8, dtype)) + mlp.width * tiny(dtype) for s in sizes]
 
 
 def uniform_bound(pair: Pair | WeightNorms, radius: float, *, kind: KernelKind = "sgd") -> float:

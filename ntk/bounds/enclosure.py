@@ -135,12 +135,17 @@ def principal_directions(
     return principal(between), principal([f.within.vector for f in features])
 
 
-def _enclose(left: UncertainVectors, right: UncertainVectors, directions: Directions) -> Enclosure:
+def _enclose(
+    left: UncertainVectors, right: UncertainVectors, directions: Directions | None
+) -> Enclosure:
     """Encloses alpha . beta by (2) with rounding.
 
     The computed a is off by gamma sqrt(k) |alpha|, so that the rest is orthogonal to E only up to
     that and the defect of E. E a, the rest and the final products are rounded as well.
     """
+    if directions is None:
+        none = jnp.zeros((left.vector.shape[1], 0), left.vector.dtype)
+        directions = Directions(none, jnp.zeros((), none.dtype))
     basis = directions.basis
     m, k = basis.shape
     a, b = (jnp.matmul(s.vector, basis, precision="highest") for s in (left, right))
@@ -159,10 +164,12 @@ def _enclose(left: UncertainVectors, right: UncertainVectors, directions: Direct
 
 
 def enclose(
-    left: SplitFeature, right: SplitFeature, directions: tuple[Directions, Directions]
+    left: SplitFeature,
+    right: SplitFeature,
+    directions: tuple[Directions, Directions] | None = None,
 ) -> Enclosure:
-    """Encloses phi . psi - F . Psi by (1) and (2)."""
-    between, within = directions
+    """Encloses phi . psi - F . Psi by (1) and (2); without directions, by norms alone."""
+    between, within = directions or (None, None)
     parts = [
         (0.5, _enclose(left.change, right.total, between)),
         (0.5, _enclose(left.total, right.change, between)),

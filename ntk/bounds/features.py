@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from ntk.arrays import row_norms
 from ntk.bounds.balls import Ball, Enclosure, ball_products, ball_units, gamma, tiny
 from ntk.bounds.pairs import Inputs, Pair
+from ntk.bounds.stand_ins import StandIns, stood_in_units
 from ntk.kinds import KernelKind, second_transform
 from ntk.mlp import input_products
 from ntk.units import MlpWeights
@@ -45,14 +46,32 @@ class Feature(NamedTuple):
 # A program of its own, which all bounds share: its arithmetic takes long to compile.
 @partial(jax.jit, static_argnames=("kind", "right"))
 def kernel_features(
-    pair: Pair, inputs: Inputs, kind: KernelKind, *, right: bool = False
+    pair: Pair,
+    inputs: Inputs,
+    kind: KernelKind,
+    *,
+    right: bool = False,
+    instead: tuple[StandIns, ...] | None = None,
 ) -> list[Feature]:
     """Returns the left or right features for each term.
 
     For Adam the right features are signs. The fused MLP's are divided by sqrt(n_c) on the left and
     multiplied by it on the right, so that both are as large as the original's.
+
+    Args:
+        pair: An MLP and its fused version.
+        inputs: The inputs.
+        kind: ``"sgd"`` or ``"adam"``.
+        right: Whether the features are those on the right.
+        instead: From `stand_ins`, to not run the fused MLP; None runs it.
     """
-    units, fused = (feature_balls(mlp, inputs, kind) for mlp in (pair.original, pair.fused))
+    found = ball_units(pair.original, inputs.x)
+    units = _feature_balls(pair.original, inputs, kind, *found)
+    if instead is None:
+        found = ball_units(pair.fused, inputs.x)
+    else:
+        found = stood_in_units(pair, inputs.x, instead)
+    fused = _feature_balls(pair.fused, inputs, kind, *found)
     root = jnp.sqrt(pair.sizes)[None]
     result = []
     for a, b in zip(units, fused, strict=True):
@@ -69,9 +88,10 @@ def kernel_features(
     return result
 
 
-def feature_balls(mlp: MlpWeights, inputs: Inputs, kind: KernelKind) -> list[Ball]:
+def _feature_balls(
+    mlp: MlpWeights, inputs: Inputs, kind: KernelKind, hidden: Ball, slopes: tuple[Ball, ...]
+) -> list[Ball]:
     """Returns the left features of one MLP, for each term."""
-    hidden, slopes = ball_units(mlp, inputs.x)
     if inputs.g is not None:
         up = ball_products(inputs.g, mlp.down, None)
         return [hidden, *(c.times(up) for c in slopes)]
@@ -123,6 +143,11 @@ def measured_error(left: Feature, right: Feature) -> Float[Array, "n m"]:
 
 def magnitude(left: Feature, right: Feature) -> Float[Array, "n m"]:
     """Returns bounds on ``|phi . psi|`` plus ``|F . Psi|``."""
-    total = jnp.outer(row_norms(left.unit), row_norms(right.unit))
-    total = total + jnp.outer(row_norms(left.fused), row_norms(right.fused))
-    return total + 4 * tiny(total.dtype)
+    total = jnp.zeros((left.unit.shape[0], right.unit.shape[0]), left.unit.dtype)
+    for a, b, ea, eb in (
+        (left.unit, right.unit, left.unit_error, right.unit_error),
+        (left.fused, right.fused, left.fused_error, right.fused_error),
+    ):
+        total = total + jnp.outer(row_norms(a) + ea, row_norms(b) + eb)
+    rounding = gamma(2 * left.unit.shape[1] + 16, total.dtype)
+    return total * (1 + rounding) + 4 * tiny(total.dtype)

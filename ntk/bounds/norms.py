@@ -23,13 +23,11 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from jaxtyping import Float
 
 from ntk.activations import Activation
 from ntk.arrays import host_float64, host_norms
 from ntk.bounds.pairs import Pair, check_pair
-from ntk.kinds import KernelKind
 from ntk.units import MlpWeights
 
 Numbers = Float[np.ndarray, "*n"]
@@ -136,7 +134,7 @@ def weight_norms(pair: Pair) -> WeightNorms:
     v_norm = host_norms(v, axis=1)
 
     def of_map(name: str) -> MapNorms:
-        rows, wide = _rows(original, name), _wide_rows(pair, name)[labels]
+        rows, wide = stored_rows(original, name), _wide_rows(pair, name)[labels]
         delta = rows - wide
         size, largest = host_norms(delta, axis=1), v_norm.max() or 1.0
         return MapNorms(
@@ -168,41 +166,21 @@ def weight_norms(pair: Pair) -> WeightNorms:
     )
 
 
-def upstream_norms(pair: Pair, g: npt.ArrayLike) -> tuple[OutputNorms, np.ndarray]:
-    """Returns norms of the output weights times upstream vectors.
-
-    Args:
-        pair: An MLP and its fused version.
-        g: Upstream vectors, (n, o).
-
-    Returns:
-        Euclidean norms (n,) of V G, V~ G, Q V G and (P V - V~) G; and |V~ G| entrywise, (n, p).
-    """
-    labels, vectors = np.asarray(pair.labels), host_float64(g)
-    products = host_float64(pair.original.down) @ vectors.T
-    wide = (_wide_rows(pair, "down") @ vectors.T)[labels]
-    mean = _means(products, labels, _sizes(pair))[labels]
-    parts = products, wide, products - mean, mean - wide
-    # Products may underflow.
-    return OutputNorms(*(host_norms(a, axis=0) + len(a) * TINY for a in parts)), np.abs(wide).T
-
-
-def wide_output_sizes(pair: Pair, kind: KernelKind) -> np.ndarray:
-    """Returns the size of each output row of the wide copy, |v| for SGD, |v|_1 for Adam, (1, p)."""
-    v = _wide_rows(pair, "down")[np.asarray(pair.labels)]
-    return (np.abs(v).sum(1) if kind == "adam" else host_norms(v, axis=1))[None]
-
-
 def _means(rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Returns averages over clusters, (c, ...)."""
     chosen = labels[None] == np.arange(len(sizes))[:, None]
     return chosen.astype(np.float64) @ rows / sizes[:, None]
 
 
-def _rows(mlp: MlpWeights, name: str) -> np.ndarray:
-    """Returns the rows of a linear map as stored, with their biases."""
+def stored_rows(mlp: MlpWeights, name: str) -> np.ndarray:
+    """Returns the rows of a linear map as stored, in float64, with their biases."""
     rows, bias = host_float64(getattr(mlp, name)), getattr(mlp, f"{name}_bias", None)
     return rows if bias is None else np.concatenate([rows, host_float64(bias)[:, None]], 1)
+
+
+def effective_rows(mlp: MlpWeights, name: str) -> np.ndarray:
+    """Returns the rows of a linear map with the factors multiplied in."""
+    return stored_rows(mlp, name) * _factor(mlp, name)[:, None]
 
 
 def _sizes(pair: Pair) -> np.ndarray:
@@ -218,7 +196,7 @@ def _factor(mlp: MlpWeights, name: str) -> np.ndarray:
 
 def _wide_rows(pair: Pair, name: str) -> np.ndarray:
     """Returns the rows of the wide copy, one for each cluster, with the factors multiplied in."""
-    rows = _rows(pair.fused, name) * _factor(pair.fused, name)[:, None]
+    rows = effective_rows(pair.fused, name)
     return rows / _sizes(pair)[:, None] if name == "down" else rows
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntk.arrays import host_float64, host_norms, inner_products, require_finite, row_norms
+from ntk.arrays import host_float64, inner_products, require_finite, row_norms
 from ntk.bounds import a_priori
 from ntk.bounds.balls import gamma, tiny
 from ntk.bounds.changes import Grade
@@ -14,6 +14,7 @@ from ntk.bounds.enclosure import split_feature
 from ntk.bounds.features import Feature, kernel_features
 from ntk.bounds.norms import WeightNorms, weight_norms
 from ntk.bounds.pairs import Pair, prepare_pair
+from ntk.bounds.stand_ins import stand_ins
 from ntk.errors import check_choice
 
 
@@ -29,9 +30,9 @@ def output_change(
     Args:
         pair: An MLP and its fused version.
         x: Inputs, (n, d).
-        grade: ``"a priori"`` uses the weights' norms, |x| and the norm of the original's hidden
-            units; ``"data"`` also the norms of P H - F and Q H, see (6) in `ntk.bounds.a_priori`,
-            but not the outputs; ``"measured"`` the outputs.
+        grade: ``"a priori"`` and ``"data"`` use norms of H, P H - F and Q H, see (6) in
+            `ntk.bounds.a_priori`; the first does not run the fused MLP, see `ntk.bounds.stand_ins`.
+            ``"measured"`` uses the outputs.
         norms: Norms from `weight_norms`; None computes them.
 
     Raises:
@@ -40,21 +41,20 @@ def output_change(
     pair, inputs, _ = prepare_pair(pair, x)
     check_choice("grade", grade, Grade)
     feature = kernel_features(pair, inputs, "sgd")[0]
-    moved, change, within, unit, noise = _outputs(pair, feature)
+    moved, noise = _outputs(pair, feature)
     if grade == "measured":
         return require_finite(moved)
+    if grade == "a priori":
+        feature = kernel_features(pair, inputs, "sgd", instead=stand_ins(pair))[0]
     norms = weight_norms(pair) if norms is None else norms
-    lengths = host_norms(host_float64(inputs.x), axis=1)
-    hidden = a_priori.hidden_bounds(norms, lengths, host_float64(unit))
-    if grade == "data":
-        hidden = hidden._replace(change=host_float64(change), within=host_float64(within))
-    bounds = a_priori.output_bound(norms, hidden)
+    sizes = map(host_float64, _sizes(pair, feature))
+    bounds = a_priori.output_bound(norms.spectral, *sizes)
     return require_finite(jnp.asarray(bounds, noise.dtype) + noise)
 
 
 @jax.jit
-def _outputs(pair: Pair, feature: Feature) -> tuple[Array, ...]:
-    """Returns the norms of the change of the outputs, of P H - F, Q H and H, and of rounding."""
+def _sizes(pair: Pair, feature: Feature) -> tuple[Array, ...]:
+    """Returns the norms of P H - F, Q H, H and F."""
     sizes = pair.sizes
     # The wide copy's hidden units times sqrt(n_c). The factors outside of the activation belong to
     # its output weights.
@@ -63,6 +63,19 @@ def _outputs(pair: Pair, feature: Feature) -> tuple[Array, ...]:
         fused=feature.fused * factor[None], fused_error=feature.fused_error * factor.max()
     )
     parts = split_feature(wide, pair.labels, sizes)
+    change, within = (row_norms(p.vector) + p.error for p in (parts.change, parts.within))
+    unit, fused = (
+        row_norms(value) + error
+        for value, error in ((wide.unit, wide.unit_error), (wide.fused, wide.fused_error))
+    )
+    # Norms of up to p numbers.
+    outward = 1 + gamma(feature.unit.shape[1] + 16, unit.dtype)
+    return change, within, outward * unit, outward * fused
+
+
+@jax.jit
+def _outputs(pair: Pair, feature: Feature) -> tuple[Array, Array]:
+    """Returns the norms of the change of the outputs, and of rounding."""
     outputs, noise = [], jnp.zeros_like(feature.unit_error)
     for h, error, v in (
         (feature.unit, feature.unit_error, pair.original.down),
@@ -72,6 +85,4 @@ def _outputs(pair: Pair, feature: Feature) -> tuple[Array, ...]:
         size, length = row_norms(v.ravel()), row_norms(h)
         noise = noise + (error + gamma(v.shape[0] + 16, v.dtype) * length) * size
         noise = noise + 4 * v.size * tiny(v.dtype) * (1 + size + length)
-    change, within = (row_norms(p.vector) + p.error for p in (parts.change, parts.within))
-    unit = row_norms(feature.unit) + feature.unit_error
-    return row_norms(outputs[0] - outputs[1]), change, within, unit, 2 * noise
+    return row_norms(outputs[0] - outputs[1]), 2 * noise
