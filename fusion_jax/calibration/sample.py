@@ -53,7 +53,7 @@ class Sample:
         self._key, self._max_positions = key, max_positions
         self.batches = batches
         self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
-        self.of_tokens = isinstance(model, Model) and not model.takes_images
+        self.of_tokens = isinstance(model, Model) and model.takes == "text"
         if isinstance(model, Model) and self.of_tokens:
             self._vocabulary: int = model.config.vocab_size
             masks = [_masks(batch) for batch in batches]
@@ -240,7 +240,9 @@ def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
 def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
     graph, rest, paths = fixed.value
     args, kwargs = _call(rest, arrays)
-    seen = routed_inputs(nnx.merge(graph, state), *args, **kwargs)
+    model = nnx.merge(graph, state)
+    uncalled = {site.path for site in sites(model)} - {*paths, *adopted_sites(model)}
+    seen = routed_inputs(model, *args, uncalled=uncalled, **kwargs)
     return {path: seen[path] for path in paths}
 
 

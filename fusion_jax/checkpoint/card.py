@@ -131,9 +131,11 @@ def _use(model: Model, exported: bool, sentences: bool) -> str:
         ]
     else:
         auto, name, reader = AUTO_CLASSES[provenance.head], "tokenizer", "AutoTokenizer"
-        if model.takes_images:
+        if model.takes == "images":
             name, reader = "processor", "AutoImageProcessor"
             auto = "AutoModelForImageClassification" if provenance.head else auto
+        elif model.takes != "text":
+            name, reader = "processor", "AutoProcessor"
         lines = [f"from transformers import {', '.join(sorted((auto, reader)))}", ""]
         lines += [f'model = {auto}.from_pretrained("FOLDER")']
         lines += [f'{name} = {reader}.from_pretrained("FOLDER")']

@@ -51,6 +51,7 @@ TOKENIZER = (
     "chat_template.json",
     GENERATION,
     "preprocessor_config.json",
+    "processor_config.json",
 )
 """Files that are copied beside the weights, so that a result keeps its tokenizer, and a model of
 images what prepares them."""

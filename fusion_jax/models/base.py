@@ -19,6 +19,12 @@ from fusion_jax.models.provenance import Head as Head
 from fusion_jax.models.provenance import Provenance, class_names
 from fusion_jax.models.rules import KeyRules
 
+TAKES = {
+    "images": "{'pixel_values': images}",
+    "images and text": "{'pixel_values': images, 'input_ids': ids, 'attention_mask': mask}",
+}
+"""What models take, other than text alone, with an example of a batch."""
+
 
 class Model(nnx.Module):
     """Base of all models.
@@ -31,13 +37,13 @@ class Model(nnx.Module):
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
         needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
-        takes_images: Whether the model takes ``pixel_values`` instead of tokens.
+        takes: What the model takes: one of `TAKES`, or "text" for tokens.
     """
 
     config: Any
     provenance: Provenance
     needed_tokens: tuple[int, ...] = ()
-    takes_images: bool = False
+    takes: str = "text"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""
@@ -239,6 +245,10 @@ def untied_head(config: Any, names: Sequence[str]) -> Any:
     return replace(config, tie_word_embeddings=False)
 
 
+def _nothing(head: Head | None) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """Describes an architecture to loading and exporting.
@@ -260,6 +270,8 @@ class Family:
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
             copies of the token embeddings.
+        export: Returns further fields that an export with a head states. A dot in the name of this
+            or of another field is before a field of a nested configuration.
     """
 
     config: Callable[[Fields], Any]
@@ -272,6 +284,7 @@ class Family:
     width_factors: Mapping[str, str] = field(default_factory=dict)
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head
+    export: Callable[[Head | None], Mapping[str, Any]] = _nothing
 
     @property
     def text_head(self) -> Head | None:

@@ -15,6 +15,7 @@ from fusion_jax.models import (
     bert,
     bloom,
     clip,
+    clip_text,
     cohere,
     deberta,
     deepseek,
@@ -53,6 +54,7 @@ from fusion_jax.models import (
     stablelm,
     starcoder2,
     t5,
+    two_towers,
     vit,
 )
 from fusion_jax.models.base import Family as Family
@@ -66,6 +68,7 @@ FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
     **bloom.FAMILIES,
     **clip.FAMILIES,
+    **clip_text.FAMILIES,
     **cohere.FAMILIES,
     **deberta.FAMILIES,
     **deepseek.FAMILIES,
@@ -104,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **starcoder2.FAMILIES,
     **t5.FAMILIES,
+    **two_towers.FAMILIES,
     **vit.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
