@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -21,6 +21,7 @@ from fusion_jax.models.rules import KeyRules
 
 TAKES = {
     "images": "{'pixel_values': images}",
+    "sounds": "{'input_features': features, 'decoder_input_ids': ids}",
     "images and text": "{'pixel_values': images, 'input_ids': ids, 'attention_mask': mask}",
 }
 """What models take, other than text alone, with an example of a batch."""
@@ -38,12 +39,15 @@ class Model(nnx.Module):
         provenance: Where the model was loaded from; only loaded models have this attribute.
         needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
         takes: What the model takes: one of `TAKES`, or "text" for tokens.
+        masks: The argument that says which positions are not padding, by the first part of the
+            paths of MLPs that have such a mask, in a model that takes more than text.
     """
 
     config: Any
     provenance: Provenance
     needed_tokens: tuple[int, ...] = ()
     takes: str = "text"
+    masks: Mapping[str, str] = MappingProxyType({})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""

@@ -56,6 +56,7 @@ from fusion_jax.models import (
     t5,
     two_towers,
     vit,
+    whisper,
 )
 from fusion_jax.models.base import Family as Family
 from fusion_jax.models.base import Model
@@ -109,6 +110,7 @@ FAMILIES: dict[str, Family] = {
     **t5.FAMILIES,
     **two_towers.FAMILIES,
     **vit.FAMILIES,
+    **whisper.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
 

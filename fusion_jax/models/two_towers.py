@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -84,6 +85,7 @@ class TwoTowers(Model):
     """
 
     takes = "images and text"
+    masks = MappingProxyType({"text": "attention_mask"})
 
     def __init__(self, config: TwoTowersConfig, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         common = {"param_dtype": param_dtype, "rngs": rngs}
