@@ -10,7 +10,8 @@ import safetensors.numpy
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.registry import FAMILIES
-from tests import tiny
+from fusion_jax.models.tokens import check_takes_text
+from tests import glue, tiny
 
 END = 9
 TEXT = {
@@ -191,8 +192,14 @@ def test_whole_checkpoints(family, tmp_path, key):
     with pytest.raises(fj.InputError, match="does not call one of its MLPs"):
         fj.calibrate(model, images, key=key)
     assert set(fj.calibrate(model, images, key=key, layers=r"vision\..*")) < set(seen)
-    with pytest.raises(fj.InputError, match="model of images and text, which needs both"):
-        fj.calibrate(model, ["A text."], key=key)
+    glue.vocabulary(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    of_text = fj.calibrate(model, ["w1 w2 w3", "w4 w5"], key=key, layers=r"text\..*")
+    assert {path.partition(".")[0] for path in of_text} == {"text"}
+    with pytest.raises(fj.InputError, match="does not call one of its MLPs"):
+        fj.calibrate(model, ["w1 w2"], key=key)
+    with pytest.raises(fj.InputError, match="model of images and text, not of text alone"):
+        check_takes_text(model)
     with pytest.raises(fj.InputError, match="takes input_ids, pixel_values, or both"):
         model()
     with pytest.raises(fj.InputError, match=r"missing .*classifier\.weight"):

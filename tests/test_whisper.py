@@ -164,6 +164,8 @@ def test_what_is_not_a_sound_is_an_error(tmp_path, key, capsys):
             model(wrong, ids)
     with pytest.raises(fj.InputError, match="got none"):
         fj.generate(model, ids, max_new_tokens=2)
+    with pytest.raises(fj.InputError, match="whisper has no input 'room' to generate"):
+        fj.generate(model, ids, max_new_tokens=2, inputs={"room": 3})
     with pytest.raises(fj.InputError, match="has 20 positions; these texts need 21"):
         fj.generate(model, ids, max_new_tokens=19, inputs={"input_features": x})
     with pytest.raises(fj.InputError, match="this is a model of sounds, which cannot read text"):

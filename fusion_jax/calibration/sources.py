@@ -29,7 +29,7 @@ from fusion_jax.models.tokens import (
     check_takes_text,
     check_tokens,
     length_for,
-    tokenizer_of,
+    load_tokenizer,
 )
 from fusion_jax.nn.site import Site
 
@@ -213,17 +213,18 @@ def _keywords(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
 
 
 def _tokenizer(model: nnx.Module) -> Any:
-    try:
-        check_takes_text(model)
-    except InputError as error:
-        raise InputError(f"{error}, or a file .npz of such arrays") from None
+    if "text" not in getattr(model, "takes", "text"):
+        try:
+            check_takes_text(model)
+        except InputError as error:
+            raise InputError(f"{error}, or a file .npz of such arrays") from None
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
             "calibration with text needs the tokenizer of a model from fusion_jax.load; give a "
             "list of batches of the model's arguments, or inputs by site path"
         )
-    return tokenizer_of(model)
+    return load_tokenizer(provenance.folder)
 
 
 def scrambled(

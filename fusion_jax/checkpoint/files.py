@@ -44,6 +44,7 @@ TOKENIZER = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "normalizer.json",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -128,6 +129,9 @@ def generate(
     model = _checked(model, real, max_new_tokens, sampling, beams, key)
     ends = model.config.eos_token_id if eos is None else eos
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    known = list(inspect.signature(type(model).begin).parameters)[4:]
+    for name in set(inputs or {}) - set(known):
+        raise InputError(f"{model.config.model_type} has no input {name!r} to generate text from")
     static = {"room": max_new_tokens, "ends": ends, "pad": pad, "inputs": dict(inputs or {})}
     check_tokens(model, [np.where(real, ids, 0)])
     if beams is not None:

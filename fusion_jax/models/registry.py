@@ -145,7 +145,7 @@ def coverage() -> list[Coverage]:
     """Returns what is supported, in the order of the names.
 
     Every type is loaded, compressed, fine-tuned, saved and exported, and generates text if it has
-    the head ``causal-lm`` or ``seq2seq-lm``. There are no tasks for models of images.
+    the head ``causal-lm`` or ``seq2seq-lm``. Models of images and sounds are fine-tuned on classes.
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]

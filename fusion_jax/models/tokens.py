@@ -70,9 +70,9 @@ def check_takes_text(model: Any) -> None:
     """Raises `InputError` for a model that takes more than text, or for its class."""
     takes = getattr(model, "takes", "text")
     if takes in TAKES:
-        reads = "cannot read text" if "text" not in takes else "needs both"
+        reads = "not of text alone" if "text" in takes else "which cannot read text"
         raise InputError(
-            f"this is a model of {takes}, which {reads}; in Python it takes batches such as "
+            f"this is a model of {takes}, {reads}; in Python it takes batches such as "
             f"{TAKES[takes]}"
         )
 

@@ -41,6 +41,16 @@ class TwoTowersConfig:
     num_labels: int = 2
 
     @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        return self.text.vocab_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The number of positions of texts."""
+        return self.text.max_position_embeddings
+
+    @property
     def siglip(self) -> bool:
         """Whether it is SigLIP, without projections, and with a bias of the logits."""
         return self.model_type == "siglip"
