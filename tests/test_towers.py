@@ -204,8 +204,11 @@ def test_whole_checkpoints(family, tmp_path, key):
         model()
     with pytest.raises(fj.InputError, match=r"missing .*classifier\.weight"):
         fj.load(folder, head="classification")
-    head = fj.load(folder, head="classification", num_labels=4, key=key)
-    assert head(pixel_values=batch["pixel_values"]).logits.shape == (2, 4)
+    for where in (folder, fj.export_hf(smaller, tmp_path / "hf")):
+        head = fj.load(where, head="classification", num_labels=4, key=key)
+        assert head(pixel_values=batch["pixel_values"]).logits.shape == (2, 4)
+    with pytest.raises(fj.InputError, match="saved with the head None and has no"):
+        fj.load(saved, head="classification", num_labels=4, key=key)
 
 
 @pytest.mark.torch

@@ -146,8 +146,9 @@ def test_smaller_and_saved(tmp_path, key):
     mask = (padded != 0).astype(int)
     other = fj.generate(again, padded, mask, max_new_tokens=5, inputs=inputs)
     np.testing.assert_array_equal(plain, other)
-    head = fj.load(folder, head="classification", num_labels=4, key=key)
-    assert head(batch["input_features"]).logits.shape == (3, 4)
+    for where in (folder, saved, exported):
+        head = fj.load(where, head="classification", num_labels=4, key=key)
+        assert head(batch["input_features"]).logits.shape == (3, 4)
 
 
 @pytest.mark.torch

@@ -160,6 +160,8 @@ class WhisperClassifier(Model):
         self.sounds = Sounds(config, **common)
         self.encoder = BartStack(config, False, **common)
         self.head = SoundHead(config, **common)
+        # What artefacts with another head have besides.
+        self.word = self.decoder = self.decoder_positions = self.lm_head = None
 
     def __call__(
         self,
