@@ -72,6 +72,8 @@ from fusion_jax.training import TokenClassification as TokenClassification
 from fusion_jax.training import read_tagged_words as read_tagged_words
 from fusion_jax.training import QuestionAnswering as QuestionAnswering
 from fusion_jax.training import read_questions as read_questions
+from fusion_jax.training import Arrays as Arrays
+from fusion_jax.training import ArrayClassification as ArrayClassification
 from fusion_jax.training import static_prune as static_prune
 from fusion_jax.training import StaticPruning as StaticPruning
 from fusion_jax.training import LABEL_WORDS as LABEL_WORDS

@@ -141,9 +141,11 @@ def mlp_inputs(
 
 
 def routed_inputs(
-    model: nnx.Module, *args: PyTree, **kwargs: PyTree
+    model: nnx.Module, *args: PyTree, uncalled: Collection[str] = (), **kwargs: PyTree
 ) -> dict[str, Float[Array, "*n d"] | Routed]:
     """Runs a model and returns the input of each MLP, and inputs and routes of each `Moe`.
+
+    The model need not call the sites that are ``uncalled``; they are left out.
 
     Returns:
         By site path the inputs, and `Routed` for the experts of a `Moe`.
@@ -155,7 +157,8 @@ def routed_inputs(
         adopted = _adopted_inputs(tapped, *args, **kwargs)
     if adopted and len(adopted) == len(sites(tapped)):
         return adopted
-    return {**routed_call(tapped, *args, skipped=adopted, **kwargs)[1], **adopted}
+    skipped = {*adopted, *uncalled}
+    return {**routed_call(tapped, *args, skipped=skipped, **kwargs)[1], **adopted}
 
 
 def routed_call(
@@ -163,7 +166,7 @@ def routed_call(
 ) -> tuple[PyTree, dict[str, Float[Array, "*n d"] | Routed]]:
     """Runs a model, and returns its output and what `routed_inputs` returns.
 
-    Adopted modules, whose sites are ``skipped``, never call their MLP as a whole.
+    Sites that are ``skipped`` are left out: adopted modules never call their MLP as a whole.
     """
     tapped = nnx.clone(model)
     routers = {path: _RouterTap(module) for path, module in find_modules(tapped, Moe).items()}

@@ -53,7 +53,7 @@ class Sample:
         self._key, self._max_positions = key, max_positions
         self.batches = batches
         self._stacks = {p for p in adopted_sites(model) if at(model, p).stack}
-        self.of_tokens = isinstance(model, Model) and not model.takes_images
+        self.of_tokens = isinstance(model, Model) and model.takes == "text"
         if isinstance(model, Model) and self.of_tokens:
             self._vocabulary: int = model.config.vocab_size
             masks = [_masks(batch) for batch in batches]
@@ -63,12 +63,16 @@ class Sample:
             self._sides = {p: "decoder" * (decoder and p.startswith("decoder.")) for p in paths}
             self.count = self._count("")
             return
-        # Sites with as many positions as each other have the same ones.
+        # Sites with as many positions as each other, and one mask, have the same ones.
         shapes = [self._positions(model, i, paths) for i in range(len(batches))]
-        self._sides = {path: str([each[path] for each in shapes]) for path in paths}
+        names = {path: _mask_name(model, path) for path in paths}
+        self._sides = {path: str([names[path], *(each[path] for each in shapes)]) for path in paths}
         self._parts = {
             side: self._chosen(
-                [_mask(batch, each[path]) for batch, each in zip(batches, shapes, strict=True)]
+                [
+                    _mask(batch, names[path], each[path])
+                    for batch, each in zip(batches, shapes, strict=True)
+                ]
             )
             for path, side in self._sides.items()
         }
@@ -240,7 +244,9 @@ def _by_expert(x: Any, mask: np.ndarray) -> list[np.ndarray]:
 def _run(fixed: ByValue, state: Any, arrays: list[Any]) -> dict[str, Any]:
     graph, rest, paths = fixed.value
     args, kwargs = _call(rest, arrays)
-    seen = routed_inputs(nnx.merge(graph, state), *args, **kwargs)
+    model = nnx.merge(graph, state)
+    uncalled = {site.path for site in sites(model)} - {*paths, *adopted_sites(model)}
+    seen = routed_inputs(model, *args, uncalled=uncalled, **kwargs)
     return {path: seen[path] for path in paths}
 
 
@@ -273,9 +279,16 @@ def _arguments(batch: Any) -> tuple[list[Any], Any]:
     return arrays, (tree, others)
 
 
-def _mask(batch: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _mask_name(model: nnx.Module, path: str) -> str:
+    """Returns the name of the mask of a site's positions."""
+    if isinstance(model, Model) and model.takes != "text":
+        return model.masks.get(path.partition(".")[0], "")
+    return "attention_mask"
+
+
+def _mask(batch: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns where positions of this shape are not padding."""
-    given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    given = batch.get(name) if isinstance(batch, Mapping) else None
     if given is not None and np.shape(given) == shape:
         return np.asarray(given).astype(bool)
     return np.ones(shape, bool)

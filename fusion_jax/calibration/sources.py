@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,24 @@ from fusion_jax.models.tokens import (
     check_takes_text,
     check_tokens,
     length_for,
-    tokenizer_of,
+    load_tokenizer,
 )
 from fusion_jax.nn.site import Site
 
 CalibrationSource = Sequence[Any] | Mapping[str, Any] | os.PathLike | str
 """Possible sources of calibration, see `fusion_jax.compress`."""
 
+ROWS = 32
+"""The number of rows of a file of arrays that a model reads at a time."""
 RANDOM_SHAPE = (512, 32)
 """The number of random sequences that replace text, and of tokens in each."""
 
 
 def read_source(source: Any) -> Any:
-    """Returns the contents of a file, inputs by site or sentences; other sources unchanged.
+    """Returns the contents of a file: inputs by site, batches, or sentences; others unchanged.
+
+    A file ``.npz`` holds arguments of the model by their names, a file ``.npy`` its first argument,
+    and a folder several such files.
 
     Raises:
         InputError: The file cannot be read.
@@ -47,12 +54,48 @@ def read_source(source: Any) -> Any:
     if not isinstance(source, str | os.PathLike) or source == "random":
         return source
     path = Path(source)
+    if path.is_dir() or path.suffix in (".npy", ".npz"):
+        return [batch for file in _array_files(path) for batch in _batches_of(file)]
     try:
         if path.suffix == ".safetensors":
             return safetensors.numpy.load_file(path)
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read calibration from {path}: {error}") from None
+
+
+def _array_files(path: Path) -> list[Path]:
+    """Returns the files of arrays in a folder, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix in (".npy", ".npz"))
+    if not found:
+        raise InputError(
+            f"{path} has no .npy or .npz files; np.savez(FILE, pixel_values=images) writes one of "
+            "what an image processor returns"
+        )
+    return found
+
+
+def _batches_of(file: Path) -> list[Any]:
+    """Returns the arrays of a file in batches of `ROWS` rows."""
+    try:
+        if file.suffix == ".npy":
+            # Not read as a whole, as there may be many images.
+            arrays = {"": np.lib.format.open_memmap(file, mode="r")}
+        else:
+            with open(file, "rb") as opened, zipfile.ZipFile(opened):
+                opened.seek(0)
+                arrays = dict(np.load(opened, allow_pickle=False))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"cannot read calibration from {file}: {error}") from None
+    sizes = {name or "the array": len(x) if x.ndim else 0 for name, x in arrays.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        found = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise InputError(f"{file} must have arrays with the same number of rows; {found or 'none'}")
+    (rows,) = set(sizes.values())
+    parts = [{name: x[i : i + ROWS] for name, x in arrays.items()} for i in range(0, rows, ROWS)]
+    return [part.get("", part) for part in parts]
 
 
 def site_arrays(source: Mapping[str, Any], site: Site) -> tuple[np.ndarray, np.ndarray | None]:
@@ -170,14 +213,18 @@ def _keywords(model: nnx.Module, batch: TokenBatch) -> Mapping[str, Any]:
 
 
 def _tokenizer(model: nnx.Module) -> Any:
-    check_takes_text(model)
+    if "text" not in getattr(model, "takes", "text"):
+        try:
+            check_takes_text(model)
+        except InputError as error:
+            raise InputError(f"{error}, or a file .npz of such arrays") from None
     provenance = getattr(model, "provenance", None)
     if not isinstance(provenance, Provenance):
         raise InputError(
             "calibration with text needs the tokenizer of a model from fusion_jax.load; give a "
             "list of batches of the model's arguments, or inputs by site path"
         )
-    return tokenizer_of(model)
+    return load_tokenizer(provenance.folder)
 
 
 def scrambled(

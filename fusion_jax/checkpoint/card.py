@@ -35,6 +35,12 @@ AUTO_CLASSES = {
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
 """The class of transformers that loads a model, by its head."""
+SOUND_CLASSES: dict[str | None, str] = {
+    None: "AutoModel",
+    "classification": "AutoModelForAudioClassification",
+    "seq2seq-lm": "AutoModelForSpeechSeq2Seq",
+}
+"""The same for models of sounds."""
 PAPER = (
     "MLP Fusion: Wei, Guo, Chen, He, [NTK-approximating MLP Fusion for Efficient Language Model "
     "Fine-tuning](https://arxiv.org/abs/2307.08941), ICML 2023."
@@ -131,9 +137,12 @@ def _use(model: Model, exported: bool, sentences: bool) -> str:
         ]
     else:
         auto, name, reader = AUTO_CLASSES[provenance.head], "tokenizer", "AutoTokenizer"
-        if model.takes_images:
+        if model.takes == "images":
             name, reader = "processor", "AutoImageProcessor"
             auto = "AutoModelForImageClassification" if provenance.head else auto
+        elif model.takes != "text":
+            name, reader = "processor", "AutoProcessor"
+            auto = SOUND_CLASSES[provenance.head] if model.takes == "sounds" else auto
         lines = [f"from transformers import {', '.join(sorted((auto, reader)))}", ""]
         lines += [f'model = {auto}.from_pretrained("FOLDER")']
         lines += [f'{name} = {reader}.from_pretrained("FOLDER")']

@@ -44,6 +44,7 @@ TOKENIZER = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "normalizer.json",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -51,6 +52,7 @@ TOKENIZER = (
     "chat_template.json",
     GENERATION,
     "preprocessor_config.json",
+    "processor_config.json",
 )
 """Files that are copied beside the weights, so that a result keeps its tokenizer, and a model of
 images what prepares them."""

@@ -204,13 +204,15 @@ def open_checkpoint(
         quantized = fields.get("quantization_config")
         known = isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4"
         tensors = (Mxfp4Files if known else TensorFiles)(folder)
-    for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
-        shared = hasattr(config, "blocks") and getattr(config.blocks, "schedule", ())
-        if not shared and getattr(config, field, 0) > len(tensors.shapes):
-            raise InputError(
-                f"{folder}: {field} is {getattr(config, field)}, but the files have only "
-                f"{len(tensors.shapes)} tensors"
-            )
+    towers = (getattr(config, name, config) for name in ("text", "vision"))
+    for part in (config, *towers):
+        for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+            shared = hasattr(part, "blocks") and getattr(part.blocks, "schedule", ())
+            if not shared and getattr(part, field, 0) > len(tensors.shapes):
+                raise InputError(
+                    f"{folder}: {field} is {getattr(part, field)}, but the files have only "
+                    f"{len(tensors.shapes)} tensors"
+                )
     opened = Checkpoint(family, config, provenance, tensors, dtype, artefact).untied()
     config = opened.config
     if label_words is None:

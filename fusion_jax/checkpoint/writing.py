@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -191,7 +192,9 @@ def export_hf(
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields |= {name: width for name, width in widths.items() if name}
+    stated = {name: width for name, width in widths.items() if name} | dict(family.export(head))
+    for name, value in stated.items():
+        _state(fields, name, value)
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:
@@ -216,6 +219,17 @@ def export_hf(
         files.copy_companions(Path(provenance.folder), new, sentences=head is None)
         write_card(new, model, report or _report_of(provenance), padded)
     return Path(folder)
+
+
+def _state(fields: dict[str, Any], name: str, value: object) -> None:
+    """Sets a field of a ``config.json``; old files of CLIP have nested ones twice."""
+    outer, _, inner = name.rpartition(".")
+    if not outer:
+        fields[inner] = value
+        return
+    for where in (outer, f"{outer}_dict"):
+        if where == outer or isinstance(fields.get(where), dict):
+            fields[where] = {**(fields.get(where) or {}), inner: value}
 
 
 def _report_of(provenance: Provenance) -> Report | None:

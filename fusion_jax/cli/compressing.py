@@ -62,7 +62,8 @@ Calibration = Annotated[
     arg(
         metavar="FILE",
         help="Unlabeled text for the method to fit, one sentence per line (a few hundred are "
-        "enough); or random, for random tokens.",
+        "enough); or random, for random tokens; or .npz, arrays by the names of the model's "
+        "arguments, such as pixel_values (or .npy, the first argument, or a folder of such files).",
         help_behavior_hint="(default: none)",
     ),
 ]
@@ -123,7 +124,7 @@ def compress(
         method: How to compress.
         layers: Which MLPs.
         budget: The share of the parameters of each MLP to keep.
-        calibration: Text for the method to fit.
+        calibration: Text or arrays for the method to fit.
         head: Head to load: classification, token-classification, question-answering, masked-lm,
             causal-lm or seq2seq-lm.
         num_labels: Number of classes of a new head for texts or for tokens.

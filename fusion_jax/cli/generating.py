@@ -14,7 +14,13 @@ from fusion_jax.cli.options import DType, ModelName
 from fusion_jax.errors import InputError
 from fusion_jax.models import decoding
 from fusion_jax.models.base import Generative
-from fusion_jax.models.tokens import check_tokens, continuation, load_tokenizer, tokenize_prompts
+from fusion_jax.models.tokens import (
+    check_takes_text,
+    check_tokens,
+    continuation,
+    load_tokenizer,
+    tokenize_prompts,
+)
 from fusion_jax.progress import show_stage
 
 
@@ -54,6 +60,7 @@ def generate(
         raise InputError(f"{model} cannot generate text")
     loaded = load(model, head=head, dtype=dtype)
     assert isinstance(loaded, Generative)
+    check_takes_text(loaded)
     folder = loaded.provenance.folder
     tokenizer = load_tokenizer(folder)
     batch = tokenize_prompts(tokenizer, prompts)

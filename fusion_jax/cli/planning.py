@@ -46,7 +46,7 @@ def calibrate(
 
     Args:
         model: Hub id, Hugging Face folder, or artefact.
-        text: Unlabeled text, one sentence per line.
+        text: Unlabeled text, one sentence per line; or arrays, as for compress --calibration.
         out: File for the inputs, .safetensors; compress takes it as --calibration.
         scores: File for the scores of all widths, .json; the command plan takes it.
         by: What widths cost: loss, the change of the model's loss; or kernel, the change of the

@@ -79,7 +79,8 @@ def compress(
             sentences are enough), or other inputs of the model. Strings; a list of batches, each of
             them the model's arguments (an array, a tuple, a mapping of keyword arguments, whose
             ``attention_mask`` leaves out padding, or a `TokenBatch`); inputs by site path, as
-            `calibrate` returns them; a file of such inputs (.safetensors) or of text, a sentence
+            `calibrate` returns them; a file of such inputs (.safetensors), of the model's arguments
+            by name (.npz; or .npy, its first argument; or a folder of both), or of text, a sentence
             per line; or ``"random"`` for random tokens where there is no text at all. Each expert
             is fitted to the positions that its router sends to it; if they are few, also to
             positions of other experts.

@@ -173,7 +173,8 @@ _NAMES = {
 }
 
 
-def _stack_rules(stack: str, learned: bool) -> list[KeyRule]:
+def stack_rules(stack: str, learned: bool) -> list[KeyRule]:
+    """Returns the rules of an encoder or decoder, whose positions are learned or sinusoids."""
     layer = f"{stack}.layers.{{l}}"
     ours = "positions" if stack == "encoder" else "decoder_positions"
     theirs = f"{stack}.embed_positions" + ("" if learned else ".weight")
@@ -202,7 +203,7 @@ def _rules(config: BartConfig, head: Head | None) -> KeyRules:
     generates = head == "seq2seq-lm"
     twins = tied_head(config, "lm_head.weight", "word.embedding") if generates else {}
     for stack in ("encoder", "decoder"):
-        rules += _stack_rules(stack, config.learned_positions)
+        rules += stack_rules(stack, config.learned_positions)
         name = f"{stack}.embed_tokens"
         rules.append(KeyRule(f"{stack}_word", name, EMBED))
         if stack not in config.own_embeddings:

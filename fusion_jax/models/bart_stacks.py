@@ -57,6 +57,8 @@ class BartConfig:
     """Whether embeddings are normalized."""
     learned_positions: bool = True
     """Whether positions have embeddings, the first two of which are not used, or sinusoids."""
+    key_bias: bool = True
+    """Whether keys of attention have a bias."""
     wraps: bool = False
     """Whether a decoder's input starts with the last token of the target, its language."""
 
@@ -132,7 +134,8 @@ class BartLayer(nnx.Module):
         d, side = config.d_model, "decoder" if decoder else "encoder"
         heads, width = (getattr(config, f"{side}_{x}") for x in ("attention_heads", "ffn_dim"))
         stds = (config.init_std,) * 3
-        options = {"scale": None, "stds": stds, "dropout": config.attention_dropout}
+        options = {"scale": None, "stds": stds, "key_bias": config.key_bias}
+        options |= {"dropout": config.attention_dropout}
         norm = partial(LayerNorm, d, epsilon=1e-5, **common)
         self.first = config.norm_first
         self.attention = Attention(d, d, heads, **options, **common)

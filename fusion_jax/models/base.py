@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -19,6 +19,13 @@ from fusion_jax.models.provenance import Head as Head
 from fusion_jax.models.provenance import Provenance, class_names
 from fusion_jax.models.rules import KeyRules
 
+TAKES = {
+    "images": "{'pixel_values': images}",
+    "sounds": "{'input_features': features, 'decoder_input_ids': ids}",
+    "images and text": "{'pixel_values': images, 'input_ids': ids, 'attention_mask': mask}",
+}
+"""What models take, other than text alone, with an example of a batch."""
+
 
 class Model(nnx.Module):
     """Base of all models.
@@ -31,13 +38,16 @@ class Model(nnx.Module):
         config: The configuration.
         provenance: Where the model was loaded from; only loaded models have this attribute.
         needed_tokens: The ids of tokens of which each text must have one; empty if none is needed.
-        takes_images: Whether the model takes ``pixel_values`` instead of tokens.
+        takes: What the model takes: one of `TAKES`, or "text" for tokens.
+        masks: The argument that says which positions are not padding, by the first part of the
+            paths of MLPs that have such a mask, in a model that takes more than text.
     """
 
     config: Any
     provenance: Provenance
     needed_tokens: tuple[int, ...] = ()
-    takes_images: bool = False
+    takes: str = "text"
+    masks: Mapping[str, str] = MappingProxyType({})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the arguments and the output depend on the architecture."""
@@ -239,6 +249,10 @@ def untied_head(config: Any, names: Sequence[str]) -> Any:
     return replace(config, tie_word_embeddings=False)
 
 
+def _nothing(head: Head | None) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """Describes an architecture to loading and exporting.
@@ -260,6 +274,8 @@ class Family:
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
             copies of the token embeddings.
+        export: Returns further fields that an export with a head states. A dot in the name of this
+            or of another field is before a field of a nested configuration.
     """
 
     config: Callable[[Fields], Any]
@@ -272,6 +288,7 @@ class Family:
     width_factors: Mapping[str, str] = field(default_factory=dict)
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head
+    export: Callable[[Head | None], Mapping[str, Any]] = _nothing
 
     @property
     def text_head(self) -> Head | None:

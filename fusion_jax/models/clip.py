@@ -33,7 +33,8 @@ class _Siglip(_Clip):
     vision_use_head: bool = True
 
 
-def _config(fields: Fields, *, siglip: bool) -> VisionConfig:
+def vision_config(fields: Fields, *, siglip: bool) -> VisionConfig:
+    """Reads the fields of a vision tower."""
     own = config_from_fields(_Siglip if siglip else _Clip, fields)
     given = {
         "patch_size": own.patch_size,
@@ -70,15 +71,19 @@ _LINEARS = {
     "mlp.down": "mlp.fc2",
 }
 _NORMS = {"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"}
+LAYERS = (
+    *(KeyRule(f"{_LAYER}.{a}", f"{_THEIRS}.{b}", LINEAR) for a, b in _LINEARS.items()),
+    *(KeyRule(f"{_LAYER}.{a}", f"{_THEIRS}.{b}", NORM) for a, b in _NORMS.items()),
+)
+"""The rules of the layers, which those of the text towers have too."""
 _QKV = tuple(f"pooler.attention.{part}" for part in ("query", "key", "value"))
 _JOINED = {"kernel": Leaf(("in_proj_weight",), transposed=True), "bias": Leaf(("in_proj_bias",))}
-_RULES = (
+VISION = (
     KeyRule("patches", "embeddings.patch_embedding", PATCHES),
     KeyRule("cls_token", "embeddings.class_embedding", WHOLE),
     KeyRule("position", "embeddings.position_embedding.weight", WHOLE),
     KeyRule("input_norm", "pre_layrnorm", NORM),  # as transformers spells it
-    *(KeyRule(f"{_LAYER}.{a}", f"{_THEIRS}.{b}", LINEAR) for a, b in _LINEARS.items()),
-    *(KeyRule(f"{_LAYER}.{a}", f"{_THEIRS}.{b}", NORM) for a, b in _NORMS.items()),
+    *LAYERS,
     KeyRule("norm", "post_layernorm", NORM),
     KeyRule("pooler.query", "head.probe", WHOLE),
     *(KeyRule(path, "head.attention", _JOINED, joined=_QKV) for path in _QKV),
@@ -87,17 +92,18 @@ _RULES = (
     KeyRule("pooler.mlp.up", "head.mlp.fc1", LINEAR),
     KeyRule("pooler.mlp.down", "head.mlp.fc2", LINEAR),
 )
+"""The rules of a vision tower."""
 # A buffer of old files, and what maps pooled images to where texts are.
 _IGNORED = (r"(vision_model\.)?embeddings\.position_ids", r"visual_projection\.weight")
 
 
 def _rules(config: VisionConfig, head: Head | None) -> KeyRules:
-    return KeyRules(_RULES, prefix="vision_model.", write_prefix=False, ignored=_IGNORED)
+    return KeyRules(VISION, prefix="vision_model.", write_prefix=False, ignored=_IGNORED)
 
 
 def _family(name: str, *, siglip: bool) -> Family:
     return Family(
-        config=partial(_config, siglip=siglip),
+        config=partial(vision_config, siglip=siglip),
         model=VisionTransformer,
         rules=_rules,
         architectures={None: name},

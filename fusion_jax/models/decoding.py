@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,6 +83,7 @@ def generate(
     eos: int | tuple[int, ...] | None = None,
     pad: int = 0,
     key: Key[Array, ""] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Int[Array, "b n"]:
     """Generates text: continues prompts, or writes the target texts of an encoder-decoder.
 
@@ -100,6 +103,8 @@ def generate(
             setting of these files is applied.
         pad: The token id that follows the end of a text.
         key: Random key of sampling.
+        inputs: What else a model reads, by name: Whisper's ``input_features``, of which the prompts
+            say how to write them down.
 
     Returns:
         (b, max_new_tokens) the new tokens, int32, including the end token.
@@ -124,7 +129,10 @@ def generate(
     model = _checked(model, real, max_new_tokens, sampling, beams, key)
     ends = model.config.eos_token_id if eos is None else eos
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    static = {"room": max_new_tokens, "ends": ends, "pad": pad}
+    known = list(inspect.signature(type(model).begin).parameters)[4:]
+    for name in set(inputs or {}) - set(known):
+        raise InputError(f"{model.config.model_type} has no input {name!r} to generate text from")
+    static = {"room": max_new_tokens, "ends": ends, "pad": pad, "inputs": dict(inputs or {})}
     check_tokens(model, [np.where(real, ids, 0)])
     if beams is not None:
         texts, finite = _beam_search(model, ids, jnp.asarray(real), beams=beams, **static)
@@ -207,13 +215,14 @@ def _greedy_or_sampled(
     real: Array,
     key: Key[Array, ""] | None,
     *,
+    inputs: Mapping[str, Array],
     room: int,
     sampling: Sampling | None,
     ends: tuple[int, ...],
     pad: int,
 ) -> tuple[Array, Array]:
     b = ids.shape[0]
-    logits, cache = model.begin(ids, real, room)
+    logits, cache = model.begin(ids, real, room, **inputs)
 
     def next_tokens(i: int | Array, logits: Array, ended: Array) -> tuple[Array, Array]:
         if sampling is None:
@@ -280,6 +289,7 @@ def _beam_search(
     ids: Array,
     real: Array,
     *,
+    inputs: Mapping[str, Array],
     room: int,
     beams: Beams,
     ends: tuple[int, ...],
@@ -339,7 +349,7 @@ def _beam_search(
         return s.can_improve.any() & ~stopped_early & ~s.all_ended & (s.length < room)
 
     logits, cache = jax.tree.map(
-        lambda x: jnp.repeat(x, k, axis=0) if x.ndim else x, model.begin(ids, real, room)
+        lambda x: jnp.repeat(x, k, axis=0) if x.ndim else x, model.begin(ids, real, room, **inputs)
     )
     empty = jnp.full((b, k, room), pad, jnp.int32)
     start = _Search(

@@ -15,6 +15,7 @@ from fusion_jax.models import (
     bert,
     bloom,
     clip,
+    clip_text,
     cohere,
     deberta,
     deepseek,
@@ -53,7 +54,9 @@ from fusion_jax.models import (
     stablelm,
     starcoder2,
     t5,
+    two_towers,
     vit,
+    whisper,
 )
 from fusion_jax.models.base import Family as Family
 from fusion_jax.models.base import Model
@@ -66,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
     **bloom.FAMILIES,
     **clip.FAMILIES,
+    **clip_text.FAMILIES,
     **cohere.FAMILIES,
     **deberta.FAMILIES,
     **deepseek.FAMILIES,
@@ -104,7 +108,9 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **starcoder2.FAMILIES,
     **t5.FAMILIES,
+    **two_towers.FAMILIES,
     **vit.FAMILIES,
+    **whisper.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""
 
@@ -139,7 +145,7 @@ def coverage() -> list[Coverage]:
     """Returns what is supported, in the order of the names.
 
     Every type is loaded, compressed, fine-tuned, saved and exported, and generates text if it has
-    the head ``causal-lm`` or ``seq2seq-lm``. There are no tasks for models of images.
+    the head ``causal-lm`` or ``seq2seq-lm``. Models of images and sounds are fine-tuned on classes.
 
     Example:
         >>> coverage()[0].model_type, coverage()[0].heads[:2]

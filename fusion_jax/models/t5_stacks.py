@@ -43,6 +43,7 @@ class Attention(nnx.Module):
         stds: The standard deviations of the initial weights: of queries, of keys and values, and of
             the output.
         dropout: The dropout of the weights of positions.
+        key_bias: Whether keys have a bias where the others have one.
         **common: Further arguments of linear layers.
     """
 
@@ -55,12 +56,14 @@ class Attention(nnx.Module):
         scale: float | None,
         stds: tuple[float, float, float],
         dropout: float,
+        key_bias: bool = True,
         **common: Any,
     ):
         self.heads, self.scale = heads, scale
         query, other, out = (nnx.initializers.normal(std) for std in stds)
         self.query = nnx.Linear(d, inner, kernel_init=query, **common)
-        self.key = nnx.Linear(d, inner, kernel_init=other, **common)
+        keys = common if key_bias else {**common, "use_bias": False}
+        self.key = nnx.Linear(d, inner, kernel_init=other, **keys)
         self.value = nnx.Linear(d, inner, kernel_init=other, **common)
         self.out = nnx.Linear(inner, d, kernel_init=out, **common)
         self.dropout = Dropout(dropout)

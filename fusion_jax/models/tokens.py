@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Model, check_needed_tokens, max_positions
+from fusion_jax.models.base import TAKES, Model, check_needed_tokens, max_positions
 
 MAX_LENGTH = 128
 """The default number of tokens at which texts are cut off."""
@@ -60,18 +60,20 @@ def tokenizer_of(model: Any) -> Any:
     """Loads the tokenizer of a model from `fusion_jax.load`.
 
     Raises:
-        InputError: The model takes images, or see `load_tokenizer`.
+        InputError: The model takes more than text, or see `load_tokenizer`.
     """
     check_takes_text(model)
     return load_tokenizer(model.provenance.folder)
 
 
 def check_takes_text(model: Any) -> None:
-    """Raises `InputError` for a model that takes images, or for the class of such models."""
-    if getattr(model, "takes_images", False):
+    """Raises `InputError` for a model that takes more than text, or for its class."""
+    takes = getattr(model, "takes", "text")
+    if takes in TAKES:
+        reads = "not of text alone" if "text" in takes else "which cannot read text"
         raise InputError(
-            "this is a model of images, which cannot read text; in Python it takes batches such as "
-            "{'pixel_values': images}"
+            f"this is a model of {takes}, {reads}; in Python it takes batches such as "
+            f"{TAKES[takes]}"
         )
 
 

@@ -41,7 +41,8 @@ class VisionConfig(EncoderConfig):
     """Whether checkpoints have an embedding of masked patches, which is only kept."""
     pooling: Literal["dense", "first", "mean", "attention", "none"] = "dense"
     """What is pooled: a linear layer of the first state, or this state itself, or what a learned
-    query attends to. A head reads the first state, and for ``"mean"`` also the mean of patches."""
+    query attends to. A head reads the first state for ``"dense"``, this and the mean of patches for
+    ``"mean"``, and otherwise this mean alone."""
     class_token: bool = True
     """Whether there is a token before the patches."""
     patch_bias: bool = True
@@ -138,7 +139,7 @@ class VisionTransformer(Model):
         (1, 5, 8)
     """
 
-    takes_images = True
+    takes = "images"
 
     def __init__(
         self,
@@ -225,8 +226,8 @@ class VisionTransformer(Model):
         elif self.config.pooling in ("first", "mean"):
             pooled = self.norm(x[:, 0]) if self.config.norm_pooled else x[:, 0]
         if self.head is not None:
-            mean = self.config.pooling == "mean"
-            read = [x[:, 0], x[:, 1:].mean(1)] if mean else [x[:, 0]]
+            first, mean = x[:, 0], x[:, int(self.config.class_token) :].mean(1)
+            read = {"dense": [first], "mean": [first, mean]}.get(self.config.pooling, [mean])
             logits = self.head(jnp.concatenate(read, axis=-1))
         return EncoderOutput(x, tuple(states) if output_hidden_states else None, pooled, logits)
 

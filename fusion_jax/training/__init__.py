@@ -22,9 +22,13 @@ from fusion_jax.training.methods.many import tune_many as tune_many
 from fusion_jax.training.methods.stored_logits import store_logits as store_logits
 
 # Tasks
+from fusion_jax.training.engine.arrays import Arrays as Arrays
 from fusion_jax.training.engine.batches import Batches as Batches
 from fusion_jax.training.engine.batches import BatchSource as BatchSource
 from fusion_jax.training.engine.batches import Examples as Examples
+from fusion_jax.training.tasks.array_classification import (
+    ArrayClassification as ArrayClassification,
+)
 from fusion_jax.training.tasks.base import Prepared as Prepared
 from fusion_jax.training.tasks.base import Task as Task
 from fusion_jax.training.tasks.classification import Classification as Classification

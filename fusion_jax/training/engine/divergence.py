@@ -12,7 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fusion_jax.models.base import Model
 from fusion_jax.nn.dtypes import wide
-from fusion_jax.training.engine.losses import Batch, Loss, Total, decoder_mask, reads_targets, run
+from fusion_jax.training.engine.losses import (
+    Batch,
+    Loss,
+    Total,
+    decoder_mask,
+    reads_targets,
+    real_positions,
+    run,
+)
 
 Compared = Literal["tokens", "targets", "class", "answer", "number", "states"]
 """Which outputs are compared: the logits at every token, at every token of the target texts, of the
@@ -93,9 +101,9 @@ def compared(
         batch: The batch.
         logits: The output of the head.
     """
-    seen = jnp.asarray(batch["attention_mask"]).astype(bool)
     if kind == "class":
         return logits[:, None], jnp.ones((len(logits), 1), bool)
+    seen = jnp.asarray(batch["attention_mask"]).astype(bool)
     if kind == "answer":
         places = wide(logits).swapaxes(1, 2)
         places = jnp.where(seen[:, None], places, jnp.finfo(places.dtype).min)
@@ -158,7 +166,7 @@ def healing(
     theirs: PyTree = None if teacher is None else forward(teacher, batch)
     weights = jnp.asarray(batch["weights"])[:, None]
     if kind == "states":
-        seen = jnp.asarray(batch["attention_mask"]).astype(bool)
+        seen = real_positions(batch, out.last_hidden_state)
         errors = _relative(out.last_hidden_state, theirs.last_hidden_state)
         result = _summed(errors, jnp.where(seen, weights, 0))
     elif kind == "number":
@@ -209,11 +217,12 @@ def state_errors(theirs: PyTree, ours: PyTree, model: Model, batch: Batch) -> Fl
         model: The model.
         batch: The batch.
     """
-    seen = jnp.asarray(batch["attention_mask"]).astype(bool)
+    first = getattr(theirs, "encoder", None) or theirs
+    seen = real_positions(batch, first.hidden_states[0])
     stacks = [(theirs, ours, seen)]
-    if getattr(theirs, "encoder", None) is not None:
+    if first is not theirs:
         read = _decoded(model, batch, ours.hidden_states[0])
-        stacks = [(theirs.encoder, ours.encoder, seen), (theirs, ours, read)]
+        stacks = [(first, ours.encoder, seen), (theirs, ours, read)]
     means = []
     for theirs, ours, counts in stacks:
         real = jnp.where(counts, jnp.asarray(batch["weights"])[:, None], 0)

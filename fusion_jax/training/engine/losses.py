@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import DecoderOutput, Model
@@ -229,6 +229,14 @@ def decoder_mask(model: Model, batch: Batch) -> Array | np.ndarray | None:
     return batch.get("decoder_attention_mask")
 
 
+def real_positions(batch: Batch, states: Float[Array, "b t d"]) -> Bool[Array, "b t"]:
+    """Returns where hidden states are not of padding; without a mask everywhere, as in images."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return jnp.ones(states.shape[:2], bool)
+    return jnp.asarray(mask).astype(bool)
+
+
 def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""] | None) -> Total:
     """Returns the mean squared error between the hidden states of two models, summed over layers.
 
@@ -239,12 +247,13 @@ def hidden_states(teacher: Model, model: Model, batch: Batch, key: Key[Array, ""
         MLP Fusion (ICML 2023, arXiv 2307.08941), section 4.4.
     """
     outs = [run(m, batch, k, output_hidden_states=True) for m, k in ((teacher, None), (model, key))]
-    seen = jnp.asarray(batch["attention_mask"]).astype(bool)
+    encoders = [getattr(out, "encoder", None) or out for out in outs]
+    seen = real_positions(batch, encoders[0].last_hidden_state)
     stacks = [(outs, seen)]
-    if getattr(outs[0], "encoder", None) is not None:
+    if encoders[0] is not outs[0]:
         mask = decoder_mask(model, batch)
         read = jnp.ones((1, 1), bool) if mask is None else jnp.asarray(mask).astype(bool)
-        stacks = [([out.encoder for out in outs], seen), (outs, read)]
+        stacks = [(encoders, seen), (outs, read)]
     weights = jnp.asarray(batch["weights"])[:, None]
     result = Total(jnp.zeros((), weights.dtype), jnp.zeros((), weights.dtype))
     for pair, counts in stacks:

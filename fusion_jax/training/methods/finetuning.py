@@ -16,6 +16,7 @@ from fusion_jax.checkpoint import save
 from fusion_jax.errors import InputError
 from fusion_jax.models.provenance import Provenance
 from fusion_jax.nn.surgery import ModuleT
+from fusion_jax.training.engine.arrays import Arrays
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.fingerprints import (
     fingerprint_of_tokenizer,
@@ -48,8 +49,8 @@ def finetune(
 
     Args:
         model: A model from `fusion_jax.load` with the head that the task needs.
-        data: The task, from `load_task`, `read_task`, `load_pairs`, `read_pairs` or `PlainText`, or
-            one of your own.
+        data: The task, from `load_task`, `read_task`, `load_pairs`, `read_pairs`, `PlainText` or
+            `ArrayClassification`, or one of your own.
         config: The settings of training; None for the paper's settings.
         key: Random key of dropout and of the order of the examples.
         folder: Where checkpoints, ``metrics.jsonl``, and the artefacts ``best`` and ``last`` go.
@@ -144,8 +145,10 @@ def _facts(model: nnx.Module, data: Task) -> dict[str, object]:
     }
 
 
-def _without_places(texts: object) -> Texts | Pairs | TaggedWords | Questions | None:
+def _without_places(texts: object) -> Texts | Pairs | TaggedWords | Questions | Arrays | None:
     """Returns texts or other data without the names of their files, which may be moved."""
+    if isinstance(texts, Arrays):
+        return texts
     return texts._replace(names=()) if isinstance(texts, _DATA) else None
 
 

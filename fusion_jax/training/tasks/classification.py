@@ -22,6 +22,7 @@ from fusion_jax.models.provenance import Provenance, class_order
 from fusion_jax.models.tokens import check_finite, check_takes_text, check_tokens, tokenizer_of
 from fusion_jax.progress import show_progress, show_stage
 from fusion_jax.training.engine import losses
+from fusion_jax.training.engine.arrays import ArrayBatches, Arrays
 from fusion_jax.training.engine.batches import Batches, Examples
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.engine.sharding import Placement
@@ -123,7 +124,7 @@ class Classification:
             return results
 
         return Prepared(
-            batches, loss, evaluate if dev else None, classes=_classes(model, self.spec, columns)
+            batches, loss, evaluate if dev else None, classes=classes_of(model, self.spec, columns)
         )
 
     def inputs(self, model: Model, config: TrainConfig, *, key: Key[Array, ""]) -> Batches:
@@ -197,7 +198,7 @@ def check_head(model: Model, spec: TaskSpec, *, trains: bool = False) -> Columns
     return np.array(order)
 
 
-def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
+def classes_of(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
     """Returns what the head of a model is for after training on a task."""
     if spec.labels is None:
         return Classes(None, "regression")
@@ -208,10 +209,16 @@ def _classes(model: Model, spec: TaskSpec, columns: Columns) -> Classes:
 
 def _with_columns(examples: Examples, columns: Columns) -> Examples:
     """Returns examples whose labels are columns of a model's logits instead of classes."""
-    labels = examples.labels
+    return examples._replace(labels=in_columns(examples.labels, columns))
+
+
+def in_columns(
+    labels: Shaped[np.ndarray, "n ..."] | None, columns: Columns
+) -> Shaped[np.ndarray, "n ..."] | None:
+    """Returns columns of a model's logits instead of classes; numbers and None stay."""
     if labels is None or labels.dtype != np.int32:
-        return examples
-    return examples._replace(labels=columns.astype(np.int32)[labels])
+        return labels
+    return columns.astype(np.int32)[labels]
 
 
 class TextEncoder:
@@ -347,9 +354,24 @@ def logits_of(
     Raises:
         FloatingPointError: Logits are NaN or infinite; names the example.
     """
-    placement = Placement()
-    placement.check_batch(batch_size)
     batches = encoder.batches(examples._replace(labels=None), batch_size, shapes=shapes)
+    rows = logits_by_row(model, batches)
+    # Those of tokens have padding.
+    lengths = [len(tokens) for tokens in examples.tokens]
+    logits = [
+        row[:length] if row.ndim > 1 else row for row, length in zip(rows, lengths, strict=True)
+    ]
+    for name, row in zip(examples.names, logits, strict=True):
+        check_finite(row, f"{name}: the logits")
+    return logits
+
+
+def logits_by_row(
+    model: Model, batches: Batches | ArrayBatches
+) -> list[Float[np.ndarray, "... _"]]:
+    """Returns the logits of each example in one epoch of batches, in order, as float32."""
+    placement = Placement()
+    placement.check_batch(batches.batch_size)
     found: dict[int, np.ndarray] = {}
     outs: list[Array] = []
     count = len(batches)
@@ -361,28 +383,24 @@ def logits_of(
     # Only now, so that the device does not wait for the host between batches.
     for step, out in enumerate(jax.device_get(outs)):
         for i, row in zip(batches.rows(step).tolist(), out, strict=False):
-            row = row[: len(examples.tokens[i])] if row.ndim > 1 else row
             found[i] = row.astype(np.float32)
-    logits = [found[i] for i in range(len(found))]
-    for name, row in zip(examples.names, logits, strict=True):
-        check_finite(row, f"{name}: the logits")
-    return logits
+    return [found[i] for i in range(len(found))]
 
 
 @on_auto_axes
 def predict(
     model: Model,
-    texts: Texts,
+    texts: Texts | Arrays,
     *,
     max_length: int | None = None,
     batch_size: int = 64,
     truncate: bool = False,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the logits of texts.
+    """Returns the logits of texts, or of arrays such as images.
 
     Args:
         model: A model with a classification head.
-        texts: The texts; their labels are not used.
+        texts: The texts, or the arrays; their labels are not used.
         max_length: The largest number of tokens of a text; None for the number of the model's
             positions.
         batch_size: The number of rows per batch.
@@ -394,6 +412,12 @@ def predict(
     Raises:
         InputError: A text is too long.
     """
+    if isinstance(texts, Arrays):
+        inputs = Arrays(texts.inputs).checked("the data", None)
+        rows = logits_by_row(model, ArrayBatches(inputs, batch_size))
+        for i, row in enumerate(rows):
+            check_finite(row, f"example {i}: the logits")
+        return np.stack(rows)
     encoder = TextEncoder(model, max_length, truncate)
     if not texts.texts:
         return np.zeros((0, model.config.num_labels), np.float32)
@@ -401,7 +425,7 @@ def predict(
 
 
 def measure(
-    spec: TaskSpec, logits: Float[np.ndarray, "n classes"], examples: Examples | Texts
+    spec: TaskSpec, logits: Float[np.ndarray, "n classes"], examples: Examples | Texts | Arrays
 ) -> dict[str, float]:
     """Returns the metrics of a task.
 
