@@ -268,6 +268,21 @@ ODD["umt5"] = [
     {"tie_word_embeddings": False},
     ODD["t5"][4],
 ]
+# Blocks of LongT5 do not depend on padding on the left, as they do in transformers.
+BLOCKS = {"encoder_attention_type": "transient-global", "global_block_size": 2}
+ODD["longt5"] = [
+    {"d_kv": 3, "num_heads": 5, "d_ff": 23, "local_radius": 1, "num_decoder_layers": 1},
+    BLOCKS | {"feed_forward_proj": "gated-gelu", "local_radius": 1},
+    BLOCKS | {"global_block_size": 3, "num_heads": 1, "tie_word_embeddings": False},
+    BLOCKS | {"global_block_size": 1, "d_kv": 3, "num_heads": 5, "feed_forward_proj": "silu"},
+    {"local_radius": 4, "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-2},
+    BLOCKS | {"global_block_size": 9, "relative_attention_num_buckets": 18, "local_radius": 9},
+    BLOCKS | {"global_block_size": 4, "num_decoder_layers": None, "local_radius": 2,
+              "relative_attention_max_distance": 5},
+    BLOCKS | {"global_block_size": 16, "vocab_size": 67, "decoder_start_token_id": 4,
+              "d_model": 15},
+    {"local_radius": 127, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
+]  # fmt: skip
 BART = {**tiny.BART, "pad_token_id": 0, "is_encoder_decoder": True}
 BARTS = [
     {"encoder_attention_heads": 1, "decoder_attention_heads": 8, "decoder_ffn_dim": 23},
@@ -408,7 +423,7 @@ def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
     base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
-    if family in ("t5", "mt5", "umt5"):
+    if family in ("t5", "mt5", "umt5", "longt5"):
         base = T5
     elif ODD[family] is BARTS:
         base = BART

@@ -91,13 +91,18 @@ def relative_embed(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Em
     return nnx.Embed(count, heads, embedding_init=init, param_dtype=param_dtype, rngs=rngs)
 
 
-def _attention(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> Attention:
+def t5_attention(
+    config: T5Config,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+    make: Callable[..., Attention] = Attention,
+) -> Attention:
     """Returns T5's attention, without scaling and without biases."""
     d, inner, factor = config.d_model, config.num_heads * config.d_kv, config.initializer_factor
     stds = factor * (d * config.d_kv) ** -0.5, factor * d**-0.5, factor * inner**-0.5
     common = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
     options = {"scale": 1.0, "stds": stds, "dropout": config.dropout_rate}
-    return Attention(d, inner, config.num_heads, **options, **common)
+    return make(d, inner, config.num_heads, **options, **common)
 
 
 class Layer(nnx.Module):
@@ -118,11 +123,11 @@ class Layer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.attention_norm = norm()
-        self.attention = _attention(config, **common)
+        self.attention = self.own_attention(config, decoder, **common)
         self.relative = relative_embed(config, **common) if config.every_relative else None
         if decoder:
             self.cross_norm = norm()
-            self.cross = _attention(config, **common)
+            self.cross = t5_attention(config, **common)
         self.mlp_norm = norm()
         # MLPs are in float32, as their sums would overflow in float16.
         self.precise = param_dtype == jnp.float16 and not sparse
@@ -143,11 +148,17 @@ class Layer(nnx.Module):
             self.mlp = mlp(rngs=rngs, **({"param_dtype": jnp.float32} if self.precise else {}))
         self.dropout = Dropout(config.dropout_rate)
 
+    def own_attention(
+        self, config: T5Config, decoder: bool, param_dtype: Any, rngs: nnx.Rngs
+    ) -> Attention:
+        """Returns the attention to positions of the same stack."""
+        return t5_attention(config, param_dtype, rngs)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 #t s"],
-        bias: Float[Array, "1 h t s"] | None,
+        bias: Float[Array, "_ h _ _"] | None,
         cache: CacheUpdate,
         source: EncoderView | None,
         key: Key[Array, ""] | None,
@@ -172,6 +183,7 @@ class Layer(nnx.Module):
 class Stack(nnx.Module):
     """The layers of an encoder or decoder, the relative positions, and a final norm."""
 
+    layer: Callable[..., Layer] = Layer
     wide: bool = True
     """Whether hidden states are in float32 where parameters are in float16."""
 
@@ -180,12 +192,12 @@ class Stack(nnx.Module):
         common = {"param_dtype": param_dtype, "rngs": rngs}
         self.relative = None if config.every_relative else relative_embed(config, **common)
         self.layers = nnx.List(
-            [Layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
+            [self.layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
         )
         self.norm: Any = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
         self.dropout = self.last_dropout = Dropout(config.dropout_rate)
 
-    def bias(
+    def distance_bias(
         self, relative: AnyEmbed, slots: Int[Array, " t"], count: int
     ) -> Float[Array, "1 h t s"]:
         """Returns the bias of the scores of each head, which depends on relative positions.
@@ -203,6 +215,10 @@ class Stack(nnx.Module):
         options = {"far": far, "buckets": buckets, "causal": self.decoder}
         return relative_bias(relative, slots, count, **options)
 
+    def bias(self, relative: AnyEmbed, seen: Window) -> Float[Array, "_ h _ _"]:
+        """Returns what is added to the scores of the attention in this stack."""
+        return self.distance_bias(relative, seen.slots, seen.real.shape[1])
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -217,14 +233,13 @@ class Stack(nnx.Module):
         The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
-        places = seen.slots, seen.real.shape[1]
-        common = None if self.relative is None else self.bias(self.relative, *places)
+        common = None if self.relative is None else self.bias(self.relative, seen)
         x = self.dropout(x, embed_key)
         if x.dtype == jnp.float16 and self.wide:  # in which the sums over layers would overflow
             x = wide(x)
         states, routers = [x], []
         for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
-            bias = common if layer.relative is None else self.bias(layer.relative, *places)
+            bias = common if layer.relative is None else self.bias(layer.relative, seen)
             x, router = layer(x, seen.visible, bias, cache, source, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
