@@ -283,6 +283,31 @@ ODD["longt5"] = [
               "d_model": 15},
     {"local_radius": 127, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
 ]  # fmt: skip
+GEMMA2 = {**BASE, "head_dim": 4, "sliding_window": 3, "num_hidden_layers": 2}
+
+
+def pair(encoder, decoder, **more):
+    """The fields of T5Gemma, whose encoder and decoder have fields of their own."""
+    sides = {"encoder": {**GEMMA2, **encoder}, "decoder": {**GEMMA2, "bos_token_id": 2, **decoder}}
+    return {**sides, "is_encoder_decoder": True, "eos_token_id": None, "pad_token_id": 0, **more}
+
+
+ODD["t5gemma"] = [
+    pair(PRIME | TIED, rope("linear"), dropout_rate=0.2, attention_dropout=0.1),
+    pair(ONE_KEY | {"layer_types": [FULL, SLIDING]}, PRIME | {"num_hidden_layers": 3}),
+    pair(BIASED | rope("yarn"), ONE_KEY | {"head_dim": 6, "layer_types": [FULL, SLIDING]},
+         tie_word_embeddings=False),
+    pair({"sliding_window": 1, "hidden_activation": "silu"}, BIASED | {"bos_token_id": 4}),
+    pair({"attn_logit_softcapping": None, "num_hidden_layers": 3},
+         {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.5, "rms_norm_eps": 1e-3}),
+    pair({"query_pre_attn_scalar": 3, "final_logit_softcapping": 0.1},
+         {"final_logit_softcapping": 0.3, "sliding_window": 1, "hidden_activation": "gelu"}),
+    pair({"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 23},
+         {"final_logit_softcapping": None, "rope_theta": 100.0, **WIDE_HEADS},
+         tie_word_embeddings=False, vocab_size=99),
+    pair({"vocab_size": 67, "rms_norm_eps": 1e-2, "layer_types": [FULL] * 2},
+         {"vocab_size": 67, "num_hidden_layers": 1, **rope("llama3")}, decoder_start_token_id=2),
+]  # fmt: skip
 BART = {**tiny.BART, "pad_token_id": 0, "is_encoder_decoder": True}
 BARTS = [
     {"encoder_attention_heads": 1, "decoder_attention_heads": 8, "decoder_ffn_dim": 23},
@@ -425,6 +450,8 @@ def odd_config(family, number=None):
     base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
     if family in ("t5", "mt5", "umt5", "longt5"):
         base = T5
+    elif family == "t5gemma":
+        base = pair({}, {})
     elif ODD[family] is BARTS:
         base = BART
     elif family == "switch_transformers":

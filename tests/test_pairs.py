@@ -9,10 +9,12 @@ import fusion_jax as fj
 from fusion_jax.models.decoding import generate
 from fusion_jax.models.longt5 import block_ids
 from fusion_jax.models.registry import FAMILIES
-from tests.test_families import inputs, made, odd_config
+from tests.test_families import GEMMA2 as SIDE
+from tests.test_families import compare, inputs, made, odd_config, ours, theirs
+from tests.tiny import decoder_config
 
 # A family, and which of its odd configurations.
-CASES = [("longt5", 0), ("longt5", 1), ("longt5", 2)]
+CASES = [("longt5", 0), ("longt5", 1), ("longt5", 2), *(("t5gemma", i) for i in range(0, 8, 3))]
 
 
 @jax.jit
@@ -49,6 +51,54 @@ def test_padding_changes_nothing_and_texts_equal_transformers(family, number, tm
     want = want[:, 1:] if head == "seq2seq-lm" else want[:, ids.shape[1] :]
     got = generate(model, ids, mask, max_new_tokens=6)
     np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+
+
+@pytest.mark.torch
+@pytest.mark.full(quick=1)
+@pytest.mark.parametrize("decodes", [True, False])
+@pytest.mark.parametrize("head", ["classification", "token-classification"])
+def test_heads_of_t5gemma_equal_transformers(head, decodes, tmp_path, key):
+    """Without padding and with padding on the right, also exported when some units are zeros."""
+    fields = {**odd_config("t5gemma", 1), "num_labels": 3, "is_encoder_decoder": decodes}
+    folder, cls = made(tmp_path, "t5gemma", fields, head)
+    model = fj.load(folder, head=head)
+    plan = {site.path: fj.Fusion(width=5 + i) for i, site in enumerate(fj.sites(model)[1:])}
+    smaller, _ = fj.compress(model, plan, key=key)
+    exported = fj.export_hf(smaller, tmp_path / "hf")
+    for kind in ("whole", "right"):
+        batch = {name: inputs(kind, "bert")[name] for name in ("input_ids", "attention_mask")}
+        real = batch["attention_mask"].astype(bool)
+        batch["input_ids"][~real] = 0
+        for mine, place in ((model, folder), (smaller, exported)):
+            want = theirs(cls.from_pretrained(place).eval(), batch)
+            compare(ours(mine, batch), want, real)
+    padded = {name: np.pad(x[:1], ((0, 0), (3, 0))) for name, x in batch.items()}
+    got = np.asarray(ours(model, padded).logits)
+    got = got if head == "classification" else got[:, 3:]
+    whole = {name: x[:1] for name, x in batch.items()}
+    np.testing.assert_allclose(got, ours(model, whole).logits, atol=1e-4)
+
+
+WRONG = [
+    ("t5gemma", {"encoder": {**SIDE, "vocab_size": 67}}, "vocab_size of the encoder, 67"),
+    ("t5gemma", {"decoder": {**SIDE, "bos_token_id": None}}, "bos_token_id of the decoder"),
+    ("t5gemma", {"bos_token_id": 7}, "bos_token_id other than"),
+    ("t5gemma", {"decoder_start_token_id": 7}, "decoder_start_token_id other than"),
+    ("t5gemma", {"encoder": 3}, "encoder must be a JSON object"),
+    ("t5gemma", {"attention_dropout": 3}, "attention_dropout must be"),
+    ("t5gemma", {"dropout_rate": "x"}, "dropout_rate must be"),
+    ("longt5", {"encoder_attention_type": "full"}, "encoder_attention_type must be"),
+    ("longt5", {"local_radius": 0}, "local_radius must be"),
+    ("longt5", {"global_block_size": -1}, "global_block_size must be"),
+    ("longt5", {"feed_forward_proj": "gated-x-relu"}, "feed_forward_proj"),
+    ("t5", {"relative_attention_max_distance": 4}, "relative_attention_max_distance must be"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), WRONG)
+def test_what_is_not_implemented_is_an_error(family, changes, message):
+    with pytest.raises(fj.InputError, match=message):
+        decoder_config({**odd_config(family), **changes})
 
 
 @pytest.mark.full

@@ -191,7 +191,12 @@ def export_hf(
             padded[site.path] = wider.width, num_params(wider) - num_params(site.mlp)
         plain = replaced(plain, site.path, wider)
     head = provenance.head
-    fields |= {name: width for name, width in widths.items() if name}
+    for name, width in widths.items():
+        outer, _, inner = (name or "").rpartition(".")
+        if outer:
+            fields[outer] = {**(fields.get(outer) or {}), inner: width}
+        elif name:
+            fields[name] = width
     _, label_ids = labels_of(model)
     if label_ids is not None:
         if not config.label_transform:

@@ -251,7 +251,7 @@ class Family:
         architectures: The name of the Hugging Face class for each head.
         width_field: The field of ``config.json`` with the width of the MLPs; None if the width
             cannot be stated, so that exports have the original one; or a function of the
-            configuration that returns either.
+            configuration that returns either. A dot separates it from the field that it is in.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last or first part of

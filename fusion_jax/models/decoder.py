@@ -48,7 +48,7 @@ Context = Mapping[Rope | None, Float[Array, "b t *half"]]
 class Attention(nnx.Module):
     """Attention, with rotary positions if there are any; query heads can share keys and values."""
 
-    def __init__(self, config: DecoderConfig, rope: Rope | None, make: _LayerFactory):
+    def __init__(self, config: DecoderConfig, rope: Rope | None, make: LayerFactory):
         d, f = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = rope, f
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        visible: Bool[Array, "b 1 t s"],
+        visible: Bool[Array, "b 1 #t s"],
         cache: CacheUpdate,
         context: Context,
         key: Key[Array, ""] | None,
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
-class _LayerFactory:
+class LayerFactory:
     """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
 
     def __init__(self, config: DecoderConfig, param_dtype: Any, rngs: nnx.Rngs):
@@ -180,7 +180,7 @@ class _LayerFactory:
 class Layer(nnx.Module):
     """One layer: attention and MLP, each with its norms and inside a residual connection."""
 
-    def __init__(self, config: DecoderConfig, index: int, make: _LayerFactory):
+    def __init__(self, config: DecoderConfig, index: int, make: LayerFactory):
         d, blocks = config.hidden_size, config.blocks
         before = blocks.norms in ("before", "both", "shared")
         after = blocks.norms in ("after", "both", "outside")
@@ -282,7 +282,7 @@ class Decoder(CausalLm):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        make, blocks = _LayerFactory(config, param_dtype, rngs), config.blocks
+        make, blocks = LayerFactory(config, param_dtype, rngs), config.blocks
         d, vocab = config.hidden_size, config.vocab_size
         size = blocks.embedding_size or d
         super().__init__(

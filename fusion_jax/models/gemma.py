@@ -95,7 +95,8 @@ def _both(fields: Fields, pattern: int, **flags: Any) -> DecoderConfig:
     return layer_windows(config, fields, _usual(pattern))
 
 
-def _gemma2(fields: Fields) -> DecoderConfig:
+def gemma2_config(fields: Fields) -> DecoderConfig:
+    """Reads the fields of Gemma 2; raises `InputError` for an unknown variant."""
     fields = {**_GEMMA2, **fields}
     return _both(fields, 2, score_cap=_number(fields, "attn_logit_softcapping"))
 
@@ -118,7 +119,7 @@ def _gemma3(fields: Fields) -> DecoderConfig:
 _HEADS: tuple[Head, ...] = ("causal-lm", "classification", "token-classification")
 FAMILIES = {
     "gemma": decoder_family("Gemma", _gemma, heads=_HEADS),
-    "gemma2": decoder_family("Gemma2", _gemma2, heads=_HEADS),
+    "gemma2": decoder_family("Gemma2", gemma2_config, heads=_HEADS),
     "gemma3_text": decoder_family(
         "Gemma3",
         _gemma3,

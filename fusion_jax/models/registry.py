@@ -54,6 +54,7 @@ from fusion_jax.models import (
     stablelm,
     starcoder2,
     t5,
+    t5gemma,
     vit,
 )
 from fusion_jax.models.base import Family as Family
@@ -106,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **starcoder2.FAMILIES,
     **t5.FAMILIES,
+    **t5gemma.FAMILIES,
     **vit.FAMILIES,
 }
 """The architecture for each ``model_type`` of a ``config.json``."""

@@ -43,6 +43,9 @@ class Attention(nnx.Module):
         stds: The standard deviations of the initial weights: of queries, of keys and values, and of
             the output.
         dropout: The dropout of the weights of positions.
+        groups: The number of heads of keys and values; 0 for as many as there are heads.
+        source: The number of features of the positions that it attends to; 0 for ``d``.
+        cap: The soft cap of the scores, see `soft_capped`; None for none.
         **common: Further arguments of linear layers.
     """
 
@@ -55,19 +58,24 @@ class Attention(nnx.Module):
         scale: float | None,
         stds: tuple[float, float, float],
         dropout: float,
+        groups: int = 0,
+        source: int = 0,
+        cap: float | None = None,
         **common: Any,
     ):
-        self.heads, self.scale = heads, scale
+        self.heads, self.scale, self.cap = heads, scale, cap
+        self.groups = groups or heads
         query, other, out = (nnx.initializers.normal(std) for std in stds)
+        sizes = source or d, inner // heads * self.groups
         self.query = nnx.Linear(d, inner, kernel_init=query, **common)
-        self.key = nnx.Linear(d, inner, kernel_init=other, **common)
-        self.value = nnx.Linear(d, inner, kernel_init=other, **common)
+        self.key = nnx.Linear(*sizes, kernel_init=other, **common)
+        self.value = nnx.Linear(*sizes, kernel_init=other, **common)
         self.out = nnx.Linear(inner, d, kernel_init=out, **common)
         self.dropout = Dropout(dropout)
 
     def keys_values(self, x: Float[Array, "b s d"]) -> KeysValues:
         """Returns the keys and values of positions."""
-        key, value = (a(x).reshape(*x.shape[:2], self.heads, -1) for a in (self.key, self.value))
+        key, value = (a(x).reshape(*x.shape[:2], self.groups, -1) for a in (self.key, self.value))
         return key, value
 
     def __call__(
@@ -80,7 +88,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
         query = self.query(x).reshape(*x.shape[:2], self.heads, -1)
-        y = attention(query, *keys_values, visible, self.dropout, key, scale=self.scale, bias=bias)
+        options = {"scale": self.scale, "cap": self.cap, "bias": bias}
+        y = attention(query, *keys_values, visible, self.dropout, key, **options)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -267,13 +276,18 @@ class EncoderDecoder(Model):
         self.config = config
         common = {"param_dtype": param_dtype, "rngs": rngs}
         init = nnx.initializers.normal(config.initializer_factor)
-        embed = partial(nnx.Embed, config.vocab_size, config.d_model, embedding_init=init, **common)
-        self.word = embed()
+        embed = partial(nnx.Embed, config.vocab_size, embedding_init=init, **common)
+        self.word = embed(config.d_model)
         self.encoder = self.stack(config, False, **common)
         self.decoder = self.stack(config, True, **common) if decodes else None
         own = config.own_embeddings
-        self.encoder_word = embed() if "encoder" in own else None
-        self.decoder_word = embed() if "decoder" in own and decodes else None
+        self.encoder_word = embed(self.encoder_features) if "encoder" in own else None
+        self.decoder_word = embed(config.d_model) if "decoder" in own and decodes else None
+
+    @property
+    def encoder_features(self) -> int:
+        """The number of features of the encoder's positions."""
+        return self.config.d_model
 
     def embed(
         self, ids: Int[Array, "b t"], slots: Int[Array, " t"], *, decoder: bool
