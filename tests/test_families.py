@@ -169,6 +169,31 @@ LLAMAS |= {
                    {"sliding_window": 3, "norm_epsilon": 1e-2, "hidden_act": "relu"},
                    rope("linear") | {"residual_dropout": 0.3, "embedding_dropout": 0.4}],
 }  # fmt: skip
+DENSE = {"enable_moe_block": False}
+GLOBAL_ROPE = {"rope_parameters": {
+    FULL: {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.6,
+           "factor": 2.0},
+    SLIDING: {"rope_theta": 100.0, **ROPES["yarn"]}}}  # fmt: skip
+LLAMAS["gemma4_text"] = [
+    DENSE | PRIME | {"global_head_dim": 6, "layer_types": TYPES, "attention_bias": True},
+    FIVE_HEADS | {"layer_types": TYPES, "num_kv_shared_layers": 1, "sliding_window": 2},
+    DENSE | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "num_hidden_layers": 4,
+             "layer_types": [FULL, SLIDING, SLIDING, SLIDING], "final_logit_softcapping": 3.0},
+    ONE_KEY | GLOBAL_ROPE | {"hidden_activation": "silu", "rms_norm_eps": 1e-2,
+                             "layer_types": [SLIDING, FULL, FULL]},
+    {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_experts": 3,
+     "layer_types": [FULL, SLIDING, FULL], "hidden_size_per_layer_input": 0},
+    DENSE | {"attention_k_eq_v": True, "num_kv_shared_layers": 2, "num_hidden_layers": 5,
+             "layer_types": [FULL, SLIDING, FULL, SLIDING, FULL], "sliding_window": 4},
+    {"per_layer_config": {"00": {"head_dim": 6, "num_key_value_heads": 4}, "2": {"head_dim": 6,
+     "num_key_value_heads": 4}}, "layer_types": [FULL, SLIDING, FULL], "top_k_experts": 1,
+     "tie_word_embeddings": False},
+    {"num_experts": 3, "top_k_experts": 3, "moe_intermediate_size": 20, "head_dim": 10,
+     "num_hidden_layers": 7, "use_bidirectional_attention": "vision"},
+    DENSE | {"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": 70,
+             "layer_types": [FULL] * 3, "num_kv_shared_layers": 2, "global_head_dim": 4,
+             "rope_theta": 7.0, "use_double_wide_mlp": True},
+]  # fmt: skip
 ODD = dict(LLAMAS)
 ENCODER = {
     "vocab_size": 61,
@@ -438,10 +463,14 @@ EXPERTS = {
     "qwen3_5_moe_text": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                          "shared_expert_intermediate_size": 20, **DELTA},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                    "moe_intermediate_size": 12, "global_head_dim": 8, "sliding_window": 3,
+                    "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 6},
 }  # fmt: skip
 T5S = ("t5", "mt5", "umt5", "bart", "mbart")
-NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral", "ernie4_5",
-                 "glm4", "helium", "hunyuan_v1_dense", "gpt_oss", "llama4_text")  # fmt: skip
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "seed_oss", "qwen3", "ministral",
+                 "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "gpt_oss",
+                 "llama4_text")  # fmt: skip
 
 
 def odd_config(family, number=None):

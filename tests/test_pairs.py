@@ -1,20 +1,25 @@
 """Text families that only `test_families` has configurations of: padding, and generated texts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fusion_jax as fj
+from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.decoding import generate
 from fusion_jax.models.longt5 import block_ids
 from fusion_jax.models.registry import FAMILIES
 from tests.test_families import GEMMA2 as SIDE
 from tests.test_families import compare, inputs, made, odd_config, ours, theirs
-from tests.tiny import decoder_config
+from tests.tiny import decoder_config, write_folder
 
 # A family, and which of its odd configurations.
-CASES = [("longt5", 0), ("longt5", 1), ("longt5", 2), *(("t5gemma", i) for i in range(0, 8, 3))]
+CASES = [("longt5", 0), ("longt5", 1), ("longt5", 2), *(("t5gemma", i) for i in range(0, 8, 3)),
+         *(("gemma4_text", i) for i in (2, 3, 5, 6))]  # fmt: skip
 
 
 @jax.jit
@@ -79,6 +84,8 @@ def test_heads_of_t5gemma_equal_transformers(head, decodes, tmp_path, key):
     np.testing.assert_allclose(got, ours(model, whole).logits, atol=1e-4)
 
 
+TYPES = ("full_attention", "sliding_attention")
+TURNED = {"rope_type": "proportional", "partial_rotary_factor": 2}
 WRONG = [
     ("t5gemma", {"encoder": {**SIDE, "vocab_size": 67}}, "vocab_size of the encoder, 67"),
     ("t5gemma", {"decoder": {**SIDE, "bos_token_id": None}}, "bos_token_id of the decoder"),
@@ -91,6 +98,22 @@ WRONG = [
     ("longt5", {"local_radius": 0}, "local_radius must be"),
     ("longt5", {"global_block_size": -1}, "global_block_size must be"),
     ("longt5", {"feed_forward_proj": "gated-x-relu"}, "feed_forward_proj"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    ("gemma4_text", {"num_experts": None}, "num_experts must be"),
+    ("gemma4_text", {"top_k_experts": 5}, "each position uses 5 experts"),
+    ("gemma4_text", {"vocab_size_per_layer_input": 5}, "vocab_size_per_layer_input below"),
+    ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers must leave"),
+    ("gemma4_text", {"num_kv_shared_layers": -1}, "num_kv_shared_layers must be"),
+    ("gemma4_text", {"layer_types": ["full_attention"]}, "layer_types must be"),
+    ("gemma4_text", {"sliding_window": None}, "sliding_window must be"),
+    ("gemma4_text", {"global_head_dim": None}, "global_head_dim must be"),
+    ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 3}, "multiple of the"),
+    ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 6}}}, "per_layer_config must be the s"),
+    ("gemma4_text", {"per_layer_config": {"9": {"head_dim": 6}}}, "per_layer_config must have"),
+    ("gemma4_text", {"per_layer_config": {"0": {"skip": ["mlp"]}}}, "skip in per_layer_config"),
+    ("gemma4_text", {"rope_parameters": {"full_attention": {}}}, "rope_parameters must have"),
+    ("gemma4_text", {"rope_parameters": {x: {"rope_type": "axial"} for x in TYPES}}, "'axial'"),
+    ("gemma4_text", {"rope_parameters": dict.fromkeys(TYPES, TURNED)}, "partial_rotary_fac"),
     ("t5", {"relative_attention_max_distance": 4}, "relative_attention_max_distance must be"),
 ]
 
@@ -99,6 +122,28 @@ WRONG = [
 def test_what_is_not_implemented_is_an_error(family, changes, message):
     with pytest.raises(fj.InputError, match=message):
         decoder_config({**odd_config(family), **changes})
+
+
+@pytest.mark.torch
+@pytest.mark.full
+def test_gemma4_is_read_from_files_of_a_larger_model(tmp_path, key):
+    """Which has models of images and of sounds, and unused layers where keys are reused."""
+    folder, _ = made(tmp_path, "gemma4_text", odd_config("gemma4_text", 1), "causal-lm")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    inner = {name.replace("model.", "model.language_model."): x for name, x in tensors.items()}
+    unused = ("vision_tower.a", "audio_tower.b", "embed_vision.c", "embed_audio.d",
+              "language_model.layers.2.self_attn.k_norm.weight",
+              "language_model.layers.2.self_attn.v_proj.weight")  # fmt: skip
+    inner |= {f"model.{name}": np.ones(3, np.float32) for name in unused}
+    larger = write_folder(
+        tmp_path / "larger", json.loads((folder / "config.json").read_text()), inner
+    )
+    models = [fj.load(each, head="causal-lm") for each in (folder, larger)]
+    assert bit_equal(*models)
+    batch = [inputs("whole", "gemma4_text")]
+    method, out = fj.Fusion(width=7), tmp_path / "out"
+    with pytest.raises(fj.InputError, match="only if layers share nothing"):
+        fj.compress_files(folder, out, method, key=key, head="causal-lm", calibration=batch)
 
 
 @pytest.mark.full

@@ -257,6 +257,8 @@ class Family:
         width_fields: The fields for MLPs with a width of their own, by the last or first part of
             their path.
         width_factors: The fields that these are multiplied by, by the last part of the path.
+        width_factor: Returns what the width of an MLP is multiplied by besides, from the
+            configuration and the path.
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
             copies of the token embeddings.
@@ -270,6 +272,7 @@ class Family:
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     width_factors: Mapping[str, str] = field(default_factory=dict)
+    width_factor: Callable[[Any, str], int] = lambda config, path: 1
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head
 
