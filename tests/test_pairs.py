@@ -91,6 +91,7 @@ WRONG = [
     ("t5gemma", {"decoder": {**SIDE, "bos_token_id": None}}, "bos_token_id of the decoder"),
     ("t5gemma", {"bos_token_id": 7}, "bos_token_id other than"),
     ("t5gemma", {"decoder_start_token_id": 7}, "decoder_start_token_id other than"),
+    ("t5gemma", {"encoder": {**SIDE, "sliding_window": None}}, "sliding_window must be"),
     ("t5gemma", {"encoder": 3}, "encoder must be a JSON object"),
     ("t5gemma", {"attention_dropout": 3}, "attention_dropout must be"),
     ("t5gemma", {"dropout_rate": "x"}, "dropout_rate must be"),

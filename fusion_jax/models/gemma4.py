@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fusion_jax.errors import InputError, check_at_least
+from fusion_jax.errors import InputError
 from fusion_jax.models.base import Family, Fields, Head
 from fusion_jax.models.causal import decoder_architectures
 from fusion_jax.models.decoder_config import FULL, SLIDING, Blocks, count, sliding_layers
@@ -53,12 +53,10 @@ def _config(fields: Fields) -> Gemma4Config:
     for name in ("rope_theta", "rope_scaling"):  # which transformers does not read either
         fields.pop(name, None)
     sizes = ("num_experts", "top_k_experts", "moe_intermediate_size")
-    if fields["enable_moe_block"]:
-        check_at_least(1, **{name: count(fields, name, 1) for name in sizes})
-    else:
-        fields |= dict.fromkeys(sizes, None)
+    experts = {name: count(fields, name, 1) for name in sizes if fields["enable_moe_block"]}
     fields |= {
-        "num_experts_per_tok": fields.get("top_k_experts"),
+        **(experts or dict.fromkeys(sizes)),
+        "num_experts_per_tok": experts.get("top_k_experts"),
         "norm_topk_prob": True,
         "hidden_act": fields["hidden_activation"],
     }

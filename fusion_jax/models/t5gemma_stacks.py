@@ -14,7 +14,7 @@ from fusion_jax.errors import InputError
 from fusion_jax.models.base import DecoderOutput, Fields, config_from_fields
 from fusion_jax.models.cache import CacheUpdate, Reach, Window
 from fusion_jax.models.decoder import Attention, Context, LayerFactory
-from fusion_jax.models.decoder_config import DecoderConfig, rate
+from fusion_jax.models.decoder_config import DecoderConfig, count, rate
 from fusion_jax.models.gemma import gemma2_config
 from fusion_jax.models.layers import Dropout, split_key
 from fusion_jax.models.t5_stacks import Attention as CrossAttention
@@ -42,10 +42,9 @@ class T5GemmaConfig:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         parts: dict[str, Any] = {}
         for side in ("encoder", "decoder"):
-            inner = {
-                **(_inner(fields, side)),
-                "attention_dropout": rate(fields, "attention_dropout"),
-            }
+            dropout = {"attention_dropout": rate(fields, "attention_dropout")}
+            inner = {**_inner(fields, side), **dropout}
+            count({"sliding_window": 1, **inner}, "sliding_window", 1)
             parts[side] = gemma2_config(inner)
         sizes = [part.vocab_size for part in parts.values()]
         if sizes[0] != sizes[1]:
