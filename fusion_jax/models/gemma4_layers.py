@@ -35,6 +35,7 @@ class Gemma4Config(DecoderConfig):
     hidden_size_per_layer_input: int = 0
     vocab_size_per_layer_input: int = 0
     attention_k_eq_v: bool = False
+    enable_moe_block: bool = False
     num_kv_shared_layers: int = 0
     use_double_wide_mlp: bool = False
     sliding: tuple[bool, ...] = ()
@@ -135,11 +136,9 @@ class Gemma4Layer(Layer):
         super().__init__(config, index, make)
         d, p = config.hidden_size, config.hidden_size_per_layer_input
         self.index, self.epsilon = index, config.rms_norm_eps
-        self.act = activation(config.hidden_act)
-        self.moe: ScaledMoe | None = None
-        if config.num_experts:
-            experts: Any = partial(ScaledMoe, *make.moe.args, **make.moe.keywords)
-            self.moe = nnx.data(experts(norm=make.norm(d)))
+        self.act = config.hidden_act
+        experts: Any = partial(ScaledMoe, *make.moe.args, **make.moe.keywords)
+        self.moe: Moe | None = experts(norm=make.norm(d)) if config.num_experts else None
         self.mlp_own_norm = make.norm(d) if config.num_experts else None
         self.moe_post_norm = make.norm(d) if config.num_experts else None
         self.gate = make.linear(d, p, use_bias=False) if p else None
@@ -173,7 +172,7 @@ class Gemma4Layer(Layer):
         """Returns the input of the next layer, and the logits of the router, if there is one."""
         x, router = super().__call__(x, seen, cache, context.angles, key)
         if self.gate is not None and self.project is not None and self.project_norm is not None:
-            y = self.act(self.gate(x)) * context.inputs[:, :, self.index]
+            y = activation(self.act)(self.gate(x)) * context.inputs[:, :, self.index]
             x = x + self.project_norm(self.project(y))
         return x * self.scalar[...].astype(x.dtype)[None, None], router
 
