@@ -676,7 +676,7 @@ def test_heads_of_decoders_equal_transformers(family, head, tmp_path):
 @pytest.mark.parametrize(
     ("family", "kind"),
     [(family, "unequal") for family in ODD] + [(family, "equal") for family in ("bert", "llama",
-     "gpt2", "t5", "bart", "mixtral", "gpt_oss", "llama4_text")],
+     "gpt2", "t5", "bart", "mixtral", "gpt_oss", "llama4_text", "t5gemma", "gemma4_text")],
 )  # fmt: skip
 def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwarn):
     """All MLPs of one width, or some MLPs of different widths."""
