@@ -169,6 +169,31 @@ LLAMAS |= {
                    {"sliding_window": 3, "norm_epsilon": 1e-2, "hidden_act": "relu"},
                    rope("linear") | {"residual_dropout": 0.3, "embedding_dropout": 0.4}],
 }  # fmt: skip
+DENSE = {"enable_moe_block": False}
+GLOBAL_ROPE = {"rope_parameters": {
+    FULL: {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.6,
+           "factor": 2.0},
+    SLIDING: {"rope_theta": 100.0, **ROPES["yarn"]}}}  # fmt: skip
+LLAMAS["gemma4_text"] = [
+    DENSE | PRIME | {"global_head_dim": 6, "layer_types": TYPES, "attention_bias": True},
+    FIVE_HEADS | {"layer_types": TYPES, "num_kv_shared_layers": 1, "sliding_window": 2},
+    DENSE | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "num_hidden_layers": 4,
+             "layer_types": [FULL, SLIDING, SLIDING, SLIDING], "final_logit_softcapping": 3.0},
+    ONE_KEY | GLOBAL_ROPE | {"hidden_activation": "silu", "rms_norm_eps": 1e-2,
+                             "layer_types": [SLIDING, FULL, FULL]},
+    {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_experts": 3,
+     "layer_types": [FULL, SLIDING, FULL], "hidden_size_per_layer_input": 0},
+    DENSE | {"attention_k_eq_v": True, "num_kv_shared_layers": 2, "num_hidden_layers": 5,
+             "layer_types": [FULL, SLIDING, FULL, SLIDING, FULL], "sliding_window": 4},
+    {"per_layer_config": {"00": {"head_dim": 6, "num_key_value_heads": 4}, "2": {"head_dim": 6,
+     "num_key_value_heads": 4}}, "layer_types": [FULL, SLIDING, FULL], "top_k_experts": 1,
+     "tie_word_embeddings": False},
+    {"num_experts": 3, "top_k_experts": 3, "moe_intermediate_size": 20, "head_dim": 10,
+     "num_hidden_layers": 7, "use_bidirectional_attention": "vision"},
+    DENSE | {"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": 70,
+             "layer_types": [FULL] * 3, "num_kv_shared_layers": 2, "global_head_dim": 4,
+             "rope_theta": 7.0, "use_double_wide_mlp": True},
+]  # fmt: skip
 ODD = dict(LLAMAS)
 ENCODER = {
     "vocab_size": 61,
@@ -268,6 +293,46 @@ ODD["umt5"] = [
     {"tie_word_embeddings": False},
     ODD["t5"][4],
 ]
+# Blocks of LongT5 do not depend on padding on the left, as they do in transformers.
+BLOCKS = {"encoder_attention_type": "transient-global", "global_block_size": 2}
+ODD["longt5"] = [
+    {"d_kv": 3, "num_heads": 5, "d_ff": 23, "local_radius": 1, "num_decoder_layers": 1},
+    BLOCKS | {"feed_forward_proj": "gated-gelu", "local_radius": 1},
+    BLOCKS | {"global_block_size": 3, "num_heads": 1, "tie_word_embeddings": False},
+    BLOCKS | {"global_block_size": 1, "d_kv": 3, "num_heads": 5, "feed_forward_proj": "silu"},
+    {"local_radius": 4, "feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-2},
+    BLOCKS | {"global_block_size": 9, "relative_attention_num_buckets": 18, "local_radius": 9},
+    BLOCKS | {"global_block_size": 4, "num_decoder_layers": None, "local_radius": 2,
+              "relative_attention_max_distance": 5},
+    BLOCKS | {"global_block_size": 16, "vocab_size": 67, "decoder_start_token_id": 4,
+              "d_model": 15},
+    {"local_radius": 127, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
+]  # fmt: skip
+GEMMA2 = {**BASE, "head_dim": 4, "sliding_window": 3, "num_hidden_layers": 2}
+
+
+def pair(encoder, decoder, **more):
+    """The fields of T5Gemma, whose encoder and decoder have fields of their own."""
+    sides = {"encoder": {**GEMMA2, **encoder}, "decoder": {**GEMMA2, "bos_token_id": 2, **decoder}}
+    return {**sides, "is_encoder_decoder": True, "eos_token_id": None, "pad_token_id": 0, **more}
+
+
+ODD["t5gemma"] = [
+    pair(PRIME | TIED, rope("linear"), dropout_rate=0.2, attention_dropout=0.1),
+    pair(ONE_KEY | {"layer_types": [FULL, SLIDING]}, PRIME | {"num_hidden_layers": 3}),
+    pair(BIASED | rope("yarn"), ONE_KEY | {"head_dim": 6, "layer_types": [FULL, SLIDING]},
+         tie_word_embeddings=False),
+    pair({"sliding_window": 1, "hidden_activation": "silu"}, BIASED | {"bos_token_id": 4}),
+    pair({"attn_logit_softcapping": None, "num_hidden_layers": 3},
+         {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 0.5, "rms_norm_eps": 1e-3}),
+    pair({"query_pre_attn_scalar": 3, "final_logit_softcapping": 0.1},
+         {"final_logit_softcapping": 0.3, "sliding_window": 1, "hidden_activation": "gelu"}),
+    pair({"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 23},
+         {"final_logit_softcapping": None, "rope_theta": 100.0, **WIDE_HEADS},
+         tie_word_embeddings=False, vocab_size=99),
+    pair({"vocab_size": 67, "rms_norm_eps": 1e-2, "layer_types": [FULL] * 2},
+         {"vocab_size": 67, "num_hidden_layers": 1, **rope("llama3")}, decoder_start_token_id=2),
+]  # fmt: skip
 BART = {**tiny.BART, "pad_token_id": 0, "is_encoder_decoder": True}
 BARTS = [
     {"encoder_attention_heads": 1, "decoder_attention_heads": 8, "decoder_ffn_dim": 23},
@@ -398,18 +463,24 @@ EXPERTS = {
     "qwen3_5_moe_text": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                          "shared_expert_intermediate_size": 20, **DELTA},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                    "moe_intermediate_size": 12, "global_head_dim": 8, "sliding_window": 3,
+                    "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 6},
 }  # fmt: skip
 T5S = ("t5", "mt5", "umt5", "bart", "mbart")
-NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "seed_oss", "qwen3", "ministral", "ernie4_5",
-                 "glm4", "helium", "hunyuan_v1_dense", "gpt_oss", "llama4_text")  # fmt: skip
+NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "seed_oss", "qwen3", "ministral",
+                 "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "gpt_oss",
+                 "llama4_text")  # fmt: skip
 
 
 def odd_config(family, number=None):
     """The fields of ``config.json`` of a case; without a number as usual."""
     changes = {} if number is None else ODD[family][number]
     base = ENCODER | ({"num_hidden_groups": 2} if family == "albert" else {})
-    if family in ("t5", "mt5", "umt5"):
+    if family in ("t5", "mt5", "umt5", "longt5"):
         base = T5
+    elif family == "t5gemma":
+        base = pair({}, {})
     elif ODD[family] is BARTS:
         base = BART
     elif family == "switch_transformers":
@@ -605,7 +676,7 @@ def test_heads_of_decoders_equal_transformers(family, head, tmp_path):
 @pytest.mark.parametrize(
     ("family", "kind"),
     [(family, "unequal") for family in ODD] + [(family, "equal") for family in ("bert", "llama",
-     "gpt2", "t5", "bart", "mixtral", "gpt_oss", "llama4_text")],
+     "gpt2", "t5", "bart", "mixtral", "gpt_oss", "llama4_text", "t5gemma", "gemma4_text")],
 )  # fmt: skip
 def test_fused_exports_equal_in_transformers(family, kind, tmp_path, key, recwarn):
     """All MLPs of one width, or some MLPs of different widths."""

@@ -273,7 +273,8 @@ def _sizes(moe: Moe, inputs: Float[Array, "e t d"], counts: Int[Array, " e"]) ->
         if moe.rule.weighs == "inputs":  # which are weighted already
             return lengths
         # As texts of one position each, which exceed no capacity.
-        weights, _ = moe.routes(moe.router_logits(x.reshape(-1, 1, d), None))
+        read = moe.router_inputs(x.reshape(-1, 1, d))
+        weights, _ = moe.routes(moe.router_logits(read, None))
         own = jnp.diagonal(weights.reshape(e, size, e), axis1=0, axis2=2).T
         return own * lengths
 

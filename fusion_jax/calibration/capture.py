@@ -97,13 +97,17 @@ class _RouterTap(Moe):
         self.chosen: Any = nnx.data(None)
         self.weights: Any = nnx.data(None)
 
+    def normed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return self.moe.normed(x)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         key: Key[Array, ""] | None,
         real: Bool[Array, "b t"] | None = None,
+        seen: Float[Array, "b t d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
-        y, logits = self.moe(x, key, real)
+        y, logits = self.moe(x, key, real, seen)
         weights, chosen = self.moe.routes(logits)
         self.inputs, self.chosen = _Seen(x), _Seen(chosen)
         if self.moe.rule.weighs == "inputs":

@@ -175,6 +175,7 @@ def export_hf(
         width_fields[site.path] = next(named, usual)
         factor = family.width_factors.get(last, "") if width_fields[site.path] else ""
         factors[site.path] = fields.get(factor) or getattr(config, factor, 1)
+        factors[site.path] *= family.width_factor(config, site.path)
     widths: dict[str | None, int] = {}
     if usual is None:
         widths[None] = config.intermediate_size

@@ -265,12 +265,14 @@ class Family:
         architectures: The name of the Hugging Face class for each head.
         width_field: The field of ``config.json`` with the width of the MLPs; None if the width
             cannot be stated, so that exports have the original one; or a function of the
-            configuration that returns either.
+            configuration that returns either. A dot separates it from the field that it is in.
         optional: Parts that some checkpoints lack. Each is an argument of ``model`` that says
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last or first part of
             their path.
         width_factors: The fields that these are multiplied by, by the last part of the path.
+        width_factor: Returns what the width of an MLP is multiplied by besides, from the
+            configuration and the path.
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
             copies of the token embeddings.
@@ -286,6 +288,7 @@ class Family:
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
     width_factors: Mapping[str, str] = field(default_factory=dict)
+    width_factor: Callable[[Any, str], int] = lambda config, path: 1
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head
     export: Callable[[Head | None], Mapping[str, Any]] = _nothing

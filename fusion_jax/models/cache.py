@@ -110,9 +110,31 @@ class CacheUpdate:
     def __init__(self, cache: Cache | None):
         self.cache = cache
         self._new: list[tuple[Array, Array]] = []
+        self._kept: dict[int, KeysValues] = {}
 
-    def extended(self, key: Float[Array, "b t g f"], value: Float[Array, "b t g v"]) -> KeysValues:
-        """Adds the keys and values of the next layer; returns them with those of the cache."""
+    def extended(
+        self, key: Float[Array, "b t g f"], value: Float[Array, "b t g v"], keep: int | None = None
+    ) -> KeysValues:
+        """Adds the keys and values of the next layer; returns them with those of the cache.
+
+        Args:
+            key: The keys.
+            value: The values.
+            keep: The name under which `reused` returns the same to a later layer, if any.
+        """
+        both = self._extended(key, value)
+        if keep is not None:
+            self._kept[keep] = both
+        return both
+
+    def reused(self, name: int) -> KeysValues:
+        """Returns keys and values that an earlier layer kept, for the next, which has none."""
+        state = self.state()
+        if state is not None:
+            self.replace(*state)
+        return self._kept[name]
+
+    def _extended(self, key: Array, value: Array) -> KeysValues:
         if self.cache is None:
             return key, value
         layer, zero = len(self._new), jnp.int32(0)

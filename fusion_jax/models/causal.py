@@ -138,6 +138,9 @@ class CausalLm(Generative):
         rngs: Random keys of the head.
     """
 
+    layers_apart: bool = True
+    """Whether a layer needs only the output of the one before, and `start` needs no weights."""
+
     def __init__(
         self,
         config: Any,

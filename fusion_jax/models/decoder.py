@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fusion_jax.models.base import Head
-from fusion_jax.models.cache import Cache, CacheUpdate, Window
+from fusion_jax.models.cache import Cache, CacheUpdate, KeysValues, Window
 from fusion_jax.models.causal import (
     CausalLm,
 )
@@ -48,7 +48,7 @@ Context = Mapping[Rope | None, Float[Array, "b t *half"]]
 class Attention(nnx.Module):
     """Attention, with rotary positions if there are any; query heads can share keys and values."""
 
-    def __init__(self, config: DecoderConfig, rope: Rope | None, make: _LayerFactory):
+    def __init__(self, config: DecoderConfig, rope: Rope | None, make: LayerFactory):
         d, f = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.rope, self.features = rope, f
@@ -59,13 +59,17 @@ class Attention(nnx.Module):
         self.gated = config.blocks.gated_attention
         queries = heads * f * (2 if self.gated else 1)
         self.query = make.linear(d, queries, use_bias=config.qkv_bias)
-        self.key = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
-        self.value = make.linear(d, kv_heads * f, use_bias=config.qkv_bias)
+        self.reuses, self.keeps = config.blocks.reuses, config.blocks.keeps
+        own, self.value_normed = self.reuses is None, config.blocks.value_normed
+        apart = own and not config.blocks.keys_as_values
+        key = partial(make.linear, d, kv_heads * f, use_bias=config.qkv_bias)
+        self.key: Any = key() if own else None
+        self.value: Any = key() if apart else None
         self.out = make.linear(heads * f, d, use_bias=config.out_bias)
         self.all_normed = config.blocks.query_key_norm == "all"
         self.normed_last = config.blocks.normed_last
         self.query_norm = make.head_norm(heads, f)
-        self.key_norm = make.head_norm(kv_heads, f)
+        self.key_norm: Any = make.head_norm(kv_heads, f) if own else None
         self.dropout = Dropout(config.attention_dropout)
 
     def _heads(self, y: Float[Array, "b t _"]) -> Float[Array, "b t h f"]:
@@ -84,29 +88,37 @@ class Attention(nnx.Module):
             y = unit_rms(y, self.epsilon) if self.unit_norms else y
         return norm(y) if norm is not None and self.normed_last else y
 
+    def _keys_values(
+        self, x: Float[Array, "b t d"], cache: CacheUpdate, context: Context
+    ) -> KeysValues:
+        """Returns the keys and values of all tokens, those of the cache first."""
+        if self.reuses is not None:
+            return cache.reused(self.reuses)
+        k = self.key(x)
+        k = self._heads(self.key_norm(k) if self.all_normed else k)
+        v = k if self.value is None else self._heads(self.value(x))
+        v = unit_rms(v, self.epsilon) if self.value_normed else v
+        return cache.extended(self._placed(k, self.key_norm, context), v, self.keeps)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        visible: Bool[Array, "b 1 t s"],
+        visible: Bool[Array, "b 1 #t s"],
         cache: CacheUpdate,
         context: Context,
         key: Key[Array, ""] | None,
         bias: Float[Array, "b h 1 s"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones; the bias is added to the scores."""
-        q, k, gate = self.query(x), self.key(x), None
-        if self.all_normed:
-            assert self.query_norm is not None and self.key_norm is not None
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, gate = self.query(x), None
+        q = self.query_norm(q) if self.all_normed else q
         if self.gated:
             q, gate = jnp.split(q.reshape(*q.shape[:2], -1, 2 * self.features), 2, axis=-1)
             q = q.reshape(*x.shape[:2], -1)
-        q, k, v = (self._heads(y) for y in (q, k, self.value(x)))
-        q = self._placed(q, self.query_norm, context)
-        k = self._placed(k, self.key_norm, context)
+        q = self._placed(self._heads(q), self.query_norm, context)
         if self.rope is None and None in context:
             q = (wide(q) * context[None][..., None, None]).astype(x.dtype)
-        k, v = cache.extended(k, v)
+        k, v = self._keys_values(x, cache, context)
         sinks = None if self.sinks is None else self.sinks[...]
         more = {"scale": self.scale, "cap": self.cap, "bias": bias, "sinks": sinks}
         y = attention(q, k, v, visible, self.dropout, key, **more)
@@ -114,7 +126,7 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
-class _LayerFactory:
+class LayerFactory:
     """Makes the layers of a model, all with its initializer, dtype, epsilon and random keys."""
 
     def __init__(self, config: DecoderConfig, param_dtype: Any, rngs: nnx.Rngs):
@@ -180,7 +192,7 @@ class _LayerFactory:
 class Layer(nnx.Module):
     """One layer: attention and MLP, each with its norms and inside a residual connection."""
 
-    def __init__(self, config: DecoderConfig, index: int, make: _LayerFactory):
+    def __init__(self, config: DecoderConfig, index: int, make: LayerFactory):
         d, blocks = config.hidden_size, config.blocks
         before = blocks.norms in ("before", "both", "shared")
         after = blocks.norms in ("after", "both", "outside")
@@ -222,6 +234,25 @@ class Layer(nnx.Module):
         y = x + (y if self.residual_scale == 1 else y * self.residual_scale)
         return norm(y) if norm is not None and self.outside else y
 
+    def feed(
+        self,
+        normed: Float[Array, "b t d"],
+        x: Float[Array, "b t d"],
+        key: Key[Array, ""] | None,
+        real: Bool[Array, "b t"],
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"] | None]:
+        """Returns the output of the MLP or of the experts, and the router's logits.
+
+        Args:
+            normed: (b, t, d) the input of the MLP.
+            x: (b, t, d) what the output is added to.
+            key: Random key of the router's jitter.
+            real: (b, t), where tokens are not padding.
+        """
+        if isinstance(self.mlp, Moe):
+            return self.mlp(normed, key, real)
+        return self.mlp(normed), None
+
     def _bias(self, seen: Window) -> Float[Array, "b h 1 s"] | None:
         """Returns the bias of the scores by position, if there is one."""
         if self.alibi is None:
@@ -255,11 +286,8 @@ class Layer(nnx.Module):
         if not self.shared:
             normed = x if self.parallel else after
             normed = normed if self.mlp_norm is None else self.mlp_norm(normed)
-        after, router = normed if self.residual_normed else after, None
-        if isinstance(self.mlp, Moe):
-            y, router = self.mlp(normed, keys[1], seen.real[:, seen.slots])
-        else:
-            y = self.mlp(normed)
+        after = normed if self.residual_normed else after
+        y, router = self.feed(normed, after, keys[1], seen.real[:, seen.slots])
         return self._added(after, y, self.mlp_post_norm, self.dropout, drops[1]), router
 
 
@@ -282,13 +310,13 @@ class Decoder(CausalLm):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        make, blocks = _LayerFactory(config, param_dtype, rngs), config.blocks
+        make, blocks = LayerFactory(config, param_dtype, rngs), config.blocks
         d, vocab = config.hidden_size, config.vocab_size
         size = blocks.embedding_size or d
         super().__init__(
             config,
             word=make.embed(vocab, size),
-            layers=[Layer(config, i, make) for i in range(config.num_hidden_layers)],
+            layers=[self.layer(config, i, make) for i in range(config.num_hidden_layers)],
             norm=make.norm(d) if blocks.final_norm else None,
             lm_head=make.lm_head(size, vocab) if head == "causal-lm" else None,
             head=head,
@@ -305,6 +333,10 @@ class Decoder(CausalLm):
         self.position = make.embed(rows, d) if blocks.positions else None
         self.project_in = make.linear(size, d, use_bias=False) if size != d else None
         self.project_out = make.linear(d, size, use_bias=False) if size != d else None
+
+    def layer(self, config: Any, index: int, make: LayerFactory) -> Layer:
+        """Returns a layer by its number."""
+        return Layer(config, index, make)
 
     def empty_cache(self, b: int, slots: int) -> Cache:
         """Returns a cache without tokens for b texts of at most as many tokens as slots."""

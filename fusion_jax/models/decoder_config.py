@@ -75,6 +75,10 @@ class Blocks:
         gated_attention: Whether outputs of attention are multiplied by the sigmoid of gates, which
             are features of each query head.
         sinks: Whether each head can attend to nothing, with a score that is a parameter.
+        value_normed: Whether values are divided by their root mean square, by head.
+        keys_as_values: Whether values are the keys before they are normalized.
+        reuses: The layer whose keys and values this one attends to; None for its own.
+        keeps: The number of this layer, if later ones reuse its keys and values.
         act: The activation, where ``hidden_act`` does not name it.
     """
 
@@ -111,6 +115,10 @@ class Blocks:
     temperature: tuple[float, float] | None = None
     gated_attention: bool = False
     sinks: bool = False
+    value_normed: bool = False
+    keys_as_values: bool = False
+    reuses: int | None = None
+    keeps: int | None = None
     act: Callable[[Array], Array] | None = None
 
 

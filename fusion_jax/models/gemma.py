@@ -74,7 +74,8 @@ def _gemma(fields: Fields) -> DecoderConfig:
     return _read(fields)
 
 
-def _number(fields: Fields, name: str) -> float | None:
+def positive_number(fields: Fields, name: str) -> float | None:
+    """Returns a field that is a number above 0 or null; raises `InputError` otherwise."""
     value = fields[name]
     if value is not None and not (isinstance(value, int | float) and value > 0):
         raise InputError(f"{name} must be a number above 0, or null; got {str(value)[:100]!r}")
@@ -89,15 +90,16 @@ def _usual(pattern: int) -> Callable[[int], bool]:
 def _both(fields: Fields, pattern: int, **flags: Any) -> DecoderConfig:
     """Reads what Gemma 2 and 3 have in common."""
     fields = {**fields, "hidden_act": fields.get("hidden_activation", "gelu_pytorch_tanh")}
-    scalar = _number(fields, "query_pre_attn_scalar")
-    flags |= {"norms": "both", "logit_cap": _number(fields, "final_logit_softcapping")}
+    scalar = positive_number(fields, "query_pre_attn_scalar")
+    flags |= {"norms": "both", "logit_cap": positive_number(fields, "final_logit_softcapping")}
     config = _read(fields, score_scale=None if scalar is None else scalar**-0.5, **flags)
     return layer_windows(config, fields, _usual(pattern))
 
 
-def _gemma2(fields: Fields) -> DecoderConfig:
+def gemma2_config(fields: Fields) -> DecoderConfig:
+    """Reads the fields of Gemma 2; raises `InputError` for an unknown variant."""
     fields = {**_GEMMA2, **fields}
-    return _both(fields, 2, score_cap=_number(fields, "attn_logit_softcapping"))
+    return _both(fields, 2, score_cap=positive_number(fields, "attn_logit_softcapping"))
 
 
 def _gemma3(fields: Fields) -> DecoderConfig:
@@ -118,7 +120,7 @@ def _gemma3(fields: Fields) -> DecoderConfig:
 _HEADS: tuple[Head, ...] = ("causal-lm", "classification", "token-classification")
 FAMILIES = {
     "gemma": decoder_family("Gemma", _gemma, heads=_HEADS),
-    "gemma2": decoder_family("Gemma2", _gemma2, heads=_HEADS),
+    "gemma2": decoder_family("Gemma2", gemma2_config, heads=_HEADS),
     "gemma3_text": decoder_family(
         "Gemma3",
         _gemma3,

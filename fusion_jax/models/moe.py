@@ -135,13 +135,14 @@ class Moe(nnx.Module):
         x: Float[Array, "b t d"],
         key: Key[Array, ""] | None,
         real: Bool[Array, "b t"] | None = None,
+        seen: Float[Array, "b t d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
         """Returns the weighted sum of the chosen experts' outputs, and the router's logits.
 
         No expert computes where ``real`` is False: all padding is alike and would overload a few
-        experts.
+        experts. The router reads ``seen`` if it is given, and otherwise the experts' input.
         """
-        logits = self.router_logits(x, key)
+        logits = self.router_logits(x if seen is None else seen, key)
         weights, chosen = self.routes(logits)
         if real is not None:
             chosen &= real[..., None]
@@ -193,6 +194,14 @@ class Moe(nnx.Module):
             found.append(size)
             size *= 2
         return [*found, b * t]
+
+    def normed(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Returns what the experts read, where a layer leaves its norm to the mixture."""
+        return x
+
+    def router_inputs(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Returns what the router reads, from what the experts read."""
+        return x
 
     def router_logits(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from fusion_jax.models.rules import KeyRule, Leaf
 
-_WHOLE = {"": Leaf(("",))}
-"""A variable whose name in a checkpoint is that of the rule."""
 
-
-def packed_rules(theirs: str, *, interleaved: bool, biases: bool) -> tuple[KeyRule, ...]:
-    """Returns the rules of ``mlp.experts`` in every layer, whose matrices are (e, in, out).
+def packed_rules(
+    theirs: str,
+    *,
+    interleaved: bool,
+    biases: bool,
+    ours: str = "mlp.experts",
+    transposed: bool = False,
+) -> tuple[KeyRule, ...]:
+    """Returns the rules of the experts in every layer, whose matrices are (e, in, out).
 
     Args:
         theirs: The name of the experts in a layer of the checkpoint.
         interleaved: Whether the outputs of gate and up take turns; else those of gate come first.
         biases: Whether there are biases.
+        ours: Their path in a layer.
+        transposed: Whether matrices are (e, out, in) in the checkpoint.
     """
-    ours, theirs = "layers.{l}.mlp.experts", f"layers.{{l}}.{theirs}"
+    whole = {"": Leaf(("",), transposed)}  # the name in a checkpoint is that of the rule
+    ours, theirs = f"layers.{{l}}.{ours}", f"layers.{{l}}.{theirs}"
     rules = []
     for leaf, end in {"kernel": "", **({"bias": "_bias"} if biases else {})}.items():
         both = tuple(f"{ours}.{part}.{leaf}" for part in ("gate", "up"))
@@ -24,14 +31,12 @@ def packed_rules(theirs: str, *, interleaved: bool, biases: bool) -> tuple[KeyRu
             KeyRule(
                 path,
                 f"{theirs}.gate_up_proj{end}",
-                _WHOLE,
+                whole,
                 joined=both,
                 packed=True,
                 interleaved=interleaved,
             )
             for path in both
         ]
-        rules.append(
-            KeyRule(f"{ours}.down.{leaf}", f"{theirs}.down_proj{end}", _WHOLE, packed=True)
-        )
+        rules.append(KeyRule(f"{ours}.down.{leaf}", f"{theirs}.down_proj{end}", whole, packed=True))
     return tuple(rules)

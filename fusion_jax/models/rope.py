@@ -46,6 +46,7 @@ class Rope:
         partial_rotary_factor: The part of the features that is rotated, the first ones.
         rotary_dim: The number of features that are rotated; 0 for what ``partial_rotary_factor``
             says.
+        turned: The part of all pairs of features that turns with the position, the first ones.
         interleaved: Whether features 2i and 2i + 1 are a pair, instead of i and i + f/2.
 
     References:
@@ -70,6 +71,7 @@ class Rope:
     max_position_embeddings: int = 0
     partial_rotary_factor: float = 1.0
     rotary_dim: int = 0
+    turned: float = 1.0
     interleaved: bool = False
 
     @classmethod
@@ -100,7 +102,7 @@ class Rope:
         )
         given[original] = config.get(original) or given.get(original) or positions
         given["max_position_embeddings"] = positions
-        given |= {"interleaved": interleaved, "rotary_dim": None}
+        given |= {"interleaved": interleaved, "rotary_dim": None, "turned": None}
         name = given["rope_type"]
         if name not in TYPES:
             raise InputError(f"rope_type {name!r} is not implemented{nearest(str(name), TYPES)}")
@@ -158,6 +160,7 @@ class Rope:
             array([1.  , 0.01])
         """
         plain = self.rope_theta ** -(np.arange(0, features, 2) / features)
+        plain[int(self.turned * features // 2) :] = 0
         if self.rope_type in ("default", "dynamic"):
             return plain
         if self.rope_type == "longrope":

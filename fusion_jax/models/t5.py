@@ -5,7 +5,7 @@ The heads that give classes or answers are in `t5_heads`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, tied_head
+from fusion_jax.models.base import DecoderOutput, Family, Generative, Head, Model, tied_head
 from fusion_jax.models.cache import Cache, CacheUpdate, window
 from fusion_jax.models.layers import ArrayLike
 from fusion_jax.models.rules import EMBED, LINEAR, NORM, KeyRule, KeyRules
@@ -140,21 +140,44 @@ class T5(EncoderDecoder, Generative):
         return self.logits(out.last_hidden_state[:, 0]), cache._replace(own=out.cache)
 
 
-def _stack_rules(stack: str, last: int, mlp: str, names: Mapping[str, str]) -> list[KeyRule]:
-    """Returns the rules of the encoder or decoder; MLPs are number ``last`` in each block."""
+_ATTENTION = {
+    "full": "SelfAttention",
+    "local": "LocalSelfAttention",
+    "transient-global": "TransientGlobalSelfAttention",
+}
+
+
+def _stack_rules(
+    stack: str, last: int, own: str, mlp: str, names: Mapping[str, str]
+) -> list[KeyRule]:
+    """Returns the rules of the encoder or decoder.
+
+    Args:
+        stack: Which of the two.
+        last: The number of the MLP in each block.
+        own: The name of the attention to positions of the same stack.
+        mlp: The name of the MLP.
+        names: The names of the layers of MLPs.
+    """
     ours, theirs = f"{stack}.layers.{{l}}", f"{stack}.block.{{l}}.layer"
     rules = [
         KeyRule(f"{stack}.norm", f"{stack}.final_layer_norm", NORM),
         KeyRule(
             f"{stack}.relative",
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
+            f"{stack}.block.0.layer.0.{own}.relative_attention_bias",
             EMBED,
         ),
-        KeyRule(f"{ours}.relative", f"{theirs}.0.SelfAttention.relative_attention_bias", EMBED),
+        KeyRule(
+            f"{stack}.block_relative",
+            f"{stack}.block.0.layer.0.{own}.global_relative_attention_bias",
+            EMBED,
+        ),
+        KeyRule(f"{ours}.relative", f"{theirs}.0.{own}.relative_attention_bias", EMBED),
+        KeyRule(f"{ours}.attention.norm", f"{theirs}.0.{own}.global_input_layer_norm", NORM),
         KeyRule(f"{ours}.mlp_norm", f"{theirs}.{last}.layer_norm", NORM),
         KeyRule(f"{ours}.mlp.router", f"{theirs}.{last}.mlp.router.classifier", LINEAR),
     ]
-    parts = [("attention", "0.SelfAttention"), ("cross", "1.EncDecAttention")]
+    parts = [("attention", f"0.{own}"), ("cross", "1.EncDecAttention")]
     for part, other in parts[:last]:
         rules.append(KeyRule(f"{ours}.{part}_norm", f"{theirs}.{other[0]}.layer_norm", NORM))
         for name in ("query", "key", "value", "out"):
@@ -192,8 +215,9 @@ def _rules(config: T5Config, head: Head | None) -> KeyRules:
     mlp = "mlp" if config.model_type == "switch_transformers" else "DenseReluDense"
     rules = [KeyRule("word", "shared", EMBED), KeyRule("lm_head", "lm_head", LINEAR, in_base=False)]
     rules += HEAD_RULES.get(head, ())
-    for stack, last in (("encoder", 1), ("decoder", 2)):
-        rules += _stack_rules(stack, last, mlp, _GATED if config.gated else _PLAIN)
+    names, own = _GATED if config.gated else _PLAIN, _ATTENTION[config.encoder_attention_type]
+    rules += _stack_rules("encoder", 1, own, mlp, names)
+    rules += _stack_rules("decoder", 2, _ATTENTION["full"], mlp, names)
     generates = head == "seq2seq-lm"
     twins = tied_head(config, "lm_head.weight", "word.embedding") if generates else {}
     ignored, stacks = _IGNORED, ("encoder", "decoder")
@@ -216,7 +240,16 @@ def _model(
     return T5(config, head=head, lm_head=lm_head, **options)
 
 
-def _family(name: str, heads: Mapping[Head | None, str]) -> Family:
+def t5_family(
+    name: str, heads: Mapping[Head | None, str], model: Callable[..., Model] = _model
+) -> Family:
+    """Returns the family of a version of T5.
+
+    Args:
+        name: What the names of its classes in `transformers` begin with.
+        heads: The ends of the names of the classes with heads that give classes or answers.
+        model: Makes a model, see `Family`.
+    """
     names: dict[Head | None, str] = {
         None: "Model",
         "seq2seq-lm": "ForConditionalGeneration",
@@ -224,7 +257,7 @@ def _family(name: str, heads: Mapping[Head | None, str]) -> Family:
     }
     return Family(
         config=T5Config.from_json,
-        model=_model,
+        model=model,
         rules=_rules,
         architectures={head: name + end for head, end in names.items()},
         width_field="d_ff",
@@ -239,8 +272,8 @@ _HEADS: Mapping[Head | None, str] = {
     "question-answering": "ForQuestionAnswering",
 }
 FAMILIES = {
-    "mt5": _family("MT5", _HEADS),
-    "switch_transformers": _family("SwitchTransformers", {}),
-    "t5": _family("T5", _HEADS),
-    "umt5": _family("UMT5", _HEADS),
+    "mt5": t5_family("MT5", _HEADS),
+    "switch_transformers": t5_family("SwitchTransformers", {}),
+    "t5": t5_family("T5", _HEADS),
+    "umt5": t5_family("UMT5", _HEADS),
 }

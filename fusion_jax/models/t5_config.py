@@ -1,9 +1,9 @@
-"""The configuration of T5, its versions 1.1, mT5 and UMT5, and Switch Transformers."""
+"""The configuration of T5, its versions 1.1, mT5 and UMT5, Switch Transformers, and LongT5."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, config_from_fields
@@ -50,6 +50,9 @@ class T5Config:
     router_jitter_noise: float = 0.01
     num_labels: int = 2
     classifier_dropout: float = 0.0
+    encoder_attention_type: Literal["full", "local", "transient-global"] = "full"
+    local_radius: int = 127
+    global_block_size: int = 16
 
     @classmethod
     def from_json(cls, config: Fields) -> T5Config:
@@ -71,6 +74,8 @@ class T5Config:
                 given["num_decoder_layers"] = (
                     config.get("num_decoder_layers") or config["num_layers"]
                 )
+            if config["model_type"] == "longt5":  # tied whatever the configuration says
+                config |= {"tie_word_embeddings": True}
             gated, _, act = str(config.get("feed_forward_proj", "relu")).rpartition("-")
             if gated not in ("", "gated"):
                 raise InputError(f"feed_forward_proj {gated}-{act} is not implemented")
@@ -78,13 +83,26 @@ class T5Config:
             given["act"] = "gelu_new" if gated and act == "gelu" else act
             given["gated"] = bool(gated)
             given["scaled"] = config.get("scale_decoder_outputs", tied)
+        given["encoder_attention_type"] = "full"
+        if config["model_type"] == "longt5":
+            kind = given["encoder_attention_type"] = config.get("encoder_attention_type", "local")
+            if kind not in ("local", "transient-global"):
+                raise InputError(
+                    f"encoder_attention_type must be local or transient-global; got {kind!r}"
+                )
         given["every_relative"] = config["model_type"] == "umt5"
         if config.get("eos_token_id", 1) is None:  # texts have no end, unlike without the field
             given["eos_token_id"] = None
         if config.get("router_dtype", "float32") != "float32":
             raise InputError("a router_dtype other than float32 is not implemented")
         activation(given["act"])
-        return config_from_fields(cls, config, **given)
+        result = config_from_fields(cls, config, **given)
+        far, exact = result.relative_attention_max_distance, "relative_attention_num_buckets"
+        if far <= getattr(result, exact) // 2:
+            raise InputError(
+                f"relative_attention_max_distance must be above half of {exact}; got {far}"
+            )
+        return result
 
     @property
     def head_std(self) -> float:

@@ -44,6 +44,9 @@ class Attention(nnx.Module):
             the output.
         dropout: The dropout of the weights of positions.
         key_bias: Whether keys have a bias where the others have one.
+        groups: The number of heads of keys and values; 0 for as many as there are heads.
+        source: The number of features of the positions that it attends to; 0 for ``d``.
+        cap: The soft cap of the scores, see `soft_capped`; None for none.
         **common: Further arguments of linear layers.
     """
 
@@ -57,20 +60,25 @@ class Attention(nnx.Module):
         stds: tuple[float, float, float],
         dropout: float,
         key_bias: bool = True,
+        groups: int = 0,
+        source: int = 0,
+        cap: float | None = None,
         **common: Any,
     ):
-        self.heads, self.scale = heads, scale
+        self.heads, self.scale, self.cap = heads, scale, cap
+        self.groups = groups or heads
         query, other, out = (nnx.initializers.normal(std) for std in stds)
+        sizes = source or d, inner // heads * self.groups
         self.query = nnx.Linear(d, inner, kernel_init=query, **common)
         keys = common if key_bias else {**common, "use_bias": False}
-        self.key = nnx.Linear(d, inner, kernel_init=other, **keys)
-        self.value = nnx.Linear(d, inner, kernel_init=other, **common)
+        self.key = nnx.Linear(*sizes, kernel_init=other, **keys)
+        self.value = nnx.Linear(*sizes, kernel_init=other, **common)
         self.out = nnx.Linear(inner, d, kernel_init=out, **common)
         self.dropout = Dropout(dropout)
 
     def keys_values(self, x: Float[Array, "b s d"]) -> KeysValues:
         """Returns the keys and values of positions."""
-        key, value = (a(x).reshape(*x.shape[:2], self.heads, -1) for a in (self.key, self.value))
+        key, value = (a(x).reshape(*x.shape[:2], self.groups, -1) for a in (self.key, self.value))
         return key, value
 
     def __call__(
@@ -83,7 +91,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Attends from every position to the visible ones."""
         query = self.query(x).reshape(*x.shape[:2], self.heads, -1)
-        y = attention(query, *keys_values, visible, self.dropout, key, scale=self.scale, bias=bias)
+        options = {"scale": self.scale, "cap": self.cap, "bias": bias}
+        y = attention(query, *keys_values, visible, self.dropout, key, **options)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -94,13 +103,18 @@ def relative_embed(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Em
     return nnx.Embed(count, heads, embedding_init=init, param_dtype=param_dtype, rngs=rngs)
 
 
-def _attention(config: T5Config, param_dtype: Any, rngs: nnx.Rngs) -> Attention:
+def t5_attention(
+    config: T5Config,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+    make: Callable[..., Attention] = Attention,
+) -> Attention:
     """Returns T5's attention, without scaling and without biases."""
     d, inner, factor = config.d_model, config.num_heads * config.d_kv, config.initializer_factor
     stds = factor * (d * config.d_kv) ** -0.5, factor * d**-0.5, factor * inner**-0.5
     common = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
     options = {"scale": 1.0, "stds": stds, "dropout": config.dropout_rate}
-    return Attention(d, inner, config.num_heads, **options, **common)
+    return make(d, inner, config.num_heads, **options, **common)
 
 
 class Layer(nnx.Module):
@@ -121,11 +135,11 @@ class Layer(nnx.Module):
             param_dtype=param_dtype,
         )
         self.attention_norm = norm()
-        self.attention = _attention(config, **common)
+        self.attention = self.own_attention(config, decoder, **common)
         self.relative = relative_embed(config, **common) if config.every_relative else None
         if decoder:
             self.cross_norm = norm()
-            self.cross = _attention(config, **common)
+            self.cross = t5_attention(config, **common)
         self.mlp_norm = norm()
         # MLPs are in float32, as their sums would overflow in float16.
         self.precise = param_dtype == jnp.float16 and not sparse
@@ -146,11 +160,17 @@ class Layer(nnx.Module):
             self.mlp = mlp(rngs=rngs, **({"param_dtype": jnp.float32} if self.precise else {}))
         self.dropout = Dropout(config.dropout_rate)
 
+    def own_attention(
+        self, config: T5Config, decoder: bool, param_dtype: Any, rngs: nnx.Rngs
+    ) -> Attention:
+        """Returns the attention to positions of the same stack."""
+        return t5_attention(config, param_dtype, rngs)
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         visible: Bool[Array, "b 1 #t s"],
-        bias: Float[Array, "1 h t s"] | None,
+        bias: Float[Array, "_ h _ _"] | None,
         cache: CacheUpdate,
         source: EncoderView | None,
         key: Key[Array, ""] | None,
@@ -175,6 +195,7 @@ class Layer(nnx.Module):
 class Stack(nnx.Module):
     """The layers of an encoder or decoder, the relative positions, and a final norm."""
 
+    layer: Callable[..., Layer] = Layer
     wide: bool = True
     """Whether hidden states are in float32 where parameters are in float16."""
 
@@ -183,12 +204,12 @@ class Stack(nnx.Module):
         common = {"param_dtype": param_dtype, "rngs": rngs}
         self.relative = None if config.every_relative else relative_embed(config, **common)
         self.layers = nnx.List(
-            [Layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
+            [self.layer(config, decoder, sparse, **common) for sparse in config.sparse(decoder)]
         )
         self.norm: Any = RmsNorm(config.d_model, epsilon=config.layer_norm_epsilon, **common)
         self.dropout = self.last_dropout = Dropout(config.dropout_rate)
 
-    def bias(
+    def distance_bias(
         self, relative: AnyEmbed, slots: Int[Array, " t"], count: int
     ) -> Float[Array, "1 h t s"]:
         """Returns the bias of the scores of each head, which depends on relative positions.
@@ -206,6 +227,10 @@ class Stack(nnx.Module):
         options = {"far": far, "buckets": buckets, "causal": self.decoder}
         return relative_bias(relative, slots, count, **options)
 
+    def bias(self, relative: AnyEmbed, seen: Window) -> Float[Array, "_ h _ _"]:
+        """Returns what is added to the scores of the attention in this stack."""
+        return self.distance_bias(relative, seen.slots, seen.real.shape[1])
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -220,14 +245,13 @@ class Stack(nnx.Module):
         The ``sources`` are what each layer attends to in the encoder; None for the encoder's own.
         """
         *keys, embed_key, norm_key = split_key(key, len(self.layers) + 2)
-        places = seen.slots, seen.real.shape[1]
-        common = None if self.relative is None else self.bias(self.relative, *places)
+        common = None if self.relative is None else self.bias(self.relative, seen)
         x = self.dropout(x, embed_key)
         if x.dtype == jnp.float16 and self.wide:  # in which the sums over layers would overflow
             x = wide(x)
         states, routers = [x], []
         for layer, source, layer_key in zip(self.layers, sources, keys, strict=True):
-            bias = common if layer.relative is None else self.bias(layer.relative, *places)
+            bias = common if layer.relative is None else self.bias(layer.relative, seen)
             x, router = layer(x, seen.visible, bias, cache, source, layer_key)
             states.append(x)
             routers += [] if router is None else [router]
@@ -255,13 +279,18 @@ class EncoderDecoder(Model):
         self.config = config
         common = {"param_dtype": param_dtype, "rngs": rngs}
         init = nnx.initializers.normal(config.initializer_factor)
-        embed = partial(nnx.Embed, config.vocab_size, config.d_model, embedding_init=init, **common)
-        self.word = embed()
+        embed = partial(nnx.Embed, config.vocab_size, embedding_init=init, **common)
+        self.word = embed(config.d_model)
         self.encoder = self.stack(config, False, **common)
         self.decoder = self.stack(config, True, **common) if decodes else None
         own = config.own_embeddings
-        self.encoder_word = embed() if "encoder" in own else None
-        self.decoder_word = embed() if "decoder" in own and decodes else None
+        self.encoder_word = embed(self.encoder_features) if "encoder" in own else None
+        self.decoder_word = embed(config.d_model) if "decoder" in own and decodes else None
+
+    @property
+    def encoder_features(self) -> int:
+        """The number of features of the encoder's positions."""
+        return self.config.d_model
 
     def embed(
         self, ids: Int[Array, "b t"], slots: Int[Array, " t"], *, decoder: bool

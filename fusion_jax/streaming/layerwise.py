@@ -143,10 +143,11 @@ class _Work:
         if isinstance(source, Mapping):
             self.given = source
             return
-        if not isinstance(self.abstract, CausalLm):
+        if not isinstance(self.abstract, CausalLm) or not self.abstract.layers_apart:
             raise InputError(
-                "only decoders are calibrated on text layer by layer; for another model, load it "
-                "and use fusion_jax.compress, or give inputs by site"
+                "only decoders are calibrated on text layer by layer, and only if layers share "
+                "nothing; for another model, load it and use fusion_jax.compress, or give inputs "
+                "by site"
             )
         # The key is that of `compress`.
         key = jax.random.fold_in(self.key, 2**31 - 1)
