@@ -102,22 +102,84 @@ def test_mxfp4_that_is_incomplete_is_refused(change, tmp_path):
         Mxfp4Files(tmp_path)
 
 
-def test_eight_bit_floats_are_refused(tmp_path):
-    tensors = tiny.weights("bert", None)
-    name = "encoder.layer.1.intermediate.dense.weight"
-    shape = tensors.pop(name).shape
-    tiny.write_folder(tmp_path / "model", tiny.BERT, tensors)
-    file = tmp_path / "model" / "model.safetensors"
+def with_eight_bits(folder, config, tensors, eight):
+    """Writes a checkpoint of which some tensors are in E4M3, which NumPy's safetensors lacks."""
+    tiny.write_folder(folder, config, tensors)
+    file = folder / "model.safetensors"
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    body = raw[8 + size :]
-    end = len(body) + int(np.prod(shape))
-    header[name] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [len(body), end]}
+    header, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    for name, x in eight.items():
+        data = x.astype(jnp.float8_e4m3fn).tobytes()
+        offsets = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": "F8_E4M3", "shape": x.shape, "data_offsets": offsets}
+        body += data
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + body + bytes(int(np.prod(shape))))
+    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return folder
+
+
+def test_eight_bit_floats_without_scales_are_refused(tmp_path):
+    tensors = tiny.weights("bert", None)
+    name = "encoder.layer.1.intermediate.dense.weight"
+    folder = with_eight_bits(tmp_path / "model", tiny.BERT, tensors, {name: tensors.pop(name)})
     with pytest.raises(fj.InputError, match=rf"{name} is F8_E4M3"):
-        fj.load(tmp_path / "model")
+        fj.load(folder)
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 12]}
+
+
+def eight_bits_of(tensors, block):
+    """Matrices of MLPs and of attention in E4M3, their scales, and what the two stand for."""
+    eight, scales, want = {}, {}, {}
+    for i, name in enumerate(sorted(n for n in tensors if n.endswith("proj.weight"))):
+        rows, columns = tensors[name].shape
+        shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+        scale = np.random.RandomState(i).rand(*shape) + 0.5
+        scale = np.asarray(scale, jnp.bfloat16 if i % 2 else np.float32)
+        eight[name] = (tensors.pop(name) * 4).astype(jnp.float8_e4m3fn)
+        want[name] = np.empty((rows, columns), np.float32)
+        for r, c in np.ndindex(rows, columns):
+            by = scale if block is None else scale[r // block[0], c // block[1]]
+            want[name][r, c] = np.float32(eight[name][r, c]) * np.float32(by)
+        scales[name + "_scale_inv"] = scale
+    return eight, scales, want
+
+
+@pytest.mark.parametrize("block", [(8, 12), None], ids=["blocks", "whole"])
+def test_matrices_of_eight_bits_are_read_with_their_scales(block, tmp_path):
+    tensors = tiny.weights("llama", "causal-lm")
+    eight, scales, want = eight_bits_of(tensors, block)
+    plain = tiny.write_folder(tmp_path / "plain", tiny.LLAMA, tensors | want)
+    settings = FP8 | {"weight_block_size": block}
+    config = {**tiny.LLAMA, "quantization_config": settings}
+    unused = {"model.layers.0.mlp.up_proj.activation_scale": np.ones((), np.float32)}
+    folder = with_eight_bits(tmp_path / "model", config, tensors | scales | unused, eight)
+    models = [fj.load(f, head="causal-lm", dtype="float32") for f in (folder, plain)]
+    assert bit_equal(*models)
+    assert params_dtype(fj.load(folder, head="causal-lm")) == jnp.bfloat16
+    # What is exported is of full precision, and says so.
+    exported = fj.export_hf(models[0], tmp_path / "hf")
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_block_size": [8, 8]}, r"_scale_inv must be \(\d, \d\) for model"),
+        ({"weight_block_size": None}, r"_scale_inv must be \(\) for model"),
+        ({"weight_block_size": [0, 8]}, "weight_block_size must be two sizes"),
+        ({"weight_block_size": 128}, "weight_block_size must be two sizes"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(settings, message, tmp_path):
+    tensors = tiny.weights("llama", "causal-lm")
+    eight, scales, _ = eight_bits_of(tensors, (8, 12))
+    config = {**tiny.LLAMA, "quantization_config": FP8 | settings}
+    folder = with_eight_bits(tmp_path / "model", config, tensors | scales, eight)
+    with pytest.raises(fj.InputError, match=message):
+        fj.load(folder, head="causal-lm")
 
 
 def sharded(folder, split, weight_map=None, family="bert"):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from fusion_jax.checkpoint import files
 from fusion_jax.checkpoint.any_module import check_not_module
 from fusion_jax.checkpoint.descriptions import generation_fields, read_artefact
+from fusion_jax.checkpoint.fp8_files import Fp8Files
 from fusion_jax.checkpoint.mask_files import BaseModel, BaseReference, MaskFiles, base_reference
 from fusion_jax.checkpoint.mxfp4_files import Mxfp4Files
 from fusion_jax.checkpoint.reading import Checkpoint
@@ -201,9 +202,7 @@ def open_checkpoint(
     elif base is not None:
         raise InputError(f"base is for artefacts of fusion_jax.save_masks; {folder} is not one")
     else:
-        quantized = fields.get("quantization_config")
-        known = isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4"
-        tensors = (Mxfp4Files if known else TensorFiles)(folder)
+        tensors = _files_of(folder, fields.get("quantization_config"))
     towers = (getattr(config, name, config) for name in ("text", "vision"))
     for part in (config, *towers):
         for field in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
@@ -223,6 +222,15 @@ def open_checkpoint(
     if not opened.has("head.dense"):
         opened = replace(opened, config=replace(config, label_transform=False))
     return opened
+
+
+def _files_of(folder: Path, quantized: object) -> TensorFiles:
+    """Returns the tensors of a folder, which are computed if they are stored in fewer bits."""
+    settings = quantized if isinstance(quantized, Mapping) else {}
+    method = settings.get("quant_method")
+    if method == "mxfp4":
+        return Mxfp4Files(folder)
+    return Fp8Files(folder, settings) if method == "fp8" else TensorFiles(folder)
 
 
 _WRONG_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
