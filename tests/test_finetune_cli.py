@@ -187,19 +187,9 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
     """kill -9, SIGTERM and Ctrl-C at arbitrary moments, in processes of their own."""
     model, data = places
     command = [sys.executable, "-c", INTERRUPTIBLE, "finetune", model, "--task", "sst2"]
-    command += [
-        "--data",
-        data,
-        "--max-steps",
-        "500",
-        "--epochs",
-        "9999",
-        "--batch-size",
-        "8",
-        "--shapes",
-        "1",
-    ]
-    command += ["--log-every", "1", "--checkpoint-every", "30", "--eval-every", "999"]
+    command += ["--data", data, "--max-steps", "220", "--epochs", "9999", "--batch-size", "8"]
+    command += ["--shapes", "1", "--log-every", "1", "--checkpoint-every", "20"]
+    command += ["--eval-every", "999"]
 
     def start(run):
         return subprocess.Popen(
@@ -219,7 +209,7 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(places, tmp_path):
     process = start(whole)
     process.communicate()
     assert process.returncode == 0
-    stops = (70, signal.SIGKILL, -9), (120, signal.SIGTERM, 0), (170, signal.SIGINT, 130)
+    stops = (50, signal.SIGKILL, -9), (90, signal.SIGTERM, 0), (130, signal.SIGINT, 130)
     for steps, how, code in stops:
         process = start(parts)
         until(process, parts, steps)
