@@ -111,7 +111,8 @@ def stood_in_units(
     values = []
     for (rows, bias), those in zip(pair.original.maps, found, strict=True):
         length = row_norms(x) if bias is None else jnp.hypot(row_norms(x), 1.0)
-        values.append(_values(ball_products(x, rows, bias), pair, those, length[:, None]))
+        most = length[:, None] * (1 + gamma(x.shape[1] + 8, x.dtype))
+        values.append(_values(ball_products(x, rows, bias), pair, those, most))
     return scaled_units(pair.fused, *values)
 
 
@@ -131,5 +132,4 @@ def _values(z: Ball, pair: Pair, those: StandIns, length: Float[Array, "n 1"]) -
     scale, rest = those.scale[None], those.rest[None]
     value, error = scale * value, jnp.abs(scale) * error
     error = error + gamma(2, dtype) * jnp.abs(value)
-    moved = rest * length * (1 + gamma(8, dtype))
-    return uncertain(value, error + moved + 8 * tiny(dtype))
+    return uncertain(value, error + rest * length + 8 * tiny(dtype))
