@@ -172,6 +172,19 @@ class DecoderOutput(NamedTuple):
     encoder: Any = None
 
 
+def with_aliases(fields: Fields, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields where those with a second name have the value that it states, if any.
+
+    So `transformers` reads them, whatever else the fields state.
+
+    Args:
+        fields: The fields of a ``config.json``.
+        aliases: The names of fields, by their second names.
+    """
+    given = {name: fields.get(alias) for alias, name in aliases.items()}
+    return {**fields, **{name: x for name, x in given.items() if x is not None}}
+
+
 ConfigT = TypeVar("ConfigT")
 
 

@@ -46,7 +46,7 @@ def _ministral(fields: Fields) -> DecoderConfig:
 
 def _mixtral(fields: Fields) -> DecoderConfig:
     fields = {**_MIXTRAL, **fields, "layer_types": None}  # transformers ignores the types
-    fields["num_experts"] = fields["num_local_experts"] or fields.get("num_experts")
+    fields["num_experts"] = fields.get("num_experts") or fields["num_local_experts"]
     optional = (_TIED, "num_experts", "num_experts_per_tok", "norm_topk_prob")
     config = DecoderConfig.read(fields, optional=(*optional, "router_jitter_noise"))
     return layer_windows(config, fields, lambda layer: True)
