@@ -82,6 +82,38 @@ def test_routers_of_another_dtype_are_refused(tmp_path):
         fj.load(folder)
 
 
+SECOND_NAMES = [
+    ("bart", {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers",
+              "num_attention_heads": "encoder_attention_heads"}),
+    ("t5", {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "head_dim": "d_kv",
+            "num_attention_heads": "num_heads"}),
+    ("switch", {"hidden_size": "d_model", "num_hidden_layers": "num_layers",
+                "num_attention_heads": "num_heads"}),
+    ("gpt2", {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
+              "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}),
+    ("mixtral", {"num_experts": "num_experts"}),
+    ("glm4_moe", {"num_mtp_layers": "further_layers"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "names"), SECOND_NAMES)
+def test_second_names_of_fields_count(family, names):
+    """Where both are there, as in transformers."""
+    config = tiny.decoder_config({**tiny.CONFIGS[family], **dict.fromkeys(names, 4)})
+    assert {getattr(config, name) for name in names.values()} == {4}
+
+
+def test_activations_of_t5_that_are_stated_twice():
+    fields = {**tiny.CONFIGS["t5"], "feed_forward_proj": "gated-gelu"}
+    for more, want in (
+        ({}, ("gelu_new", True)),
+        ({"dense_act_fn": "silu"}, ("silu", True)),
+        ({"is_gated_act": False}, ("gelu_new", False)),
+    ):
+        config = tiny.decoder_config({**fields, **more})
+        assert (config.act, config.gated) == want
+
+
 REFUSED = [
     ("modernbert", {"mlp_dropout": 0.1}, "an mlp_dropout other than 0"),
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling must be of type"),

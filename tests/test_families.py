@@ -12,7 +12,7 @@ import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.moe import mixtures
 from fusion_jax.models.registry import FAMILIES
-from tests import tiny
+from tests import test_towers, test_vision, test_whisper, tiny
 
 BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
 BASE["pad_token_id"] = 0
@@ -84,7 +84,8 @@ LLAMAS = {
     "seed_oss": [*SHARED, {"attention_bias": False}, {"attention_out_bias": True},
                  {"mlp_bias": True, "residual_dropout": 0.2}],
     "mixtral": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, {"sliding_window": 3}, rope("linear"),
-                {"num_experts_per_tok": 1}, {"num_local_experts": 3, "num_experts_per_tok": 3}],
+                {"num_experts_per_tok": 1}, {"num_local_experts": 3, "num_experts_per_tok": 3},
+                {"num_hidden_layers": 1, "num_experts": 3}],
     "qwen2_moe": [ONE_KEY, FIVE_HEADS, TIED, {"qkv_bias": False}, {"norm_topk_prob": True},
                   {"decoder_sparse_step": 2}, {"mlp_only_layers": [1], "num_experts_per_tok": 1},
                   {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}],
@@ -287,7 +288,9 @@ ODD["t5"] = ODD["mt5"] = [
     {"tie_word_embeddings": False},
     {"d_model": 15, "layer_norm_epsilon": 1e-3},
     {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
-]
+    {"hidden_size": 24, "num_attention_heads": 1, "head_dim": 4, "num_hidden_layers": 1,
+     "feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"},
+]  # fmt: skip
 ODD["umt5"] = [
     ODD["t5"][0] | {"num_decoder_layers": 1},
     {"tie_word_embeddings": False},
@@ -343,7 +346,7 @@ BARTS = [
      "static_position_embeddings": True, "normalize_before": True, "extra_pos_embeddings": 1},
     {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 1, "decoder_ffn_dim": 5,
      "scale_embedding": True, "max_position_embeddings": 9},
-    {"encoder_layers": 1, "num_hidden_layers": 1, "decoder_layers": 3, "dropout": 0.0,
+    {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 12, "decoder_layers": 1,
      "activation_function": "gelu_new", "activation_dropout": 0.1, "attention_dropout": 0.2},
     {"encoder_layers": 2, "decoder_layers": 1, "d_model": 12, "encoder_attention_heads": 12,
      "decoder_attention_heads": 1, "init_std": 0.1, "classifier_dropout": 0.3},
@@ -369,6 +372,7 @@ ODD["gpt2"] = [
     {"scale_attn_by_inverse_layer_idx": True},
     {"tie_word_embeddings": False, "n_layer": 1},
     {"reorder_and_upcast_attn": True, "vocab_size": 67},
+    {"hidden_size": 18, "num_attention_heads": 3, "num_hidden_layers": 1, "n_inner": 1},
 ]
 ODD["gpt_neox"] = [
     {"hidden_size": 14, "num_attention_heads": 7, "rotary_pct": 1.0, "intermediate_size": 23},
@@ -645,9 +649,12 @@ MORE = {
          "dense_act_fn": "gelu_new", "is_gated_act": True, "scale_decoder_outputs": False},
         {"num_layers": 2, "num_decoder_layers": 1, "relative_attention_num_buckets": 4,
          "relative_attention_max_distance": 5, "scale_decoder_outputs": True, **UNTIED},
+        {"num_hidden_layers": 1, "num_attention_heads": 3, "head_dim": 4, "is_gated_act": True,
+         "dense_act_fn": "relu"},
         {"num_layers": 1, "num_decoder_layers": 2, "d_model": 15, "vocab_size": 67,
          "decoder_start_token_id": 4, "feed_forward_proj": "gelu_new"},
-        {"num_layers": 1, "num_decoder_layers": 1, "d_kv": 1, "d_ff": 1, "num_heads": 16}],
+        {"num_layers": 1, "num_decoder_layers": 1, "d_kv": 1, "d_ff": 1, "num_heads": 16},
+    ],
 }  # fmt: skip
 for family, more in MORE.items():
     ODD[family] += more
@@ -689,6 +696,22 @@ T5S = ("t5", "mt5", "umt5", "bart", "mbart")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "seed_oss", "qwen3", "ministral",
                  "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "gpt_oss",
                  "llama4_text")  # fmt: skip
+
+
+def test_every_type_has_eight_odd_configurations():
+    """A list that is in another file is added here."""
+    listed = {
+        **ODD,
+        **test_vision.ODD,
+        **dict.fromkeys(test_towers.TEXT_FAMILIES, test_towers.ODD_TEXT),
+        **dict.fromkeys(test_towers.BOTH, test_towers.ODD_BOTH),
+        "whisper": test_whisper.ODD,
+    }
+    counts = {
+        family: len({json.dumps(x, sort_keys=True) for x in listed.get(family, [])})
+        for family in FAMILIES
+    }
+    assert {family: count for family, count in counts.items() if count < 8} == {}
 
 
 def odd_config(family, number=None):
