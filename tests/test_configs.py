@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
+from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rope import Rope
 from tests import tiny
 
@@ -99,8 +101,41 @@ SECOND_NAMES = [
 @pytest.mark.parametrize(("family", "names"), SECOND_NAMES)
 def test_second_names_of_fields_count(family, names):
     """Where both are there, as in transformers."""
-    config = tiny.decoder_config({**tiny.CONFIGS[family], **dict.fromkeys(names, 4)})
-    assert {getattr(config, name) for name in names.values()} == {4}
+    config = tiny.decoder_config({**tiny.CONFIGS[family], **dict.fromkeys(names, 8)})
+    assert {getattr(config, name) for name in names.values()} == {8}
+
+
+def test_sizes_of_vocabularies_are_not_numbers_of_layers():
+    """Gemma 4 has a second one, for what its layers read of the tokens."""
+    config = FAMILIES["gemma4_text"].config({"model_type": "gemma4_text"})
+    assert config.vocab_size == 262144
+    with pytest.raises(fj.InputError, match="num_hidden_layers must be from 1 to 10000"):
+        tiny.decoder_config({**tiny.CONFIGS["llama"], "num_hidden_layers": 262144})
+
+
+DEFAULTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "eos_token_id",
+            "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "tie_word_embeddings")  # fmt: skip
+
+
+@pytest.mark.torch
+def test_defaults_of_decoders_are_those_of_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    wrong = {}
+    # By default, GLM-4 with experts rotates 21 features; Llama 4 has other names.
+    for family in FAMILIES.keys() - {"glm4_moe", "llama4_text"}:
+        ours = FAMILIES[family].config({"model_type": family})
+        if not isinstance(ours, DecoderConfig):
+            continue
+        theirs = CONFIG_MAPPING[family]()
+        for name in DEFAULTS:
+            want = getattr(theirs, name, None)
+            want = tuple(want) if isinstance(want, list) else want
+            if want is not None and getattr(ours, name) != want:
+                wrong[family, name] = getattr(ours, name), want
+    assert wrong == {}
 
 
 def test_activations_of_t5_that_are_stated_twice():

@@ -217,7 +217,7 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
             default = known[name].default
             sparse = name.startswith("num_sparse")  # none of the layers may have experts
             least = int(isinstance(default, int) and default > 0 and not sparse)
-            most = MOST_LAYERS if "layer" in name else 2**31 - 1
+            most = MOST_LAYERS if name.endswith(("layer", "layers")) else 2**31 - 1
             if not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
         if isinstance(value, int) and float in (hints[name], *get_args(hints[name])):
