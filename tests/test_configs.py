@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import fusion_jax as fj
+from fusion_jax.models.decoder_config import DecoderConfig
+from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rope import Rope
 from tests import tiny
 
@@ -80,6 +82,71 @@ def test_routers_of_another_dtype_are_refused(tmp_path):
     folder = tiny.checkpoint(tmp_path / "model", "switch", "seq2seq-lm", router_dtype="bfloat16")
     with pytest.raises(fj.InputError, match="a router_dtype other than float32 is not implemented"):
         fj.load(folder)
+
+
+SECOND_NAMES = [
+    ("bart", {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers",
+              "num_attention_heads": "encoder_attention_heads"}),
+    ("t5", {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "head_dim": "d_kv",
+            "num_attention_heads": "num_heads"}),
+    ("switch", {"hidden_size": "d_model", "num_hidden_layers": "num_layers",
+                "num_attention_heads": "num_heads"}),
+    ("gpt2", {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
+              "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}),
+    ("mixtral", {"num_experts": "num_experts"}),
+    ("glm4_moe", {"num_mtp_layers": "further_layers"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "names"), SECOND_NAMES)
+def test_second_names_of_fields_count(family, names):
+    """Where both are there, as in transformers."""
+    config = tiny.decoder_config({**tiny.CONFIGS[family], **dict.fromkeys(names, 8)})
+    assert {getattr(config, name) for name in names.values()} == {8}
+
+
+def test_sizes_of_vocabularies_are_not_numbers_of_layers():
+    """Gemma 4 has a second one, for what its layers read of the tokens."""
+    config = FAMILIES["gemma4_text"].config({"model_type": "gemma4_text"})
+    assert config.vocab_size == 262144
+    with pytest.raises(fj.InputError, match="num_hidden_layers must be from 1 to 10000"):
+        tiny.decoder_config({**tiny.CONFIGS["llama"], "num_hidden_layers": 262144})
+
+
+DEFAULTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "eos_token_id",
+            "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "tie_word_embeddings")  # fmt: skip
+
+
+@pytest.mark.torch
+def test_defaults_of_decoders_are_those_of_transformers():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    wrong = {}
+    # By default, GLM-4 with experts rotates 21 features; Llama 4 has other names.
+    for family in FAMILIES.keys() - {"glm4_moe", "llama4_text"}:
+        ours = FAMILIES[family].config({"model_type": family})
+        if not isinstance(ours, DecoderConfig):
+            continue
+        theirs = CONFIG_MAPPING[family]()
+        for name in DEFAULTS:
+            want = getattr(theirs, name, None)
+            want = tuple(want) if isinstance(want, list) else want
+            if want is not None and getattr(ours, name) != want:
+                wrong[family, name] = getattr(ours, name), want
+    assert wrong == {}
+
+
+def test_activations_of_t5_that_are_stated_twice():
+    fields = {**tiny.CONFIGS["t5"], "feed_forward_proj": "gated-gelu"}
+    for more, want in (
+        ({}, ("gelu_new", True)),
+        ({"dense_act_fn": "silu"}, ("silu", True)),
+        ({"is_gated_act": False}, ("gelu_new", False)),
+    ):
+        config = tiny.decoder_config({**fields, **more})
+        assert (config.act, config.gated) == want
 
 
 REFUSED = [

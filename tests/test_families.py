@@ -12,7 +12,7 @@ import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from fusion_jax.models.moe import mixtures
 from fusion_jax.models.registry import FAMILIES
-from tests import tiny
+from tests import test_towers, test_vision, test_whisper, tiny
 
 BASE = {name: x for name, x in tiny.LLAMA.items() if name not in ("model_type", "rope_parameters")}
 BASE["pad_token_id"] = 0
@@ -84,7 +84,8 @@ LLAMAS = {
     "seed_oss": [*SHARED, {"attention_bias": False}, {"attention_out_bias": True},
                  {"mlp_bias": True, "residual_dropout": 0.2}],
     "mixtral": [WIDE_HEADS, ONE_KEY, FIVE_HEADS, TIED, {"sliding_window": 3}, rope("linear"),
-                {"num_experts_per_tok": 1}, {"num_local_experts": 3, "num_experts_per_tok": 3}],
+                {"num_experts_per_tok": 1}, {"num_local_experts": 3, "num_experts_per_tok": 3},
+                {"num_hidden_layers": 1, "num_experts": 3}],
     "qwen2_moe": [ONE_KEY, FIVE_HEADS, TIED, {"qkv_bias": False}, {"norm_topk_prob": True},
                   {"decoder_sparse_step": 2}, {"mlp_only_layers": [1], "num_experts_per_tok": 1},
                   {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}],
@@ -287,7 +288,9 @@ ODD["t5"] = ODD["mt5"] = [
     {"tie_word_embeddings": False},
     {"d_model": 15, "layer_norm_epsilon": 1e-3},
     {"vocab_size": 67, "feed_forward_proj": "relu", "decoder_start_token_id": 4},
-]
+    {"hidden_size": 24, "num_attention_heads": 1, "head_dim": 4, "num_hidden_layers": 1,
+     "feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"},
+]  # fmt: skip
 ODD["umt5"] = [
     ODD["t5"][0] | {"num_decoder_layers": 1},
     {"tie_word_embeddings": False},
@@ -339,7 +342,15 @@ BARTS = [
     {"scale_embedding": True, "activation_function": "relu", "encoder_layers": 1},
     {"d_model": 15, "encoder_attention_heads": 5, "decoder_attention_heads": 3},
     {"tie_word_embeddings": False, "decoder_start_token_id": 4, "vocab_size": 67},
-]
+    {"encoder_layers": 1, "decoder_layers": 1, "activation_function": "swish",
+     "static_position_embeddings": True, "normalize_before": True, "extra_pos_embeddings": 1},
+    {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 1, "decoder_ffn_dim": 5,
+     "scale_embedding": True, "max_position_embeddings": 9},
+    {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 12, "decoder_layers": 1,
+     "activation_function": "gelu_new", "activation_dropout": 0.1, "attention_dropout": 0.2},
+    {"encoder_layers": 2, "decoder_layers": 1, "d_model": 12, "encoder_attention_heads": 12,
+     "decoder_attention_heads": 1, "init_std": 0.1, "classifier_dropout": 0.3},
+]  # fmt: skip
 ODD |= dict.fromkeys(("bart", "mbart", "marian", "pegasus"), BARTS)
 SWITCH = {**T5, **tiny.CONFIGS["switch"], "router_jitter_noise": 0.0}
 ODD["switch_transformers"] = [
@@ -361,6 +372,7 @@ ODD["gpt2"] = [
     {"scale_attn_by_inverse_layer_idx": True},
     {"tie_word_embeddings": False, "n_layer": 1},
     {"reorder_and_upcast_attn": True, "vocab_size": 67},
+    {"hidden_size": 18, "num_attention_heads": 3, "num_hidden_layers": 1, "n_inner": 1},
 ]
 ODD["gpt_neox"] = [
     {"hidden_size": 14, "num_attention_heads": 7, "rotary_pct": 1.0, "intermediate_size": 23},
@@ -433,6 +445,219 @@ ODD["bloom"] = [
     {"n_embed": 15, "n_head": 5, "n_layer": 3},
     {"n_head": 4, "slow_but_exact": True, "pretraining_tp": 1},
 ]
+ONE, TWO = {"num_hidden_layers": 1}, {"num_hidden_layers": 2}
+ONE_HEAD = {**ONE, "num_attention_heads": 1, "num_key_value_heads": 1}
+UNTIED = {"tie_word_embeddings": False}
+NARROW = {"intermediate_size": 1, "vocab_size": 67}
+EPS, LAYER_EPS = {"rms_norm_eps": 0.1}, {"layer_norm_eps": 0.1}
+STATED = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 4.0,
+          "beta_slow": 0.5, "attention_factor": 0.8}  # fmt: skip
+YARN = {"rope_scaling": STATED, "rope_theta": 50.0}
+
+
+def partial_rope(name, part):
+    return {"rope_parameters": {"rope_theta": 50.0, **ROPES[name], "partial_rotary_factor": part}}
+
+
+MROPE = {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 1.0,
+         "mrope_section": [1, 1, 0], "mrope_interleaved": True}  # fmt: skip
+# Fields that checkpoints have and transformers ignores, too.
+HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "type": "dynamic"}  # fmt: skip
+MORE = {
+    "arcee": [
+        ONE_HEAD | EPS | {"head_dim": None, "intermediate_size": 1},
+        TWO | YARN | {"mlp_bias": True, "attention_dropout": 0.2},
+        ONE | longrope(2) | BIASED | {"hidden_act": "silu", "num_key_value_heads": None},
+        TWO | TIED | rope("llama3") | {"hidden_act": "gelu_pytorch_tanh", "vocab_size": 67}],
+    "ernie4_5": [
+        ONE_HEAD | EPS | {"head_dim": None, "use_bias": True}, ONE | longrope(2) | NARROW,
+        TWO | UNTIED | rope("dynamic", max_position_embeddings=5) | {"use_bias": None},
+        TWO | YARN | WIDE_HEADS | {"use_bias": True, "compression_ratio": 1.0}],
+    "glm4": [
+        ONE_HEAD | EPS | {"head_dim": 16, "attention_bias": False}, TWO | PRIME | TIED | {
+            "partial_rotary_factor": 1.0},
+        ONE | partial_rope("llama3", 0.25) | {"head_dim": 8, "eos_token_id": [3, 5]},
+        TWO | YARN | {"head_dim": 12, "partial_rotary_factor": 0.34, "hidden_act": "relu"}],
+    "helium": [
+        ONE_HEAD | EPS | {"head_dim": 16},
+        TWO | TIED | rope("llama3") | {"hidden_size": 24, "head_dim": 6},
+        ONE | longrope(2) | BIASED | {"num_key_value_heads": 4, "hidden_act": "gelu"},
+        TWO | YARN | NARROW | {"mlp_bias": True, "attention_dropout": 0.2}],
+    "hunyuan_v1_dense": [
+        ONE | {"rope_scaling": HUNYUAN_ROPE, "head_dim": 6, "attention_head_dim": 6,
+               "use_qk_norm": True, "use_cla": False, "rope_theta": 1e4},
+        TWO | TIED | rope("llama3") | {"hidden_act": "gelu", "num_key_value_heads": None},
+        ONE | NARROW | {"rope_parameters": {"rope_theta": 50.0, "alpha": 0, **ROPES["dynamic"]},
+                        "max_position_embeddings": 5},
+        ONE_HEAD | EPS | BIASED | YARN | {"head_dim": 16, "mlp_bias": True}],
+    "olmo3": [
+        ONE | {"layer_types": [FULL], "rope_parameters": {"rope_type": "default",
+                                                          "rope_theta": 50.0}},
+        TWO | {"layer_types": [FULL, FULL], "rope_parameters": {FULL: {**STATED, "rope_theta": 9.0,
+                                                                       "rope_type": "yarn"}}},
+        ONE_HEAD | EPS | TIED | {"sliding_window": 1, "rope_theta": 50.0},
+        TWO | NARROW | {"layer_types": [SLIDING, FULL], "sliding_window": 4, "rope_parameters": {
+            FULL: {"rope_theta": 50.0, **ROPES["llama3"]}, SLIDING: {"rope_theta": 9.0,
+                                                                     **ROPES["linear"]}}}],
+    "cohere": [
+        ONE_HEAD | LAYER_EPS | UNTIED | {"use_qk_norm": True}, TWO | rope("llama3") | {
+            "logit_scale": -2.0, "hidden_act": "gelu", "num_key_value_heads": None},
+        ONE | longrope(2) | BIASED | {"use_qk_norm": True}, TWO | YARN | NARROW],
+    "phi": [
+        ONE_HEAD | LAYER_EPS | {"partial_rotary_factor": 0.25, "qk_layernorm": True},
+        TWO | TIED | ONE_KEY | {"qk_layernorm": True, "hidden_act": "gelu"},
+        ONE | longrope(1) | {"num_key_value_heads": None, "attention_dropout": 0.2},
+        TWO | NARROW | partial_rope("yarn", 1.0)],
+    "stablelm": [
+        ONE | TIED | ONE_KEY | LAYER_EPS | {"qk_layernorm": True, "use_qkv_bias": True},
+        TWO | partial_rope("yarn", 1.0) | {"use_parallel_residual": True, "hidden_act": "gelu"},
+        ONE | longrope(1) | {"use_parallel_residual": True, "use_qkv_bias": True},
+        TWO | NARROW | partial_rope("dynamic", 0.5) | {
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 5}],
+    "starcoder2": [
+        ONE_HEAD | UNTIED | {"norm_epsilon": 0.1, "use_bias": False}, ONE | longrope(3) | {
+            "head_dim": 6},
+        TWO | rope("llama3") | {"hidden_act": "silu", "sliding_window": 1,
+                                "layer_types": [FULL, SLIDING]},
+        TWO | YARN | NARROW | {"norm_type": "layer_norm", "mlp_type": "default"}],
+    "nemotron": [
+        ONE_HEAD | {"head_dim": None, "norm_eps": 0.1},
+        TWO | TIED | partial_rope("yarn", 1.0) | {"head_dim": 6, "mlp_bias": True},
+        ONE | longrope(1) | BIASED | {"hidden_act": "silu", "num_key_value_heads": 4}],
+    "cohere2": [
+        ONE_HEAD | LAYER_EPS | UNTIED | {"layer_types": [SLIDING], "sliding_window": 1},
+        TWO | BIASED | {"head_dim": 6, "logit_scale": -0.5, "sliding_window_pattern": 1},
+        TWO | YARN | {"layer_types": [FULL, SLIDING], "hidden_act": "gelu", "use_qk_norm": True,
+                      "position_embedding_type": "rope_gptj", "use_embedding_sharing": True}],
+    "exaone4": [
+        ONE_HEAD | EPS | TIED | {"sliding_window": None, "layer_types": [FULL]},
+        TWO | YARN | {"head_dim": 6, "layer_types": [FULL, SLIDING], "attention_dropout": 0.2},
+        ONE | longrope(2) | NARROW | {"sliding_window": 3, "hidden_act": "gelu"}],
+    "olmoe": [
+        ONE_HEAD | EPS | {"num_experts": 2, "num_experts_per_tok": 2},
+        TWO | rope("yarn") | {"hidden_act": "gelu", "clip_qkv": 0.05, "norm_topk_prob": True},
+        ONE | TIED | longrope(2) | {"num_key_value_heads": None, "clip_qkv": None},
+        TWO | YARN | ONE_KEY | {"intermediate_size": 4, "vocab_size": 67, "num_local_experts": 3,
+                                "num_experts": 3}],
+    "granitemoe": [
+        ONE_HEAD | EPS | TIED | {"num_local_experts": 1, "num_experts_per_tok": 1},
+        TWO | rope("llama3") | {"num_key_value_heads": None, "embedding_multiplier": 0.5,
+                                "attention_multiplier": 2},
+        ONE | longrope(2) | {"residual_multiplier": -3, "num_experts_per_tok": 4},
+        TWO | YARN | {"intermediate_size": 4, "vocab_size": 67, "hidden_act": "relu"}],
+    "gpt_oss": [
+        ONE | EPS | TIED | {"head_dim": 8, "layer_types": [SLIDING], "sliding_window": 1},
+        TWO | {"layer_types": [FULL, FULL], "rope_scaling": {**STATED, "truncate": False},
+               "experts_per_token": 4, "initial_context_length": 4096, "num_experts_per_tok": 4},
+        ONE | rope("llama3") | {"num_local_experts": 2, "swiglu_limit": 100.0,
+                                "num_key_value_heads": 4, "vocab_size": 67}],
+    "glm4_moe": [
+        ONE | EPS | {"first_k_dense_replace": 0, "head_dim": 8, "num_experts_per_tok": 4,
+                     "use_qk_norm": True, "routed_scaling_factor": 0.5},
+        TWO | BIASED | partial_rope("yarn", 1.0) | {"first_k_dense_replace": 5,
+                                                    "num_nextn_predict_layers": 0},
+        TWO | {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "norm_topk_prob": False,
+               "hidden_act": "gelu", "n_shared_experts": 3}],
+    "deepseek_v3": [
+        ONE_HEAD | EPS | {"first_k_dense_replace": 0, "q_lora_rank": None, "kv_lora_rank": 1,
+                          "norm_topk_prob": False, "n_group": 4, "topk_group": 4,
+                          "routed_scaling_factor": 1.0},
+        TWO | rope("llama3") | {"qk_rope_head_dim": 6, "hidden_act": "gelu", "moe_layer_freq": 2,
+                                "scoring_func": "sigmoid", "topk_method": "noaux_tc"}],
+    "qwen3_next": [
+        TWO | EPS | TIED | {"layer_types": [FULL, LINEAR], "linear_num_key_heads": 4,
+                            "linear_conv_kernel_dim": 9, "num_experts_per_tok": 4},
+        TWO | partial_rope("yarn", 1.0) | {"full_attention_interval": 1, "num_experts": 0,
+                                           "attention_bias": True, "vocab_size": 67}],
+    "qwen3_5_text": [
+        TWO | EPS | {"layer_types": [LINEAR, FULL], "rope_parameters": MROPE},
+        TWO | {"layer_types": [FULL, LINEAR], "linear_num_key_heads": 1,
+               "linear_num_value_heads": 1, "linear_conv_kernel_dim": 2, **TIED},
+        ONE_HEAD | {"layer_types": [FULL], "head_dim": 8, "intermediate_size": 1},
+        TWO | BIASED | partial_rope("yarn", 1.0) | {"full_attention_interval": 1},
+        TWO | {"linear_key_head_dim": 6, "linear_value_head_dim": 2, "linear_conv_kernel_dim": 8,
+               "full_attention_interval": 2, "mamba_ssm_dtype": "float32", "vocab_size": 67,
+               "attn_output_gate": True, "mtp_num_hidden_layers": 1}],
+    "qwen3_5_moe_text": [
+        TWO | EPS | {"layer_types": [LINEAR, FULL], "rope_parameters": MROPE, "num_experts": 3},
+        TWO | TIED | {"layer_types": [FULL, LINEAR], "linear_num_key_heads": 1,
+                      "linear_num_value_heads": 1, "linear_conv_kernel_dim": 1},
+        ONE_HEAD | {"layer_types": [FULL], "head_dim": 8, "num_experts_per_tok": 4},
+        TWO | BIASED | partial_rope("linear", 1.0) | {"full_attention_interval": 1,
+                                                      "num_experts": 1, "num_experts_per_tok": 1},
+        TWO | {"linear_key_head_dim": 6, "linear_value_head_dim": 2, "vocab_size": 67,
+               "moe_intermediate_size": 4, "shared_expert_intermediate_size": 4,
+               "full_attention_interval": 2}],
+    "llama4_text": [ONE_HEAD | EPS | {"head_dim": 16, "no_rope_layers": [], "floor_scale": 2,
+                                      "attention_chunk_size": 1, "num_experts_per_tok": 4}],
+    "albert": [
+        ONE | {"num_hidden_groups": 1, "embedding_size": 32, "layer_norm_eps": 0.1, "gap_size": 0,
+               "net_structure_type": 0, "hidden_dropout_prob": 0.2, "hidden_act": "quick_gelu"},
+        {"num_hidden_layers": 2, "num_attention_heads": 8, "pad_token_id": 3, "embedding_size": 1,
+         "max_position_embeddings": 9, "intermediate_size": 1}],
+    "nomic_bert": [
+        ONE | LAYER_EPS | {"pad_token_id": 3, "type_vocab_size": 1, "hidden_dropout_prob": 0.1,
+                           "rope_scaling": STATED},
+        ONE | rope("llama3") | {"head_dim": 8, "hidden_act": "gelu_new", "intermediate_size": 1},
+        ONE | longrope(2) | {"vocab_size": 67, "activation_function": "swiglu",
+                             "qkv_proj_bias": False}],
+    "falcon": [
+        ONE | {"new_decoder_architecture": False, "parallel_attn": False, "layer_norm_epsilon": 0.1,
+               "vocab_size": 67, **rope("yarn")},
+        ONE | {"num_attention_heads": 1, "num_kv_heads": 1, "bias": True, "ffn_hidden_size": 1,
+               "num_ln_in_parallel_attn": 2, "activation": "gelu_new",
+               **rope("dynamic", max_position_embeddings=5)}],
+    "gpt_neox": [
+        ONE | LAYER_EPS | {"num_attention_heads": 1, "use_parallel_residual": False,
+                           "attention_bias": False},
+        ONE | TIED | YARN | {"rotary_pct": 0.5, "hidden_act": "gelu_new", "rotary_emb_base": 9},
+        ONE | NARROW | {"rope_scaling": ROPES["dynamic"], "rotary_pct": 1.0,
+                        "max_position_embeddings": 5}],
+    "gptj": [
+        {"n_layer": 1, "n_head": 1, "rotary_dim": 16, "layer_norm_epsilon": 0.1, **TIED},
+        {"n_layer": 1, "activation_function": "gelu", "n_positions": 9, "attn_pdrop": 0.1},
+        {"n_layer": 1, "n_head": 8, "rotary_dim": 2, "n_inner": 1, "rotary": True},
+        {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 67}],
+    "opt": [
+        ONE | {"num_attention_heads": 1, "word_embed_proj_dim": 16, "pad_token_id": 3,
+               "activation_function": "silu"},
+        ONE | {"do_layer_norm_before": False, "layer_norm_elementwise_affine": False,
+               "enable_bias": False, "word_embed_proj_dim": 20},
+        ONE | UNTIED | {"max_position_embeddings": 9, "ffn_dim": 1, "attention_dropout": 0.1},
+        TWO | {"_remove_final_layer_norm": True, "do_layer_norm_before": False, "vocab_size": 67,
+               "activation_function": "gelu_new"}],
+    "gpt_neo": [
+        {"num_layers": 1, "attention_types": [[["global"], 1]], "num_heads": 1,
+         "layer_norm_epsilon": 0.1, "window_size": 1},
+        {"attention_types": [[["local"], 2]], "window_size": 1, "activation_function": "gelu"},
+        {"num_layers": 1, "attention_types": [[["local"], 1]], "window_size": 256,
+         "max_position_embeddings": 9, **NARROW},
+        {"num_hidden_layers": 1, "num_attention_heads": 4, "attention_types": [[["local"], 1]]},
+        {"attention_layers": ["local", "local"], "attention_dropout": 0.1, "hidden_size": 12,
+         "activation_function": "silu", **UNTIED}],
+    "bloom": [
+        {"n_layer": 1, "n_head": 3, "hidden_size": 12, "layer_norm_epsilon": 0.1,
+         "apply_residual_connection_post_layernorm": True},
+        {"num_hidden_layers": 1, "num_attention_heads": 8, "offset_alibi": 100, "seq_length": 9},
+        {"n_layer": 1, "vocab_size": 67, "pretraining_tp": 4, "n_inner": None, **UNTIED},
+        {"n_layer": 1, "n_head": 12, "hidden_size": 24, "attention_dropout": 0.1}],
+    "umt5": [
+        {"num_layers": 1, "num_decoder_layers": 1, "feed_forward_proj": "gated-silu",
+         "num_heads": 1, "layer_norm_epsilon": 0.1},
+        {"num_layers": 1, "num_decoder_layers": 1, "feed_forward_proj": "gated-gelu",
+         "dense_act_fn": "gelu_new", "is_gated_act": True, "scale_decoder_outputs": False},
+        {"num_layers": 2, "num_decoder_layers": 1, "relative_attention_num_buckets": 4,
+         "relative_attention_max_distance": 5, "scale_decoder_outputs": True, **UNTIED},
+        {"num_hidden_layers": 1, "num_attention_heads": 3, "head_dim": 4, "is_gated_act": True,
+         "dense_act_fn": "relu"},
+        {"num_layers": 1, "num_decoder_layers": 2, "d_model": 15, "vocab_size": 67,
+         "decoder_start_token_id": 4, "feed_forward_proj": "gelu_new"},
+        {"num_layers": 1, "num_decoder_layers": 1, "d_kv": 1, "d_ff": 1, "num_heads": 16},
+    ],
+}  # fmt: skip
+for family, more in MORE.items():
+    ODD[family] += more
 DECODERS = [
     *(f for f in ODD if f in LLAMAS),
     "gpt2",
@@ -471,6 +696,22 @@ T5S = ("t5", "mt5", "umt5", "bart", "mbart")
 NEED_HEAD_DIM = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "seed_oss", "qwen3", "ministral",
                  "ernie4_5", "glm4", "helium", "hunyuan_v1_dense", "gpt_oss",
                  "llama4_text")  # fmt: skip
+
+
+def test_every_type_has_eight_odd_configurations():
+    """A list that is in another file is added here."""
+    listed = {
+        **ODD,
+        **test_vision.ODD,
+        **dict.fromkeys(test_towers.TEXT_FAMILIES, test_towers.ODD_TEXT),
+        **dict.fromkeys(test_towers.BOTH, test_towers.ODD_BOTH),
+        "whisper": test_whisper.ODD,
+    }
+    counts = {
+        family: len({json.dumps(x, sort_keys=True) for x in listed.get(family, [])})
+        for family in FAMILIES
+    }
+    assert {family: count for family, count in counts.items() if count < 8} == {}
 
 
 def odd_config(family, number=None):
@@ -616,7 +857,7 @@ def test_odd_configurations_equal_transformers(family, number, tmp_path, record_
 T5_CASES = [
     (family, number, head)
     for family in T5S
-    for number in range(len(ODD[family]) if family in ("t5", "bart") else 2)
+    for number in range({"t5": 8, "bart": 4}.get(family, 2))
     for head in FAMILIES[family].architectures
     if head not in (None, "seq2seq-lm")
 ]

@@ -19,12 +19,21 @@ from fusion_jax.models.registry import FAMILIES
 from tests import tiny
 
 HEADS = [(family, head) for family in tiny.VISION for head in FAMILIES[family].architectures]
+ONE = {"num_hidden_layers": 1}
 ODD = {
     "vit": [
         {"image_size": [9, 14], "patch_size": [4, 3], "num_channels": 1, "qkv_bias": False,
          "pooler_output_size": 5, "pooler_act": "relu"},
         {"head_dim": 6, "hidden_act": "gelu_new", "layer_norm_eps": 1e-2, "image_size": 8},
         {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23, "patch_size": 8},
+        ONE | {"num_attention_heads": 1, "layer_norm_eps": 0.1, "patch_size": [8, 12]},
+        ONE | {"num_channels": 4, "hidden_act": "quick_gelu", "pooler_act": "gelu",
+               "qkv_bias": False, "encoder_stride": 8},
+        {"num_attention_heads": 8, "head_dim": 2, "intermediate_size": 7, "pooler_act": "silu"},
+        ONE | {"image_size": 13, "patch_size": [2, 5], "hidden_dropout_prob": 0.1,
+               "attention_probs_dropout_prob": 0.2, "hidden_act": "relu"},
+        {"num_hidden_layers": 3, "hidden_size": 18, "num_attention_heads": 3, "num_channels": 2,
+         "pooler_output_size": 7},
     ],
     "dinov2": [
         {"image_size": 9, "num_channels": 1, "qkv_bias": False, "mlp_ratio": 1,
@@ -33,16 +42,42 @@ ODD = {
         {"hidden_act": "relu", "layer_norm_eps": 1e-2, "patch_size": 2, "mlp_ratio": 3},
         {"use_swiglu_ffn": True, "hidden_size": 15, "num_attention_heads": 5, "mlp_ratio": 3,
          "layerscale_value": 0.0, "patch_size": [2, 4], "image_size": 8},
+        ONE | {"num_attention_heads": 1, "layer_norm_eps": 0.1, "patch_size": 8,
+               "use_mask_token": False},
+        ONE | {"use_swiglu_ffn": True, "mlp_ratio": 1, "hidden_size": 12, "num_attention_heads": 3,
+               "qkv_bias": False, "num_channels": 4},
+        {"head_dim": 2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2,
+         "layerscale_value": 0.1, "mlp_ratio": 1, "hidden_act": "gelu_new"},
+        ONE | {"image_size": 13, "patch_size": 6, "apply_layernorm": False, "drop_path_rate": 0.0,
+               "reshape_hidden_states": False, "out_features": ["stage1"]},
     ],
     "clip_vision_model": [
         {"image_size": 9, "num_channels": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-2},
         {"hidden_size": 21, "num_attention_heads": 7, "intermediate_size": 23,
          "projection_dim": 5, "attention_dropout": 0.5},
+        ONE | {"num_attention_heads": 1, "layer_norm_eps": 0.1, "patch_size": 8},
+        ONE | {"num_channels": 4, "hidden_act": "gelu_new", "intermediate_size": 7,
+               "initializer_factor": 0.5},
+        ONE | {"num_attention_heads": 16, "patch_size": 3, "image_size": 10, "hidden_act": "relu"},
+        {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 3, "num_channels": 2,
+         "patch_size": 1, "image_size": 2},
+        ONE | {"hidden_size": 8, "intermediate_size": 40, "hidden_act": "silu",
+               "layer_norm_eps": 1e-12},
+        ONE | {"patch_size": 2, "hidden_act": "gelu_pytorch_tanh", "initializer_range": 0.5},
     ],
     "siglip_vision_model": [
         {"image_size": 9, "num_channels": 1, "hidden_act": "relu", "layer_norm_eps": 1e-2},
         {"hidden_size": 21, "num_attention_heads": 7, "vision_use_head": False,
          "patch_size": 2, "attention_dropout": 0.5},
+        ONE | {"num_attention_heads": 1, "layer_norm_eps": 0.1, "patch_size": 8},
+        ONE | {"num_channels": 4, "hidden_act": "gelu", "intermediate_size": 7},
+        ONE | {"num_attention_heads": 16, "patch_size": 3, "image_size": 10,
+               "vision_use_head": False, "hidden_act": "quick_gelu"},
+        {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 3, "num_channels": 2,
+         "patch_size": 1, "image_size": 2},
+        ONE | {"hidden_size": 8, "intermediate_size": 40, "hidden_act": "silu",
+               "layer_norm_eps": 1e-12, "vision_use_head": False, "num_channels": 1},
+        ONE | {"patch_size": 2, "hidden_act": "gelu_new", "attention_dropout": 0.1},
     ],
 }  # fmt: skip
 CASES = [(family, i) for family, changes in ODD.items() for i in range(len(changes))]

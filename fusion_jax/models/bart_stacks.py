@@ -12,12 +12,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Fields, config_from_fields
+from fusion_jax.models.base import Fields, config_from_fields, with_aliases
 from fusion_jax.models.cache import CacheUpdate
 from fusion_jax.models.layers import Dropout, LayerNorm, split_key
 from fusion_jax.models.t5_stacks import Attention, EncoderView, Stack
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
+
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "encoder_layers",
+    "num_attention_heads": "encoder_attention_heads",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,7 @@ class BartConfig:
     @classmethod
     def read(cls, fields: Fields, **own: Any) -> BartConfig:
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
+        fields = with_aliases(fields, _ALIASES)
         for name in ("encoder_layerdrop", "decoder_layerdrop"):
             if fields.get(name):
                 raise InputError(f"a {name} other than 0 is not implemented")

@@ -172,6 +172,19 @@ class DecoderOutput(NamedTuple):
     encoder: Any = None
 
 
+def with_aliases(fields: Fields, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields where those with a second name have the value that it states, if any.
+
+    So `transformers` reads them, whatever else the fields state.
+
+    Args:
+        fields: The fields of a ``config.json``.
+        aliases: The names of fields, by their second names.
+    """
+    given = {name: fields.get(alias) for alias, name in aliases.items()}
+    return {**fields, **{name: x for name, x in given.items() if x is not None}}
+
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -204,7 +217,7 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
             default = known[name].default
             sparse = name.startswith("num_sparse")  # none of the layers may have experts
             least = int(isinstance(default, int) and default > 0 and not sparse)
-            most = MOST_LAYERS if "layer" in name else 2**31 - 1
+            most = MOST_LAYERS if name.endswith(("layer", "layers")) else 2**31 - 1
             if not least <= value <= most:
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
         if isinstance(value, int) and float in (hints[name], *get_args(hints[name])):

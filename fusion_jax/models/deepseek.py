@@ -89,7 +89,7 @@ def _read(fields: dict[str, Any], **options: Any) -> DecoderConfig:
     config = DecoderConfig.read(fields, optional=_OPTIONAL, router=router, **options)
     dense = count(fields, "first_k_dense_replace")
     sparse = tuple(i >= dense for i in range(config.num_hidden_layers))
-    further = count(fields, "num_nextn_predict_layers")
+    further = max(count(fields, name) for name in ("num_nextn_predict_layers", "num_mtp_layers"))
     return replace(config, sparse=sparse, further_layers=further)
 
 

@@ -11,13 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Family, Fields, Head, config_from_fields, tied_head
+from fusion_jax.models.base import Family, Fields, Head, config_from_fields, tied_head, with_aliases
 from fusion_jax.models.cache import CacheUpdate, Window
 from fusion_jax.models.causal import CausalLm, HeadConfig, decoder_architectures, with_head
 from fusion_jax.models.layers import Dropout, LayerNorm, attention, split_key
 from fusion_jax.models.rules import CONV1D, EMBED, LINEAR, NORM, KeyRule, KeyRules
 from fusion_jax.nn.mlp import Mlp
 from fusion_jax.nn.submlps import activation
+
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class Gpt2Config(HeadConfig):
         """Reads the fields of a ``config.json``; raises `InputError` for an unknown variant."""
         if config.get("add_cross_attention"):
             raise InputError("add_cross_attention is not implemented")
-        result = config_from_fields(cls, config)
+        result = config_from_fields(cls, with_aliases(config, _ALIASES))
         activation(result.activation_function)
         if result.n_embd % result.n_head:
             raise InputError(f"n_embd {result.n_embd} is not a multiple of n_head {result.n_head}")

@@ -31,7 +31,7 @@ def _blocks(fields: Fields) -> Blocks:
         value = factors[ours]
         if isinstance(value, bool) or not isinstance(value, int | float) or not value:
             raise InputError(f"{theirs} must be a number other than 0; got {str(value)[:100]!r}")
-    return Blocks(**factors)
+    return Blocks(**{name: float(value) for name, value in factors.items()})
 
 
 def _granite(fields: Fields) -> DecoderConfig:

@@ -8,7 +8,14 @@ from fusion_jax.models.decoder_families import decoder_family, decoder_rules, li
 from fusion_jax.models.rules import KeyRules
 
 _TIED = "tie_word_embeddings"
-_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+_LLAMA = {"max_position_embeddings": 2048, "eos_token_id": 2}
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 2,
+}
 _ARCEE = {
     "hidden_size": 2560,
     "intermediate_size": 18432,
@@ -18,7 +25,7 @@ _ARCEE = {
     "eos_token_id": 128001,
 }
 _MIXTRAL = {
-    "num_key_value_heads": 8,
+    **_MISTRAL,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
     "num_local_experts": 8,
@@ -28,7 +35,8 @@ _MIXTRAL = {
 
 
 def _llama(fields: Fields, blocks: Blocks | None = None) -> DecoderConfig:
-    return DecoderConfig.read(fields, optional=(_TIED, "attention_bias", "mlp_bias"), blocks=blocks)
+    optional = (_TIED, "attention_bias", "mlp_bias")
+    return DecoderConfig.read({**_LLAMA, **fields}, optional=optional, blocks=blocks)
 
 
 def _arcee(fields: Fields) -> DecoderConfig:
@@ -40,13 +48,9 @@ def _mistral(fields: Fields) -> DecoderConfig:
     return layer_windows(DecoderConfig.read(fields), fields, lambda layer: True)
 
 
-def _ministral(fields: Fields) -> DecoderConfig:
-    return _mistral({"intermediate_size": 14336, **fields})
-
-
 def _mixtral(fields: Fields) -> DecoderConfig:
     fields = {**_MIXTRAL, **fields, "layer_types": None}  # transformers ignores the types
-    fields["num_experts"] = fields["num_local_experts"] or fields.get("num_experts")
+    fields["num_experts"] = fields.get("num_experts") or fields["num_local_experts"]
     optional = (_TIED, "num_experts", "num_experts_per_tok", "norm_topk_prob")
     config = DecoderConfig.read(fields, optional=(*optional, "router_jitter_noise"))
     return layer_windows(config, fields, lambda layer: True)
@@ -67,7 +71,7 @@ FAMILIES = {
     "arcee": decoder_family("Arcee", _arcee, answers="transformer."),
     "llama": decoder_family("Llama", _llama, answers="transformer."),
     "mistral": decoder_family("Mistral", _mistral),
-    "ministral": decoder_family("Ministral", _ministral, answers="transformer."),
+    "ministral": decoder_family("Ministral", _mistral, answers="transformer."),
     "mixtral": decoder_family(
         "Mixtral", _mixtral, rules=_mixtral_rules, experts_field="num_local_experts"
     ),

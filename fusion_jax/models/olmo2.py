@@ -12,9 +12,15 @@ from fusion_jax.models.decoder_config import (
 )
 from fusion_jax.models.decoder_families import decoder_family
 
-_DEFAULTS = {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1}
+_DEFAULTS = {
+    "vocab_size": 50304,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 50279,
+    "pad_token_id": 1,
+}
 _THETA = 5e5
-_OLMO3 = {**_DEFAULTS, "max_position_embeddings": 2048, "sliding_window": 4096}
+_OLMO3 = {**_DEFAULTS, "sliding_window": 4096}
 _BLOCKS = Blocks(norm="rms-wide", norms="after", query_key_norm="all")
 
 

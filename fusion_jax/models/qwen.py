@@ -20,14 +20,25 @@ from fusion_jax.models.rules import KeyRules
 _TIED = "tie_word_embeddings"
 _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 _SHARED = "shared_expert_intermediate_size"
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+}
+_QWEN_MOE = {**_QWEN, "hidden_size": 2048, "num_hidden_layers": 24}
 _QWEN2_MOE = {
+    **_QWEN_MOE,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
     "num_experts": 60,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 1408,
     _SHARED: 5632,
-    "sliding_window": 4096,
 }
 _QWEN3_MOE = {
+    **_QWEN_MOE,
+    "intermediate_size": 6144,
     "num_key_value_heads": 4,
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -49,12 +60,13 @@ def _windowed(
 
 
 def _qwen2(fields: Fields) -> DecoderConfig:
+    fields = {**_QWEN, **fields}
     config = DecoderConfig.read(fields, qkv_bias=True, out_bias=False)
     return _windowed(config, fields)
 
 
 def _qwen3(fields: Fields) -> DecoderConfig:
-    fields = {"head_dim": 128, **fields}
+    fields = {**_QWEN, "head_dim": 128, **fields}
     config = DecoderConfig.read(fields, optional=(_TIED, "attention_bias"), blocks=_NORMED)
     return _windowed(config, fields)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusion_jax.errors import InputError
-from fusion_jax.models.base import Fields, config_from_fields
+from fusion_jax.models.base import Fields, config_from_fields, with_aliases
 from fusion_jax.nn.submlps import activation
 
 
@@ -80,8 +80,9 @@ class T5Config:
             if gated not in ("", "gated"):
                 raise InputError(f"feed_forward_proj {gated}-{act} is not implemented")
             # "gated-gelu" means the tanh form.
-            given["act"] = "gelu_new" if gated and act == "gelu" else act
-            given["gated"] = bool(gated)
+            act = "gelu_new" if gated and act == "gelu" else act
+            given["act"] = config.get("dense_act_fn") or act
+            given["gated"] = bool(config.get("is_gated_act", gated))
             given["scaled"] = config.get("scale_decoder_outputs", tied)
         given["encoder_attention_type"] = "full"
         if config["model_type"] == "longt5":
@@ -96,7 +97,9 @@ class T5Config:
         if config.get("router_dtype", "float32") != "float32":
             raise InputError("a router_dtype other than float32 is not implemented")
         activation(given["act"])
-        result = config_from_fields(cls, config, **given)
+        switch = config["model_type"] == "switch_transformers"
+        aliases = _ALIASES | ({} if switch else {"head_dim": "d_kv"})
+        result = config_from_fields(cls, with_aliases(config, aliases), **given)
         far, exact = result.relative_attention_max_distance, "relative_attention_num_buckets"
         if far <= getattr(result, exact) // 2:
             raise InputError(
@@ -124,6 +127,8 @@ class T5Config:
         return [step > 0 and (step == 1 or i % step == 1) for i in range(layers)]
 
 
+_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads",
+            "num_hidden_layers": "num_layers"}  # fmt: skip
 _MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
         "feed_forward_proj": "gated-gelu"}  # fmt: skip
 _SWITCH = {"d_model": 768, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12,
