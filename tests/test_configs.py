@@ -138,6 +138,11 @@ def test_defaults_of_decoders_are_those_of_transformers():
     assert wrong == {}
 
 
+def test_types_of_layers_that_are_null_are_the_usual_ones():
+    config = FAMILIES["gpt_neo"].config({"model_type": "gpt_neo", "attention_types": None})
+    assert config.sliding_windows == (None, 256) * 12
+
+
 def test_activations_of_t5_that_are_stated_twice():
     fields = {**tiny.CONFIGS["t5"], "feed_forward_proj": "gated-gelu"}
     for more, want in (
