@@ -129,13 +129,18 @@ def test_defaults_of_decoders_are_those_of_transformers():
         ours = FAMILIES[family].config({"model_type": family})
         if not isinstance(ours, DecoderConfig):
             continue
-        theirs = CONFIG_MAPPING[family]()
+        theirs = CONFIG_MAPPING[family]().to_dict()
         for name in DEFAULTS:
-            want = getattr(theirs, name, None)
+            want = theirs.get(name)
             want = tuple(want) if isinstance(want, list) else want
             if want is not None and getattr(ours, name) != want:
                 wrong[family, name] = getattr(ours, name), want
     assert wrong == {}
+
+
+def test_types_of_layers_that_are_null_are_the_usual_ones():
+    config = FAMILIES["gpt_neo"].config({"model_type": "gpt_neo", "attention_types": None})
+    assert config.sliding_windows == (None, 256) * 12
 
 
 def test_activations_of_t5_that_are_stated_twice():

@@ -536,7 +536,7 @@ MORE = {
         ONE | longrope(2) | NARROW | {"sliding_window": 3, "hidden_act": "gelu"}],
     "olmoe": [
         ONE_HEAD | EPS | {"num_experts": 2, "num_experts_per_tok": 2},
-        TWO | rope("yarn") | {"hidden_act": "gelu", "clip_qkv": 0.05, "norm_topk_prob": True},
+        TWO | rope("yarn") | {"hidden_act": "gelu", "clip_qkv": 1.0, "norm_topk_prob": True},
         ONE | TIED | longrope(2) | {"num_key_value_heads": None, "clip_qkv": None},
         TWO | YARN | ONE_KEY | {"intermediate_size": 4, "vocab_size": 67, "num_local_experts": 3,
                                 "num_experts": 3}],

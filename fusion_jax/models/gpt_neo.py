@@ -59,7 +59,7 @@ def _layer_types(fields: Fields) -> list[str]:
         if not types:
             types = [
                 x
-                for part, times in fields["attention_types"]
+                for part, times in fields["attention_types"] or _DEFAULTS["attention_types"]
                 for x in part * min(times, MOST_LAYERS)
             ]
         return [_TYPES[name] for name in types]

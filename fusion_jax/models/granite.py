@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fusion_jax.errors import InputError
 from fusion_jax.models.base import Fields, Head
@@ -26,12 +27,13 @@ _DEFAULTS = {"eos_token_id": 2, "max_position_embeddings": 2048}
 
 
 def _blocks(fields: Fields) -> Blocks:
-    factors = {ours: fields.get(theirs, 1.0) for theirs, ours in _FACTORS.items()}
+    factors: dict[str, Any] = {ours: fields.get(theirs, 1.0) for theirs, ours in _FACTORS.items()}
     for theirs, ours in _FACTORS.items():
         value = factors[ours]
         if isinstance(value, bool) or not isinstance(value, int | float) or not value:
             raise InputError(f"{theirs} must be a number other than 0; got {str(value)[:100]!r}")
-    return Blocks(**{name: float(value) for name, value in factors.items()})
+    factors = {name: float(value) for name, value in factors.items()}
+    return Blocks(**factors)
 
 
 def _granite(fields: Fields) -> DecoderConfig:

@@ -38,7 +38,8 @@ def _config(fields: Fields) -> DecoderConfig:
         raise InputError(f"clip_qkv must be a number; got {str(clip)[:100]!r}")
     if clip is not None and not clip > 0:
         raise InputError(f"clip_qkv must be above 0; got {clip}")
-    blocks = Blocks(query_key_norm="all", clip_qkv=clip)
+    limit = None if clip is None else float(clip)
+    blocks = Blocks(query_key_norm="all", clip_qkv=limit)
     return DecoderConfig.read(fields, optional=_OPTIONAL, blocks=blocks)
 
 
