@@ -6,7 +6,7 @@ from ntk.comparison import Comparison as Comparison
 from ntk.comparison import TrainingPrediction as TrainingPrediction
 from ntk.comparison import apart_bound as apart_bound
 from ntk.comparison import compare as compare
-from ntk.compiler import warn_of_wrong_numbers as _warn_of_wrong_numbers
+from ntk.compiler import avoid_wrong_numbers as _avoid_wrong_numbers
 from ntk.empirical import kernel as kernel
 from ntk.errors import InputError as InputError
 from ntk.functions import functional as functional
@@ -14,4 +14,4 @@ from ntk.functions import probability as probability
 from ntk.functions import token as token
 from ntk.kinds import KernelKind as KernelKind
 
-_warn_of_wrong_numbers()
+_avoid_wrong_numbers()

@@ -1,20 +1,27 @@
-"""The compiler's numbers are right, and a version whose numbers are wrong is named."""
+"""The compiler's numbers are right, also with a version that has to be kept from wrong ones."""
+
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk.compiler import warn_of_wrong_numbers
+from ntk.compiler import avoid_wrong_numbers
 
 
-def test_a_version_with_wrong_numbers_is_named(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+def test_a_version_with_wrong_numbers_is_kept_from_them(monkeypatch):
+    used = "jax._src.xla_bridge.backends_are_initialized"
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    avoid_wrong_numbers("0.10.1")
+    assert os.environ["XLA_FLAGS"] == "--other"
+    monkeypatch.setattr(used, lambda: True)
     with pytest.warns(UserWarning, match=r"jaxlib 0\.10\.2 returns wrong numbers on CPUs"):
-        warn_of_wrong_numbers("0.10.2")
-    warn_of_wrong_numbers("0.10.1")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
-    warn_of_wrong_numbers("0.10.2")
+        avoid_wrong_numbers("0.10.2")
+    monkeypatch.setattr(used, lambda: False)
+    for _ in range(2):
+        avoid_wrong_numbers("0.10.2")
+        assert os.environ["XLA_FLAGS"] == "--other --xla_cpu_experimental_ynn_fusion_type="
 
 
 def test_compiled_gradients_of_a_norm_equal_those_of_single_operations():
