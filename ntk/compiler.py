@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-import jaxlib
+from jaxlib.version import __version__ as INSTALLED
 
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
@@ -23,7 +23,7 @@ def avoid_wrong_numbers(version: str | None = None) -> None:
     Example:
         >>> avoid_wrong_numbers("0.10.1")
     """
-    version = jaxlib.__version__ if version is None else version
+    version = INSTALLED if version is None else version
     flags = os.environ.get("XLA_FLAGS", "")
     if version != "0.10.2" or _FLAG in flags:
         return
