@@ -173,9 +173,7 @@ def export_hf(
         first, last = site.path.partition(".")[0], site.path.rpartition(".")[2]
         named = (family.width_fields[x] for x in (last, first) if x in family.width_fields)
         width_fields[site.path] = next(named, usual)
-        factor = family.width_factors.get(last, "") if width_fields[site.path] else ""
-        factors[site.path] = fields.get(factor) or getattr(config, factor, 1)
-        factors[site.path] *= family.width_factor(config, site.path)
+        factors[site.path] = family.width_factor(config, site.path)
     widths: dict[str | None, int] = {}
     if usual is None:
         widths[None] = config.intermediate_size

@@ -283,8 +283,7 @@ class Family:
             whether the part is there.
         width_fields: The fields for MLPs with a width of their own, by the last or first part of
             their path.
-        width_factors: The fields that these are multiplied by, by the last part of the path.
-        width_factor: Returns what the width of an MLP is multiplied by besides, from the
+        width_factor: Returns how many times its field the width of an MLP is, from the
             configuration and the path.
         experts_field: The field with the number of experts of each mixture.
         untied: Returns the configuration of a model whose tensors with the given names are not
@@ -300,7 +299,6 @@ class Family:
     width_field: str | Callable[[Any], str | None] | None
     optional: tuple[str, ...] = ()
     width_fields: Mapping[str, str] = field(default_factory=dict)
-    width_factors: Mapping[str, str] = field(default_factory=dict)
     width_factor: Callable[[Any, str], int] = lambda config, path: 1
     experts_field: str = "num_experts"
     untied: Callable[[Any, Sequence[str]], Any] = untied_head

@@ -149,7 +149,14 @@ def _family(*args: Any, **options: Any) -> Any:
         width_fields={"experts": "moe_intermediate_size", "shared": "moe_intermediate_size"},
         **options,
     )
-    return replace(family, width_factors={"shared": "n_shared_experts"})
+    return replace(family, width_factor=_shared_experts)
+
+
+def _shared_experts(config: DecoderConfig, path: str) -> int:
+    """Returns how many experts an MLP stands for: one for all shared experts, which are alike."""
+    if not path.endswith(".shared"):
+        return 1
+    return config.shared_expert_intermediate_size // config.moe_intermediate_size
 
 
 FAMILIES = {

@@ -97,7 +97,7 @@ FAMILIES = {
         rules=_rules,
         architectures={None: "Dinov2Model", "classification": "Dinov2ForImageClassification"},
         width_field=_width_field,
-        width_factors={"mlp": "hidden_size"},
+        width_factor=lambda config, path: config.hidden_size if _width_field(config) else 1,
         optional=("mask_token",),
     )
 }

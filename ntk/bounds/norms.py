@@ -75,7 +75,7 @@ class MapNorms(NamedTuple):
 
 
 class OutputNorms(NamedTuple):
-    """Norms of the output weights: all Frobenius, all spectral, or all with upstream vectors.
+    """Norms of the output weights, all Frobenius or all spectral.
 
     Args:
         unit: |V|.
@@ -84,10 +84,10 @@ class OutputNorms(NamedTuple):
         offset: |P V - V~|.
     """
 
-    unit: Numbers | float
-    fused: Numbers | float
-    within: Numbers | float
-    offset: Numbers | float
+    unit: float
+    fused: float
+    within: float
+    offset: float
 
 
 class WeightNorms(NamedTuple):

@@ -34,7 +34,7 @@ from ntk.bounds.pairs import Pair
 
 
 class StandIns(NamedTuple):
-    """What stands for the rows of one linear map of the smaller MLP.
+    """What the rows of one linear map of the smaller MLP are written as.
 
     Args:
         unit: A unit of the original for each cluster, (c,), used where ``single`` is true.
