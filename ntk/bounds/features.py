@@ -43,8 +43,12 @@ class Feature(NamedTuple):
     fused_measured: Float[Array, " n"]
 
 
-# A program of its own, which all bounds share: its arithmetic takes long to compile.
-@partial(jax.jit, static_argnames=("kind", "right"))
+_Units = tuple[Ball, tuple[Ball, ...]]
+# Programs of their own, which all bounds and both kernels share: they take long to compile.
+_run = jax.jit(ball_units)
+_stood_in = jax.jit(stood_in_units)
+
+
 def kernel_features(
     pair: Pair,
     inputs: Inputs,
@@ -65,13 +69,21 @@ def kernel_features(
         right: Whether the features are those on the right.
         instead: From `stand_ins`, to not run the fused MLP; None runs it.
     """
-    found = ball_units(pair.original, inputs.x)
-    units = _feature_balls(pair.original, inputs, kind, *found)
-    if instead is None:
-        found = ball_units(pair.fused, inputs.x)
-    else:
-        found = stood_in_units(pair, inputs.x, instead)
-    fused = _feature_balls(pair.fused, inputs, kind, *found)
+    found = (
+        _run(pair.original, inputs.x),
+        (_run(pair.fused, inputs.x) if instead is None else _stood_in(pair, inputs.x, instead)),
+    )
+    return _features(pair, inputs, found, kind, right)
+
+
+@partial(jax.jit, static_argnames=("kind", "right"))
+def _features(
+    pair: Pair, inputs: Inputs, found: tuple[_Units, _Units], kind: KernelKind, right: bool
+) -> list[Feature]:
+    units, fused = (
+        _feature_balls(mlp, inputs, kind, *of_mlp)
+        for mlp, of_mlp in zip((pair.original, pair.fused), found, strict=True)
+    )
     root = jnp.sqrt(pair.sizes)[None]
     result = []
     for a, b in zip(units, fused, strict=True):
