@@ -319,6 +319,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             ax.minorticks_off()
             ticks = [n for n in FRACTIONS.values() if n > 1]
             ax.set_xticks([1 / n for n in ticks], [f"p/{n}" for n in ticks])
+            values = [0.1, 0.3, 1, 3, 10, 30]
+            ax.set_yticks(values, [f"{v:g}" for v in values])
             ax.grid(alpha=0.3)
             ax.set_title(f"{title}: {'SGD' if kind == 'sgd' else 'Adam'} kernel")
         axes[0].set_ylabel("relative change, Frobenius norm")

@@ -185,7 +185,7 @@ def _sites(certificates: dict[str, Certificate]) -> str:
     return (
         "<h2>Each MLP, with certified bounds</h2>"
         '<p class="soft">Relative change at the inputs that the MLP has in the original, and upper '
-        "bounds: from norms of the weights alone (a priori), or from a sketch of each input (data)."
+        "bounds: without running the smaller MLP (a priori), or from a sketch of each input (data)."
         " Shaded and hollow: bounds above 100 %, which are loose, as an MLP that is gone has "
         f'changed by 100 %.</p><div class="row">{"".join(figures)}</div>'
     )

@@ -26,7 +26,7 @@ class CertificateLine(NamedTuple):
 
     Args:
         quantity: Such as ``"SGD kernel"``.
-        a_priori: A bound on the change, from norms alone.
+        a_priori: A bound on the change, without running the fused MLP.
         data: A bound on the change, from a sketch of each input.
         measured: The change.
     """
