@@ -11,7 +11,7 @@ import fusion_jax as fj
 from fusion_jax.cli.main import main
 from fusion_jax.models.provenance import class_names
 from fusion_jax.training import TrainConfig, losses, predict, read_task
-from fusion_jax.training.tasks.classification import check_head
+from fusion_jax.training.tasks.classes import check_head
 from fusion_jax.training.tasks.glue import GLUE, load_task
 from tests import glue, tiny
 

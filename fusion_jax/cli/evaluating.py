@@ -40,7 +40,7 @@ from fusion_jax.training.tasks import (
     tables,
     token_classification,
 )
-from fusion_jax.training.tasks.classification import TaskSpec
+from fusion_jax.training.tasks.classes import TaskSpec
 from fusion_jax.training.tasks.glue import GLUE, load_task, texts_of
 from fusion_jax.training.tasks.pairs import load_pairs, pairs_of
 from fusion_jax.training.tasks.plain_text import CONTEXT, nats_per_token, start_token, token_ids

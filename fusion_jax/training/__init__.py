@@ -32,7 +32,7 @@ from fusion_jax.training.tasks.array_classification import (
 from fusion_jax.training.tasks.base import Prepared as Prepared
 from fusion_jax.training.tasks.base import Task as Task
 from fusion_jax.training.tasks.classification import Classification as Classification
-from fusion_jax.training.tasks.classification import TaskSpec as TaskSpec
+from fusion_jax.training.tasks.classes import TaskSpec as TaskSpec
 from fusion_jax.training.tasks.classification import Texts as Texts
 from fusion_jax.training.tasks.generation import TextPairs as TextPairs
 from fusion_jax.training.tasks.glue import GLUE as GLUE
@@ -62,7 +62,7 @@ from fusion_jax.training.methods.importance import importance_by_removal as impo
 from fusion_jax.training.methods.importance import mean_gradients as mean_gradients
 from fusion_jax.training.methods.importance import mean_loss as mean_loss
 from fusion_jax.training.methods.importance import top_of_each_type as top_of_each_type
-from fusion_jax.training.tasks.classification import measure as measure
+from fusion_jax.training.tasks.classes import measure as measure
 from fusion_jax.training.tasks.classification import predict as predict
 from fusion_jax.training.tasks.generation import generate_texts as generate_texts
 from fusion_jax.training.tasks.generation import measure_pairs as measure_pairs

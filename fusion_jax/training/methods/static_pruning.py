@@ -37,7 +37,8 @@ from fusion_jax.training.methods.scores import (
     with_masks,
     with_scores,
 )
-from fusion_jax.training.tasks.classification import Classification, check_head
+from fusion_jax.training.tasks.classes import check_head
+from fusion_jax.training.tasks.classification import Classification
 
 Allocation = Literal["S", "L"]
 

@@ -14,14 +14,8 @@ from fusion_jax.training.engine import losses
 from fusion_jax.training.engine.arrays import ArrayBatches, Arrays
 from fusion_jax.training.engine.config import TrainConfig
 from fusion_jax.training.tasks.base import Prepared
-from fusion_jax.training.tasks.classification import (
-    TaskSpec,
-    check_head,
-    classes_of,
-    in_columns,
-    logits_by_row,
-    measure,
-)
+from fusion_jax.training.tasks.classes import TaskSpec, check_head, classes_of, in_columns, measure
+from fusion_jax.training.tasks.classification import logits_by_row
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.training.tasks import tables
-from fusion_jax.training.tasks.classification import Classification, TaskSpec, Texts
+from fusion_jax.training.tasks.classes import TaskSpec
+from fusion_jax.training.tasks.classification import Classification, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
