@@ -48,7 +48,8 @@ def pytest_addoption(parser):
         "--tier",
         choices=("quick", "rest", "full"),
         default="quick",
-        help="quick leaves out what is marked full (default); rest runs that alone; full runs all",
+        help="quick leaves out what is marked full (default); rest runs that and what needs torch; "
+        "full runs all",
     )
 
 
@@ -65,7 +66,8 @@ def _select_tier(config, items):
     """Leaves out the tests of the other tier.
 
     ``@pytest.mark.full`` moves a test to the full tier; ``@pytest.mark.full(quick=2)`` leaves two
-    of its cases, evenly spaced, in the quick tier.
+    of its cases, evenly spaced, in the quick tier. The rest has all tests that need torch, which
+    the quick tier skips where it is not installed.
     """
     tier = config.getoption("--tier")
     if tier == "full":
@@ -79,6 +81,8 @@ def _select_tier(config, items):
         quick = group[0].get_closest_marker("full").kwargs.get("quick", 0)
         kept = {i * len(group) // quick for i in range(quick)}
         rest |= {item for i, item in enumerate(group) if i not in kept}
+    if tier == "rest":
+        rest |= {item for item in items if item.get_closest_marker("torch")}
     left_out = [item for item in items if (item in rest) != (tier == "rest")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

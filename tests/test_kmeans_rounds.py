@@ -270,20 +270,6 @@ def test_the_device_decides(key):
     assert counts(None, "cuda")[0] == 4
 
 
-def test_products_are_not_tuned_for_gpus(key, monkeypatch):
-    options = engine._untuned("gpu")
-    assert options is not None, "this version of XLA has no such options"
-    assert engine._untuned("cpu") is None
-    # They mean nothing to a CPU, which shows that programs with options run as others do.
-    used = []
-    monkeypatch.setattr(engine, "_untuned", lambda platform: used.append(platform) or options)
-    x, keys = jnp.asarray(case("normal")[0], jnp.float32), jax.random.split(key, 2)
-    solve = partial(kmeans, x, K, init="random", refine="lloyd", max_iters=7)
-    each = jax.vmap(lambda key: solve(key=key))(keys)
-    assert used == ["cpu"]
-    assert all((each.labels[i] == solve(key=keys[i]).labels).all() for i in range(2))
-
-
 def test_best_and_first_least():
     rng = np.random.RandomState(0)
     cost, valid = rng.randint(0, 9, N).astype(np.float32), rng.rand(N) < 0.2

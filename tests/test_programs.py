@@ -1,4 +1,4 @@
-"""What commands keep of compiled programs."""
+"""What commands keep of compiled programs, and how those of methods are compiled."""
 
 import os
 import stat
@@ -6,9 +6,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+import fusion_jax as fj
 from fusion_jax.cli.programs import MOST_BYTES, keep_programs, shrink
+from fusion_jax.compression import batching
+from fusion_jax.nn.programs import quick_options
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -113,3 +118,27 @@ def test_a_second_command_compiles_nothing(tmp_path):
     (_, misses), again = counts
     assert misses > 3
     assert again == [misses + counts[0][0], 0]
+
+
+def test_compiled_in_less_time(key, monkeypatch):
+    """XLA knows the options of each platform, and with those of a CPU solutions are the same."""
+    assert quick_options("cpu") is None  # as tests compile without optimizations anyway
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        options = {name: quick_options.__wrapped__(name) for name in ("cpu", "gpu", "tpu")}
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert options["cpu"] is not None
+    assert options["gpu"] is not None, "this version of XLA has no such options"
+    assert options["tpu"] is None
+    subs = fj.Mlp(6, 24, act="gelu", rngs=nnx.Rngs(0)).sub_mlps()
+    x = jax.random.normal(key, (64, 6))
+    solutions = []
+    for found in (None, options["cpu"]):
+        monkeypatch.setattr(batching, "quick_options", lambda platform, found=found: found)
+        method = fj.Fusion(width=12)
+        batching._program.cache_clear()
+        solutions.append(fj.compress_mlp(subs, method, key=key, act="gelu", calibration=x))
+    first, second = map(jax.tree.leaves, solutions)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,7 @@ is computed again from differences of coordinates. This is slower and has no suc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -36,7 +36,7 @@ from fusion_jax.clustering.labels import (
 from fusion_jax.errors import InputError, nearest
 from fusion_jax.meshes import on_auto_axes
 from fusion_jax.nn.dtypes import wide, wide_dtype
-from fusion_jax.nn.programs import few_programs
+from fusion_jax.nn.programs import few_programs, quick_options
 
 Init = Literal["auto", "ward", "k-means++", "random"]
 Refine = Literal["auto", "hartigan", "lloyd"]
@@ -278,24 +278,9 @@ class _Options(NamedTuple):
 @few_programs
 def _program(options: _Options, mesh: Mesh | None, platform: str) -> Callable[..., KMeansResult]:
     """Returns the compiled k-means for some options."""
-    return jax.jit(partial(_kmeans, options, mesh), compiler_options=_untuned(platform))
-
-
-@cache
-def _untuned(platform: str) -> dict[str, int | bool] | None:
-    """Returns compiler options with which a GPU's library chooses how products are computed.
-
-    XLA would compile and time tens of kernels for each product, which takes most of the seconds of
-    compiling. In float32 the library's are the fastest, and the same ones give the same bits.
-    """
-    if platform != "gpu":
-        return None
-    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    try:
-        jax.jit(lambda: jnp.int32(0), compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA that has other options
-        return None
-    return options
+    # On a CPU its loops are worth compiling well.
+    quick = None if platform == "cpu" else quick_options(platform)
+    return jax.jit(partial(_kmeans, options, mesh), compiler_options=quick)
 
 
 def _kmeans(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 from jaxtyping import Array, Key
 
 from fusion_jax.calibration.data import POSITIONS, Calibration
@@ -19,7 +20,7 @@ from fusion_jax.compression.checks import all_finite
 from fusion_jax.errors import InputError
 from fusion_jax.methods.base import Method, Solution
 from fusion_jax.nn.dtypes import wide_dtype
-from fusion_jax.nn.programs import few_programs
+from fusion_jax.nn.programs import few_programs, quick_options
 from fusion_jax.nn.submlps import SubMLPs
 from ntk.activations import Activation
 
@@ -154,7 +155,7 @@ def _program(
     method: Method, act: Activation | None
 ) -> Callable[[Problems], tuple[Solution, Array]]:
     """Returns the compiled function from one problem to its solution, and whether it is finite."""
-    return jax.jit(partial(_solve_one, method, act))
+    return _quickly(partial(_solve_one, method, act))
 
 
 @few_programs
@@ -171,10 +172,15 @@ def _program_for_all(
         return lax.map(partial(_solve_one, method, act), problems, batch_size=batch)
 
     if mesh is None:
-        return jax.jit(solve)
-    return jax.jit(
+        return _quickly(solve)
+    return _quickly(
         jax.shard_map(solve, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
     )
+
+
+def _quickly(solve: Callable[[Problems], tuple[Solution, Array]]) -> Wrapped:
+    """Returns a compiled function: a first call spends most of its time on compiling it."""
+    return jax.jit(solve, compiler_options=quick_options(jax.default_backend()))
 
 
 def _solve_one(method: Method, act: Activation | None, problem: Problems) -> tuple[Solution, Array]:

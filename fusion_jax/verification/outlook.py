@@ -62,10 +62,12 @@ def mover(
         batch: Arrays, each with n in front.
         targets: (n,).
     """
-    parts = [
-        jax.tree.map(lambda x, start=start: x[start : start + _TEXTS], (batch, targets))
-        for start in range(0, len(targets), _TEXTS)
-    ]
+    n = len(targets)
+    count = -(-n // _TEXTS)
+    size = -(-n // count)
+    # Parts of one size, as each size is compiled; the last one repeats texts that do not count.
+    rows = [np.arange(i * size, (i + 1) * size) for i in range(count)]
+    parts = [jax.tree.map(lambda x, row=row: x[row % n], (batch, targets)) for row in rows]
 
     @jax.jit
     def outputs(params: Any, direction: Any, rate: Array, x: Any) -> Array:
@@ -73,18 +75,19 @@ def mover(
         return f(moved, x)
 
     @jax.jit
-    def gradient(params: Any, x: Any, y: Array) -> Any:
-        return jax.grad(lambda p: jnp.square(f(p, x) - y).sum() / 2)(params)
+    def gradient(params: Any, x: Any, y: Array, counts: Array) -> Any:
+        return jax.grad(lambda p: (counts * jnp.square(f(p, x) - y)).sum() / 2)(params)
 
     total = jax.tree.map(jnp.zeros_like, params)
-    for x, y in parts:
-        total = jax.tree.map(jnp.add, total, gradient(params, x, jnp.asarray(y, jnp.float32)))
+    for row, (x, y) in zip(rows, parts, strict=True):
+        once = gradient(params, x, jnp.asarray(y, jnp.float32), jnp.asarray(row < n, jnp.float32))
+        total = jax.tree.map(jnp.add, total, once)
     directions = {"sgd": total, "adam": jax.tree.map(jnp.sign, total)}
 
     def at(kind: KernelKind, rate: float) -> Float[np.ndarray, " n"]:
         given = jnp.float32(rate)
         found = [np.asarray(outputs(params, directions[kind], given, x)) for x, _ in parts]
-        return np.concatenate(found).astype(np.float64)
+        return np.concatenate(found)[:n].astype(np.float64)
 
     before = at("sgd", 0.0)
     return lambda kind, rate: at(kind, rate) - before
