@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before NumPy is imported: threads of linear algebra that wait for each other while other processes
-# use the cores made a small eigenvalue problem hundreds of times slower.
+# Before NumPy and torch are imported: threads of linear algebra that wait for each other while
+# other processes use the cores made a small eigenvalue problem hundreds of times slower, and a
+# small model of torch twenty times.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

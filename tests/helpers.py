@@ -61,6 +61,12 @@ def unchecked():
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@jax.jit
+def run(model, *args, **batch):
+    """What a model says, compiled as a whole: each of its operations alone would take longer."""
+    return model(*args, **batch)
+
+
 def method(name):
     return METHODS[name](**OPTIONS[name])
 

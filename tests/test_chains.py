@@ -37,7 +37,7 @@ from fusion_jax.training.methods.importance import type_of
 from fusion_jax.training.methods.squeezing import Cut, chains, cheapest_cut, cut
 from tests import glue, tiny
 from tests.helpers import TRAIN_CONFIG as CONFIG
-from tests.helpers import OneBatch, flat, moved, unchecked
+from tests.helpers import OneBatch, flat, moved, run, unchecked
 
 LAYERS = r"layers\..*"
 
@@ -68,7 +68,7 @@ def finetune(model, data, config, *, key, folder=None, **recipe):
 
 
 def logits(model):
-    return model(**tiny.batch("bert")).logits
+    return run(model, **tiny.batch("bert")).logits
 
 
 def test_chains_are_exact_both_ways(model):

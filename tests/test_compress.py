@@ -83,9 +83,10 @@ def test_stack_equals_loop(name, kind, key):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(m.sub_mlps() for m in mlps))
     together = fj.compress_mlp(stacked, method(name), key=key)
     keys = jax.random.split(key, 3)
-    vmapped = jax.vmap(lambda s, k: method(name).solve(s, key=k))(stacked, keys)
+    solve = jax.jit(lambda s, k: method(name).solve(s, key=k))
+    vmapped = jax.jit(jax.vmap(solve))(stacked, keys)
     for i, mlp in enumerate(mlps):
-        alone = method(name).solve(mlp.sub_mlps(), key=keys[i])
+        alone = solve(mlp.sub_mlps(), keys[i])
         for a, b, c in zip(*map(jax.tree.leaves, (alone, together, vmapped)), strict=True):
             np.testing.assert_allclose(a, b[i], atol=1e-5)
             np.testing.assert_allclose(a, c[i], atol=1e-5)

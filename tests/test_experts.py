@@ -21,7 +21,7 @@ from fusion_jax.methods.scores import ON_GRADIENTS, ON_UPSTREAM, UnitScore
 from fusion_jax.models.moe import Moe, RouterRule, mixtures
 from fusion_jax.training.methods.layerwise import compressed
 from tests import tiny
-from tests.helpers import unchecked
+from tests.helpers import run, unchecked
 
 KEY = jax.random.key(0)
 ROUTERS = {
@@ -53,7 +53,7 @@ def mixtral(models):
 
 
 def logits(model, family):
-    return np.asarray(model(**tiny.batch(family)).logits)
+    return np.asarray(run(model, **tiny.batch(family)).logits)
 
 
 def loop_over_tokens(model, batch, monkeypatch):

@@ -16,7 +16,7 @@ from fusion_jax.training.engine.partition import Partition
 from fusion_jax.training.methods.squeezing import lightweight
 from ntk.mlp import mlp_weights
 from tests import tiny
-from tests.helpers import inputs, make
+from tests.helpers import inputs, make, run
 
 EXACT = fj.MPO(bond=None, cores=3)
 HEADS = {
@@ -36,7 +36,7 @@ def load(folder, family):
 
 
 def logits(model, family):
-    return model(**tiny.batch(family)).logits
+    return run(model, **tiny.batch(family)).logits
 
 
 def all_but_routers(path):

@@ -230,9 +230,9 @@ def test_balls_hold_the_units(shape):
     x = inputs(1, N, 3, 1.0)
     small = jax.tree.map(lambda a: a.astype(jnp.float32).astype(jnp.float64), (site, x))
     for mlp in (small[0].original, small[0].fused):
-        exact = hidden_units(mlp, small[1])
+        exact = jax.jit(hidden_units)(mlp, small[1])
         single = jax.tree.map(lambda a: a.astype(jnp.float32), (mlp, small[1]))
-        hidden, slopes = ball_units(*single)
+        hidden, slopes = jax.jit(ball_units)(*single)
         pairs = zip((hidden, *slopes), (exact.hidden, *exact.slopes), strict=True)
         for ball, want in pairs:
             value, error, sign = (a.astype(jnp.float64) for a in ball[:3])
@@ -256,8 +256,8 @@ def test_the_smaller_mlp_need_not_be_run(shape):
     x = inputs(1, N, 3, 1.0)
     for site, follows in sites:
         site, _, _ = prepare_pair(site, x)
-        hidden, slopes = stood_in_units(site, x, stand_ins(site))
-        exact = hidden_units(site.fused, x)
+        hidden, slopes = jax.jit(stood_in_units)(site, x, stand_ins(site))
+        exact = jax.jit(hidden_units)(site.fused, x)
         for ball, want in zip((hidden, *slopes), (exact.hidden, *exact.slopes), strict=True):
             assert bool((jnp.abs(ball.value - want) <= ball.error).all())
             assert bool(((jnp.sign(want) == ball.sign) | ball.doubtful).all())

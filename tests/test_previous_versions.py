@@ -18,6 +18,7 @@ import fusion_jax as fj
 from fusion_jax.cli.main import main
 from fusion_jax.training import Chains, Recipe, lottery, squeeze
 from tests import nlg
+from tests.helpers import run
 
 FOLDER = Path(__file__).parent / "previous_versions" / "v0.1.0"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -55,7 +56,8 @@ def close(a, b):
 def outputs(model, artefact):
     """What a model says of the inputs of an artefact."""
     start = f"inputs.{artefact}."
-    found = model(**{k.removeprefix(start): x for k, x in TENSORS.items() if k.startswith(start)})
+    batch = {k.removeprefix(start): x for k, x in TENSORS.items() if k.startswith(start)}
+    found = run(model, **batch)
     return found.last_hidden_state if found.logits is None else found.logits
 
 

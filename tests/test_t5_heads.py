@@ -15,6 +15,7 @@ from fusion_jax.models.t5_heads import T5WithHead
 from fusion_jax.training import Classification, TaskSpec, Texts, losses
 from fusion_jax.training.engine.partition import Partition
 from tests import nlg, tiny
+from tests.helpers import run
 
 HEADS = ("classification", "token-classification", "question-answering")
 KEY = jax.random.key(0)
@@ -33,13 +34,13 @@ def models(base):
 
 
 def logits(model, ids, mask=None):
-    return np.asarray(model(np.array(ids), None if mask is None else np.array(mask)).logits)
+    return np.asarray(run(model, np.array(ids), None if mask is None else np.array(mask)).logits)
 
 
 def test_classification_reads_the_last_end_token(models):
     """Whatever follows it, and if texts have different numbers of end tokens."""
     model, text = models["classification"], [7, 1, 9, 8, 1]
-    out = model(np.array([text]))
+    out = run(model, np.array([text]))
     alone = np.asarray(out.logits)
     np.testing.assert_allclose(alone, model.head(out.last_hidden_state[:, 4], None), atol=1e-6)
     ids = [[*text, 0, 0], [*text, 5, 6], [5, 6, 7, 8, 9, 10, 1]]

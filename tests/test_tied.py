@@ -7,6 +7,7 @@ import pytest
 import fusion_jax as fj
 from fusion_jax.cli.demo import bit_equal
 from tests import tiny
+from tests.helpers import run
 
 WORDS = "embeddings.word_embeddings.weight"
 # Family, head, tensor that is tied to the token embeddings, and these.
@@ -37,7 +38,7 @@ def files(family, head):
 
 
 def logits(model, family):
-    return np.asarray(model(**tiny.batch(family)).logits)
+    return np.asarray(run(model, **tiny.batch(family)).logits)
 
 
 @pytest.mark.full(quick=4)

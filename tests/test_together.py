@@ -15,7 +15,7 @@ from fusion_jax.nn.linear_forms import find_forms
 from fusion_jax.training import lightweight, lottery
 from tests import glue, tiny
 from tests.helpers import PRUNING_CONFIG as CONFIG
-from tests.helpers import flat, method, methods, moved, with_words
+from tests.helpers import flat, method, methods, moved, run, with_words
 
 MIXTURES = {"mixtral": r"layers\.0\..*", "switch": r"encoder\..*experts"}
 
@@ -95,7 +95,7 @@ def fused(places, tmp_path_factory):
 
 @partial(jax.jit)
 def logits(model):
-    return model(**tiny.batch("bert")).logits
+    return run(model, **tiny.batch("bert")).logits
 
 
 @pytest.mark.full

@@ -139,7 +139,7 @@ def test_smaller_saved_exported_and_its_kernel(tmp_path, key):
 
     f, params = ntk.functional(smaller, outputs="logits", wrt=r"layers\.1\..*|cls_token|patches.*")
     kernel = ntk.kernel(f, params, x)
-    rows = jax.tree.leaves(jax.jacobian(f)(params, x))
+    rows = jax.tree.leaves(jax.jit(jax.jacobian(f))(params, x))
     rows = jnp.concatenate([g.reshape(3, 3, -1) for g in rows], axis=-1)
     want = jnp.einsum("nop,mqp->nmoq", rows, rows)
     np.testing.assert_allclose(kernel, want, atol=1e-4 * float(jnp.abs(want).max()))

@@ -70,15 +70,12 @@ def bit_sums(arrays: Sequence[Array]) -> list[int]:
     References:
         The mixing is lowbias32 of C. Wellons' hash-prospector.
     """
-    return [int(x) for x in jax.device_get(_bit_sums(list(arrays)))]
+    # Small programs, which arrays of one shape share. Each is waited for: with several at a time,
+    # processes could wait for each other in different ones.
+    return [int(_bit_sum(x)) for x in arrays]
 
 
 @jax.jit
-def _bit_sums(arrays: list[Array]) -> list[Array]:
-    # One program: with several at a time, processes could wait for each other in different ones.
-    return [_bit_sum(x) for x in arrays]
-
-
 def _bit_sum(x: Array) -> UInt[Array, ""]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
