@@ -442,6 +442,24 @@ def step() -> Lines:
     )
 
 
+@block(("cold-cpu", "cold"))
+def cold() -> Lines:
+    yield " | programs | compiling, seconds | in all, seconds"
+    names = {
+        "k-means": "`fj.kmeans`, 3,072 points in 1,537 dimensions, 768 clusters",
+        "compress": "`fj.compress`, four MLPs of all-MiniLM-L6-v2, 1,536 to 384",
+        "compress, calibrated": "the same, calibrated on random tokens",
+        "first steps": "two steps of fine-tuning it",
+        "demo": "`fusion-jax demo`",
+        "random encoder": "an encoder of RoBERTa-base's size with random weights",
+    }
+    for case, name in names.items():
+        for again in ("", ", again"):
+            for r in rows("cold-cpu", case=case + again):
+                numbers = (f"{r[key]:.1f}" for key in ("compile", "seconds"))
+                yield [name + again, str(r["programs"]), *numbers]
+
+
 @block(("memory-cpu", "MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.memory"))
 def memory() -> Lines:
     yield "steps | median MiB | smallest | largest"
@@ -621,16 +639,18 @@ def real_language() -> Lines:
 def real_more() -> Lines:
     from benchmarks.real import methods
 
-    columns = [(width, text) for width in (0.75, 0.5) for text in ("text", "more")]
+    models = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
     names = {"text": "8,192 tokens", "more": "32,768 tokens"}
-    yield " | ".join(["Gemma 3 270M", *(f"{w:g}: {names[text]}" for w, text in columns)])
-    dense = row("real-cpu", model="gemma", method="dense")["nats"]
+    columns = [(model, width, text) for model in models for width in (0.75, 0.5) for text in names]
+    heads = [f"{models[model]}, {width:g}: {names[text]}" for model, width, text in columns]
+    yield " | ".join(["nats above dense", *heads])
     for method in methods():
         cells = []
-        for width, text in columns:
-            case = {"model": "gemma", "width": width, "method": method, "calibration": text}
+        for model, width, text in columns:
+            dense = row("real-cpu", model=model, method="dense")["nats"]
+            case = {"model": model, "width": width, "method": method, "calibration": text}
             cells.append("".join(f"+{r['nats'] - dense:.3f}" for r in rows("real-cpu", **case)))
-        if cells[1] or cells[3]:
+        if any(cell for cell, (_, _, text) in zip(cells, columns, strict=True) if text == "more"):
             yield [_narrowed(method), *cells]
 
 

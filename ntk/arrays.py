@@ -56,7 +56,19 @@ def require_finite(result: Array) -> Array:
     return result
 
 
-@jax.jit
-def all_finite(x: Array) -> Bool[Array, ""]:
+def all_finite(x: Array) -> Bool[Array, ""] | bool:
     """Returns whether all numbers of an array are finite."""
+    # On the host no program is compiled for each shape, which takes longer than to look.
+    return bool(np.isfinite(np.asarray(x)).all()) if on_host(x) else _all_finite(x)
+
+
+def on_host(x: Array) -> bool:
+    """Returns whether NumPy can read an array, all of it, where it is."""
+    if isinstance(x, Tracer) or not x.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in x.devices())
+
+
+@jax.jit
+def _all_finite(x: Array) -> Bool[Array, ""]:
     return jnp.isfinite(x).all()

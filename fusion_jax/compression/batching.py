@@ -191,4 +191,4 @@ def _solve_one(method: Method, act: Activation | None, problem: Problems) -> tup
     if method.takes_calibration:
         solve = partial(solve, act=act, calibration=calibration)
     solution = solve(subs, key=key)
-    return solution, all_finite(solution)
+    return solution, jnp.asarray(all_finite(solution))

@@ -22,6 +22,7 @@ from fusion_jax.nn.linear_forms import check_plain
 from fusion_jax.nn.mlp import AnyMlp, GatedMlp, Mlp
 from fusion_jax.nn.site import Site, gradients_of, select_sites, sites
 from fusion_jax.nn.surgery import ModuleT
+from ntk import arrays
 from ntk.activations import outside
 from ntk.selection import Selection
 
@@ -287,8 +288,14 @@ def checked_key(key: object) -> Key[Array, ""]:
     return key
 
 
-@jax.jit
-def all_finite(tree: object) -> Bool[Array, ""]:
+def all_finite(tree: object) -> Bool[Array, ""] | bool:
     """Returns whether all floating-point numbers of a tree are finite."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.array(True)]).all()
+    if all(arrays.on_host(x) for x in leaves):
+        return all(arrays.all_finite(x) for x in leaves)
+    return _all_finite(leaves)
+
+
+@jax.jit
+def _all_finite(leaves: list[Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()

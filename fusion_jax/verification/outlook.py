@@ -75,14 +75,19 @@ def mover(
         return f(moved, x)
 
     @jax.jit
-    def gradient(params: Any, x: Any, y: Array, counts: Array) -> Any:
-        return jax.grad(lambda p: (counts * jnp.square(f(p, x) - y)).sum() / 2)(params)
+    def add_gradient(total: Any, params: Any, x: Any, y: Array, counts: Array) -> Any:
+        found = jax.grad(lambda p: (counts * jnp.square(f(p, x) - y)).sum() / 2)(params)
+        return jax.tree.map(jnp.add, total, found)
 
-    total = jax.tree.map(jnp.zeros_like, params)
+    @jax.jit
+    def signs(total: Any) -> Any:
+        return jax.tree.map(jnp.sign, total)
+
+    total = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
     for row, (x, y) in zip(rows, parts, strict=True):
-        once = gradient(params, x, jnp.asarray(y, jnp.float32), jnp.asarray(row < n, jnp.float32))
-        total = jax.tree.map(jnp.add, total, once)
-    directions = {"sgd": total, "adam": jax.tree.map(jnp.sign, total)}
+        counts = jnp.asarray(row < n, jnp.float32)
+        total = add_gradient(total, params, x, jnp.asarray(y, jnp.float32), counts)
+    directions = {"sgd": total, "adam": signs(total)}
 
     def at(kind: KernelKind, rate: float) -> Float[np.ndarray, " n"]:
         given = jnp.float32(rate)
