@@ -642,7 +642,10 @@ def real_more() -> Lines:
     models = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
     names = {"text": "8,192 tokens", "more": "32,768 tokens"}
     columns = [(model, width, text) for model in models for width in (0.75, 0.5) for text in names]
-    heads = [f"{models[model]}, {width:g}: {names[text]}" for model, width, text in columns]
+    heads = [
+        f"{models[model]}, {width:g}: {names[text]}" if text == "text" else names[text]
+        for model, width, text in columns
+    ]
     yield " | ".join(["nats above dense", *heads])
     for method in methods():
         cells = []
