@@ -1,13 +1,17 @@
 """What a config.json may say, against transformers where torch is installed."""
 
+import json
+
 import numpy as np
 import pytest
 
 import fusion_jax as fj
+from fusion_jax.checkpoint.opening import open_checkpoint
 from fusion_jax.models.decoder_config import DecoderConfig
 from fusion_jax.models.registry import FAMILIES
 from fusion_jax.models.rope import Rope
 from tests import tiny
+from tests.helpers import unchecked
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -202,6 +206,23 @@ def test_variants_that_are_refused(family, changes, message):
 def test_fields_of_mixtures_that_cannot_be(family, fields, message):
     with pytest.raises(fj.InputError, match=message):
         tiny.decoder_config({**tiny.CONFIGS[family], **fields})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("t5", {"num_decoder_layers": "six"}, "num_decoder_layers must be of type int; got 'six'"),
+        ("bert", {"layer_norm_eps": [1]}, "layer_norm_eps must be of type float"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps must be of type float"),
+    ],
+)
+def test_numbers_that_are_none(family, changes, message, tmp_path):
+    """Also for users, who do not check types while code runs."""
+    folder = tiny.checkpoint(tmp_path / family, family, dict(tiny.GENERATIVE).get(family))
+    fields = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with unchecked(), pytest.raises(fj.InputError, match=message):
+        open_checkpoint(folder)
 
 
 def test_minus_one_is_no_limit_in_deberta():
