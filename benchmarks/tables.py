@@ -80,6 +80,8 @@ PUBLISHED = {
     ("paper", True): "93.8 ± 0.1",
 }
 """Table 2 of MLP Fusion (ICML 2023, arXiv 2307.08941): 10 epochs, the mean of three runs."""
+NAMES = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
+"""Language models of benchmarks.real and benchmarks.heal whose names there are short."""
 ERRORS = ("output", "sgd_kernel", "adam_kernel")
 ERROR_HEAD = "output | SGD kernel | Adam kernel"
 PAPER, OURS = "the paper's method", "`Fusion()`, calibrated"
@@ -456,8 +458,8 @@ def cold() -> Lines:
     for case, name in names.items():
         for again in ("", ", again"):
             for r in rows("cold-cpu", case=case + again):
-                numbers = (f"{r[key]:.1f}" for key in ("compile", "seconds"))
-                yield [name + again, str(r["programs"]), *numbers]
+                seconds = numbers(r, ("compile", "seconds"), ".1f")
+                yield [name + again, str(r["programs"]), *seconds]
 
 
 @block(("memory-cpu", "MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.memory"))
@@ -627,9 +629,8 @@ def _table_of(columns: list[tuple[str, float, str]], form: str = ".3f") -> Lines
 def real_language() -> Lines:
     columns = [("gemma", 0.75), ("gemma", 0.5), ("qwen", 0.75), ("qwen", 0.5)]
     columns += [("stories260k", 0.75), ("stories260k", 0.5), ("tinygpt", 0.5), ("tinygpt", 0.25)]
-    names = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
     measured_at = [(m, w) for m, w in columns if rows("real-cpu", model=m, width=w)]
-    yield " | ".join(["nats per token", *(f"{names.get(m, m)}, {w:g}" for m, w in measured_at)])
+    yield " | ".join(["nats per token", *(f"{NAMES.get(m, m)}, {w:g}" for m, w in measured_at)])
     dense = {m: row("real-cpu", model=m, method="dense") for m, _ in measured_at}
     yield ["dense", *(f"{dense[m]['nats']:.3f}" for m, _ in measured_at)]
     yield from _table_of([(m, w, "nats") for m, w in measured_at])
@@ -639,21 +640,22 @@ def real_language() -> Lines:
 def real_more() -> Lines:
     from benchmarks.real import methods
 
-    models = {"gemma": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-0.5B"}
+    models = ("gemma", "qwen")
     names = {"text": "8,192 tokens", "more": "32,768 tokens"}
     columns = [(model, width, text) for model in models for width in (0.75, 0.5) for text in names]
     heads = [
-        f"{models[model]}, {width:g}: {names[text]}" if text == "text" else names[text]
+        f"{NAMES[model]}, {width:g}: {names[text]}" if text == "text" else names[text]
         for model, width, text in columns
     ]
     yield " | ".join(["nats above dense", *heads])
+    dense = {model: row("real-cpu", model=model, method="dense")["nats"] for model in models}
     for method in methods():
         cells = []
         for model, width, text in columns:
-            dense = row("real-cpu", model=model, method="dense")["nats"]
             case = {"model": model, "width": width, "method": method, "calibration": text}
-            cells.append("".join(f"+{r['nats'] - dense:.3f}" for r in rows("real-cpu", **case)))
-        if any(cell for cell, (_, _, text) in zip(cells, columns, strict=True) if text == "more"):
+            found = rows("real-cpu", **case)
+            cells.append("".join(f"+{r['nats'] - dense[model]:.3f}" for r in found))
+        if any(cells[1::2]):  # with more text
             yield [_narrowed(method), *cells]
 
 
@@ -681,11 +683,10 @@ def heal() -> Lines:
     from benchmarks.heal import METHODS, MODELS, STEPS
 
     yield " | ".join(["nats per token, after steps", *(f"{n:,}" for n in STEPS)])
-    names = {"gemma": "Gemma 3 270M"}
     for model, width in MODELS.items():
         if not rows("heal-cpu", model=model, width=width):
             continue
-        name = names.get(model, model)
+        name = NAMES.get(model, model)
         dense = row("heal-cpu", model=model, method="dense")["nats"]
         yield [f"{name}: dense", f"{dense:.3f}", *([""] * (len(STEPS) - 1))]
         for method in METHODS:

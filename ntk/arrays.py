@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ntk.errors import InputError
 
@@ -56,17 +56,19 @@ def require_finite(result: Array) -> Array:
     return result
 
 
-def all_finite(x: Array) -> Bool[Array, ""] | bool:
+def all_finite(x: ArrayLike) -> Bool[Array, ""] | bool:
     """Returns whether all numbers of an array are finite."""
     # On the host no program is compiled for each shape, which takes longer than to look.
     return bool(np.isfinite(np.asarray(x)).all()) if on_host(x) else _all_finite(x)
 
 
-def on_host(x: Array) -> bool:
-    """Returns whether NumPy can read an array, all of it, where it is."""
+def on_host(x: ArrayLike) -> bool:
+    """Returns whether NumPy can read an array where it is, without a copy."""
+    if not isinstance(x, jax.Array):
+        return True
     if isinstance(x, Tracer) or not x.is_fully_addressable:
         return False
-    return all(device.platform == "cpu" for device in x.devices())
+    return [device.platform for device in x.devices()] == ["cpu"]
 
 
 @jax.jit

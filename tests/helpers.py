@@ -63,7 +63,7 @@ def unchecked():
 
 @jax.jit
 def run(model, *args, **batch):
-    """What a model says, compiled as a whole: each of its operations alone would take longer."""
+    """Runs a model as one program; a program for each of its operations would take longer."""
     return model(*args, **batch)
 
 

@@ -75,6 +75,20 @@ def test_export_gives_the_same_outputs(name, compressed, tmp_path):
     np.testing.assert_allclose(output(exported), output(smaller), atol=1e-4)
 
 
+def test_arrays_of_numpy_are_taken(key):
+    subs, x = make(fj.Mlp).sub_mlps(), np.random.default_rng(0).normal(size=(40, 5))
+    given = jax.tree.map(np.asarray, subs), x.astype(np.float32)
+    solve = functools.partial(fj.compress_mlp, method=fj.Fusion(width=12), key=key, act="gelu")
+    with unchecked():
+        first = solve(given[0], calibration=given[1])
+    second = solve(subs, calibration=jnp.asarray(given[1]))
+    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    given[1][3, 2] = np.nan
+    with unchecked(), pytest.raises(fj.InputError, match="NaN"):
+        solve(given[0], calibration=given[1])
+
+
 @pytest.mark.full
 @methods
 @pytest.mark.parametrize("kind", [fj.Mlp, fj.GatedMlp])

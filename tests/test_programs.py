@@ -1,4 +1,4 @@
-"""What commands keep of compiled programs, and how those of methods are compiled."""
+"""The compiled programs that commands keep, and the compiler options of compression."""
 
 import os
 import stat

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as fields_of
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,6 @@ def open_checkpoint(
         fields = {**fields, "label_ids": _label_ids(folder, label_words, head, num_labels)}
     try:
         config = family.config(fields)
-        _check_numbers(config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     except _WRONG_VALUES as error:
@@ -233,16 +231,6 @@ def _files_of(folder: Path, quantized: object) -> TensorFiles:
     if method == "mxfp4":
         return Mxfp4Files(folder)
     return Fp8Files(folder, settings) if method == "fp8" else TensorFiles(folder)
-
-
-def _check_numbers(config: object) -> None:
-    """Raises `InputError` for a field that should be a number and is not, also of its parts."""
-    numbers: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float)}
-    for field in fields_of(config) if is_dataclass(config) else ():
-        value = getattr(config, field.name)
-        if not isinstance(value, numbers.get(str(field.type), object)):
-            raise InputError(f"{field.name} must be of type {field.type}; got {value!r:.100}")
-        _check_numbers(value)
 
 
 _WRONG_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

@@ -194,8 +194,9 @@ MOST_LAYERS = 10_000
 def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> ConfigT:
     """Makes a dataclass from the fields of a ``config.json``; unknown fields and nulls are ignored.
 
-    Values in ``given`` take precedence. Numbers whose default is positive must be positive. The
-    field ``num_labels`` may be given by the names of the classes, ``id2label``.
+    Values in ``given`` take precedence; numbers among them may be of any size. Numbers of fields
+    whose default is positive must be positive. The field ``num_labels`` may be given by the names
+    of the classes, ``id2label``.
 
     Raises:
         InputError: A field has a wrong type or is out of its range.
@@ -209,11 +210,12 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
     # Tuples, so that configurations are hashable.
     read = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     hints = _hints(cls)
+    read |= {name: x for name, x in given.items() if hints[name] in (int, float)}
     for name, value in read.items():
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
             raise InputError(f"{name} must be of type {kind}; got {str(value)[:100]!r}")
-        if hints[name] is int and isinstance(value, int):
+        if hints[name] is int and isinstance(value, int) and name not in given:
             default = known[name].default
             sparse = name.startswith("num_sparse")  # none of the layers may have experts
             least = int(isinstance(default, int) and default > 0 and not sparse)
@@ -222,7 +224,7 @@ def config_from_fields(cls: type[ConfigT], config: Fields, **given: Any) -> Conf
                 raise InputError(f"{name} must be from {least} to {most}; got {str(value)[:100]}")
         if isinstance(value, int) and float in (hints[name], *get_args(hints[name])):
             read[name] = float(value)
-    return cls(**{**read, **given})
+    return cls(**{**given, **read})
 
 
 @lru_cache

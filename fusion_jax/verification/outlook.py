@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -75,19 +76,17 @@ def mover(
         return f(moved, x)
 
     @jax.jit
-    def add_gradient(total: Any, params: Any, x: Any, y: Array, counts: Array) -> Any:
-        found = jax.grad(lambda p: (counts * jnp.square(f(p, x) - y)).sum() / 2)(params)
-        return jax.tree.map(jnp.add, total, found)
+    def gradient(params: Any, x: Any, y: Array, counts: Array) -> Any:
+        return jax.grad(lambda p: (counts * jnp.square(f(p, x) - y)).sum() / 2)(params)
 
-    @jax.jit
-    def signs(total: Any) -> Any:
-        return jax.tree.map(jnp.sign, total)
-
-    total = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
-    for row, (x, y) in zip(rows, parts, strict=True):
-        counts = jnp.asarray(row < n, jnp.float32)
-        total = add_gradient(total, params, x, jnp.asarray(y, jnp.float32), counts)
-    directions = {"sgd": total, "adam": signs(total)}
+    total = reduce(
+        jax.jit(partial(jax.tree.map, jnp.add)),
+        (
+            gradient(params, x, jnp.asarray(y, jnp.float32), jnp.asarray(row < n, jnp.float32))
+            for row, (x, y) in zip(rows, parts, strict=True)
+        ),
+    )
+    directions = {"sgd": total, "adam": jax.jit(partial(jax.tree.map, jnp.sign))(total)}
 
     def at(kind: KernelKind, rate: float) -> Float[np.ndarray, " n"]:
         given = jnp.float32(rate)
